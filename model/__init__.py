@@ -1,0 +1,1 @@
+"""GPT-2 with a choice of residual rule."""

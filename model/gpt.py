@@ -1,0 +1,156 @@
+"""GPT-2: embeddings → blocks → head, loss, generation, and the counts of parameters and operations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.layers import MLP, CausalSelfAttention
+from model.loss import linear_cross_entropy
+from model.residual import RESIDUAL_RULES
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. The defaults are GPT-2 124M as nanoGPT trains it.
+
+    vocab_size may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units.
+    residual: a name of model.residual.RESIDUAL_RULES.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False
+    residual: str = "pre_norm"
+
+    def problems(self) -> list[str]:
+        """What is wrong with these numbers, each with its remedy; empty if nothing is."""
+        found = [
+            f"model.{name} is {getattr(self, name)}; it must be a positive whole number"
+            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
+        ]
+        if not found and self.n_embd % self.n_head:
+            found.append(f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them")
+        if not 0 <= self.dropout < 1:
+            found.append(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
+        if self.residual not in RESIDUAL_RULES:
+            found.append(f"residual rule '{self.residual}' is unknown; choose one of {', '.join(RESIDUAL_RULES)}")
+        return found
+
+
+class Block(nn.Module):
+    """Attention and MLP, each joined to the stream by the residual rule."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        rule = RESIDUAL_RULES[config.residual]
+        self.ln_1 = rule(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = rule(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d) → (B, T, d)."""
+        x = self.ln_1.join(x, self.attn)
+        return self.ln_2.join(x, self.mlp)
+
+
+class GPT(nn.Module):
+    """GPT-2 under nanoGPT's parameter names: transformer.{wte, wpe, h.<i>.{ln_1, attn, ln_2, mlp}, ln_f}, lm_head tied to wte.
+
+    Initialisation: N(0, 0.02); the matrices that write into the stream at 0.02/√(2L) (GPT-2).
+
+    Raises:
+        ValueError: the configuration is impossible; the message lists every reason.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if problems := config.problems():
+            raise ValueError("; ".join(problems))
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._init)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Token ids (B, T) int64 → the normalised last hidden state (B, T, d)."""
+        T = x.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens exceeds model.block_size={self.config.block_size}; crop it")
+        positions = torch.arange(T, device=x.device)
+        h = self.transformer.drop(self.transformer.wte(x) + self.transformer.wpe(positions))
+        for block in self.transformer.h:
+            h = block(h)
+        return self.transformer.ln_f(h)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (B, T, V) and no loss for x (B, T) int64 alone; with targets y (B, T), no logits and the mean loss in nats (0-d)."""
+        h = self.features(x)
+        if y is None:
+            return self.lm_head(h), None
+        # Under autocast the norm returns float32; the head's product belongs in the autocast dtype.
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        return None, linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, y.flatten())
+
+    @torch.no_grad()
+    def generate(self, x: Tensor, new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """Continue x (B, T) int64 by `new_tokens` sampled tokens, → (B, T + new_tokens). temperature 0 takes the likeliest token.
+
+        Raises:
+            ValueError: temperature is negative or top_k is not positive.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature={temperature} must be at least 0 and top_k={top_k} at least 1")
+        for _ in range(new_tokens):
+            logits = self.lm_head(self.features(x[:, -self.config.block_size :])[:, -1]).float()  # (B, V)
+            if top_k is not None:
+                kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -torch.inf)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial(torch.softmax(logits / temperature, -1), 1)
+            x = torch.cat([x, token], 1)
+        return x
+
+    def parameter_count(self, positions: bool = True) -> int:
+        """Number of parameters, the tied head counted once; without the position table if `positions` is false."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if positions else total - self.transformer.wpe.weight.numel()
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per token: 6N + 12·L·d·T (PaLM, arXiv 2204.02311, appendix B).
+
+        N leaves the position table out; attention is counted dense, as is customary.
+        """
+        c = self.config
+        return 6 * self.parameter_count(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size

@@ -1,0 +1,1 @@
+"""Optimizers on matrix manifolds. Knows tensors and names, not models."""

@@ -1,0 +1,218 @@
+"""From parameter names to optimizers: every parameter is given to exactly one, and a table says which.
+
+An assignment is a mapping from patterns to a manifold or to `adamw`. A pattern is a dotted piece of a parameter's name and matches
+wherever it fits on whole components; a component may be a glob (`c_*`, `*`), alternatives (`wte|wpe`) or a range of layers (`0-3`):
+
+    attn                 transformer.h.7.attn.c_proj.weight, and everything else below attn
+    attn.c_attn          the fused QKV matrices
+    h.0-3.mlp            the MLPs of the first four layers
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optim.manifold_muon import ManifoldMuon
+from optim.manifolds import MANIFOLDS
+from optim.published import PublishedStep
+
+ADAMW = "adamw"
+
+
+class AssignmentError(ValueError):
+    """The assignment does not give every matrix exactly one geometry; `.problems` lists every reason."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its name, shape, optimizer ("ManifoldMuon" or "AdamW"), and manifold or None."""
+
+    name: str
+    shape: tuple[int, ...]
+    optimizer: str
+    manifold: str | None
+
+
+def _component_matches(pattern: str, component: str) -> bool:
+    layers = re.fullmatch(r"(\d+)-(\d+)", pattern)
+    if layers:
+        return component.isdigit() and int(layers[1]) <= int(component) <= int(layers[2])
+    return any(fnmatchcase(component, choice) for choice in pattern.split("|"))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern fits somewhere on whole components of a dotted parameter name."""
+    wanted, have = pattern.split("."), name.split(".")
+    starts = range(len(have) - len(wanted) + 1)
+    return any(all(_component_matches(w, h) for w, h in zip(wanted, have[s:])) for s in starts)
+
+
+def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], always_adamw: Iterable[str]) -> list[Row]:
+    """Give every parameter to one optimizer.
+
+    Args:
+        shapes: parameter name → shape.
+        rules: pattern → manifold name or "adamw", for matrices.
+        always_adamw: patterns of tables (embeddings, head), which no rule may claim. Vectors are AdamW's without asking.
+
+    Raises:
+        AssignmentError: listing every parameter matched by no rule or by several, every rule that matches nothing, and every
+            unknown manifold.
+    """
+    choices = [*MANIFOLDS, ADAMW]
+    problems = [
+        f"assignment: rule '{pattern}' asks for '{choice}'; choose one of {', '.join(choices)}"
+        for pattern, choice in rules.items()
+        if choice not in choices
+    ]
+    rows, used = [], set()
+    for name, shape in shapes.items():
+        hits = [pattern for pattern in rules if matches(pattern, name)]
+        table = any(matches(pattern, name) for pattern in always_adamw)
+        if len(shape) != 2 or table:
+            if table and hits:
+                problems.append(f"assignment: '{name}' always belongs to AdamW, but rule '{hits[0]}' claims it; narrow the rule")
+            rows.append(Row(name, tuple(shape), "AdamW", None))
+            continue
+        used.update(hits)
+        if len(hits) != 1:
+            what = "no rule; add one for it" if not hits else f"several rules ({', '.join(map(repr, hits))}); keep one of them"
+            problems.append(f"assignment: '{name}' is matched by {what}")
+            continue
+        choice = rules[hits[0]]
+        rows.append(Row(name, tuple(shape), "AdamW" if choice == ADAMW else "ManifoldMuon", None if choice == ADAMW else choice))
+    components = {c for name in shapes for c in name.split(".")}
+    for pattern in rules.keys() - used:
+        near = get_close_matches(pattern.split(".")[-1], components, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; names look like '{next(iter(shapes), '')}'"
+        problems.append(f"assignment: rule '{pattern}' matches no matrix{hint}")
+    if problems:
+        raise AssignmentError(problems)
+    return rows
+
+
+def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:
+    """The assignment as text, equal layers folded into one line (`h.0-11`). `aliases` maps a name to a tied twin, for display."""
+
+    def folded(row: Row) -> tuple:
+        return (re.sub(r"\.\d+\.", ".#.", row.name), row.shape, row.optimizer, row.manifold or "-")
+
+    aliases, lines = aliases or {}, [("", "shape", "optimizer", "manifold")]
+    seen: dict[tuple, list[Row]] = {}
+    for row in rows:
+        seen.setdefault(folded(row), []).append(row)
+    for (pattern, shape, optimizer, manifold), members in seen.items():
+        layers = [int(m[1]) for r in members if (m := re.search(r"\.(\d+)\.", r.name))]
+        name = pattern.replace("#", _ranges(layers)) if layers else members[0].name
+        name += f" (= {aliases[members[0].name]})" if members[0].name in aliases else ""
+        lines.append((name, " x ".join(map(str, shape)), optimizer, manifold))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] → "0-2,5"."""
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0])]
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+class Optimizers:
+    """ManifoldMuon (if any matrix has a manifold) and AdamW, stepped and scheduled as one.
+
+    Iterating yields the torch optimizers. `.rows` is the assignment, `.muon` the ManifoldMuon or None.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], rows: list[Row]) -> None:
+        self.optimizers, self.rows = optimizers, rows
+        self.peak_lr = [[float(g["lr"]) for g in o.param_groups] for o in optimizers]
+
+    def __iter__(self):
+        return iter(self.optimizers)
+
+    @property
+    def muon(self) -> ManifoldMuon | None:
+        """The optimizer of the constrained and unconstrained matrices, if there are any."""
+        return next((o for o in self.optimizers if isinstance(o, ManifoldMuon)), None)
+
+    def set_lr(self, multiplier: float) -> None:
+        """Scale every group's peak learning rate."""
+        for optimizer, peaks in zip(self.optimizers, self.peak_lr):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(peak * multiplier)
+                else:
+                    group["lr"] = peak * multiplier
+
+    def step(self) -> None:
+        """One update by every optimizer."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """One state dict per optimizer, by class name."""
+        return {type(o).__name__: o.state_dict() for o in self.optimizers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned for the same assignment."""
+        for optimizer in self.optimizers:
+            optimizer.load_state_dict(state[type(optimizer).__name__])
+
+
+STEP_RULES = {
+    "published": lambda s: PublishedStep(s["dual_steps"], s["alpha"], s["msign_steps"], getattr(torch, s["msign_dtype"])),
+}
+"""Step rules of ManifoldMuon by the name that `optim.muon.rule.kind` gives, each made from its own settings."""
+
+
+def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
+    """The optimizers of a model under a configuration; constrained weights are brought onto their manifold.
+
+    Args:
+        model: any module; only parameter names and shapes matter. Tied parameters count once, under their first name.
+        cfg: the configuration, of which `assignment.rules` and `optim` are read (configs/assignment, configs/optim).
+
+    Raises:
+        AssignmentError: see `assign`.
+    """
+    settings = cfg["optim"]
+    params = dict(model.named_parameters())
+    rows = assign({n: tuple(p.shape) for n, p in params.items()}, cfg["assignment"]["rules"], settings["always_adamw"])
+    optimizers: list[torch.optim.Optimizer] = []
+    muon = settings["muon"]
+    groups = [
+        {"params": [params[r.name] for r in rows if r.manifold == manifold], "manifold": manifold}
+        for manifold in dict.fromkeys(r.manifold for r in rows if r.manifold)
+    ]
+    if groups:
+        rule = STEP_RULES[muon["rule"]["kind"]](muon["rule"])
+        common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
+        optimizers.append(ManifoldMuon(groups, rule, **common))
+    adamw = settings["adamw"]
+    mine = [params[r.name] for r in rows if r.optimizer == "AdamW"]
+    decays = [
+        {"params": [p for p in mine if p.ndim >= 2], "weight_decay": adamw["weight_decay"]},
+        {"params": [p for p in mine if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = tuple(adamw["betas"])
+    decays = [g for g in decays if g["params"]]
+    if decays:
+        optimizers.append(torch.optim.AdamW(decays, lr=adamw["lr"], betas=betas, eps=adamw["eps"], fused=True))
+    return Optimizers(optimizers, rows)

@@ -1,0 +1,55 @@
+"""Learning-rate schedules: pure functions of the step, as a multiple of the peak learning rate.
+
+A schedule maps the number of finished steps to a multiplier; every parameter group's peak rate is scaled by the same number, so Muon
+follows AdamW's schedule as in arXiv 2606.13276. Warm-up is nanoGPT's: (step + 1) / (warmup + 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+def cosine(progress: float, floor: float, decay: float) -> float:
+    """Half a cosine from 1 at progress 0 to `floor` at progress 1."""
+    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float, floor: float, decay: float) -> float:
+    """A straight line from 1 at progress 0 to `floor` at progress 1."""
+    return 1 - (1 - floor) * progress
+
+
+def constant(progress: float, floor: float, decay: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def wsd(progress: float, floor: float, decay: float) -> float:
+    """Warm-up, stable, decay: 1 until the last `decay` fraction of training, then a straight line to `floor`."""
+    return 1.0 if progress <= 1 - decay else linear((progress - 1 + decay) / decay, floor, decay)
+
+
+SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "wsd": wsd,
+}
+
+
+def lr_multiplier(step: int, *, kind: str, warmup_steps: int, decay_steps: int, floor: float, decay: float = 0.2) -> float:
+    """Multiplier of every peak learning rate for the update that follows `step` finished updates.
+
+    Args:
+        step: finished updates, from 0.
+        kind: a key of SCHEDULES.
+        warmup_steps: updates of linear warm-up.
+        decay_steps: the step at which the schedule reaches `floor`; it stays there.
+        floor: last multiplier (the published recipe: 6e-5 / 6e-4 = 0.1).
+        decay: for `wsd` only, the fraction of the steps after warm-up that decay.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+    return SCHEDULES[kind](progress, floor, decay)
