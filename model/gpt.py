@@ -38,7 +38,9 @@ class GPTConfig:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
         ]
         if not found and self.n_embd % self.n_head:
-            found.append(f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them")
+            found.append(
+                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them"
+            )
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         if self.residual not in RESIDUAL_RULES:
@@ -103,7 +105,7 @@ class GPT(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Token ids (B, T) int64 → the normalised last hidden state (B, T, d)."""
         T = x.size(1)
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens exceeds model.block_size={self.config.block_size}; crop it")
         positions = torch.arange(T, device=x.device)
         h = self.transformer.drop(self.transformer.wte(x) + self.transformer.wpe(positions))

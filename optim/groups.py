@@ -38,12 +38,13 @@ class AssignmentError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its name, shape, optimizer ("ManifoldMuon" or "AdamW"), and manifold or None."""
+    """One parameter: its name, shape, optimizer ("ManifoldMuon" or "AdamW"), manifold or None, and whether a rule spoke of it."""
 
     name: str
     shape: tuple[int, ...]
     optimizer: str
     manifold: str | None
+    ruled: bool
 
 
 def _component_matches(pattern: str, component: str) -> bool:
@@ -84,16 +85,25 @@ def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], alwa
         table = any(matches(pattern, name) for pattern in always_adamw)
         if len(shape) != 2 or table:
             if table and hits:
-                problems.append(f"assignment: '{name}' always belongs to AdamW, but rule '{hits[0]}' claims it; narrow the rule")
-            rows.append(Row(name, tuple(shape), "AdamW", None))
+                problems.append(
+                    f"assignment: '{name}' always belongs to AdamW, but rule '{hits[0]}' claims it; narrow the rule"
+                )
+            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=False))
             continue
         used.update(hits)
         if len(hits) != 1:
-            what = "no rule; add one for it" if not hits else f"several rules ({', '.join(map(repr, hits))}); keep one of them"
+            what = (
+                "no rule; add one for it"
+                if not hits
+                else f"several rules ({', '.join(map(repr, hits))}); keep one of them"
+            )
             problems.append(f"assignment: '{name}' is matched by {what}")
             continue
         choice = rules[hits[0]]
-        rows.append(Row(name, tuple(shape), "AdamW" if choice == ADAMW else "ManifoldMuon", None if choice == ADAMW else choice))
+        if choice == ADAMW:
+            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=True))
+        else:
+            rows.append(Row(name, tuple(shape), "ManifoldMuon", choice, ruled=True))
     components = {c for name in shapes for c in name.split(".")}
     for pattern in rules.keys() - used:
         near = get_close_matches(pattern.split(".")[-1], components, 1)
@@ -156,9 +166,13 @@ class Optimizers:
                 else:
                     group["lr"] = peak * multiplier
 
-    def step(self) -> None:
-        """One update by every optimizer."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """One update by every optimizer; none where `skip` (0-d bool, on the device) is true, and no host sync to find out.
+
+        The answer travels as `found_inf`, the attribute by which torch.amp.GradScaler tells fused optimizers the same.
+        """
         for optimizer in self.optimizers:
+            optimizer.found_inf = None if skip is None else skip.float()
             optimizer.step()
 
     def zero_grad(self) -> None:
@@ -177,7 +191,9 @@ class Optimizers:
 
 
 STEP_RULES = {
-    "published": lambda s: PublishedStep(s["dual_steps"], s["alpha"], s["msign_steps"], getattr(torch, s["msign_dtype"])),
+    "published": lambda s: PublishedStep(
+        s["dual_steps"], s["alpha"], s["msign_steps"], getattr(torch, s["msign_dtype"])
+    ),
 }
 """Step rules of ManifoldMuon by the name that `optim.muon.rule.kind` gives, each made from its own settings."""
 

@@ -60,6 +60,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
         self.rule = rule
+        self.found_inf: Tensor | None = None
         self.buckets: list[Bucket] = []
         for group in self.param_groups:
             self._check(group)
@@ -80,7 +81,9 @@ class ManifoldMuon(torch.optim.Optimizer):
             raise ValueError(f"unknown manifold {group.get('manifold')!r}; choose one of {', '.join(MANIFOLDS)}")
         for p in group["params"]:
             if p.ndim != 2:
-                raise ValueError(f"ManifoldMuon takes matrices, not a tensor of shape {tuple(p.shape)}; give it to AdamW")
+                raise ValueError(
+                    f"ManifoldMuon takes matrices, not a tensor of shape {tuple(p.shape)}; give it to AdamW"
+                )
 
     def _link_state(self) -> None:
         """Every parameter's momentum is a view into its bucket: batched arithmetic, and an ordinary state_dict."""
@@ -96,17 +99,24 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of every matrix. Gradients must all be there; nothing is read back to the host."""
-        stacks = []
-        for bucket in self.buckets:
-            group = bucket.group
-            g = bucket.stack(p.grad for p in bucket.params)
-            bucket.momentum.mul_(group["momentum"]).add_(g)
-            G = g.add_(bucket.momentum, alpha=group["momentum"]) if group["nesterov"] else bucket.momentum
-            stacks.append(Stack(bucket.stack(bucket.params), G, group["manifold"], group["lr"], group["weight_decay"]))
-        for bucket, W in zip(self.buckets, self.rule(stacks)):
-            targets = [w.mT if is_wide(p) else w for p, w in zip(bucket.params, W)]
-            torch._foreach_copy_(bucket.params, targets)
+        """One update of every matrix. Gradients must all be there; nothing is read back to the host.
+
+        Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and momenta stay as they are.
+        """
+        keep = None if self.found_inf is None else self.found_inf.bool()
+        stacks = [self._advance(bucket, keep) for bucket in self.buckets]
+        for bucket, stack, W in zip(self.buckets, stacks, self.rule(stacks)):
+            W = W if keep is None else torch.where(keep, stack.W, W)
+            torch._foreach_copy_(bucket.params, [w.mT if is_wide(p) else w for p, w in zip(bucket.params, W)])
+
+    def _advance(self, bucket: Bucket, keep: Tensor | None) -> Stack:
+        """Take the gradients into the momenta and return what the step rule works on."""
+        group, momentum = bucket.group, bucket.group["momentum"]
+        g = bucket.stack(p.grad for p in bucket.params)
+        advanced = torch.add(g, bucket.momentum, alpha=momentum)
+        bucket.momentum.copy_(advanced if keep is None else torch.where(keep, bucket.momentum, advanced))
+        G = torch.add(g, advanced, alpha=momentum) if group["nesterov"] else advanced
+        return Stack(bucket.stack(bucket.params), G, group["manifold"], group["lr"], group["weight_decay"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore momenta in place; learning rates are the schedule's, and settings the configuration's, not the checkpoint's."""

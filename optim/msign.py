@@ -80,7 +80,9 @@ def msign(X: Tensor, steps: int = 10, dtype: torch.dtype = torch.bfloat16) -> Te
     Y = X.to(dtype)
     Y = Y / (torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True) * _SAFETY + 1e-7)
     shape = Y.shape
-    Y = (Y if wide else Y.mT).reshape(-1, *sorted(shape[-2:]))  # (k, n, m) with n <= m: the Gram matrix is the small one
+    Y = (Y if wide else Y.mT).reshape(
+        -1, *sorted(shape[-2:])
+    )  # (k, n, m) with n <= m: the Gram matrix is the small one
     for a, b, c in polar_express_coefficients(steps):
         A = Y @ Y.mT  # (k, n, n)
         # baddbmm adds inside the float32 accumulator: in bfloat16 this halves the error of the composed map.

@@ -37,7 +37,13 @@ def retract(W: Tensor, manifold: str, msign_dtype: torch.dtype) -> Tensor:
 
 
 def published_direction(
-    W: Tensor, G: Tensor, manifold: str, *, steps: int = 20, alpha: float = 0.1, msign_dtype: torch.dtype = torch.bfloat16
+    W: Tensor,
+    G: Tensor,
+    manifold: str,
+    *,
+    steps: int = 20,
+    alpha: float = 0.1,
+    msign_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """A (m, n) of the published dual ascent at tall W, G (m, n)."""
     Lam = -project(W.T @ G + G.T @ W, manifold) / 4
@@ -62,7 +68,13 @@ def published_muon(
     """The weights after each published optimizer step with the given gradients; W and gradients (m, n), any orientation."""
     if W.size(0) < W.size(1):
         flipped = published_muon(
-            W.T, [g.T for g in gradients], manifold, lr=lr, momentum=momentum, weight_decay=weight_decay, msign_dtype=msign_dtype
+            W.T,
+            [g.T for g in gradients],
+            manifold,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            msign_dtype=msign_dtype,
         )
         return [w.T for w in flipped]
     buffer, after = torch.zeros_like(W), []

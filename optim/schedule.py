@@ -38,7 +38,9 @@ SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
 }
 
 
-def lr_multiplier(step: int, *, kind: str, warmup_steps: int, decay_steps: int, floor: float, decay: float = 0.2) -> float:
+def lr_multiplier(
+    step: int, *, kind: str, warmup_steps: int, decay_steps: int, floor: float, decay: float = 0.2
+) -> float:
     """Multiplier of every peak learning rate for the update that follows `step` finished updates.
 
     Args:

@@ -1,0 +1,101 @@
+"""Batches of windows, a pure function of (seed, step, rank): a resumed run reads what it would have read."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from data.shards import DataError, Split
+
+
+class Loader:
+    """Random windows of a split, as nanoGPT draws them: with replacement, at uniformly random offsets.
+
+    windows: size of the global batch; rank r of `world` receives its r-th contiguous part, so the ranks' batches
+    concatenated are the same batch whatever the world.
+    Raises DataError if the split is shorter than a window, ValueError if `windows` cannot be shared out.
+    """
+
+    def __init__(self, split: Split, block_size: int, seed: int, windows: int, rank: int = 0, world: int = 1):
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} does not exist in a world of {world}; ranks go from 0 to {world - 1}")
+        if windows < 1 or windows % world:
+            raise ValueError(
+                f"{windows} windows a step cannot be shared by {world} ranks; set global_batch_tokens to a multiple of "
+                f"{world} x {block_size} tokens or change the number of ranks"
+            )
+        _require_window(split, block_size)
+        self.split, self.block_size, self.seed = split, block_size, seed
+        self.windows, self.rank, self.world = windows, rank, world
+
+    def offsets(self, step: int) -> np.ndarray:
+        """Where this rank's windows begin at `step`: (windows // world,) int64."""
+        # Philox is a function of (key, counter): no state to carry along or to store. We reduce its raw output
+        # ourselves, since numpy promises a stable stream for bit generators only. The bias, tokens / 2^64, is below
+        # 1e-9.
+        key = np.array([self.seed % 2**64, step], dtype=np.uint64)
+        places = np.uint64(self.split.tokens - self.block_size)
+        drawn = np.random.Philox(key=key).random_raw(self.windows) % places
+        share = self.windows // self.world
+        return drawn[self.rank * share : (self.rank + 1) * share].astype(np.int64)
+
+    def batch(self, step: int) -> np.ndarray:
+        """This rank's windows at `step`: (windows // world, block_size + 1) uint16; inputs and targets overlap."""
+        return np.stack([self.split.read(int(offset), self.block_size + 1) for offset in self.offsets(step)])
+
+
+def validation_windows(split: Split, block_size: int, count: int) -> np.ndarray:
+    """At most `count` windows, evenly spaced and without overlap, the same for every run: (n, block_size + 1) uint16.
+
+    A split too short for `count` gives as many as fit; DataError if not even one does.
+    """
+    if count < 1:
+        raise ValueError(f"{count} validation windows measure nothing; ask for at least 1")
+    _require_window(split, block_size)
+    count = min(count, split.tokens // (block_size + 1))
+    stride = split.tokens // count
+    return np.stack([split.read(i * stride, block_size + 1) for i in range(count)])
+
+
+class Prefetcher:
+    """Prepares the next `depth` batches of `loader` on a thread while the current one is trained on.
+
+    A thread, not worker processes: reading windows is light, and workers would lose the save on a SIGTERM.
+    """
+
+    def __init__(self, loader: Loader, first_step: int, depth: int = 2):
+        if depth < 1:
+            raise ValueError(f"a depth of {depth} prepares no batch; use 1 or more")
+        self.loader, self.depth = loader, depth
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._pending: deque[Future] = deque()
+        self._start(first_step)
+
+    def _start(self, step: int) -> None:
+        for future in self._pending:
+            future.cancel()
+        self._pending = deque(self._pool.submit(self.loader.batch, step + i) for i in range(self.depth))
+        self._next = step
+
+    def next(self, step: int) -> np.ndarray:
+        """`loader.batch(step)`; what reading it raised is raised here. A step out of turn restarts from there."""
+        if step != self._next:
+            self._start(step)
+        batch = self._pending.popleft()
+        self._pending.append(self._pool.submit(self.loader.batch, step + self.depth))
+        self._next = step + 1
+        return batch.result()
+
+    def close(self) -> None:
+        """Stop the thread and drop what it has prepared; may be called twice."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _require_window(split: Split, block_size: int) -> None:
+    if split.tokens < block_size + 1:
+        raise DataError(
+            f"a context of {block_size} tokens is longer than the data in {split.directory} ({split.tokens} tokens, "
+            f"{block_size + 1} needed); shorten the context (block_size) or prepare more text"
+        )

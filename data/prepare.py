@@ -1,0 +1,297 @@
+"""Prepare a dataset once: python -m data.prepare data=openwebtext [data.key=value ...]"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.shards import FORMAT, TOKEN, DataError, Manifest, ShardWriter, SplitInfo, open_dataset, write_manifest
+from data.sources import SOURCES, input_files
+from data.tokenizer import encode_documents, get_tokenizer
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NO_SETTINGS = ("dir", "auto_prepare")  # keys that decide where and when, not what
+
+log = logging.getLogger(__name__)
+
+
+def prepare(cfg: Mapping[str, Any], progress: bool = True) -> Path:
+    """Prepare the dataset that `cfg`, the plain `data` group of the configuration, describes; its directory.
+
+    Does nothing if the directory already holds the same preparation. Everything is written into a sibling directory
+    that takes the final name at the very end, so an error, Ctrl-C or a full disk leaves nothing behind, and what a
+    killed process leaves is removed by the next one. Processes that prepare the same directory at once wait for the
+    first.
+
+    Raises DataError if the directory holds something else, the source or tokenizer cannot be read, or it cannot be
+    written.
+    """
+    directory = Path(cfg["dir"]).expanduser()
+    settings = json.loads(json.dumps({key: value for key, value in cfg.items() if key not in NO_SETTINGS}))
+    if _holds(directory, settings):
+        return directory
+    if cfg["source"] not in SOURCES:
+        raise DataError(f"there is no source {cfg['source']!r}; set data.source to one of {', '.join(sorted(SOURCES))}")
+    written = 0
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(directory, settings)
+        with _temporary(directory) as temporary:
+            if not _holds(directory, settings):  # another process may have been faster
+                try:
+                    write_manifest(temporary, _write(temporary, settings, progress))
+                    _sync(temporary)
+                except OSError:
+                    written = sum(file.stat().st_size for file in temporary.iterdir())
+                    raise
+                temporary.rename(directory)
+                _sync(directory.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(_disk_is_full(directory, settings, written)) from error
+        raise DataError(f"cannot write {directory} ({error}); set data.dir to a folder that can be written") from error
+    return directory
+
+
+def _holds(directory: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the directory is prepared from `settings`; DataError if it holds anything else."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    manifest = open_dataset(directory, verify=False, name=settings["name"]).manifest
+    remedy = f"delete {directory} to prepare it again, or set data.dir to another folder"
+    keys = sorted(settings.keys() | manifest.settings.keys())
+    differing = [key for key in keys if settings.get(key) != manifest.settings.get(key)]
+    if differing:
+        changes = ", ".join(
+            f"{key}: {manifest.settings.get(key)!r} there, {settings.get(key)!r} asked" for key in differing
+        )
+        raise DataError(f"{directory} was prepared with other settings ({changes}); {remedy}")
+    inputs = input_files(settings)
+    if inputs and inputs != manifest.inputs:  # none: the originals may have been removed since
+        changed = sorted({file for file, _ in inputs.items() ^ manifest.inputs.items()})
+        raise DataError(
+            f"the files that {directory} was prepared from have changed ({', '.join(changed[:3])}); {remedy}"
+        )
+    return True
+
+
+def _write(directory: Path, settings: Mapping[str, Any], progress: bool) -> Manifest:
+    """Write the shards of both splits and say what they hold."""
+    tokenizer = get_tokenizer(settings["tokenizer"])
+    documents = SOURCES[settings["source"]](settings)
+    threads = len(os.sched_getaffinity(0)) if tokenizer.name == "gpt2" else 1  # bytes need no computing
+    encoded = encode_documents(tokenizer, documents, threads)
+    inputs = input_files(settings)
+    shard_tokens, cap = settings["shard_tokens"], settings.get("max_tokens")
+    with (
+        ShardWriter(directory, "train", shard_tokens) as train,
+        ShardWriter(directory, "val", shard_tokens) as val,
+        contextlib.closing(encoded),
+        _progress(settings, progress) as report,
+    ):
+        writers = {"train": train, "val": val}
+        for split, ids, count in encoded:
+            if split == "train" and cap is not None:
+                ids = ids[: cap - train.tokens]
+            writers[split].write(ids, count)
+            report(count, train.tokens + val.tokens)
+            if cap is not None and train.tokens >= cap:
+                break
+        splits = {split: writer.finish() for split, writer in writers.items()}
+    for split, info in splits.items():
+        if not info.documents:
+            raise DataError(_empty(split, splits))
+    expected = _compare(splits, settings)
+    return Manifest(
+        format=FORMAT,
+        name=settings["name"],
+        source=settings["source"],
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        splits=splits,
+        settings=dict(settings),
+        inputs=inputs,
+        expected=expected,
+        made_by=_made_by(),
+    )
+
+
+def _empty(split: str, splits: Mapping[str, SplitInfo]) -> str:
+    total = sum(info.documents for info in splits.values())
+    remedy = (
+        "name other files for it (data.val_files), raise data.val_fraction, or make more documents of the text "
+        "(data.separator='' takes paragraphs)"
+        if split == "val"
+        else "name more files (data.files) or lower data.val_fraction"
+    )
+    return f"none of the {total} documents fell into the split {split!r}; {remedy}"
+
+
+def _compare(splits: Mapping[str, SplitInfo], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The published counts beside whether ours are the same; a difference is a warning that says both numbers."""
+    expected = settings.get("expected")
+    if not expected or expected["tokenizer"] != settings["tokenizer"] or settings.get("max_tokens") is not None:
+        return {}
+    found = {
+        "documents": sum(info.documents for info in splits.values()),
+        "train_tokens": splits["train"].tokens,
+        "val_tokens": splits["val"].tokens,
+    }
+    different = [key for key in found if found[key] != expected[key]]
+    for key in different:
+        log.warning("%s: %s %s prepared, %s expected", settings["name"], f"{found[key]:,}", key, f"{expected[key]:,}")
+    return {**{key: expected[key] for key in found}, "met": not different}
+
+
+def _made_by() -> dict[str, str]:
+    return {
+        "command": "python -m data.prepare",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+@contextlib.contextmanager
+def _progress(settings: Mapping[str, Any], shown: bool) -> Iterator[Any]:
+    """A function of (new documents, tokens so far) that moves a bar: documents, documents/s, tokens, tokens/s."""
+    from tqdm import tqdm
+
+    total = (settings.get("expected") or {}).get("documents")
+    with tqdm(total=total, desc=settings["name"], unit=" documents", unit_scale=True, disable=not shown) as bar:
+
+        def report(documents: int, tokens: int) -> None:
+            bar.update(documents)
+            if shown:
+                rate = tokens / max(bar.format_dict["elapsed"], 1e-3)
+                bar.set_postfix_str(f"{tokens / 1e6:,.1f}M tokens, {rate / 1e6:.2f}M tokens/s", refresh=False)
+
+        yield report
+
+
+@contextlib.contextmanager
+def _temporary(directory: Path) -> Iterator[Path]:
+    """An empty sibling of `directory`, ours alone; removed at the end unless it was renamed.
+
+    The directory itself carries the lock, so nothing else is left behind; the kernel lets go of it when a process is
+    killed.
+    """
+    path = directory.with_name(f".{directory.name}.partial")
+    while True:
+        path.mkdir(exist_ok=True)
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except FileNotFoundError:
+            continue  # its owner finished between the two lines
+        if _is_same(path, lock):
+            break
+        os.close(lock)  # we waited for a directory that has been renamed or removed since
+    try:
+        for stale in path.iterdir():  # of a process that was killed
+            stale.unlink()
+        yield path
+    finally:
+        if _is_same(path, lock):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _is_same(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _sync(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _needed_bytes(settings: Mapping[str, Any]) -> int | None:
+    """What the shards will take, where published counts say so."""
+    expected = settings.get("expected")
+    if not expected or expected["tokenizer"] != settings["tokenizer"]:
+        return None
+    train = min(expected["train_tokens"], settings.get("max_tokens") or expected["train_tokens"])
+    return TOKEN.itemsize * (train + expected["val_tokens"])
+
+
+def _require_space(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse before the first byte if the disk cannot hold what is known to come."""
+    needed = _needed_bytes(settings)
+    if needed is not None and shutil.disk_usage(directory.parent).free < needed:
+        raise DataError(_disk_is_full(directory, settings, written=0))
+
+
+def _disk_is_full(directory: Path, settings: Mapping[str, Any], written: int) -> str:
+    needed = _needed_bytes(settings)
+    needs = f"more than the {written / 1e9:.3f} GB written so far" if needed is None else f"{needed / 1e9:.1f} GB"
+    free = (shutil.disk_usage(directory.parent).free + written) / 1e9  # what we wrote is removed again
+    return (
+        f"the disk of {directory.parent.resolve()} is too small: {settings['name']} needs {needs} and {free:.3f} GB "
+        "are free; free some space or set data.dir to a folder on a larger disk (nothing was left behind)"
+    )
+
+
+def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int:
+    """The command; its exit code is 1 where Hydra refuses the configuration, 2 for a problem with the data."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            cfg = OmegaConf.to_container(
+                compose("config", overrides=arguments).data, resolve=True, throw_on_missing=True
+            )
+        directory = prepare(cfg)
+        print(_summary(directory, cfg["name"]))
+    except (HydraException, OmegaConfBaseException) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _summary(directory: Path, name: str) -> str:
+    """What a prepared directory holds, for a person."""
+    manifest = open_dataset(directory, verify=False, name=name).manifest
+    lines = [f"{name} in {directory}: tokenizer {manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"]
+    for split, info in manifest.splits.items():
+        shards = f"{len(info.shards)} shard{'s' * (len(info.shards) != 1)}"
+        lines.append(f"  {split:<5} {info.tokens:>14,} tokens {info.documents:>10,} documents  {shards}")
+    if manifest.expected:
+        counts = ", ".join(f"{manifest.expected[key]:,} {key}" for key in ("documents", "train_tokens", "val_tokens"))
+        lines.append(f"  expected {counts}: {'exactly so' if manifest.expected['met'] else 'NOT met'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""Token shards on disk: how they are written, what is promised about them, and how they are read back.
+
+A prepared dataset is a directory of
+
+    manifest.json      what the shards hold, how they were made, and the SHA-256 of each
+    train_00000.bin    tokens, little-endian uint16, no header; every document is followed by the tokenizer's `eot`
+    val_00000.bin
+    verified.json      which shards were already hashed on this machine (a cache, rewritten at will)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+TOKEN = np.dtype("<u2")
+MANIFEST = "manifest.json"
+VERIFIED = "verified.json"
+
+
+class DataError(Exception):
+    """The data a user named cannot be used; the message says why and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of consecutive tokens."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What one split ("train" or "val") holds, its shards in reading order."""
+
+    tokens: int
+    documents: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The promise a prepared directory makes.
+
+    settings: the configuration the data was made from; preparing again with the same settings does nothing.
+    inputs: local files the tokens came from, path → bytes; empty for sources that are not files.
+    expected: published counts of this dataset, where there are any; they may differ from `splits`.
+    made_by: versions, platform and time; recorded for people, compared by nobody.
+    """
+
+    format: int
+    name: str
+    source: str
+    tokenizer: str
+    vocab_size: int
+    splits: dict[str, SplitInfo]
+    settings: dict[str, Any]
+    inputs: dict[str, int]
+    expected: dict[str, Any]
+    made_by: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the tokens and of nothing else: the same text prepared elsewhere has the same one."""
+        splits = {split: asdict(info) for split, info in self.splits.items()}
+        return _digest([self.format, self.tokenizer, self.vocab_size, splits])
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split as a sequence of tokens; cheap to copy to other threads and processes."""
+
+    directory: Path
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the split."""
+        return sum(shard.tokens for shard in self.shards)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens `start : start + length` as a new array (length,) uint16, across shard borders.
+
+        Reads the file instead of mapping it, so that resident memory does not grow with the pages a long run touches.
+        Raises IndexError outside the split, DataError if a shard has shrunk or gone since it was opened.
+        """
+        if start < 0 or length < 0 or start + length > self.tokens:
+            raise IndexError(f"tokens {start} to {start + length} of a split of {self.tokens}; stay inside the split")
+        out = np.empty(length, dtype=np.uint16)
+        done, first = 0, 0  # tokens copied; position of the shard's first token in the split
+        for shard in self.shards:
+            offset = start + done - first
+            if done < length and offset < shard.tokens:
+                count = min(length - done, shard.tokens - offset)
+                out[done : done + count] = _read_file(self.directory / shard.file, offset, count)
+                done += count
+            first += shard.tokens
+        return out
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared directory, checked and ready to read."""
+
+    directory: Path
+    manifest: Manifest
+    train: Split
+    val: Split
+
+    @property
+    def fingerprint(self) -> str:
+        """The manifest's fingerprint; a checkpoint stores it to notice that it is continued on other data."""
+        return self.manifest.fingerprint
+
+
+class ShardWriter:
+    """Writes one split into `directory`, a new file every `shard_tokens` tokens; `finish` returns what was written.
+
+    Hashes while writing; every finished file is on the disk (fsync). A context manager: leaving it lets go of a file
+    that was not finished. OSError passes through.
+    """
+
+    def __init__(self, directory: Path, split: str, shard_tokens: int):
+        if shard_tokens < 1:
+            raise DataError(f"data.shard_tokens={shard_tokens} leaves no room for a token; set it to 1 or more")
+        self.directory, self.split, self.shard_tokens = directory, split, shard_tokens
+        self.tokens = 0
+        self.documents = 0
+        self._shards: list[Shard] = []
+        self._file: Any = None
+        self._in_shard = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            with contextlib.suppress(
+                OSError
+            ):  # on a full disk even closing fails, and the first error is the one to tell
+                self._file.close()
+
+    def write(self, ids: np.ndarray, documents: int) -> None:
+        """Append `ids` (n,) uint16, which hold `documents` documents."""
+        ids = ids.astype(TOKEN, copy=False)
+        self.documents += documents
+        self.tokens += len(ids)
+        while len(ids):
+            if self._file is None:
+                self._file = open(self.directory / f"{self.split}_{len(self._shards):05d}.bin", "wb")  # noqa: SIM115
+                self._sha, self._in_shard = hashlib.sha256(), 0
+            part, ids = np.split(ids, [self.shard_tokens - self._in_shard])
+            raw = part.tobytes()
+            self._file.write(raw)
+            self._sha.update(raw)
+            self._in_shard += len(part)
+            if self._in_shard == self.shard_tokens:
+                self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        name = Path(self._file.name).name
+        self._shards.append(Shard(name, self._in_shard, self._sha.hexdigest()))
+        self._file = None
+
+    def finish(self) -> SplitInfo:
+        """Finish the last shard and say what the split holds."""
+        if self._file is not None:
+            self._finish_shard()
+        return SplitInfo(self.tokens, self.documents, tuple(self._shards))
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json with a checksum over itself, on the disk when this returns."""
+    content = json.loads(json.dumps(asdict(manifest)))
+    content["checksum"] = _digest(content)
+    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a prepared directory; DataError if it is damaged, FileNotFoundError if there is none."""
+    path = directory / MANIFEST
+    remedy = f"delete {directory} and prepare it again"
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); make it readable or set data.dir elsewhere"
+        ) from error
+    try:
+        content = json.loads(raw)
+        checksum = content.pop("checksum")
+        if content["format"] != FORMAT:
+            raise DataError(f"{path} has format {content['format']}, this code reads format {FORMAT}; {remedy}")
+        if checksum != _digest(content):
+            raise DataError(f"{path} is damaged: its checksum does not fit what it says; {remedy}")
+        splits = {
+            name: SplitInfo(info["tokens"], info["documents"], tuple(Shard(**shard) for shard in info["shards"]))
+            for name, info in content.pop("splits").items()
+        }
+        return Manifest(splits=splits, **content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+
+
+def open_dataset(directory: str | Path, verify: bool = True, name: str | None = None) -> Dataset:
+    """Open a prepared directory and check what its manifest promises.
+
+    The size of every shard is checked always. With `verify` its SHA-256 is checked too, once: shards found good are
+    noted with their size and modification time in verified.json, and hashed again only when one of the two has
+    changed (17 GB are not read at every start; a file altered behind an unchanged time stamp is not noticed).
+    `name` is the dataset's name in the command that a message recommends; by default the directory's own name.
+
+    Raises DataError for a missing directory, a damaged manifest, and a missing, truncated or altered shard.
+    """
+    directory = Path(directory)
+    command = _prepare_command(directory, name or directory.name)
+    if not directory.is_dir():
+        raise DataError(f"there is no prepared data in {directory}; make it with: {command}")
+    try:
+        manifest = read_manifest(directory)
+    except FileNotFoundError:
+        raise DataError(f"{directory} holds no {MANIFEST}; remove the directory and run: {command}") from None
+    remedy = f"delete {directory} and run: {command}"
+    shards = [shard for info in manifest.splits.values() for shard in info.shards]
+    for shard in shards:
+        _check_size(directory / shard.file, shard, remedy)
+    if verify:
+        _check_hashes(directory, shards, remedy)
+    splits = {split: Split(directory, manifest.splits[split].shards) for split in ("train", "val")}
+    return Dataset(directory, manifest, **splits)
+
+
+def _prepare_command(directory: Path, name: str) -> str:
+    command = f"python -m data.prepare data={name}"
+    usual = Path("data") / "prepared" / name  # what configs/data/*.yaml say
+    return command if directory.absolute() == usual.absolute() else f"{command} data.dir={directory}"
+
+
+def _check_size(path: Path, shard: Shard, remedy: str) -> None:
+    if not path.is_file():
+        raise DataError(f"shard {path} is missing; {remedy}")
+    size, expected = path.stat().st_size, shard.tokens * TOKEN.itemsize
+    if size != expected:
+        how = "truncated" if size < expected else "altered"
+        raise DataError(f"shard {path} is {how}: {size:,} bytes instead of {expected:,}; {remedy}")
+
+
+def _check_hashes(directory: Path, shards: list[Shard], remedy: str) -> None:
+    states = {}
+    for shard in shards:
+        stat = (directory / shard.file).stat()
+        states[shard.file] = [stat.st_size, stat.st_mtime_ns, shard.sha256]
+    known = _read_verified(directory)
+    fresh = [shard for shard in shards if known.get(shard.file) != states[shard.file]]
+    if not fresh:
+        return
+    with ThreadPoolExecutor(min(len(fresh), 8)) as pool:  # hashing lets go of the GIL
+        digests = pool.map(_hash_file, [directory / shard.file for shard in fresh])
+        for shard, digest in zip(fresh, digests):
+            if digest != shard.sha256:
+                raise DataError(
+                    f"shard {directory / shard.file} is altered: its SHA-256 is not the one noted; {remedy}"
+                )
+    _write_verified(directory, states)
+
+
+def _read_verified(directory: Path) -> Mapping[str, list]:
+    try:
+        known = json.loads((directory / VERIFIED).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_verified(directory: Path, states: Mapping[str, list]) -> None:
+    temporary = directory / f".{VERIFIED}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps(states, indent=2), encoding="utf-8")
+        temporary.replace(directory / VERIFIED)  # several ranks may do this at once: the last one wins
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a read-only directory is no reason to stop: it is hashed again next time
+
+
+def _read_file(path: Path, offset: int, count: int) -> np.ndarray:
+    try:
+        tokens = np.fromfile(path, dtype=TOKEN, count=count, offset=offset * TOKEN.itemsize)
+    except OSError as error:
+        raise DataError(f"cannot read shard {path} ({error}); prepare the data again") from error
+    if len(tokens) != count:
+        raise DataError(f"shard {path} was truncated while in use; delete its directory and prepare the data again")
+    return tokens
+
+
+def _hash_file(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

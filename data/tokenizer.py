@@ -1,0 +1,135 @@
+"""Text to token ids and back: raw bytes, or GPT-2's byte-pair encoding by tiktoken."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from data.shards import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "\ufffd"
+
+
+class Tokenizer(Protocol):
+    """name: as in the configuration; vocab_size: number of ids, all below 65,536; eot: the id after each document."""
+
+    name: str
+    vocab_size: int
+    eot: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (n,) uint16, without `eot`; special words in the text are text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; ids outside the vocabulary (a padded embedding may produce them) become U+FFFD."""
+
+
+class ByteTokenizer:
+    """The 256 values of a UTF-8 byte, and 256 for the end of a document."""
+
+    name = "bytes"
+    vocab_size = 257
+    eot = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """UTF-8 bytes (n,) uint16; a lone surrogate becomes '?', as it has no UTF-8."""
+        return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; bytes that are no UTF-8 and ids above 256 become U+FFFD."""
+        special = {self.eot: END_OF_TEXT.encode()}
+        parts = (bytes([i]) if i < 256 else special.get(i, UNKNOWN.encode()) for i in map(int, ids))
+        return b"".join(parts).decode("utf-8", "replace")
+
+
+class GPT2Tokenizer:
+    """GPT-2's 50,257 byte pairs (tiktoken "gpt2"), the encoding of nanoGPT's OpenWebText."""
+
+    name = "gpt2"
+    vocab_size = 50257
+    eot = 50256
+
+    def __init__(self) -> None:
+        import tiktoken
+
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # tiktoken lets every error of its download through
+            raise DataError(
+                f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}: {error}); tiktoken downloads it once: "
+                "connect to the network, or set TIKTOKEN_CACHE_DIR to a folder in which it has been downloaded before"
+            ) from error
+
+    def encode(self, text: str) -> np.ndarray:
+        """tiktoken's `encode_ordinary` as (n,) uint16."""
+        try:
+            # Arrays instead of lists of Python integers, and without the GIL; no special word is recognised.
+            ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary repairs
+            ids = np.array(self._encoding.encode_ordinary(text))
+        return ids.astype(np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; invalid UTF-8 and ids above 50,256 become U+FFFD."""
+        token = self._encoding.decode_single_token_bytes
+        parts = (token(i) if i < self.vocab_size else UNKNOWN.encode() for i in map(int, ids))
+        return b"".join(parts).decode("utf-8", "replace")
+
+
+TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+
+
+@lru_cache
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`; DataError if there is none, or if its vocabulary cannot be loaded."""
+    if name not in TOKENIZERS:
+        raise DataError(f"there is no tokenizer {name!r}; set data.tokenizer to one of {', '.join(sorted(TOKENIZERS))}")
+    return TOKENIZERS[name]()
+
+
+def encode_documents(
+    tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], threads: int, batch_chars: int = 1 << 20
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Encode a stream of (split, text), in order, on `threads` threads and in bounded memory.
+
+    Yields (split, ids (n,) uint16, number of documents in them); each document is followed by `eot`. Documents are
+    taken about a million characters at a time, and never more than two batches a thread ahead of the consumer.
+    """
+
+    def encode(texts: list[str]) -> np.ndarray:
+        eot = np.array([tokenizer.eot], dtype=np.uint16)
+        return np.concatenate([part for text in texts for part in (tokenizer.encode(text), eot)])
+
+    pending: deque = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for split, texts in _batches(documents, batch_chars):
+            pending.append((split, pool.submit(encode, texts), len(texts)))
+            if len(pending) > 2 * threads:
+                split, ids, count = pending.popleft()
+                yield split, ids.result(), count
+        while pending:
+            split, ids, count = pending.popleft()
+            yield split, ids.result(), count
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(documents: Iterable[tuple[str, str]], batch_chars: int) -> Iterator[tuple[str, list[str]]]:
+    """Consecutive documents of one split, until they hold `batch_chars` characters together."""
+    current, texts, chars = "", [], 0
+    for split, text in documents:
+        if texts and (split != current or chars >= batch_chars):
+            yield current, texts
+            texts, chars = [], 0
+        current = split
+        texts.append(text)
+        chars += len(text)
+    if texts:
+        yield current, texts

@@ -1,0 +1,366 @@
+"""Checkpoints: whatever happens to the process, the disk or the bytes, what loads is what was saved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from training import checkpoint
+from training.checkpoint import MANIFEST_FILE, STATE_FILE, CheckpointError, check_same, load, load_newest, save
+
+
+def make_state(step: int) -> dict:
+    """A state with one of everything that a run saves; its numbers tell the step."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "model": OrderedDict(weight=torch.randn(7, 5, generator=generator), half=torch.full((3,), step).bfloat16()),
+        "optimizer": {
+            "state": {0: {"momentum": torch.randn(7, 5, generator=generator), "step": step}},
+            "lr": [0.1, None],
+        },
+        "rng": [generator.get_state(), (3, (1, 2, 3), None)],
+        "best": float("inf"),
+        "name": f"run {step}",
+    }
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+def holds(loaded, step: int) -> bool:
+    return loaded is not None and loaded.step == step and same(loaded.state, make_state(step))
+
+
+def test_what_loads_is_what_was_saved(tmp_path):
+    path = save(tmp_path / "new" / "checkpoints", 100, make_state(100), metric=2.5)
+    assert path == tmp_path / "new" / "checkpoints" / "step_00000100"
+    assert holds(load(path), 100)
+    newest = load_newest(path.parent)
+    assert holds(newest, 100) and newest.path == path and newest.metric == 2.5 and newest.skipped == []
+
+
+def test_no_checkpoint_is_none_and_a_wrong_path_names_the_right_one(tmp_path):
+    assert load_newest(tmp_path) is None
+    assert load_newest(tmp_path / "absent") is None
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*resume=auto"):
+        load(tmp_path / "absent")
+    save(tmp_path, 5, make_state(5))
+    with pytest.raises(CheckpointError, match=r"did you mean .*step_00000005"):
+        load(tmp_path)
+
+
+def test_the_newest_k_and_the_best_stay(tmp_path):
+    metrics = [5.0, 2.0, 4.0, float("nan"), 3.0, None, 2.5]
+    for step, metric in enumerate(metrics):
+        save(tmp_path, step, make_state(step), keep=2, metric=metric)
+        finite = [s for s in range(step + 1) if metrics[s] is not None and metrics[s] == metrics[s]]
+        expected = {step, max(step - 1, 0), min(finite, key=lambda s: metrics[s])}
+        assert names(tmp_path) == [f"step_{s:08d}" for s in sorted(expected)]
+        assert all(holds(load(tmp_path / f"step_{s:08d}"), s) for s in expected)
+    with pytest.raises(CheckpointError, match="keep=0"):
+        save(tmp_path, 9, make_state(9), keep=0)
+
+
+def test_a_future_that_was_given_up_goes_when_its_past_continues(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, make_state(step), keep=5, metric=1.0 / step)
+    save(tmp_path, 15, make_state(15), keep=2, metric=9.0)
+    assert names(tmp_path) == ["step_00000010", "step_00000015"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 1, make_state(1))
+    save(tmp_path, 2, make_state(1))
+    save(tmp_path, 2, make_state(2))
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+    assert holds(load_newest(tmp_path), 2)
+
+
+# ---- damage ----
+
+
+@pytest.fixture
+def two(tmp_path) -> Path:
+    save(tmp_path, 10, make_state(10))
+    return save(tmp_path, 20, make_state(20))
+
+
+def assert_falls_back(path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"use an older|no checkpoint"):
+        load(path)
+    loaded = load_newest(path.parent)
+    assert holds(loaded, 10)
+    assert [skipped for skipped, _ in loaded.skipped] == [path]
+    assert str(path) in loaded.skipped[0][1]
+
+
+def places(size: int, count: int) -> list[int]:
+    """``count`` offsets over a file, both ends included."""
+    return sorted({round(index * (size - 1) / (count - 1)) for index in range(count)})
+
+
+@pytest.mark.parametrize("file", [STATE_FILE, MANIFEST_FILE])
+def test_a_truncation_anywhere_is_detected(two, file):
+    whole = (two / file).read_bytes()
+    for length in places(len(whole), 50):
+        (two / file).write_bytes(whole[:length])
+        assert_falls_back(two)
+    (two / file).write_bytes(whole + b"\n")
+    assert_falls_back(two)
+    (two / file).write_bytes(whole)
+    assert holds(load_newest(two.parent), 20)
+
+
+@pytest.mark.parametrize("file", [STATE_FILE, MANIFEST_FILE])
+def test_a_flipped_bit_anywhere_is_detected(two, file):
+    whole = (two / file).read_bytes()
+    for number, place in enumerate(places(len(whole), 50)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << number % 8
+        (two / file).write_bytes(flipped)
+        assert_falls_back(two)
+
+
+def test_every_bit_of_the_manifest_counts(two):
+    whole = (two / MANIFEST_FILE).read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (two / MANIFEST_FILE).write_bytes(flipped)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load(two)
+
+
+def test_a_manifest_reformatted_or_of_another_shape_is_refused(two):
+    fields = json.loads((two / MANIFEST_FILE).read_bytes())
+    for other in (fields, [fields], {**fields, "extra": 1}, {"checksum": fields["checksum"]}, 3):
+        (two / MANIFEST_FILE).write_text(json.dumps(other))
+        assert_falls_back(two)
+
+
+@pytest.mark.parametrize("file", [STATE_FILE, MANIFEST_FILE])
+def test_a_missing_file_is_detected(two, file):
+    (two / file).unlink()
+    assert_falls_back(two)
+
+
+def test_files_of_another_checkpoint_are_detected(two):
+    shutil.copy(two.parent / "step_00000010" / STATE_FILE, two / STATE_FILE)
+    assert_falls_back(two)
+
+
+def test_only_damaged_ones_left_is_an_error_not_a_fresh_start(two):
+    for path in (two, two.parent / "step_00000010"):
+        (path / STATE_FILE).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"none of the 2 .*start over") as error:
+        load_newest(two.parent)
+    assert "step_00000010" in str(error.value) and "step_00000020" in str(error.value)
+
+
+def test_a_visibly_damaged_one_is_not_counted_as_kept(two):
+    (two / STATE_FILE).write_bytes(b"short")
+    save(two.parent, 30, make_state(30), keep=2)
+    assert names(two.parent) == ["step_00000010", "step_00000030"]
+
+
+# ---- what is refused ----
+
+
+class Bomb:
+    """Pickles to a call that leaves a file behind when it is executed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "bare pickle"])
+def test_a_pickle_bomb_with_a_proper_manifest_is_not_executed(two, tmp_path, legacy):
+    crater = tmp_path / "crater"
+    if legacy:
+        (two / STATE_FILE).write_bytes(pickle.dumps(Bomb(crater), protocol=2))
+    else:
+        torch.save({"model": Bomb(crater)}, two / STATE_FILE)
+    raw = (two / STATE_FILE).read_bytes()
+    manifest = checkpoint._Manifest(20, None, len(raw), checkpoint.hashlib.sha256(raw).hexdigest())
+    (two / MANIFEST_FILE).write_bytes(manifest.render())
+
+    with pytest.raises(CheckpointError, match="nothing in it was executed"):
+        load(two)
+    assert holds(load_newest(two.parent), 10)
+    assert not crater.exists()
+    pickle.loads(pickle.dumps(Bomb(crater)))
+    assert crater.exists(), "the bomb itself must work, or this test shows nothing"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [numpy.float64(1.0), numpy.zeros(2), Path("x"), {1, 2}, object, 1j],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_could_not_be_loaded_is_refused_before_it_is_saved(tmp_path, foreign):
+    with pytest.raises(CheckpointError, match=r"state\['a'\]\[1\] is a .*; turn it into"):
+        save(tmp_path / "sub", 1, {"a": [0, foreign]})
+    assert not (tmp_path / "sub").exists()
+
+
+# ---- faults while saving ----
+
+
+def interrupt_at(monkeypatch, number: int, interruption: Callable[[], None]) -> list[int]:
+    """Call ``interruption`` instead of the ``number``-th call of a save that changes the disk; returns the counter."""
+    calls = [0]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == number:
+                interruption()
+            return function(*args, **kwargs)
+
+        return call
+
+    class CountedFile:
+        def __init__(self, file):
+            self._file, self.write = file, counted(file.write)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self._file.close()
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+    plain_open = Path.open
+
+    def path_open(path, mode="r"):
+        return CountedFile(plain_open(path, mode)) if "w" in mode else plain_open(path, mode)
+
+    monkeypatch.setattr(Path, "open", path_open)
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return calls
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("step", [20, 30], ids=["again", "new"])
+def test_a_full_disk_at_any_call_leaves_the_older_checkpoints(tmp_path, monkeypatch, step):
+    failures, number, reached = 0, 0, True
+    while reached:
+        number += 1
+        directory = tmp_path / str(number)
+        save(directory, 10, make_state(10))
+        save(directory, 20, make_state(20))
+        with monkeypatch.context() as patch:
+            calls = interrupt_at(patch, number, full_disk)
+            try:
+                save(directory, step, make_state(step), keep=2)
+            except CheckpointError as error:
+                failures += 1
+                assert "No space left" in str(error) and "free space" in str(error)
+                assert not (directory / f".step_{step:08d}.tmp").exists(), "a failed save gives its space back"
+            reached = calls[0] >= number
+        newest = load_newest(directory)
+        assert (holds(newest, 20) or holds(newest, step)) and newest.skipped == []
+        save(directory, 40, make_state(40), keep=1)
+        assert names(directory) == ["step_00000040"]
+    assert holds(newest, step), "the last round met no fault"
+    assert failures > 20
+
+
+def test_a_file_that_cannot_grow_is_reported_by_its_cause(tmp_path):
+    """The same from the operating system itself, through torch's zip writer."""
+    save(tmp_path, 1, make_state(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="File too large; free space"):
+            save(tmp_path, 2, {"weight": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["step_00000001"] and holds(load_newest(tmp_path), 1)
+
+
+def save_and_die(monkeypatch, directory: Path, step: int, number: int) -> bool:
+    """Save in a child that goes, as by kill -9, before its ``number``-th change of the disk; True if it got there."""
+    child = os.fork()
+    if child == 0:
+        try:
+            interrupt_at(monkeypatch, number, lambda: os._exit(9))
+            save(directory, step, make_state(step), keep=1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("step", [20, 30], ids=["again", "new"])
+def test_killed_at_any_moment_a_save_leaves_a_good_checkpoint(tmp_path, monkeypatch, step):
+    number, killed = 0, True
+    while killed:
+        number += 1
+        directory = tmp_path / str(number)
+        save(directory, 20, make_state(20 if step == 30 else 19), keep=1)
+        killed = save_and_die(monkeypatch, directory, step, number)
+        newest = load_newest(directory)
+        old = newest.step == 20 and same(newest.state, make_state(20 if step == 30 else 19))
+        assert (old or holds(newest, step)) and newest.skipped == [], f"killed at change {number}"
+        save(directory, 40, make_state(40), keep=1)
+        assert names(directory) == ["step_00000040"], "what the killed save left is cleared by the next"
+    assert not old and number > 30
+
+
+# ---- comparing configurations ----
+
+
+def test_check_same_lists_each_changed_key():
+    saved = {"seed": 1, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "gone": True, "x": float("nan"), "rules": {}}
+    now = {
+        "seed": 1,
+        "optim": {"lr": 0.2, "betas": [0.9, 0.95]},
+        "new": None,
+        "x": float("nan"),
+        "rules": {"*.attn.*": "dgram"},
+    }
+    assert check_same(saved, saved) == []
+    assert check_same(saved, now) == [
+        "gone: True → (absent)",
+        "new: (absent) → None",
+        "optim.lr: 0.1 → 0.2",
+        "rules: {} → (absent)",
+        "rules.*.attn.*: (absent) → dgram",
+    ]
+    assert check_same(saved, now, ignore=("optim", "rules", "new")) == ["gone: True → (absent)"]
+    assert check_same({"optimizer": 1}, {"optimizer": 2}, ignore=("optim",)) == ["optimizer: 1 → 2"]

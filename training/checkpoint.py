@@ -1,0 +1,370 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is a directory ``step_00000100/`` with two files: ``state.pt``, written by torch.save, and
+``manifest.json``, which holds the step, the metric, and the size and sha256 of the state. It is written under a hidden
+name, synced to the disk and renamed, so a final name never stands for half a checkpoint, whatever kills the process.
+Every byte is checked before it is used.
+
+The state is one plain file rather than a torch.distributed.checkpoint: the caller gathers to rank 0 what single ranks
+own (at GPT-2 sizes a few GB), and then one file has one checksum, holds tensors by name and thus loads on any number of
+ranks, and is read with ``weights_only=True``, which never executes code. The checksum guards against damage, not
+against forgery; against the latter stands ``weights_only``. One process writes into a directory at a time; any number
+may read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+STATE_FILE = "state.pt"
+MANIFEST_FILE = "manifest.json"
+
+# A replaced checkpoint is readable under its hidden name until its successor is in place; a ".tmp" is never read.
+_CHECKPOINT_NAME = re.compile(r"(step_(?P<step>\d{8,})|\.step_(?P<hidden>\d{8,})\.replaced)")
+_CHUNK_BYTES = 1 << 22
+_PLAIN_TYPES = (
+    dict,
+    OrderedDict,
+    list,
+    tuple,
+    str,
+    bytes,
+    bool,
+    int,
+    float,
+    type(None),
+    torch.Tensor,
+    torch.nn.Parameter,
+)
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read; the message names the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A verified checkpoint: its state on the CPU, and the newer ones that were skipped as ``(path, reason)``."""
+
+    state: dict[str, Any]
+    path: Path
+    step: int
+    metric: float | None = None
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What ``manifest.json`` holds; ``size`` in bytes, ``metric`` None where there is none to compare."""
+
+    step: int
+    metric: float | None
+    size: int
+    sha256: str
+
+    def render(self) -> bytes:
+        """The only bytes this manifest may have on disk: canonical JSON with a checksum of its own."""
+        fields = asdict(self)
+        checksum = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return json.dumps({**fields, "checksum": checksum}, indent=2, sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def read(cls, path: Path) -> _Manifest:
+        """Read and verify ``path``; OSError if it cannot be read, CheckpointError if one byte is not as written."""
+        raw = path.read_bytes()
+        try:
+            fields = json.loads(raw)
+            del fields["checksum"]
+            manifest = cls(**fields)
+        except (ValueError, TypeError, KeyError):
+            manifest = None
+        if manifest is None or manifest.render() != raw:
+            raise CheckpointError(f"{path} is damaged; use an older checkpoint (resume=auto finds the newest good one)")
+        return manifest
+
+
+# ---- writing ----
+
+
+def save(
+    directory: str | Path, step: int, state: dict[str, Any], *, keep: int = 2, metric: float | None = None
+) -> Path:
+    """Write ``state`` to ``directory/step_<step>/`` and return that path.
+
+    ``state`` is a nested dict of tensors (any device), numbers, strings, lists and tuples. ``metric`` is that of this
+    very state, lower is better; a non-finite one counts as none. Once the new checkpoint is in place, the newest
+    ``keep`` and the best by metric stay and all others go. So do those of a later step: they belong to a future that
+    was given up when the run resumed before it.
+
+    Raises CheckpointError if the state holds anything that could not be loaded again without executing code, or if it
+    cannot be written (a full disk); the checkpoints that were there stay as they were.
+    """
+    if keep < 1:
+        raise CheckpointError(f"keep={keep} would keep no checkpoint at all; set it to 1 or more")
+    _refuse_foreign(state, "state")
+    directory = Path(directory)
+    final = directory / f"step_{step:08d}"
+    temp = directory / f".{final.name}.tmp"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _clear_interrupted(directory)
+        temp.mkdir()
+        _write_files(temp, step, state, metric)
+        _publish(temp, final)
+        _retire(directory, step, keep)
+    except OSError as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save the checkpoint of step {step} in {directory}: {error.strerror or error}; "
+            "free space there or choose another output_dir, then resume from the older checkpoints, which are untouched"
+        ) from error
+    return final
+
+
+def _refuse_foreign(value: Any, where: str) -> None:
+    """Raise on what ``torch.load(weights_only=True)`` would refuse: better now than when the run is to be resumed."""
+    # Exact types: numpy.float64 is a float and is pickled as a numpy object all the same.
+    if type(value) not in _PLAIN_TYPES:
+        raise CheckpointError(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which could not be loaded again "
+            "without executing code; turn it into tensors, numbers, strings, lists or dicts"
+        )
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_foreign(key, f"the key {key!r} of {where}")
+            _refuse_foreign(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _refuse_foreign(item, f"{where}[{index}]")
+
+
+class _DigestFile:
+    """A file for torch.save that hashes what passes through it and keeps an OSError instead of raising it.
+
+    torch's zip writer answers a failed write with an unrelated RuntimeError; so it is never told, and the caller asks
+    for ``error``.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        length = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+            self.digest.update(data)
+            self.size += length
+        return length
+
+    def flush(self) -> None:
+        """Nothing: _write_files flushes and syncs once, at the end."""
+
+
+def _write_files(temp: Path, step: int, state: dict[str, Any], metric: float | None) -> None:
+    with (temp / STATE_FILE).open("wb") as file:
+        sink = _DigestFile(file)
+        torch.save(state, sink)
+        if sink.error is not None:
+            raise sink.error
+        _sync_file(file)
+    comparable = metric is not None and math.isfinite(metric)
+    manifest = _Manifest(int(step), float(metric) if comparable else None, sink.size, sink.digest.hexdigest())
+    with (temp / MANIFEST_FILE).open("wb") as file:
+        file.write(manifest.render())
+        _sync_file(file)
+    _sync_directory(temp)
+
+
+def _publish(temp: Path, final: Path) -> None:
+    """Give the finished checkpoint its name; an old one steps aside, as no call replaces a directory."""
+    if final.exists():
+        os.replace(final, final.with_name(f".{final.name}.replaced"))
+    os.replace(temp, final)
+    _sync_directory(final.parent)
+
+
+def _retire(directory: Path, step: int, keep: int) -> None:
+    """Remove all but the newest ``keep`` and the best; one that shows damage at first sight counts as neither."""
+    paths = list(_checkpoints(directory))
+    manifests = {}
+    for path in paths:
+        try:
+            manifests[path] = _check_size(path)
+        except CheckpointError:
+            continue
+    past = [path for path in manifests if manifests[path].step <= step and not path.name.startswith(".")]
+    measured = [path for path in past if manifests[path].metric is not None]
+    best = min(measured, key=lambda path: manifests[path].metric, default=None)
+    for path in paths:
+        if path not in past[:keep] and path != best:
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a final name never stands for half of one."""
+    doomed = path.with_name(f".{path.name.lstrip('.')}.removed.tmp")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _clear_interrupted(directory: Path) -> None:
+    """Remove what a killed save left, and bring back a checkpoint that had stepped aside for one that never came."""
+    for temp in directory.glob(".step_*.tmp"):
+        shutil.rmtree(temp, ignore_errors=True)
+    for aside in directory.glob(".step_*.replaced"):
+        final = directory / aside.name[1:].removesuffix(".replaced")
+        if final.exists():
+            _discard(aside)
+        else:
+            os.replace(aside, final)
+
+
+def _sync_file(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the names in ``path`` survive a power failure, where the file system offers that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading ----
+
+
+def load(path: str | Path) -> Loaded:
+    """Load one checkpoint directory after verifying every byte; tensors come to the CPU.
+
+    Raises CheckpointError if there is none at ``path``, if it is damaged, or if its state holds more than tensors and
+    plain values.
+    """
+    path = Path(path)
+    manifest = _verify(path)
+    try:
+        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # The bytes are as written, so whatever torch raises, it says that it will not have this content.
+        raise CheckpointError(
+            f"{path / STATE_FILE} holds more than tensors and plain values or comes from another torch "
+            f"({type(error).__name__}), so it was not loaded and nothing in it was executed; "
+            "use a checkpoint that this program saved"
+        ) from error
+    return Loaded(state, path, manifest.step, manifest.metric)
+
+
+def load_newest(directory: str | Path) -> Loaded | None:
+    """Load the newest checkpoint in ``directory`` that verifies; None if there is not a single one, good or bad.
+
+    Raises CheckpointError if there are some and none is good: starting over would throw a run away without asking.
+    """
+    skipped = []
+    for path in _checkpoints(Path(directory)):
+        try:
+            return replace(load(path), skipped=skipped)
+        except CheckpointError as error:
+            skipped.append((path, str(error)))
+    if skipped:
+        reasons = "".join(f"\n  {reason}" for _, reason in skipped)
+        raise CheckpointError(
+            f"none of the {len(skipped)} checkpoints in {directory} can be used; "
+            f"restore one from a copy, or remove that directory to start over:{reasons}"
+        )
+    return None
+
+
+def _checkpoints(directory: Path) -> Iterator[Path]:
+    """The checkpoints in ``directory``, newest first; one that stepped aside comes after its successor."""
+    found = []
+    for path in directory.glob("*step_*"):
+        if match := _CHECKPOINT_NAME.fullmatch(path.name):
+            found.append((int(match["step"] or match["hidden"]), match["step"] is not None, path))
+    return (path for _, _, path in sorted(found, reverse=True))
+
+
+def _check_size(path: Path) -> _Manifest:
+    """The manifest of ``path``, verified, and the size of its state: what can be checked without reading it all."""
+    try:
+        manifest = _Manifest.read(path / MANIFEST_FILE)
+        size = (path / STATE_FILE).stat().st_size
+    except OSError as error:
+        newest = next(_checkpoints(path), None)
+        remedy = f"did you mean {newest}?" if newest else "give a directory step_<number> or use resume=auto"
+        name = Path(error.filename or path).name
+        raise CheckpointError(f"{path} is no checkpoint ({name}: {error.strerror or error}); {remedy}") from error
+    if size != manifest.size:
+        raise CheckpointError(
+            f"{path / STATE_FILE} has {size} bytes instead of {manifest.size}: it was truncated or altered; "
+            "use an older checkpoint"
+        )
+    return manifest
+
+
+def _verify(path: Path) -> _Manifest:
+    manifest = _check_size(path)
+    digest = hashlib.sha256()
+    try:
+        with (path / STATE_FILE).open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path / STATE_FILE} cannot be read ({error.strerror or error}); use an older checkpoint"
+        ) from error
+    if digest.hexdigest() != manifest.sha256:
+        raise CheckpointError(
+            f"{path / STATE_FILE} was altered: its sha256 is not the recorded one; use an older checkpoint"
+        )
+    return manifest
+
+
+# ---- comparing ----
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+    """List each key whose value differs between two nested configurations, as ``"schedule.lr: 0.1 → 0.2"``.
+
+    ``ignore`` names dotted keys; a name covers everything below it (``"logger"`` covers ``logger.mode``).
+    """
+    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    ignored = tuple(ignore)
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
+        both_nan = old != old and new != new
+        if old != new and not both_nan and not any(key == name or key.startswith(f"{name}.") for name in ignored):
+            changes.append(f"{key}: {old} → {new}")
+    return changes
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,80 @@
+"""The state a run needs to go on as if it had not stopped, and the rules for going on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.checkpoint import CheckpointError, Loaded, check_same, load, load_newest
+from training.run import environment
+from training.stability import Stability
+
+# Settings that may differ between the two halves of a run without changing its numbers.
+HARMLESS = (
+    "resume",
+    "output_dir",
+    "logger",
+    "checkpoint",
+    "log",
+    "name",
+    "data.dir",
+    "data.auto_prepare",
+    "launcher",
+    "sweep",
+)
+
+
+def state_of(
+    cfg: dict[str, Any],
+    data: str,
+    model: nn.Module,
+    optimizers: Any,
+    stability: Stability,
+    step: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Everything a run needs to go on as if it had not stopped."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "config": cfg,
+        "data": data,
+        "model": model.state_dict(),
+        "optimizers": optimizers.state_dict(),
+        "stability": stability.state_dict(),
+        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        "step": step,
+        "seconds": seconds,
+        "environment": environment(),
+    }
+
+
+def find_checkpoint(cfg: dict[str, Any], directory: Path, data: str) -> Loaded | None:
+    """The checkpoint to go on from, if `resume` asks for one and there is one; it must be of this model and data."""
+    if cfg["resume"] == "never":
+        return None
+    loaded = load_newest(directory / "checkpoints") if cfg["resume"] == "auto" else load(cfg["resume"])
+    if loaded is None:
+        return None
+    changed = check_same(loaded.state["config"], cfg, ignore=HARMLESS)
+    if loaded.state["data"] != data:
+        changed.append(f"data: the shards in {cfg['data']['dir']} are not those the run was trained on")
+    if changed:
+        raise CheckpointError(
+            f"{loaded.path} belongs to another run, so it is not continued; go back to its settings, or start anew with "
+            "resume=never and another output_dir:" + "".join(f"\n  - {c}" for c in changed)
+        )
+    return loaded
+
+
+def restore(state: dict[str, Any], model: nn.Module, optimizers: Any, stability: Stability) -> tuple[int, float]:
+    """Put a checkpoint's state in place; returns the finished steps and the seconds they took."""
+    model.load_state_dict(state["model"])
+    optimizers.load_state_dict(state["optimizers"])
+    stability.load_state_dict(state["stability"])
+    torch.set_rng_state(state["rng"]["cpu"])
+    if torch.cuda.is_available() and state["rng"]["cuda"]:
+        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    return state["step"], state["seconds"]

@@ -1,0 +1,60 @@
+"""Where a run lives and what it runs on."""
+
+from __future__ import annotations
+
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.log import METRICS_FILE
+from training.validate import ConfigError
+
+
+def resolve_device(cfg: dict[str, Any]) -> tuple[torch.device, torch.dtype]:
+    """What `auto` means here: CUDA where there is one, and bfloat16 on it."""
+    name = cfg["device"] if cfg["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    automatic = "bfloat16" if name == "cuda" else "float32"
+    return torch.device(name), getattr(torch, automatic if cfg["dtype"] == "auto" else cfg["dtype"])
+
+
+def use_compile(cfg: dict[str, Any], device: torch.device) -> bool:
+    """`auto` compiles on CUDA, where it pays within a minute."""
+    return device.type == "cuda" if cfg["compile"] == "auto" else cfg["compile"]
+
+
+def run_name(cfg: dict[str, Any]) -> str:
+    """The configured name, or the assignment's as one lower-case word."""
+    return cfg["name"] or cfg["assignment"]["name"].lower().replace("-", "_")
+
+
+def run_directory(cfg: dict[str, Any]) -> Path:
+    """Where this run is written. Resuming without a directory takes the newest run of the same name."""
+    if cfg["output_dir"]:
+        directory = Path(cfg["output_dir"])
+        if cfg["resume"] == "never" and (directory / METRICS_FILE).exists():
+            raise ConfigError(
+                [f"output_dir={directory} already holds a run; add resume=auto to continue it, or choose another"]
+            )
+        return directory
+    name = run_name(cfg)
+    if cfg["resume"] == "auto":
+        runs = [p for p in Path("outputs").glob(f"*-*-*/{name}*") if p.name.partition(".")[0] == name]
+        if runs:
+            return max(runs, key=lambda p: p.stat().st_mtime)
+    first = Path("outputs") / date.today().isoformat() / name
+    taken = (p for n in range(1, 10_000) if not (p := first if n == 1 else first.with_name(f"{name}.{n}")).exists())
+    return next(taken)
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices: what a number depends on besides its configuration."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "device": device,
+        "platform": platform.platform(),
+    }

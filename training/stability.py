@@ -1,0 +1,131 @@
+"""When a run counts as unstable: one definition, used by the loop, the tables and the sweeps.
+
+A run is unstable from the first step at which
+
+1. its loss or its gradient is not finite, or
+2. its validation loss is more than ``max_rise`` above the best so far, or
+3. its training loss lies more than ``z_threshold`` standard deviations above its running mean for ``z_steps`` steps on
+   end.
+
+It stays so: training may recover and go on, the record does not. The paper calls runs unstable without defining it;
+this definition is ours. The third rule is blind by design while the loss still falls steeply, since the fall itself
+widens the variance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+# A spread below this share of the mean is taken for this share: a loss that hardly moves must not raise an alarm when
+# it moves a little.
+_LEAST_RELATIVE_SPREAD = 1e-3
+
+
+@dataclass
+class Stability:
+    """The record of one run. Each observation returns True at the one step that makes the run unstable.
+
+    ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``decay`` is that of the exponential
+    moving mean and variance of the training loss; until 1/(1 - decay) losses were seen they are plain averages, and the
+    third rule waits.
+    """
+
+    max_rise: float
+    z_threshold: float | None
+    z_steps: int
+    decay: float = 0.98
+
+    unstable_step: int | None = field(default=None, init=False)
+    reason: str | None = field(default=None, init=False)
+    best: float = field(default=math.inf, init=False)
+    best_step: int | None = field(default=None, init=False)
+    _mean: float = field(default=0.0, init=False)
+    _variance: float = field(default=0.0, init=False)
+    _seen: int = field(default=0, init=False)
+    _high_steps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.max_rise > 0:
+            raise ValueError(f"stability.max_rise is {self.max_rise}; give a rise in nats above 0")
+        if self.z_threshold is not None and not self.z_threshold > 0:
+            raise ValueError(
+                f"stability.z_threshold is {self.z_threshold}; give a number above 0, or null to switch it off"
+            )
+        if self.z_steps < 1:
+            raise ValueError(f"stability.z_steps is {self.z_steps}; give 1 or more")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"stability.decay is {self.decay}; give a number between 0 and 1")
+
+    def train(self, step: int, loss: float) -> bool:
+        """Observe the training loss of a step (nats, already averaged over ranks)."""
+        if not math.isfinite(loss):
+            return self._mark(step, f"training loss is {loss}")
+        if self._is_high(loss):
+            # Kept out of the statistics: a spike that widened them would hide the spikes after it.
+            self._high_steps += 1
+            if self._high_steps >= self.z_steps:
+                return self._mark(
+                    step,
+                    f"training loss {loss:.4g} is more than {self.z_threshold:g} standard deviations above its "
+                    f"running mean {self._mean:.4g}, for {self._high_steps} steps on end",
+                )
+            return False
+        self._high_steps = 0
+        self._average(loss)
+        return False
+
+    def validation(self, step: int, loss: float) -> bool:
+        """Observe a validation loss (nats); keeps ``best`` and ``best_step``."""
+        if not math.isfinite(loss):
+            return self._mark(step, f"validation loss is {loss}")
+        if loss < self.best:
+            self.best, self.best_step = loss, step
+        if loss > self.best + self.max_rise:
+            rise = loss - self.best
+            return self._mark(
+                step,
+                f"validation loss {loss:.4g} is {rise:.4g} above its best, {self.best:.4g} at step {self.best_step}",
+            )
+        return False
+
+    def nonfinite(self, step: int, what: str, rank: int = 0) -> bool:
+        """Record a loss or gradient that is not finite: ``what``, the first offending tensor, found by ``rank``."""
+        return self._mark(step, f"{what} is not finite on rank {rank}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole record as plain numbers and strings; the thresholds belong to the configuration."""
+        return {name: getattr(self, name) for name in _RECORD}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a record; ValueError if it is not one of this class."""
+        if state.keys() != set(_RECORD):
+            raise ValueError(
+                f"a stability record has {sorted(_RECORD)}, not {sorted(state)}; resume with the version that saved it"
+            )
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _is_high(self, loss: float) -> bool:
+        if self.z_threshold is None or self._seen * (1 - self.decay) < 1:
+            return False
+        spread = max(math.sqrt(self._variance), _LEAST_RELATIVE_SPREAD * abs(self._mean))
+        return loss - self._mean > self.z_threshold * spread
+
+    def _average(self, loss: float) -> None:
+        """Update the moving mean and variance (Finch 2009, section 9); early on the k-th loss weighs 1/k."""
+        self._seen += 1
+        weight = max(1 - self.decay, 1 / self._seen)
+        difference = loss - self._mean
+        self._mean += weight * difference
+        self._variance = (1 - weight) * (self._variance + weight * difference * difference)
+
+    def _mark(self, step: int, reason: str) -> bool:
+        if self.unstable_step is not None:
+            return False
+        self.unstable_step, self.reason = step, reason
+        return True
+
+
+_RECORD = ("unstable_step", "reason", "best", "best_step", "_mean", "_variance", "_seen", "_high_steps")
