@@ -63,17 +63,20 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
     model = GPT(gpt_config(cfg)).to(device)
     optimizers = build_optimizers(model, cfg)
     stability = Stability(**cfg["stability"])
-    step, seconds = 0, 0.0
+    step, seconds, skipped = 0, 0.0, 0
     if resumed is not None:
-        step, seconds = restore(resumed.state, model, optimizers, stability)
+        step, seconds, skipped = restore(resumed.state, model, optimizers, stability)
     first_step = step
+    if resumed is not None and step >= cfg["max_steps"]:
+        print(f"{directory} is finished: {step} of {cfg['max_steps']} steps")
+        return stability.best
     print_start(model, optimizers, directory, resumed)
     log = open_log(cfg, directory, optimizers, first_step, resumed is not None)
 
     compiled = torch.compile(model) if use_compile(cfg, device) else model
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     batches = Prefetcher(loader, step)
-    skipped = torch.zeros((), device=device)  # updates left out because a loss or gradient was not finite
+    skipped = torch.tensor(skipped, device=device)  # updates left out because a loss or gradient was not finite
     val_loss, tokens, clock = math.nan, 0, time.perf_counter()
     try:
         while True:
@@ -96,7 +99,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
             if fresh and step > 0 and (step % cfg["checkpoint"]["interval"] == 0 or last):
                 log.sync()
                 elapsed = seconds + pause - clock
-                state = state_of(cfg, dataset.fingerprint, model, optimizers, stability, step, elapsed)
+                state = state_of(cfg, dataset.fingerprint, model, optimizers, stability, step, elapsed, int(skipped))
                 metric = val_loss if step % cfg["eval_interval"] == 0 or last else None
                 checkpoint.save(directory / "checkpoints", step, state, keep=cfg["checkpoint"]["keep"], metric=metric)
             if last:
@@ -190,13 +193,14 @@ def check(cfg: dict[str, Any], world: int = 1) -> None:
     if problems:
         raise ConfigError(problems)
     shape = gpt_config(cfg)
-    problems = problems_of_values(cfg) + shape.problems() + problems_of_schedule(cfg, SCHEDULES)
-    if not problems:
-        problems += problems_of_batch(cfg, world)
+    problems = problems_of_values(cfg) + problems_of_schedule(cfg, SCHEDULES) + problems_of_batch(cfg, world)
+    if impossible := shape.problems():
+        problems += impossible
+    else:
         with torch.device("meta"):
             shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
         try:
-            assign(shapes, cfg["assignment"]["rules"], cfg["optim"]["always_adamw"])
+            assign(shapes, cfg["assignment"]["rules"] or {}, cfg["optim"]["always_adamw"])
         except AssignmentError as error:
             problems += error.problems
     if problems:

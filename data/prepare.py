@@ -91,9 +91,8 @@ def _holds(directory: Path, settings: Mapping[str, Any]) -> bool:
 def _write(directory: Path, settings: Mapping[str, Any], progress: bool) -> Manifest:
     """Write the shards of both splits and say what they hold."""
     tokenizer = get_tokenizer(settings["tokenizer"])
-    documents = SOURCES[settings["source"]](settings)
     threads = len(os.sched_getaffinity(0)) if tokenizer.name == "gpt2" else 1  # bytes need no computing
-    encoded = encode_documents(tokenizer, documents, threads)
+    encoded = encode_documents(tokenizer, SOURCES[settings["source"]](settings), threads)
     inputs = input_files(settings)
     shard_tokens, cap = settings["shard_tokens"], settings.get("max_tokens")
     with (
@@ -103,16 +102,17 @@ def _write(directory: Path, settings: Mapping[str, Any], progress: bool) -> Mani
         _progress(settings, progress) as report,
     ):
         writers = {"train": train, "val": val}
-        for split, ids, count in encoded:
+        for split, ids in encoded:
             if split == "train" and cap is not None:
                 ids = ids[: cap - train.tokens]
-            writers[split].write(ids, count)
-            report(count, train.tokens + val.tokens)
-            if cap is not None and train.tokens >= cap:
+            documents = int(np.count_nonzero(ids == tokenizer.eot))  # those that the cap left whole
+            writers[split].write(ids, documents)
+            report(documents, train.tokens + val.tokens)
+            if cap is not None and train.tokens >= cap and val.tokens:
                 break
         splits = {split: writer.finish() for split, writer in writers.items()}
     for split, info in splits.items():
-        if not info.documents:
+        if not info.tokens:
             raise DataError(_empty(split, splits))
     expected = _compare(splits, settings)
     return Manifest(
@@ -245,12 +245,20 @@ def _require_space(directory: Path, settings: Mapping[str, Any]) -> None:
 
 def _disk_is_full(directory: Path, settings: Mapping[str, Any], written: int) -> str:
     needed = _needed_bytes(settings)
-    needs = f"more than the {written / 1e9:.3f} GB written so far" if needed is None else f"{needed / 1e9:.1f} GB"
-    free = (shutil.disk_usage(directory.parent).free + written) / 1e9  # what we wrote is removed again
+    needs = f"more than the {_size(written)} written so far" if needed is None else _size(needed)
+    free = _size(shutil.disk_usage(directory.parent).free)  # what was written has been removed by now
     return (
-        f"the disk of {directory.parent.resolve()} is too small: {settings['name']} needs {needs} and {free:.3f} GB "
-        "are free; free some space or set data.dir to a folder on a larger disk (nothing was left behind)"
+        f"the disk of {directory.parent.resolve()} is too small: {settings['name']} needs {needs} and {free} are free; "
+        "free some space or set data.dir to a folder on a larger disk (nothing was left behind)"
     )
+
+
+def _size(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
 
 
 def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int:

@@ -234,7 +234,9 @@ def open_dataset(directory: str | Path, verify: bool = True, name: str | None = 
     """
     directory = Path(directory)
     command = _prepare_command(directory, name or directory.name)
-    if not directory.is_dir():
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f"{directory} is a file; set data.dir to a directory")
+    if not directory.exists():
         raise DataError(f"there is no prepared data in {directory}; make it with: {command}")
     try:
         manifest = read_manifest(directory)

@@ -9,6 +9,7 @@ source, write such a function, enter it in SOURCES, and describe it in a YAML fi
 from __future__ import annotations
 
 import bz2
+import contextlib
 import errno
 import glob
 import gzip
@@ -34,17 +35,20 @@ MAX_DOCUMENT_CHARS = 1 << 24
 
 # --- this Python's own library --------------------------------------------------------------------------------------
 
-# Directories of the standard library that are no library: installed packages, tests, fixtures, applications.
+# Folders of the standard library that are no library text: installed packages, tests, fixtures, applications, code pages.
 NOT_LIBRARY = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip",
-    "lib-dynload", "__pycache__",
+    "lib-dynload", "__pycache__", "encodings",
 }  # fmt: skip
+
+# Bytes above which a module is never validation: pydoc's topics (750 kB) would alone be most of it.
+MAX_VAL_MODULE = 1 << 18
 
 
 def stdlib(cfg: Mapping[str, Any]) -> Iterator[Document]:
     """The sources, documentation strings included, of the running Python's standard library: one document a module.
 
-    About 12 MB of English and Python that every machine has. Order and split follow from the SHA-256 of a module's
+    About 9 MB of English and Python that every machine has. Order and split follow from the SHA-256 of a module's
     path: the share `val_fraction` with the smallest hashes is validation, so a module keeps its side from one Python
     to the next. The text depends on the Python version, which the manifest records. Needs no network.
     """
@@ -62,7 +66,8 @@ def stdlib(cfg: Mapping[str, Any]) -> Iterator[Document]:
             "with another Python, or use your own text: data=text data.files=<path>"
         )
     for rank, path in sorted(ranked):
-        yield ("val" if rank < cfg["val_fraction"] else "train"), path.read_text(encoding="utf-8", errors="replace")
+        is_val = rank < cfg["val_fraction"] and path.stat().st_size <= MAX_VAL_MODULE
+        yield ("val" if is_val else "train"), path.read_text(encoding="utf-8", errors="replace")
 
 
 # --- local files ----------------------------------------------------------------------------------------------------
@@ -227,7 +232,8 @@ def openwebtext(cfg: Mapping[str, Any]) -> Iterator[Document]:
             errors.append(str(error))
     else:
         raise DataError(_unreachable(cfg["repository"], " | ".join(errors)))
-    halves = rows.train_test_split(test_size=cfg["val_fraction"], seed=cfg["split_seed"], shuffle=True)
+    with _hub_errors():  # the shuffled order is written into the cache
+        halves = rows.train_test_split(test_size=cfg["val_fraction"], seed=cfg["split_seed"], shuffle=True)
     for split, part in (("val", "test"), ("train", "train")):
         for batch in halves[part].iter(batch_size=1000):
             yield from ((split, document) for document in batch[cfg["column"]])
@@ -256,16 +262,22 @@ def _load(repository: str, **options: Any) -> Any:
     """`datasets.load_dataset`; DataError with the cause for whatever goes wrong."""
     import datasets
 
-    try:
+    with _hub_errors():
         return datasets.load_dataset(repository, **options)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            cache = datasets.config.HF_CACHE_HOME
+
+
+@contextlib.contextmanager
+def _hub_errors() -> Iterator[None]:
+    """Turn what `datasets` raises into DataError: the Hub's, the network's and the builder's errors have no common base."""
+    from datasets.config import HF_CACHE_HOME
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise DataError(
-                f"the disk holding the Hugging Face cache {cache} is full; set HF_HOME to a larger one"
+                f"the disk holding the Hugging Face cache {HF_CACHE_HOME} is full; set HF_HOME to a larger one"
             ) from error
-        raise DataError(f"{type(error).__name__}: {error}") from error
-    except Exception as error:  # the Hub's, the network's and the builder's errors have no common base
         raise DataError(f"{type(error).__name__}: {error}") from error
 
 

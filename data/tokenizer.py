@@ -95,11 +95,11 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 def encode_documents(
     tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], threads: int, batch_chars: int = 1 << 20
-) -> Iterator[tuple[str, np.ndarray, int]]:
+) -> Iterator[tuple[str, np.ndarray]]:
     """Encode a stream of (split, text), in order, on `threads` threads and in bounded memory.
 
-    Yields (split, ids (n,) uint16, number of documents in them); each document is followed by `eot`. Documents are
-    taken about a million characters at a time, and never more than two batches a thread ahead of the consumer.
+    Yields (split, ids (n,) uint16); each document is followed by `eot`. Documents are taken about a million characters
+    at a time, and never more than two batches a thread ahead of the consumer.
     """
 
     def encode(texts: list[str]) -> np.ndarray:
@@ -110,13 +110,13 @@ def encode_documents(
     pool = ThreadPoolExecutor(threads)
     try:
         for split, texts in _batches(documents, batch_chars):
-            pending.append((split, pool.submit(encode, texts), len(texts)))
+            pending.append((split, pool.submit(encode, texts)))
             if len(pending) > 2 * threads:
-                split, ids, count = pending.popleft()
-                yield split, ids.result(), count
+                split, ids = pending.popleft()
+                yield split, ids.result()
         while pending:
-            split, ids, count = pending.popleft()
-            yield split, ids.result(), count
+            split, ids = pending.popleft()
+            yield split, ids.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

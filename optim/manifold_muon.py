@@ -113,6 +113,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         """Take the gradients into the momenta and return what the step rule works on."""
         group, momentum = bucket.group, bucket.group["momentum"]
         g = bucket.stack(p.grad for p in bucket.params)
+        if keep is not None:  # what is not finite must not reach the arithmetic: an SVD raises on it
+            g = torch.where(keep, torch.zeros_like(g), g)
         advanced = torch.add(g, bucket.momentum, alpha=momentum)
         bucket.momentum.copy_(advanced if keep is None else torch.where(keep, bucket.momentum, advanced))
         G = torch.add(g, advanced, alpha=momentum) if group["nesterov"] else advanced

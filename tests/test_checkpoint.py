@@ -259,8 +259,9 @@ def interrupt_at(monkeypatch, number: int, interruption: Callable[[], None]) -> 
 
     plain_open = Path.open
 
-    def path_open(path, mode="r"):
-        return CountedFile(plain_open(path, mode)) if "w" in mode else plain_open(path, mode)
+    def path_open(path, mode="r", **kwargs):
+        file = plain_open(path, mode, **kwargs)
+        return CountedFile(file) if "w" in mode else file
 
     monkeypatch.setattr(Path, "open", path_open)
     for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
@@ -295,6 +296,28 @@ def test_a_full_disk_at_any_call_leaves_the_older_checkpoints(tmp_path, monkeypa
         assert names(directory) == ["step_00000040"]
     assert holds(newest, step), "the last round met no fault"
     assert failures > 20
+
+
+def test_all_of_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append((old, new)), rename(old, new)))
+    final = save(tmp_path, 10, make_state(10))
+    temp = tmp_path / ".step_00000010.tmp"
+    assert events == [temp / STATE_FILE, temp / MANIFEST_FILE, temp, (temp, final), tmp_path]
+
+
+def test_a_checkpoint_that_stepped_aside_for_one_that_never_came_returns(two, monkeypatch):
+    """Killed between the two renames of a replacement; then the next save fails, and the one after succeeds."""
+    os.rename(two, two.with_name(f".{two.name}.replaced"))
+    assert holds(load_newest(two.parent), 20)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError):
+        patch.setattr(os, "fsync", lambda _: full_disk())
+        save(two.parent, 30, make_state(30), keep=2)
+    assert holds(load_newest(two.parent), 20)
+    save(two.parent, 30, make_state(30), keep=2)
+    assert names(two.parent) == ["step_00000020", "step_00000030"] and holds(load(two), 20)
 
 
 def test_a_file_that_cannot_grow_is_reported_by_its_cause(tmp_path):
@@ -337,6 +360,8 @@ def test_killed_at_any_moment_a_save_leaves_a_good_checkpoint(tmp_path, monkeypa
         newest = load_newest(directory)
         old = newest.step == 20 and same(newest.state, make_state(20 if step == 30 else 19))
         assert (old or holds(newest, step)) and newest.skipped == [], f"killed at change {number}"
+        for name in names(directory):
+            assert name.startswith(".") or load(directory / name), "a final name never stands for half a checkpoint"
         save(directory, 40, make_state(40), keep=1)
         assert names(directory) == ["step_00000040"], "what the killed save left is cleared by the next"
     assert not old and number > 30

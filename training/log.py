@@ -65,10 +65,9 @@ class RunLog:
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
-        """Append one record. Values: numbers, strings, None, lists, dicts, NumPy arrays and scalars, tensors of any
-        shape.
+        """Append one record of numbers, strings, None, lists, dicts, NumPy arrays and tensors of any shape.
 
-        Raises TypeError for any other value, and OSError on a full disk; metrics.jsonl then ends with the last whole
+        Raises TypeError for any other value and OSError on a full disk; metrics.jsonl then ends with the last whole
         record.
         """
         record = {"kind": kind, "step": int(step), **{name: _plain(value, name) for name, value in fields.items()}}
@@ -263,8 +262,7 @@ class WandbSink:
             config={**config, "continues": links} if links else dict(config),
             dir=str(directory),
             reinit="create_new",
-            # The console belongs to the progress bar; an unattended terminal is not asked for a key for ever.
-            settings=wandb.Settings(console="off", silent=mode == "offline", init_timeout=60, login_timeout=30),
+            settings=_settings(wandb, mode),
         )
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -293,6 +291,17 @@ class WandbSink:
         if self._run is not None:
             run, self._run = self._run, None
             run.finish()
+
+
+def _settings(wandb: Any, mode: str) -> Any:
+    """W&B's settings; all times in seconds."""
+    return wandb.Settings(
+        console="off",  # the console belongs to the progress bar
+        silent=mode == "offline",
+        init_timeout=60,
+        login_timeout=30,  # an unattended terminal is not asked for a key for ever
+        finish_timeout=20,  # a run that is told to stop has half a minute; the rest waits on disk for `wandb sync`
+    )
 
 
 def flatten(rec: Mapping[str, Any]) -> Iterator[tuple[str, float | str | list[float]]]:

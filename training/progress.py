@@ -9,13 +9,14 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 
 class ProgressSink:
     """On a terminal a live bar; elsewhere a plain line at each evaluation, and between them at most one every
     ``interval_s`` seconds.
 
-    ``hetero   ━━━━━━━━━━━━━━━━╸━━━━━━  182/250   train 2.31  val 2.40   41k tokens/s   0:18 left``
+    ``hetero   ━━━━━━━━━━━━━━━━╸━━━━━━  182/250   train 2.31  val 2.40  41k tokens/s  0:18 left``
 
     Of events (``event``, ``message``) the first of each sort is shown. ``first_step`` is where a resumed run begins.
     ``clock`` gives seconds.
@@ -79,9 +80,10 @@ class ProgressSink:
         self._bar = Progress(
             TextColumn("  {task.description:<12}", markup=False),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(self.total_steps)) + 1)),
             TextColumn(" {task.fields[status]}", markup=False),
             console=Console(file=self._stream, force_terminal=True),
+            redirect_stdout=sys.stdout.isatty(),  # what is piped into a file stays out of the bar
         )
         self._task = self._bar.add_task(self.name, total=self.total_steps, completed=self._step, status="")
         self._bar.start()
@@ -108,7 +110,7 @@ class ProgressSink:
             parts.append(f"{_short(self._tokens_per_s)} tokens/s")
         if (left := self._seconds_left()) is not None:
             parts.append(f"{_duration(left)} left")
-        return "   ".join(parts)
+        return "  ".join(parts)
 
     def _seconds_left(self) -> float | None:
         """From the average pace since the first training record, evaluations included."""

@@ -14,6 +14,7 @@ from training.stability import Stability
 
 # Settings that may differ between the two halves of a run without changing its numbers.
 HARMLESS = (
+    "max_steps",  # what it decides, the schedule, is compared by itself
     "resume",
     "output_dir",
     "logger",
@@ -35,6 +36,7 @@ def state_of(
     stability: Stability,
     step: int,
     seconds: float,
+    skipped: int,
 ) -> dict[str, Any]:
     """Everything a run needs to go on as if it had not stopped."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -47,6 +49,7 @@ def state_of(
         "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
         "step": step,
         "seconds": seconds,
+        "skipped": skipped,
         "environment": environment(),
     }
 
@@ -69,12 +72,12 @@ def find_checkpoint(cfg: dict[str, Any], directory: Path, data: str) -> Loaded |
     return loaded
 
 
-def restore(state: dict[str, Any], model: nn.Module, optimizers: Any, stability: Stability) -> tuple[int, float]:
-    """Put a checkpoint's state in place; returns the finished steps and the seconds they took."""
+def restore(state: dict[str, Any], model: nn.Module, optimizers: Any, stability: Stability) -> tuple[int, float, int]:
+    """Put a checkpoint's state in place; returns the finished steps, the seconds they took, and the updates left out."""
     model.load_state_dict(state["model"])
     optimizers.load_state_dict(state["optimizers"])
     stability.load_state_dict(state["stability"])
     torch.set_rng_state(state["rng"]["cpu"])
     if torch.cuda.is_available() and state["rng"]["cuda"]:
         torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    return state["step"], state["seconds"]
+    return state["step"], state["seconds"], state["skipped"]

@@ -1,0 +1,34 @@
+# make reproduce   train the five assignments at demonstration scale and print the paper's table beside them
+# make test        lint, then every test
+# Both create .venv and install requirements.lock into it when that has not been done yet.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed.lock
+
+.PHONY: reproduce test lint lock
+
+reproduce: $(STAMP)
+	$(BIN)/python scripts/reproduce.py scale=demo
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The stamp is a copy of the lock that was installed: a changed lock is installed, an unchanged one is not looked at again.
+$(STAMP): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.10 to 3.13 is needed; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	cp requirements.lock $(STAMP)
+
+# Universal for all supported versions; torch's own CUDA packages are left to torch, so that a CPU build stays one.
+lock:
+	uv pip compile --universal --python-version 3.10 --no-header --no-annotate requirements.txt \
+	  | sed -E '/^(nvidia|cuda|triton)/d; s/^torch==.*/torch==2.13.0/' | uniq > requirements.lock.new
+	(echo '# Exact versions for Python 3.10 to 3.13, written by `make lock`. What torch itself needs on CUDA, torch pins.'; \
+	  cat requirements.lock.new) > requirements.lock
+	rm requirements.lock.new

@@ -1,0 +1,58 @@
+"""What the commands share: `key=value` options, and a user's mistake as one message with exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+class UsageError(Exception):
+    """A command line that cannot be carried out; the message names the cause and the remedy."""
+
+
+def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Split a command line into its other arguments and the options named in `defaults`, each of its default's type.
+
+    A path may hold a `=` (a sweep's directories do), so whatever begins with no known key is an other argument.
+
+    Raises:
+        UsageError: a value that is not of the option's type.
+    """
+    others, options = [], dict(defaults)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in defaults:
+            others.append(argument)
+            continue
+        kind = type(defaults[key])
+        try:
+            options[key] = kind(value)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise UsageError(f"{key}={value} is not {what}; give one, such as {key}={defaults[key]}") from None
+    return others, options
+
+
+def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, description: str) -> int:
+    """Call `work` with the arguments (None: the process's own) and return its exit code.
+
+    Prints `description` for --help. What is the user's to mend becomes its message and exit code 2.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from train import USER_ERRORS
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "-h" in arguments or "--help" in arguments:
+        print(description.strip())
+        return 0
+    try:
+        return work(arguments)
+    except (UsageError, *USER_ERRORS, HydraException, OmegaConfBaseException) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,68 @@
+"""A trained model as a plain state dict under nanoGPT's names.
+
+    python scripts/export.py outputs/first gpt.pt
+
+In nanoGPT, with the GPTConfig that the command prints:  GPT(config).load_state_dict(torch.load("gpt.pt"))
+
+Hugging Face's GPT2LMHeadModel keeps the four matrices of a layer (c_attn, attn.c_proj, c_fc, mlp.c_proj) transposed, in Conv1D:
+give it W.T of each, zeros where a bias is missing, and activation_function="gelu".
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.command import UsageError, parse, run
+from scripts.runs import load_model
+
+
+def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
+    """Write parameter name → float32 tensor; returns the step and the arguments of nanoGPT's GPTConfig.
+
+    The file appears whole or not at all.
+    """
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError(f"{target} cannot be written; name a file in an existing directory, such as gpt.pt")
+    model, config, step = load_model(directory)
+    if config["residual"]["rule"] != "pre_norm":
+        raise UsageError(
+            f"{directory} was trained with residual={config['residual']['rule']}, which nanoGPT does not have; "
+            "only residual=pre_norm can be exported"
+        )
+    state = {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch answers a full disk with a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{target} cannot be written ({error}); free space or name another file") from error
+    return step, config["model"]
+
+
+def work(arguments: list[str]) -> int:
+    """Export and say what was written."""
+    others, _ = parse(arguments, {})
+    if len(others) != 2:
+        raise UsageError("name a run and the file to write: python scripts/export.py outputs/first gpt.pt")
+    step, shape = export(others[0], Path(others[1]))
+    print(f"{others[0]}, step {step} → {others[1]} ({Path(others[1]).stat().st_size / 2**20:.1f} MiB)")
+    print(f"GPTConfig({', '.join(f'{key}={value}' for key, value in shape.items())})")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run(work, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

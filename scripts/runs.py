@@ -1,0 +1,182 @@
+"""Runs as their directories tell them: the configuration, and what a table or a picture needs of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optim.groups import matches
+from scripts.command import UsageError
+from training.checkpoint import check_same
+from training.log import METRICS_FILE, read_records
+from training.resume import HARMLESS
+
+CONFIG_FILE = "config.yaml"
+COST_FILE = "cost.json"
+
+SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
+"""The two kinds of sublayer, and the component of a parameter's name that gives each away."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished, unfinished or failed run.
+
+    config: as written by the run. records: by kind, in order; those of kind "spectra" carry `sigma_max` and `sigma_min` instead
+    of all singular values. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, where a script wrote them down.
+    environment: versions and device.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    records: dict[str, list[dict[str, Any]]]
+    cost: dict[str, Any]
+    environment: dict[str, str]
+
+    @property
+    def assignment(self) -> str:
+        """The assignment's name for people, such as "All-Stiefel"."""
+        return self.config["assignment"]["name"]
+
+    @property
+    def step(self) -> int:
+        """The last step of which anything was written down."""
+        return max((records[-1]["step"] for records in self.records.values()), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end, stable or not."""
+        return bool(self.records.get("end"))
+
+    @property
+    def unstable_step(self) -> int | None:
+        """The step at which the run became unstable; None if it did not."""
+        events = self.records.get("event", [])
+        return next((event["step"] for event in events if event["event"] == "unstable"), None)
+
+    @property
+    def status(self) -> str:
+        """ "ok", "unstable at step N", "failed at step N" or "unfinished at step N"."""
+        if self.unstable_step is not None:
+            return f"unstable at step {self.unstable_step}"
+        if self.finished:
+            return "ok"
+        failed = [event["step"] for event in self.records.get("event", []) if event["event"] == "failed"]
+        return f"failed at step {failed[-1]}" if failed else f"unfinished at step {self.step}"
+
+    def curve(self, kind: str) -> tuple[list[int], list[float]]:
+        """Steps and losses (nats a token) of the records of a kind, "train" or "eval"."""
+        records = self.records.get(kind, [])
+        return [r["step"] for r in records], [r["loss"] for r in records]
+
+    @property
+    def best(self) -> float | None:
+        """Lowest finite validation loss."""
+        return min((loss for loss in self.curve("eval")[1] if math.isfinite(loss)), default=None)
+
+    @property
+    def final(self) -> float | None:
+        """Validation loss at the last evaluation, finite or not."""
+        return next(reversed(self.curve("eval")[1]), None)
+
+    def spectra(self, sublayer: str) -> dict[str, list[dict[str, Any]]]:
+        """The spectra records of every matrix of a sublayer ("attention" or "mlp"), by parameter name."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records.get("spectra", []):
+            if SUBLAYERS[sublayer] in record["name"].split("."):
+                found.setdefault(record["name"], []).append(record)
+        return found
+
+    def sigma_max(self, sublayer: str) -> float | None:
+        """Largest singular value of all matrices of a sublayer when they were last looked at."""
+        return max((records[-1]["sigma_max"] for records in self.spectra(sublayer).values()), default=None)
+
+    def geometry(self, sublayer: str) -> str:
+        """The manifold of a sublayer's matrices, several joined by "+"; "-" for unconstrained Muon."""
+        rules = self.config["assignment"]["rules"]
+        chosen = [
+            choice for name in self.spectra(sublayer) for pattern, choice in rules.items() if matches(pattern, name)
+        ]
+        return "+".join("-" if choice == "euclidean" else choice for choice in dict.fromkeys(chosen))
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run's directory.
+
+    Raises:
+        UsageError: it holds no run, or one of its files cannot be read.
+    """
+    try:
+        config = yaml.safe_load((directory / CONFIG_FILE).read_text())
+        records: dict[str, list[dict[str, Any]]] = {}
+        for record in read_records(directory):
+            records.setdefault(record["kind"], []).append(_without_bulk(record))
+        cost, environment = (_read_json(directory / name) for name in (COST_FILE, "environment.json"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{directory} holds no run (there is no {error.filename}); name a run's directory") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"the run in {directory} cannot be read ({error}); mend that file or leave it out") from error
+    return Run(directory, config, records, cost, environment)
+
+
+def _without_bulk(record: dict[str, Any]) -> dict[str, Any]:
+    """Of the thousands of numbers of a spectrum only the extremes: a long run's file holds millions."""
+    if record["kind"] != "spectra":
+        return record
+    bulk = ("sigma", "gram_diagonal")
+    slim = {key: value for key, value in record.items() if key not in bulk}
+    return {**slim, "sigma_max": max(record["sigma"]), "sigma_min": min(record["sigma"])}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def find_runs(places: Iterable[str | Path]) -> list[Run]:
+    """Every run in the given directories and below them, each once.
+
+    Raises:
+        UsageError: a directory does not exist or holds no run.
+    """
+    directories: dict[Path, None] = {}
+    for place in map(Path, places):
+        if not place.is_dir():
+            raise UsageError(f"there is no directory {place}; name runs or sweeps, such as outputs/sweep")
+        found = sorted(file.parent for file in place.rglob(METRICS_FILE))
+        if not found:
+            raise UsageError(f"no run in {place} or below it (no {METRICS_FILE}); name a directory that a run wrote")
+        directories.update(dict.fromkeys(found))
+    return [read_run(directory) for directory in directories]
+
+
+def same_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two configurations and may change a run's numbers, as "key: before → after"."""
+    return check_same(saved, now, ignore=HARMLESS)
+
+
+def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
+    """The model (on the CPU, in eval mode), configuration and step of a run's newest good checkpoint.
+
+    Raises:
+        UsageError: no run, or no checkpoint yet. CheckpointError: none of its checkpoints is good.
+    """
+    from model.gpt import GPT
+    from train import gpt_config
+    from training.checkpoint import load_newest
+
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UsageError(f"there is no run {directory}; name a directory that training wrote, such as outputs/first")
+    loaded = load_newest(directory / "checkpoints")
+    if loaded is None:
+        raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
+    config = loaded.state["config"]
+    model = GPT(gpt_config(config))
+    model.load_state_dict(loaded.state["model"])
+    return model.eval(), config, loaded.step

@@ -1,0 +1,55 @@
+"""What several test files share: a tiny prepared dataset, and the overrides of a run that takes a second."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The fastest thread count for the tiny matrices of the tests, also in the processes they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Overrides naming a prepared byte dataset of about 40 kB."""
+    from data.prepare import prepare
+    from training.config import compose
+
+    folder = tmp_path_factory.mktemp("tiny_data")
+    for name, start in (("train", 0), ("val", 5000)):
+        lines = (
+            f"line {i} says that {i} times {i} is {i * i}." for i in range(start, start + (1000 if start == 0 else 100))
+        )
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    files = [f"data.files=[{folder}/train.txt]", f"data.val_files=[{folder}/val.txt]"]
+    overrides = ["data=text", *files, f"data.dir={folder}/prepared", "data.tokenizer=bytes"]
+    prepare(compose(overrides)["data"], progress=False)
+    return overrides
+
+
+@pytest.fixture
+def tiny(tiny_data, tmp_path):
+    """Overrides of a run of a one-layer model that takes about a second."""
+    return [
+        *tiny_data,
+        *("model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "max_steps=20"),
+        *(
+            "global_batch_tokens=128",
+            "micro_batch_size=4",
+            "eval_interval=5",
+            "eval_windows=4",
+            "schedule.warmup_steps=2",
+        ),
+        *("log.interval=1", "log.interval_spectra=10", "checkpoint.interval=5", "logger.mode=disabled", "device=cpu"),
+        f"output_dir={tmp_path}/run",
+    ]
+
+
+def run_train(*overrides, cwd=ROOT, timeout=240):
+    """`python train.py <overrides>` in its own process."""
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)

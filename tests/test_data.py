@@ -1,0 +1,401 @@
+"""What a prepared directory promises, how it comes about, and what happens when something breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from data import shards, sources
+from data.prepare import CONFIGS, main, prepare
+from data.shards import DataError, open_dataset
+from data.tokenizer import get_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOKS = [f"Book {i}.\n\nÉtude — 文字 number {i}.\n" + "word " * i for i in range(40)]
+
+
+def config(name: str, directory: Path, **changes) -> dict:
+    """The plain `data` group of configs/data/<name>.yaml with its directory in the test's folder."""
+    cfg = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text())
+    return {**cfg, "dir": str(directory / "prepared" / name), **changes}
+
+
+def text_config(tmp_path: Path, **changes) -> dict:
+    """`data=text` over BOOKS in one file, bytes, small shards."""
+    (tmp_path / "books.txt").write_text("\n<|endoftext|>\n".join(BOOKS))
+    defaults = {"files": str(tmp_path / "books.txt"), "tokenizer": "bytes", "shard_tokens": 1000, "val_fraction": 0.1}
+    return config("text", tmp_path, **{**defaults, **changes})
+
+
+def documents(split: shards.Split) -> list[str]:
+    ids = split.read(0, split.tokens)
+    ends = np.flatnonzero(ids == 256)
+    return [get_tokenizer("bytes").decode(part) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def without_end(texts: list[str]) -> list[str]:
+    return [text.removesuffix("<|endoftext|>") for text in texts]
+
+
+@pytest.fixture
+def prepared(tmp_path) -> Path:
+    return prepare(text_config(tmp_path), progress=False)
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_every_document_once_and_end_each(prepared):
+    dataset = open_dataset(prepared)
+    together = documents(dataset.train) + documents(dataset.val)
+    assert sorted(without_end(together)) == sorted(BOOKS)
+    assert all(text.endswith("<|endoftext|>") for text in together)
+    infos = dataset.manifest.splits
+    assert (infos["train"].documents, infos["val"].documents) == (36, 4)
+    assert (dataset.train.tokens, dataset.val.tokens) == (infos["train"].tokens, infos["val"].tokens)
+    assert [shard.tokens for shard in infos["train"].shards[:-1]] == [1000] * (len(infos["train"].shards) - 1)
+    for shard in infos["train"].shards + infos["val"].shards:
+        assert hashlib.sha256((prepared / shard.file).read_bytes()).hexdigest() == shard.sha256
+
+
+def test_reading_crosses_shard_borders(prepared):
+    split = open_dataset(prepared).train
+    whole = np.concatenate([np.fromfile(prepared / shard.file, dtype="<u2") for shard in split.shards])
+    assert len(split.shards) > 2
+    for start, length in [(0, 0), (0, 1), (999, 2), (1000, 1), (500, 2000), (0, split.tokens), (split.tokens, 0)]:
+        np.testing.assert_array_equal(split.read(start, length), whole[start : start + length])
+    for start, length in [(-1, 2), (split.tokens, 1), (0, split.tokens + 1)]:
+        with pytest.raises(IndexError, match="stay inside"):
+            split.read(start, length)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def alter(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[10] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+@pytest.mark.parametrize(("damage", "word"), [(Path.unlink, "missing"), (truncate, "truncated"), (alter, "altered")])
+def test_a_damaged_shard_is_named(prepared, damage, word, opened_before):
+    if opened_before:
+        open_dataset(prepared)  # leaves verified.json
+    damage(prepared / "train_00001.bin")
+    with pytest.raises(DataError, match=rf"train_00001\.bin is {word}.*delete .* and run: python -m data\.prepare"):
+        open_dataset(prepared)
+    with pytest.raises(DataError) if word != "altered" else contextlib.nullcontext():
+        open_dataset(prepared, verify=False)
+
+
+def test_a_shard_damaged_while_in_use_is_named(prepared):
+    split = open_dataset(prepared).train
+    truncate(prepared / "train_00000.bin")
+    with pytest.raises(DataError, match=r"train_00000\.bin was truncated while in use"):
+        split.read(0, 1000)
+
+
+def test_shards_are_hashed_once(prepared, monkeypatch):
+    hashed = []
+    real = shards._hash_file
+    monkeypatch.setattr(shards, "_hash_file", lambda path: hashed.append(path.name) or real(path))
+    count = len(open_dataset(prepared).train.shards) + 1
+    assert len(hashed) == count
+    open_dataset(prepared)
+    assert len(hashed) == count
+    os.utime(prepared / "train_00002.bin", ns=(0, 0))
+    open_dataset(prepared)
+    assert hashed[count:] == ["train_00002.bin"]
+    (prepared / "verified.json").write_text("[not json")
+    open_dataset(prepared)
+    assert len(hashed) == 2 * count + 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "",
+        lambda text: text.replace('"vocab_size": 257', '"vocab_size": 256'),
+        lambda text: text.replace('"format": 1', '"format": 2'),
+    ],
+)
+def test_a_damaged_manifest_is_named(prepared, damage):
+    path = prepared / "manifest.json"
+    text = path.read_text()
+    assert damage(text) != text
+    path.write_text(damage(text))
+    with pytest.raises(DataError, match=r"manifest\.json .*; delete .* and prepare it again"):
+        open_dataset(prepared)
+
+
+def test_missing_data_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"python -m data\.prepare data=openwebtext$"):
+        open_dataset("data/prepared/openwebtext")
+    with pytest.raises(DataError, match=r"python -m data\.prepare data=books data\.dir=elsewhere$"):
+        open_dataset("elsewhere", name="books")
+    Path("elsewhere").mkdir()
+    with pytest.raises(
+        DataError, match=r"holds no manifest\.json; remove the directory and run: python -m data\.prepare"
+    ):
+        open_dataset("elsewhere")
+
+
+def test_the_fingerprint_is_of_the_tokens(tmp_path, prepared):
+    first = open_dataset(prepared).fingerprint
+    same = open_dataset(prepare(text_config(tmp_path, dir=str(tmp_path / "same")), progress=False))
+    assert same.fingerprint == first
+    other = prepare(text_config(tmp_path, dir=str(tmp_path / "other"), split_seed=1, val_fraction=0.2), progress=False)
+    assert open_dataset(other).fingerprint != first
+
+
+# --- preparing ------------------------------------------------------------------------------------------------------
+
+
+def test_preparing_twice_does_nothing(tmp_path, prepared):
+    before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    assert prepare(text_config(tmp_path), progress=False) == prepared
+    assert {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
+    assert os.listdir(prepared.parent) == [prepared.name]
+
+
+def test_other_settings_are_refused(tmp_path, prepared):
+    with pytest.raises(
+        DataError, match=r"other settings \(split_seed: 2357 there, 7 asked\); delete .* or set data\.dir"
+    ):
+        prepare(text_config(tmp_path, split_seed=7), progress=False)
+
+
+def test_changed_files_are_refused_and_removed_ones_are_not_needed(tmp_path, prepared):
+    cfg = text_config(tmp_path)
+    (tmp_path / "books.txt").write_text("something else")
+    with pytest.raises(DataError, match=r"files that .* was prepared from have changed \(.*books\.txt\); delete"):
+        prepare(cfg, progress=False)
+    (tmp_path / "books.txt").unlink()
+    assert prepare(cfg, progress=False) == prepared
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    cfg = text_config(tmp_path)
+    Path(cfg["dir"]).mkdir(parents=True)
+    (Path(cfg["dir"]) / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="holds no manifest"):
+        prepare(cfg, progress=False)
+    assert (Path(cfg["dir"]) / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("cap", [1, 700, 1500])
+def test_max_tokens_caps_training_only(tmp_path, prepared, cap):
+    full = open_dataset(prepared)
+    capped = open_dataset(prepare(text_config(tmp_path, dir=str(tmp_path / "c"), max_tokens=cap), progress=False))
+    assert capped.train.tokens == cap
+    np.testing.assert_array_equal(capped.train.read(0, cap), full.train.read(0, cap))
+    assert capped.manifest.splits["train"].documents == len(documents(capped.train))
+    assert capped.val.tokens > 0
+
+
+def nothing_left(cfg: dict) -> bool:
+    return not os.listdir(Path(cfg["dir"]).parent)
+
+
+def test_a_full_disk_leaves_nothing_and_says_how_much(tmp_path, monkeypatch):
+    cfg = text_config(tmp_path)
+    real = shards.ShardWriter._finish_shard
+
+    def full_after_two(writer):
+        real(writer)
+        if writer.split == "train" and len(writer._shards) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shards.ShardWriter, "_finish_shard", full_after_two)
+    with pytest.raises(
+        DataError, match=r"disk of .*prepared is too small: text needs more than the [4-9]\S* kB.*data\.dir"
+    ):
+        prepare(cfg, progress=False)
+    assert nothing_left(cfg)
+
+
+def test_a_disk_known_to_be_too_small_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sources.SOURCES, "openwebtext", lambda cfg: pytest.fail("must not be asked"))
+    usage = type("usage", (), {"free": 10_000_000_000})
+    monkeypatch.setattr("data.prepare.shutil.disk_usage", lambda path: usage)
+    cfg = config("openwebtext", tmp_path)
+    with pytest.raises(DataError, match=r"openwebtext needs 18\.1 GB and 10\.0 GB are free"):
+        prepare(cfg, progress=False)
+    assert nothing_left(cfg)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DataError("source broke"), RuntimeError("bug")])
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, error):
+    def source(cfg):
+        yield "train", "x" * 5000
+        yield "val", "x"
+        raise error
+
+    monkeypatch.setitem(sources.SOURCES, "text", source)
+    cfg = text_config(tmp_path)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        prepare(cfg, progress=False)
+    assert nothing_left(cfg)
+
+
+def killed_half_way(cfg: dict) -> None:
+    def source(settings):
+        for _ in range(4):
+            yield "train", "x" * (1 << 20)
+            yield "val", "x"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    sources.SOURCES["text"] = source
+    prepare(cfg, progress=False)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    cfg = text_config(tmp_path)
+    process = multiprocessing.get_context("fork").Process(target=killed_half_way, args=(cfg,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = Path(cfg["dir"]).parent.iterdir()
+    assert any(left.iterdir())
+    directory = prepare(cfg, progress=False)
+    assert os.listdir(directory.parent) == [directory.name]
+    dataset = open_dataset(directory, verify=False)
+    promised = {shard.file for split in (dataset.train, dataset.val) for shard in split.shards}
+    assert set(os.listdir(directory)) == promised | {"manifest.json"}
+    assert len(documents(dataset.train)) == 36
+
+
+def test_processes_that_prepare_at_once_wait_for_the_first(tmp_path, monkeypatch):
+    cfg = text_config(tmp_path)
+    context = multiprocessing.get_context("fork")
+    calls = context.Value("i", 0)
+
+    def counted(settings):
+        with calls.get_lock():
+            calls.value += 1
+        yield from sources.text(settings)
+
+    monkeypatch.setitem(sources.SOURCES, "text", counted)
+    processes = [context.Process(target=prepare, args=(cfg, False)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert calls.value == 1
+    assert os.listdir(Path(cfg["dir"]).parent) == ["text"]
+
+
+def test_the_lock_is_gone_with_the_preparation(prepared):
+    descriptor = os.open(prepared, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
+# --- the standard library -------------------------------------------------------------------------------------------
+
+
+def test_stdlib_is_deterministic_and_split_by_module(tmp_path):
+    first = open_dataset(prepare(config("stdlib", tmp_path), progress=False))
+    again = open_dataset(prepare(config("stdlib", tmp_path, dir=str(tmp_path / "again")), progress=False))
+    assert first.fingerprint == again.fingerprint
+    train, val = (set(without_end(documents(split))) for split in (first.train, first.val))
+    assert not (train & val) - {""}
+    assert 5_000_000 < first.train.tokens < 20_000_001
+    assert 0.01 < first.val.tokens / first.train.tokens < 0.1
+    assert Path(json.__file__).read_text() in train | val
+    assert Path(pytest.__file__).read_text() not in train | val
+    assert first.manifest.made_by["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_a_zipped_stdlib_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
+    cfg = config("stdlib", tmp_path)
+    with pytest.raises(DataError, match=r"not in .*python311\.zip as \.py files.*another Python.*data=text"):
+        prepare(cfg, progress=False)
+    assert nothing_left(cfg)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configs(tmp_path) -> Path:
+    """A configuration of nothing but the real `data` group."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "data").symlink_to(CONFIGS / "data")
+    (folder / "config.yaml").write_text("defaults:\n  - data: stdlib\n  - _self_\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIGS / "data").glob("*.yaml"))])
+def test_every_configuration_composes_completely(configs, name):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        cfg = OmegaConf.to_container(compose("config", overrides=[f"data={name}"]).data, resolve=True)
+    assert cfg["name"] == name
+    assert cfg["dir"] == f"data/prepared/{name}"
+    assert cfg["source"] in sources.SOURCES
+    assert cfg["auto_prepare"] is (name == "stdlib")
+    assert (CONFIGS / "data" / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_the_command_prepares_and_summarises(tmp_path, configs, capsys):
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(BOOKS))
+    overrides = ["data=text", f"data.files={tmp_path}/a.txt", "data.tokenizer=bytes", "data.val_fraction=0.1"]
+    assert main([*overrides, f"data.dir={tmp_path}/out"], configs) == 0
+    printed = capsys.readouterr().out
+    assert "36 documents" in printed
+    assert open_dataset(tmp_path / "out").manifest.name == "text"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["data=text"], 2, "data.files names no file"),
+        (["data=text", "data.files=none/*.txt"], 2, "no file matches 'none/*.txt'; correct data.files"),
+        (["data=text", "data.tokenizer=char"], 2, "set data.tokenizer to one of bytes, gpt2"),
+        (["data=text", "data.source=web"], 2, "set data.source to one of fineweb, openwebtext, stdlib, text"),
+        (["data=text", "data.shard_tokens=0"], 2, "data.shard_tokens=0"),
+        (["data=nowhere"], 1, "openwebtext"),
+        (["data.kolumn=x"], 1, "kolumn"),
+    ],
+)
+def test_the_command_refuses_in_one_message(tmp_path, configs, capsys, overrides, code, message):
+    cheap = [] if any("tokenizer" in override for override in overrides) else ["data.tokenizer=bytes"]
+    assert main([*overrides, *cheap, f"data.dir={tmp_path}/prepared/x"], configs) == code
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "prepared" / "x").exists()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, data.prepare, data.loader;"
+        "print(sorted({'datasets', 'tiktoken', 'pyarrow', 'torch', 'hydra', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

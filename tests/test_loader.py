@@ -1,0 +1,133 @@
+"""Batches are a pure function of (seed, step, rank); validation windows are the same for every run."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from data.loader import Loader, Prefetcher, validation_windows
+from data.shards import DataError, ShardWriter, Split
+
+TOKENS = 1000
+GOLDEN = [[953, 803, 526, 325], [346, 818, 778, 115]]  # steps 0 and 7
+
+
+def write_split(directory, ids: np.ndarray, shard_tokens: int) -> Split:
+    with ShardWriter(directory, "train", shard_tokens) as writer:
+        writer.write(ids.astype(np.uint16), documents=1)
+        return Split(directory, writer.finish().shards)
+
+
+@pytest.fixture
+def split(tmp_path) -> Split:
+    """Token i is i, in shards of 64: a window says where it came from."""
+    return write_split(tmp_path, np.arange(TOKENS), shard_tokens=64)
+
+
+def test_windows_are_consecutive_tokens_from_the_offsets(split):
+    loader = Loader(split, block_size=100, seed=1, windows=8)
+    batch = loader.batch(3)
+    assert batch.shape == (8, 101)
+    assert batch.dtype == np.uint16
+    np.testing.assert_array_equal(batch, loader.offsets(3)[:, None] + np.arange(101))
+
+
+def test_batch_depends_on_seed_and_step_and_nothing_else(split):
+    loader = Loader(split, block_size=16, seed=1, windows=8)
+    first = loader.batch(5)
+    loader.batch(0)
+    np.testing.assert_array_equal(first, loader.batch(5))
+    np.testing.assert_array_equal(first, Loader(split, 16, seed=1, windows=8).batch(5))
+    assert (first != loader.batch(6)).any()
+    assert (first != Loader(split, 16, seed=2, windows=8).batch(5)).any()
+
+
+def test_offsets_are_philox_keyed_by_seed_and_step(split):
+    """Golden numbers: a change here would silently change what every resumed run reads."""
+    loader = Loader(split, block_size=16, seed=1337, windows=4)
+    assert [loader.offsets(0).tolist(), loader.offsets(7).tolist()] == GOLDEN
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_ranks_together_read_the_batch_of_one(split, world):
+    whole = Loader(split, 16, seed=1, windows=12).batch(4)
+    parts = [Loader(split, 16, seed=1, windows=12, rank=rank, world=world).batch(4) for rank in range(world)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_offsets_are_uniform_and_reach_both_ends(tmp_path):
+    split = write_split(tmp_path, np.arange(20), shard_tokens=20)
+    loader = Loader(split, block_size=15, seed=0, windows=500)  # 5 places: 0 to 4
+    counts = np.bincount(np.concatenate([loader.offsets(step) for step in range(20)]), minlength=5)
+    assert len(counts) == 5
+    assert np.abs(counts - 2000).max() < 200  # five standard deviations of a binomial
+
+
+def test_a_split_of_exactly_one_window(tmp_path):
+    split = write_split(tmp_path, np.arange(17), shard_tokens=5)
+    assert (Loader(split, 16, seed=0, windows=3).batch(0) == np.arange(17)).all()
+    assert (validation_windows(split, 16, 9) == np.arange(17)).all()
+
+
+def test_a_context_longer_than_the_data_is_refused(split):
+    for use in (lambda: Loader(split, TOKENS, 0, 1), lambda: validation_windows(split, TOKENS, 1)):
+        with pytest.raises(DataError, match=r"longer than the data.*shorten the context"):
+            use()
+
+
+def test_windows_that_ranks_cannot_share_are_refused(split):
+    with pytest.raises(ValueError, match="8 windows a step cannot be shared by 3 ranks; set global_batch_tokens"):
+        Loader(split, 16, 0, windows=8, rank=0, world=3)
+    with pytest.raises(ValueError, match="rank 2 does not exist"):
+        Loader(split, 16, 0, windows=8, rank=2, world=2)
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_validation_windows_are_spread_and_do_not_overlap(split, count):
+    windows = validation_windows(split, block_size=16, count=count).astype(int)
+    assert windows.shape == (min(count, TOKENS // 17), 17)
+    starts = windows[:, 0]
+    np.testing.assert_array_equal(windows, starts[:, None] + np.arange(17))
+    gaps = np.diff(starts)
+    assert (gaps >= 17).all()
+    assert len(set(gaps)) <= 1
+    assert starts[0] == 0
+    assert TOKENS - windows[-1, -1] <= TOKENS // len(windows) + len(windows)  # the end is not left out
+
+
+def test_prefetcher_gives_the_loaders_batches_from_any_step(split):
+    loader = Loader(split, 16, seed=3, windows=4)
+    prefetcher = Prefetcher(loader, first_step=10)
+    try:
+        for step in (10, 11, 12, 5, 6, 6, 100):
+            np.testing.assert_array_equal(prefetcher.next(step), loader.batch(step))
+    finally:
+        prefetcher.close()
+        prefetcher.close()
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
+def test_prefetcher_works_ahead_but_not_further_than_its_depth(split):
+    loader = Loader(split, 16, seed=3, windows=4)
+    asked = []
+    batch = loader.batch
+    loader.batch = lambda step: asked.append(step) or batch(step)
+    prefetcher = Prefetcher(loader, first_step=0, depth=3)
+    prefetcher.next(0)
+    prefetcher.next(1)
+    prefetcher._pool.shutdown(wait=True)
+    assert asked == [0, 1, 2, 3, 4]
+
+
+def test_prefetcher_raises_in_the_caller(split):
+    loader = Loader(split, 16, seed=3, windows=4)
+    prefetcher = Prefetcher(loader, first_step=0, depth=1)
+    (split.directory / split.shards[0].file).unlink()
+    for other in split.shards[1:]:
+        (split.directory / other.file).unlink()
+    with pytest.raises(DataError, match="cannot read shard"):
+        for step in range(3):
+            prefetcher.next(step)
+    prefetcher.close()

@@ -1,0 +1,421 @@
+"""metrics.jsonl holds every record through crashes and resumes; the sinks show it and cannot stop a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import resource
+import struct
+import sys
+import types
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from training.log import METRICS_FILE, WANDB_RUNS_FILE, RunLog, WandbSink, flatten, read_records
+from training.progress import ProgressSink
+
+
+class Memory:
+    """A sink that keeps what it is given."""
+
+    def __init__(self):
+        self.records: list[dict] = []
+        self.closed = 0
+
+    def record(self, rec):
+        self.records.append(rec)
+
+    def close(self):
+        self.closed += 1
+
+
+def write_run(directory: Path, steps: int) -> Path:
+    log = RunLog(directory)
+    log.write("eval", 0, loss=10.0)
+    for step in range(1, steps + 1):
+        log.write("train", step, loss=1.0 / step)
+        if step % 5 == 0:
+            log.write("eval", step, loss=2.0 / step)
+    log.close()
+    return directory / METRICS_FILE
+
+
+def same(a, b) -> bool:
+    """Equal, NaN included, bit for bit."""
+    if isinstance(a, float) and isinstance(b, float):
+        return struct.pack("d", a) == struct.pack("d", b) or (math.isnan(a) and math.isnan(b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+# ---- the file ----
+
+
+def test_a_reader_gets_back_what_was_written(tmp_path):
+    fields = {
+        "loss": 0.1 + 0.2,
+        "tiny": 5e-324,
+        "lost": math.nan,
+        "worse": [math.inf, -math.inf, 1.0, {"deep": math.nan}],
+        "count": 2**60,
+        "what": 'a "quoted" line\nand Σ',
+        "none": None,
+        "flag": True,
+    }
+    memory = Memory()
+    log = RunLog(tmp_path, [memory])
+    log.write("train", 3, **fields)
+    expected = {"kind": "train", "step": 3, **fields}
+    assert same(next(read_records(log.path)), expected), "a record can be read as soon as write returns"
+    assert same(memory.records[0], expected), "the sinks see what a reader sees"
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    text = log.path.read_text()
+    assert text.count("\n") == 1
+    json.loads(text, parse_constant=refuse)
+
+
+def test_arrays_and_tensors_become_plain_numbers(tmp_path):
+    log = RunLog(tmp_path)
+    log.write(
+        "spectra",
+        numpy.int64(7),
+        double=numpy.float64(0.1),
+        single=torch.tensor(0.1),
+        half=torch.tensor([1.5, math.nan], dtype=torch.bfloat16),
+        matrix=numpy.arange(4.0).reshape(2, 2),
+        count=torch.tensor(3),
+        nested={"flag": numpy.bool_(True), "path": Path("a/b"), "pair": (1, torch.tensor(2.0))},
+    )
+    expected = {
+        "kind": "spectra",
+        "step": 7,
+        "double": 0.1,
+        "single": float(numpy.float32(0.1)),
+        "half": [1.5, math.nan],
+        "matrix": [[0.0, 1.0], [2.0, 3.0]],
+        "count": 3,
+        "nested": {"flag": True, "path": "a/b", "pair": [1, 2.0]},
+    }
+    assert same(next(read_records(tmp_path)), expected)
+    with pytest.raises(TypeError, match=r"nested.what is a set.*log numbers"):
+        log.write("train", 8, nested={"what": {1}})
+    assert len(list(read_records(tmp_path))) == 1, "a refused record leaves nothing behind"
+
+
+def test_records_are_read_by_kind(tmp_path):
+    path = write_run(tmp_path, 10)
+    assert [record["step"] for record in read_records(path, "eval")] == [0, 5, 10]
+    assert [record["loss"] for record in read_records(tmp_path, "train")] == [1.0 / step for step in range(1, 11)]
+    assert len(list(read_records(path))) == 13
+
+
+def test_torn_anywhere_the_file_keeps_its_whole_records(tmp_path):
+    path = write_run(tmp_path, 5)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        complete = whole[:length].count(b"\n")
+        assert len(list(read_records(path))) == complete, "a reader passes a torn line over"
+        log = RunLog(tmp_path)
+        log.write("event", 9)
+        log.close()
+        assert path.read_bytes() == b"".join(lines[:complete]) + b'{"kind": "event", "step": 9}\n'
+
+
+def test_zeros_that_a_power_failure_left_are_dropped(tmp_path):
+    path = write_run(tmp_path, 5)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 4096)
+    RunLog(tmp_path).close()
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [b'{"kind": "tra\n', b"3\n", b'{"kind": "train"}\n', b"\xff\n"])
+def test_damage_in_the_middle_is_named_not_passed_over(tmp_path, damage):
+    path = write_run(tmp_path, 5)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
+    with pytest.raises(ValueError, match=r"line 3 .*remove that line"):
+        list(read_records(path))
+    damaged = path.read_bytes()
+    with pytest.raises(ValueError, match="line 3"):
+        RunLog(tmp_path, resume_step=2)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("resume_step", [-1, 0, 4, 5, 12, 20, 99])
+def test_resuming_leaves_one_curve(tmp_path, resume_step):
+    """A run killed after step 20 and resumed from an earlier checkpoint reads like one that was never interrupted."""
+    straight = write_run(tmp_path / "straight", 25).read_bytes()
+    path = write_run(tmp_path / "resumed", 20)
+    path.write_bytes(path.read_bytes() + b'{"kind": "train", "st')
+    log = RunLog(tmp_path / "resumed", resume_step=resume_step)
+    assert all(record["step"] <= resume_step for record in read_records(path))
+    if resume_step < 0:
+        log.write("eval", 0, loss=10.0)
+    for step in range(max(min(resume_step, 20), 0) + 1, 26):
+        log.write("train", step, loss=1.0 / step)
+        if step % 5 == 0:
+            log.write("eval", step, loss=2.0 / step)
+    log.close()
+    assert path.read_bytes() == straight
+    assert os.listdir(path.parent) == [METRICS_FILE]
+
+
+def test_a_truncation_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = write_run(tmp_path, 20)
+    whole = path.read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, name, killed)
+            RunLog(tmp_path, resume_step=3)
+        assert path.read_bytes() == whole
+
+
+def test_a_full_disk_leaves_whole_records_and_says_what_to_do(tmp_path):
+    log = RunLog(tmp_path)
+    log.write("train", 1, loss=1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*free space"):
+            log.write("spectra", 1, sigma=[1.0] * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write("train", 2, loss=2.0)
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2]
+
+
+# ---- sinks ----
+
+
+def test_a_failing_sink_costs_one_warning_and_nothing_else(tmp_path, caplog):
+    class Failing(Memory):
+        def record(self, rec):
+            raise RuntimeError("no network")
+
+    failing, memory = Failing(), Memory()
+    log = RunLog(tmp_path, [failing, memory])
+    for step in range(3):
+        log.write("train", step, loss=1.0)
+    log.close()
+    log.close()
+    assert len(caplog.records) == 1 and "no network" in caplog.text and "training goes on" in caplog.text
+    assert len(memory.records) == len(list(read_records(tmp_path))) == 3
+    assert (failing.closed, memory.closed) == (1, 1)
+
+
+def test_curves_come_from_the_records_alone():
+    sigma = [3.0, 2.0, 1.0]
+    spectrum = {
+        "kind": "spectra",
+        "step": 5,
+        "name": "h.0.attn",
+        "sigma": sigma,
+        "off": 0.5,
+        "why": None,
+        "rows": [[1.0]],
+    }
+    assert dict(flatten(spectrum)) == {
+        "spectra/h.0.attn/sigma": sigma,
+        "spectra/h.0.attn/sigma_max": 3.0,
+        "spectra/h.0.attn/sigma_min": 1.0,
+        "spectra/h.0.attn/stable_rank": pytest.approx(14 / 9),
+        "spectra/h.0.attn/off": 0.5,
+    }
+    assert dict(flatten({"kind": "train", "step": 1, "loss": 2.0, "lr": {"adamw": 0.1}})) == {
+        "train/loss": 2.0,
+        "train/lr/adamw": 0.1,
+    }
+    assert dict(flatten({"kind": "eval", "step": 1, "loss": 2.0})) == {"val/loss": 2.0}
+    assert dict(flatten({"kind": "spectra", "step": 1, "w": {"sigma": [0.0, 0.0]}}))["spectra/w/stable_rank"] == 0.0
+
+
+def wandb_sink(directory: Path, mode: str, resume: bool = False) -> WandbSink:
+    return WandbSink(
+        mode=mode, project="p", group="g", name="n", config={"seed": 1}, directory=directory, resume=resume
+    )
+
+
+class FakeWandb(types.ModuleType):
+    """Stands for the package: keeps what it is asked for; ``failure`` is raised by init."""
+
+    def __init__(self, failure: Exception | None = None):
+        super().__init__("wandb")
+        self.failure = failure
+        self.started: list[dict] = []
+        self.logged: list[dict] = []
+        self.metrics: dict[str, dict] = {}
+        self.finished = 0
+        self.Settings = self.Histogram = lambda *args, **kwargs: args or kwargs
+
+    def init(self, **arguments):
+        if self.failure:
+            raise self.failure
+        self.started.append(arguments)
+        return self
+
+    def define_metric(self, name, **arguments):
+        self.metrics[name] = arguments
+
+    def log(self, payload):
+        self.logged.append(payload)
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no\nAPI key"), None], ids=repr)
+def test_wandb_that_cannot_start_gives_one_warning(tmp_path, monkeypatch, caplog, failure):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(failure) if failure else None)
+    log = RunLog(tmp_path, [wandb_sink(tmp_path, "online")])
+    for step in range(3):
+        log.write("train", step, loss=1.0)
+    log.close()
+    assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
+    assert "training goes on" in caplog.text and "logger.mode=offline" in caplog.text
+    assert len(list(read_records(tmp_path))) == 3
+
+
+def test_wandb_disabled_is_not_even_imported(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    sink = wandb_sink(tmp_path, "disabled")
+    sink.record({"kind": "train", "step": 1, "loss": 1.0})
+    sink.close()
+    assert not caplog.records and not os.listdir(tmp_path)
+
+
+def test_wandb_sees_our_step_and_no_number_that_it_cannot_draw(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = wandb_sink(tmp_path, "offline")
+    sink.record({"kind": "spectra", "step": 4, "name": "w", "sigma": [2.0, math.nan], "dead": [math.nan]})
+    sink.close()
+    sink.close()
+    assert fake.metrics["*"] == {"step_metric": "step"} and fake.metrics["val/loss"]["summary"] == "min"
+    assert fake.logged[0]["step"] == 4 and fake.logged[0]["spectra/w/sigma"] == ([2.0],)
+    assert "spectra/w/dead" not in fake.logged[0]
+    assert fake.finished == 1
+
+
+def test_wandb_continues_online_and_links_offline(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for mode, resume in [("online", False), ("online", True), ("offline", True), ("offline", True), ("online", True)]:
+        wandb_sink(tmp_path, mode, resume).close()
+    online, again, offline, second, back = fake.started
+    assert again["id"] == back["id"] == online["id"] and again["resume"] == "allow"
+    assert len({online["id"], offline["id"], second["id"]}) == 3, "an offline run cannot be appended to"
+    assert {(run["group"], run["name"], run["project"]) for run in fake.started} == {("g", "n", "p")}
+    assert "continues" not in online["config"] and "continues" not in again["config"]
+    assert offline["config"]["continues"] == [online["id"]]
+    assert second["config"] == {"seed": 1, "continues": [online["id"], offline["id"]]}
+    wandb_sink(tmp_path, "online", resume=False).close()
+    assert fake.started[-1]["id"] not in {online["id"], offline["id"], second["id"]}
+
+
+def test_wandb_offline_for_real(tmp_path, caplog):
+    pytest.importorskip("wandb")
+    log = RunLog(tmp_path, [wandb_sink(tmp_path, "offline")])
+    log.write("train", 1, loss=2.0, lr=0.1, tokens_per_s=1000.0)
+    log.write("eval", 1, loss=math.nan)
+    log.write("spectra", 1, name="h.0.attn.c_attn.weight", sigma=torch.linspace(2, 0.5, 16))
+    log.write("event", 1, event="unstable", message="validation loss is nan")
+    log.close()
+    assert not caplog.records, "it started, took every record and finished"
+    (run,) = json.loads((tmp_path / WANDB_RUNS_FILE).read_text())
+    (written,) = (tmp_path / "wandb").glob(f"offline-run-*-{run['id']}/run-{run['id']}.wandb")
+    content = written.read_bytes()
+    for key in ("train/loss", "train/tokens_per_s", "val/loss", "c_attn.weight/sigma_max", "stable_rank", "histogram"):
+        assert key.encode() in content
+
+
+# ---- progress ----
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drive(sink: ProgressSink, clock: Clock, steps: int, eval_interval: int = 10**9) -> None:
+    """A run of one step a second."""
+    for step in range(1, steps + 1):
+        clock.now += 1.0
+        sink.record({"kind": "train", "step": step, "loss": 100.0 / step, "tokens_per_s": 41234.0})
+        sink.record({"kind": "spectra", "step": step, "name": "w", "sigma": [1.0]})
+        if step % eval_interval == 0:
+            sink.record({"kind": "eval", "step": step, "loss": 200.0 / step})
+
+
+def test_elsewhere_than_on_a_terminal_a_line_at_evaluations_and_rarely_between():
+    clock, stream = Clock(), io.StringIO()
+    drive(ProgressSink("hetero", 100, stream=stream, clock=clock), clock, 100, eval_interval=25)
+    lines = stream.getvalue().splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [10, 20, 25, 35, 45, 50, 60, 70, 75, 85, 95, 100]
+    assert lines[3].split() == ["hetero", "35/100", "train", "2.86", "val", "8.00", "41k", "tokens/s", "1:05", "left"]
+    assert lines[-1].endswith("0:00 left")
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_resumed_run_tells_the_time_left_from_its_own_pace():
+    clock, stream = Clock(), io.StringIO()
+    sink = ProgressSink("run", 1000, first_step=500, stream=stream, clock=clock, interval_s=0.0)
+    for step in range(501, 511):
+        clock.now += 2.0
+        sink.record({"kind": "train", "step": step, "loss": 1.0})
+    assert "left" not in stream.getvalue().splitlines()[0]
+    assert stream.getvalue().splitlines()[-1].endswith("16:20 left")
+
+
+def test_each_sort_of_event_is_told_once():
+    clock, stream = Clock(), io.StringIO()
+    sink = ProgressSink("run", 10, stream=stream, clock=clock)
+    for step in range(1, 5):
+        sink.record({"kind": "event", "step": step, "event": "nonfinite", "message": f"loss is nan [{step}]"})
+    sink.record({"kind": "event", "step": 5, "event": "unstable", "message": "validation loss rose"})
+    assert [line.split(maxsplit=1)[1] for line in stream.getvalue().splitlines()] == [
+        "step 1: loss is nan [1]",
+        "step 5: validation loss rose",
+    ]
+
+
+def test_on_a_terminal_a_bar_shows_the_same(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("TERM", "xterm")
+    clock, stream = Clock(), Terminal()
+    sink = ProgressSink("hetero", 100, stream=stream, clock=clock)
+    drive(sink, clock, 50, eval_interval=25)
+    sink.record({"kind": "event", "step": 50, "event": "unstable", "message": "loss [bold] rose"})
+    sink.record({"kind": "eval", "step": 50, "loss": math.nan})
+    sink.close()
+    shown = stream.getvalue()
+    assert "step 50: loss [bold] rose" in shown
+    last = shown.removesuffix("\x1b[?25h").rstrip().splitlines()[-1]
+    for part in ("hetero", "50/100", "train 2.00", "val nan", "41k tokens/s", "0:50 left", "━"):
+        assert part in last

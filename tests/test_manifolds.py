@@ -1,0 +1,140 @@
+"""One suite of axioms for every manifold, tall, wide and square; and the published retractions for what they do."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from optim.manifolds import MANIFOLDS, DGram, is_wide, like, polar, tall
+from optim.msign import msign
+
+ORACLE = np.load(Path(__file__).parent / "oracles" / "published_step.npz")
+SHAPES = [(40, 16), (16, 40), (24, 24), (3, 40, 16)]
+CONSTRAINED = [*(MANIFOLDS[name] for name in ("stiefel", "dgram", "oblique")), DGram("column_norms")]
+ids = [*("stiefel", "dgram-sorted", "oblique"), "dgram-columns"]
+
+
+def gaussian(shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def symmetric(n, seed=0):
+    S = gaussian((n, n), seed, torch.float64)
+    return S + S.mT
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_projector_is_linear_idempotent_and_self_adjoint(name):
+    P = MANIFOLDS[name].gram_project
+    A, B = symmetric(9, 1), symmetric(9, 2)
+    assert torch.equal(P(P(A)), P(A))
+    assert torch.allclose(P(2 * A - B), 2 * P(A) - P(B))
+    assert torch.allclose((P(A) * B).sum(), (A * P(B)).sum())
+    assert torch.equal(P(A), P(A).mT)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", CONSTRAINED, ids=ids)
+def test_init_and_retraction_land_on_the_manifold(M, shape, dtype):
+    W = M.init(gaussian(shape, dtype=dtype))
+    assert W.shape == torch.Size(shape) and W.dtype == dtype
+    moved = M.retract(W + 0.05 * gaussian(shape, 1, dtype))
+    bound = 2e-6 if dtype == torch.float32 else 2e-2
+    assert M.residual(W).max() < bound and M.residual(moved).max() < bound
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_published_stiefel_retraction_is_orthonormal_to_bfloat16(shape, dtype):
+    W = MANIFOLDS["stiefel"].retract(gaussian(shape, dtype=dtype), partial(msign, steps=10, dtype=torch.bfloat16))
+    assert W.dtype == dtype
+    sigma = torch.linalg.svdvals(W.float())
+    # The square Gaussian has singular values below 1e-3 of its norm, which ten steps do not bring to 1.
+    assert sigma.max() < 1.02 and (shape[-1] == shape[-2] or sigma.min() > 0.98)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("M", [m for m in CONSTRAINED if getattr(m, "retraction", "") != "sorted_svd"])
+def test_retraction_is_the_identity_on_the_manifold(M, shape):
+    W = M.init(gaussian(shape, dtype=torch.float64) * torch.linspace(0.5, 2, shape[-1], dtype=torch.float64))
+    assert torch.allclose(M.retract(W), W, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("M", [m for m in CONSTRAINED if getattr(m, "retraction", "") != "sorted_svd"])
+def test_retraction_follows_tangents_to_first_order(M, shape):
+    W = M.init(gaussian(shape, dtype=torch.float64))
+    A = tangent(M, W, gaussian(shape, 3, torch.float64))
+    assert torch.linalg.matrix_norm(M.tangency(W, A)).max() < 1e-10
+    errors = [torch.linalg.norm(M.retract(W + t * A) - W - t * A).item() for t in (1e-3, 5e-4)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)  # second order: halving t quarters the error
+
+
+def tangent(M, W, A):
+    """Project A on the tangent space at W by removing W K, K = P(K): solved as a linear least-squares problem."""
+    Wt, At = tall(W), tall(A)
+    C = Wt.mT @ At
+    if M.name == "stiefel":
+        K = 0.5 * (C + C.mT)
+    else:  # WᵀW = D diagonal (dgram), or only its diagonal matters (oblique): elementwise
+        d = torch.linalg.vector_norm(Wt, dim=-2).square()
+        K = M.gram_project((C + C.mT) / (d.unsqueeze(-1) + d.unsqueeze(-2)))
+    if M.name == "oblique":
+        return like(At - Wt * (torch.diagonal(C, dim1=-2, dim2=-1)).unsqueeze(-2), W)
+    return like(At - Wt @ K, W)
+
+
+def test_published_dgram_retraction_sorts_the_column_norms():
+    W = MANIFOLDS["dgram"].retract(gaussian((40, 16)))
+    norms = torch.linalg.vector_norm(W, dim=0)
+    assert torch.all(norms[:-1] >= norms[1:] - 1e-6)
+    assert torch.allclose(norms, torch.linalg.svdvals(gaussian((40, 16))), rtol=1e-5)
+
+
+def test_published_dgram_retraction_moves_a_point_of_the_manifold():
+    scale = torch.linspace(0.55, 1.66, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+    W = polar(gaussian((64, 32))) * scale
+    moved = (torch.linalg.norm(MANIFOLDS["dgram"].retract(W) - W) / W.norm()).item()
+    kept = (torch.linalg.norm(DGram("column_norms").retract(W) - W) / W.norm()).item()
+    assert moved > 0.3 and kept < 1e-5
+
+
+def test_zero_columns_stay_finite():
+    W = gaussian((12, 6))
+    W[:, 2] = 0
+    for M in (MANIFOLDS["oblique"], DGram("column_norms")):
+        retracted = M.retract(W)
+        assert retracted.isfinite().all() and retracted[:, 2].abs().max() < 1e-6
+
+
+def test_unknown_retraction_names_the_choices():
+    with pytest.raises(ValueError, match="sorted_svd, column_norms"):
+        DGram("svd")
+
+
+def test_tall_and_back():
+    for shape in SHAPES:
+        W = gaussian(shape)
+        assert not is_wide(tall(W)) and torch.equal(like(tall(W), W), W)
+
+
+@pytest.mark.parametrize("shape", ["64x32", "48x48"])
+@pytest.mark.parametrize("name", ["stiefel", "dgram", "oblique"])
+def test_published_outputs(shape, name):
+    M, oracle = MANIFOLDS[name], {k: torch.from_numpy(ORACLE[f"{shape}/{k}"]).float() for k in ("in/G", "in/W0")}
+    recorded = {
+        k: torch.from_numpy(ORACLE[f"{shape}/{k}/{name}"]) for k in ("gram_project", "init", "retract_in", "retract")
+    }
+    bf16 = partial(msign, steps=10, dtype=torch.bfloat16)
+    tolerance = 2e-2 if name == "stiefel" else 1e-5
+    G = oracle["in/G"] / (1.01 * oracle["in/G"].norm())  # see tests/oracles/README.md
+    assert relative(M.gram_project(G.T @ G / G.size(1)), recorded["gram_project"]) < 1e-5
+    assert relative(M.init(oracle["in/W0"], bf16), recorded["init"]) < tolerance
+    assert relative(M.retract(recorded["retract_in"], bf16), recorded["retract"]) < tolerance
+
+
+def relative(a, b):
+    return (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()

@@ -1,0 +1,174 @@
+"""optim=paper: the published steps and the published tiny trainings, and the fast path against its slow twin."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.gpt import GPT, GPTConfig
+from optim.groups import build_optimizers
+from optim.manifold_muon import ManifoldMuon
+from optim.manifolds import MANIFOLDS
+from optim.published import PublishedStep, Stack
+from optim.reference import published_direction, published_muon, retract
+from optim.schedule import lr_multiplier
+from training.config import compose
+
+STEP = np.load(Path(__file__).parent / "oracles" / "published_step.npz")
+TRAINING = np.load(Path(__file__).parent / "oracles" / "published_training.npz")
+BF16 = PublishedStep(dual_steps=20, alpha=0.1, msign_steps=10, msign_dtype=torch.bfloat16)
+FP32 = PublishedStep(dual_steps=20, alpha=0.1, msign_steps=10, msign_dtype=torch.float32)
+
+
+def step_oracle(key):
+    return torch.from_numpy(STEP[key]).float()
+
+
+def relative(a, b):
+    return (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
+
+
+@pytest.mark.parametrize("manifold", ["stiefel", "dgram", "oblique"])
+@pytest.mark.parametrize("rule", [BF16, FP32], ids=["bfloat16", "float32"])
+def test_published_step(manifold, rule):
+    W, G = step_oracle(f"64x32/init/{manifold}"), step_oracle("64x32/in/G")
+    G = G / (1.01 * G.norm())  # see tests/oracles/README.md
+    [new] = rule([Stack(W[None], G[None], manifold, torch.tensor(0.02), 0.1)])
+    kind = "manifold_muon" if rule is BF16 else "manifold_muon_fp32"
+    published = step_oracle(f"64x32/{kind}/{manifold}/G*1")
+    assert relative(new[0], published) < (2e-2 if rule is BF16 else 1e-5)
+
+
+@pytest.mark.parametrize("scale", [1, 1e-3])
+@pytest.mark.parametrize("shape", ["64x32", "48x48"])
+@pytest.mark.parametrize("manifold", ["stiefel", "dgram", "oblique"])
+def test_every_step_lands_on_the_manifold(shape, manifold, scale):
+    W, G = step_oracle(f"{shape}/init/{manifold}"), step_oracle(f"{shape}/in/G") * scale
+    [new] = BF16([Stack(W[None], G[None], manifold, torch.tensor(0.02), 0.1)])
+    assert MANIFOLDS[manifold].residual(new[0]) < (1e-2 if manifold == "stiefel" else 2e-6)
+
+
+@pytest.mark.parametrize("shape", ["64x32", "48x48"])
+@pytest.mark.parametrize("manifold", ["none", "stiefel", "dgram", "oblique"])
+def test_published_optimizer_steps(shape, manifold):
+    start = f"{shape}/in/W0" if manifold == "none" else f"{shape}/init/{manifold}"
+    W = torch.nn.Parameter(step_oracle(start))
+    optimizer = muon([W], "euclidean" if manifold == "none" else manifold)
+    with torch.no_grad():
+        W.copy_(step_oracle(start))  # published weights start on the manifold to bfloat16 only
+    for i in (1, 2, 3):
+        W.grad = step_oracle(f"{shape}/in/g{i}")
+        optimizer.step()
+        if (shape, manifold) != ("48x48", "dgram"):
+            assert relative(W.detach(), step_oracle(f"{shape}/muon_step/{manifold}/after{i}")) < 2e-2
+    assert relative(optimizer.state[W]["momentum"], step_oracle(f"{shape}/muon_step/momentum_after3")) < 1e-6
+
+
+def muon(params, manifold, rule=BF16):
+    group = {"params": params, "manifold": manifold}
+    return ManifoldMuon([group], rule, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("manifold", MANIFOLDS)
+def test_batched_steps_equal_one_matrix_at_a_time(manifold):
+    """In float32, with few dual steps and no square matrix, so that rounding does not decide."""
+    rule = PublishedStep(dual_steps=3, alpha=0.1, msign_steps=10, msign_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, 16), (16, 40), (40, 16), (20, 8)]
+    params = [torch.nn.Parameter(torch.randn(*s, generator=generator)) for s in shapes]
+    optimizer = muon(params, manifold, rule)
+    for p in params:
+        W, G = p.detach().clone(), torch.randn(*p.shape, generator=generator)
+        p.grad = G
+        wide = p.size(0) < p.size(1)
+        Wt, Gt = (W.T, G.T * 1.95) if wide else (W, G * 1.95)  # Nesterov on the first step: g + .95 g
+        if manifold == "euclidean":
+            expected = published_muon(W, [G], manifold, lr=0.02, msign_dtype=torch.float32)[0]
+        else:
+            A = published_direction(Wt, Gt, manifold, steps=3, msign_dtype=torch.float32)
+            expected = retract(Wt - 0.02 * A, manifold, torch.float32)
+            expected = expected.T if wide else expected
+        p.expected = expected
+    optimizer.step()
+    for p in params:
+        assert relative(p.detach(), p.expected) < 2e-5
+
+
+def test_reference_reproduces_the_published_steps():
+    gradients = [step_oracle(f"64x32/in/g{i}") for i in (1, 2, 3)]
+    for manifold, start in (("stiefel", "init/stiefel"), ("oblique", "init/oblique"), ("euclidean", "in/W0")):
+        after = published_muon(step_oracle(f"64x32/{start}"), gradients, manifold, lr=0.02)
+        recorded = "none" if manifold == "euclidean" else manifold
+        assert relative(after[-1], step_oracle(f"64x32/muon_step/{recorded}/after3")) < 2e-2
+
+
+@pytest.mark.parametrize(("run", "assignment"), [("adamw", "adamw"), ("stiefel", "all_stiefel"), ("hetero", "hetero")])
+def test_published_training(run, assignment):
+    cfg = compose(["optim=paper", f"assignment={assignment}", "optim.muon.lr=0.02", "optim.adamw.lr=6e-4"])
+    model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64))
+    weights = {k.removeprefix("init/"): torch.from_numpy(TRAINING[k]) for k in TRAINING.files if k.startswith("init/")}
+    model.load_state_dict({**weights, "transformer.wte.weight": weights["lm_head.weight"]})
+    optimizers = build_optimizers(model, cfg)
+    for step, (batch, published) in enumerate(zip(TRAINING["batches"], TRAINING[f"loss/{run}"])):
+        multiplier = lr_multiplier(step, kind="cosine", warmup_steps=5, decay_steps=20, floor=0.1)
+        assert 6e-4 * multiplier == pytest.approx(TRAINING["lr"][step], rel=1e-12)
+        optimizers.set_lr(multiplier)
+        windows = torch.from_numpy(batch).long()
+        loss = model(windows[:, :-1], windows[:, 1:])[1]
+        assert loss.item() == pytest.approx(published, abs=1e-5 if run == "adamw" else 5e-3)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step()
+        optimizers.zero_grad()
+    heldout = torch.from_numpy(TRAINING["heldout"]).long()
+    loss = F.cross_entropy(model(heldout[:, :-1])[0].flatten(0, 1), heldout[:, 1:].flatten()).item()
+    assert loss == pytest.approx(float(TRAINING[f"heldout_loss/{run}"]), abs=1e-5 if run == "adamw" else 5e-3)
+
+
+def test_a_step_that_is_skipped_leaves_everything_as_it_was():
+    W = torch.nn.Parameter(torch.randn(12, 6, generator=torch.Generator().manual_seed(0)))
+    optimizer = muon([W], "stiefel")
+    before = W.detach().clone()
+    W.grad = torch.full_like(W, torch.nan)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(W.detach(), before) and not optimizer.state[W]["momentum"].any()
+    W.grad = torch.ones_like(W)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert not torch.equal(W.detach(), before) and W.isfinite().all()
+
+
+def test_state_dict_round_trip_is_exact():
+    def make():
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(*s)) for s in [(12, 6), (6, 12), (12, 6)]]
+        return params, muon(params, "dgram")
+
+    def advance(params, optimizer, n):
+        for i in range(n):
+            for p in params:
+                p.grad = torch.randn(*p.shape, generator=torch.Generator().manual_seed(i))
+            optimizer.step()
+
+    straight, straight_optimizer = make()
+    advance(straight, straight_optimizer, 2)
+    resumed, resumed_optimizer = make()
+    resumed_optimizer.load_state_dict(straight_optimizer.state_dict())
+    with torch.no_grad():
+        for p, q in zip(resumed, straight):
+            p.copy_(q)
+    for params, optimizer in ((straight, straight_optimizer), (resumed, resumed_optimizer)):
+        advance(params, optimizer, 3)
+    for p, q in zip(resumed, straight):
+        assert torch.equal(p, q)
+        assert torch.equal(resumed_optimizer.state[p]["momentum"], straight_optimizer.state[q]["momentum"])
+
+
+def test_constructor_refuses_vectors_and_unknown_manifolds():
+    with pytest.raises(ValueError, match="AdamW"):
+        muon([torch.nn.Parameter(torch.zeros(3))], "stiefel")
+    with pytest.raises(ValueError, match="stiefel"):
+        muon([torch.nn.Parameter(torch.zeros(3, 3))], "steifel")

@@ -1,0 +1,185 @@
+"""The command line: a run ends, resumes bitwise, sweeps, and refuses bad input before it writes anything."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_train
+
+from train import USER_ERRORS, check, train
+from training import checkpoint
+from training.checkpoint import CheckpointError
+from training.config import compose
+from training.log import read_records
+from training.validate import ConfigError
+
+ASSIGNMENTS = ["unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv", "adamw"]
+CLOCK = {"tokens_per_s", "train_seconds", "peak_device_bytes"}
+
+
+def records(directory, kind=None):
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_records(directory, kind)]
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_every_assignment_trains(tiny, tmp_path, assignment):
+    best = train(compose([*tiny, f"assignment={assignment}"]))
+    evals = records(tmp_path / "run", "eval")
+    assert [r["step"] for r in evals] == [0, 5, 10, 15, 20]
+    assert best == min(r["loss"] for r in evals) < evals[0]["loss"] - 0.5
+    assert {r["name"] for r in records(tmp_path / "run", "spectra")} == {
+        f"transformer.h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    for r in records(tmp_path / "run", "spectra"):
+        assert len(r["sigma"]) == len(r["gram_diagonal"]) == 16 and r["sigma"] == sorted(r["sigma"], reverse=True)
+    for name in ("config.yaml", "parameters.txt", "environment.json", "checkpoints/step_00000020"):
+        assert (tmp_path / "run" / name).exists()
+    [end] = records(tmp_path / "run", "end")
+    assert end["best_val_loss"] == best and end["unstable_step"] is None
+
+
+@pytest.mark.parametrize("optim", ["paper"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_resumed_run_ends_bitwise_like_an_undisturbed_one(tiny, tmp_path, optim, dropout):
+    common = [*tiny[:-1], f"optim={optim}", f"model.dropout={dropout}"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(compose([*common, f"output_dir={straight}"]))
+    # As if it had been killed at step 13: what came after the checkpoint of step 10 is on disk, and will be done again.
+    halfway = compose([*common, f"output_dir={stopped}"])
+    train({**halfway, "max_steps": 13, "schedule": {**halfway["schedule"], "decay_steps": 20}})
+    later = stopped / "checkpoints" / "step_00000013"
+    for file in later.iterdir():
+        file.unlink()
+    later.rmdir()
+    train(compose([*common, f"output_dir={stopped}", "resume=auto"]))
+    a, b = (checkpoint.load_newest(d / "checkpoints") for d in (straight, stopped))
+    assert a.step == b.step == 20
+    assert_equal(a.state["model"], b.state["model"])
+    assert_equal(a.state["optimizers"], b.state["optimizers"])
+    assert_equal(a.state["rng"], b.state["rng"])
+    assert a.state["stability"] == b.state["stability"]
+    assert records(straight) == records(stopped)
+
+
+def assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(tiny, tmp_path):
+    losses = []
+    for micro in (1, 8):
+        train(
+            compose(
+                [
+                    *tiny[:-1],
+                    f"output_dir={tmp_path}/{micro}",
+                    f"micro_batch_size={micro}",
+                    "max_steps=3",
+                    "assignment=adamw",
+                ]
+            )
+        )
+        losses.append([r["loss"] for r in records(tmp_path / str(micro), "train")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_run_that_turns_non_finite_is_a_result(tiny, tmp_path, monkeypatch):
+    import train as module
+
+    plain, calls = module.accumulate, []
+
+    def poisoned(model, *args):
+        loss = plain(model, *args)
+        calls.append(loss)
+        if len(calls) == 7:
+            next(model.parameters()).grad[0, 0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(module, "accumulate", poisoned)
+    best = train(compose(tiny))
+    [end] = records(tmp_path / "run", "end")
+    assert end["unstable_step"] == 7 and "not finite" in end["reason"] and best < 6
+    skipped = [r["skipped_updates"] for r in records(tmp_path / "run", "train")]
+    assert skipped == [0] * 6 + [1] * 14
+    assert all(p.isfinite().all() for p in checkpoint.load_newest(tmp_path / "run/checkpoints").state["model"].values())
+
+
+BAD = [
+    (
+        ["global_batch_tokens=100"],
+        "global_batch_tokens=100 is not a multiple of block_size 16 x micro_batch_size 4 = 64",
+    ),
+    (["model.n_head=3"], "model.n_embd=16 is not divisible by model.n_head=3"),
+    (["assignment=custom", "assignment.rules={attn: stiefel}"], "mlp.c_fc.weight' is matched by no rule"),
+    (["assignment=custom", "assignment.rules={attn: steifel, mlp: dgram}"], "choose one of euclidean, stiefel"),
+    (["seed=-1", "device=gpu"], "device is 'gpu'"),
+    (["schedule.warmup_steps=30"], "warmup_steps=30 leaves nothing"),
+    (["schedule.kind=cosin"], "schedule.kind is 'cosin'"),
+    (["model.vocab_size=100"], "smaller than the data's vocabulary"),
+    (["model.block_size=100000", "global_batch_tokens=400000"], "longer than the data"),
+    (["data.dir=/nowhere"], "python -m data.prepare data=text"),
+    (["~experiment"], "schedule.warmup_steps is missing"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[b[0][-1][:30] for b in BAD])
+def test_bad_input_is_refused_before_anything_is_written(tiny, tmp_path, overrides, message):
+    replaced = {o.split("=")[0] for o in overrides}
+    if "~experiment" in replaced:
+        replaced.add("schedule.warmup_steps")
+    kept = [o for o in tiny if o.split("=")[0] not in replaced]
+    with pytest.raises(USER_ERRORS) as caught:
+        train(compose([*kept, *overrides]))
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_problem_is_listed_at_once(tiny):
+    with pytest.raises(ConfigError) as caught:
+        check(compose([*tiny, "seed=-1", "device=gpu", "model.n_head=3", "eval_interval=0"]))
+    assert len(caught.value.problems) == 4
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):
+    train(compose([*tiny, "max_steps=5"]))
+    before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+    with pytest.raises(CheckpointError, match=r"model.n_embd: 16 → 32"):
+        train(compose([*tiny, "max_steps=5", "model.n_embd=32", "resume=auto"]))
+    assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(compose([*tiny, "max_steps=5"]))
+
+
+def test_command_line(tiny, tmp_path):
+    done = run_train(*tiny, "max_steps=5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    best = min(r["loss"] for r in read_records(tmp_path / "run", "eval"))
+    assert done.stdout.splitlines()[-1] == f"best validation loss {best:.4f}"
+    assert "ManifoldMuon" in done.stdout
+    assert json.loads((tmp_path / "run/environment.json").read_text())["torch"] == str(torch.__version__)
+    left = {p.name for p in tmp_path.iterdir()}
+    bad = run_train(*tiny[:-1], f"output_dir={tmp_path}/bad", "micro_batch_size=3", "seed=-1", cwd=tmp_path)
+    assert bad.returncode == 2 and "2 problems" in bad.stderr and "Traceback" not in bad.stderr
+    assert {p.name for p in tmp_path.iterdir()} == left
+    unknown = run_train("max_stepz=3", cwd=tmp_path)
+    assert unknown.returncode != 0 and "max_stepz" in unknown.stderr
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+
+def test_sweep_has_one_directory_a_job(tiny, tmp_path):
+    sweep = run_train("-m", *tiny[:-1], "max_steps=3", "assignment=adamw,all_stiefel", "seed=1,2", cwd=tmp_path)
+    assert sweep.returncode == 0, sweep.stderr
+    assert sweep.stdout.count("best validation loss") == 4
+    runs = [p.parent for p in (tmp_path / "outputs").rglob("metrics.jsonl")]
+    assert len(runs) == 4 and all(tmp_path / "outputs" / "sweep" in r.parents for r in runs)
