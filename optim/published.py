@@ -11,10 +11,12 @@ sync a step, so the test is left out; everything else is as published, including
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from optim.manifold_muon import Stack
 from optim.manifolds import MANIFOLDS, Manifold, Polar
 from optim.msign import msign
 
@@ -41,21 +43,6 @@ def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: flo
 
 
 @dataclass(frozen=True)
-class Stack:
-    """What a step rule is given: equally shaped matrices of one parameter group.
-
-    W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
-    eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
-    """
-
-    W: Tensor
-    G: Tensor
-    manifold: str
-    eta: Tensor
-    weight_decay: float
-
-
-@dataclass(frozen=True)
 class PublishedStep:
     """The published update, stack by stack; all settings as in arXiv 2606.13276.
 
@@ -67,13 +54,26 @@ class PublishedStep:
     msign_steps: int
     msign_dtype: torch.dtype
 
+    keeps_dual: ClassVar[bool] = False
+
     def polar(self, X: Tensor) -> Tensor:
         """The matrix sign (k, m, n) in the rule's dtype."""
         return msign(X, self.msign_steps, self.msign_dtype)
 
     def init(self, W: Tensor, manifold: str) -> Tensor:
-        """W (m, n) brought onto the manifold by the published retraction."""
+        """W (..., m, n) brought onto the manifold by the published retraction."""
         return MANIFOLDS[manifold].init(W, self.polar)
+
+    def flops(self, m: int, n: int, manifold: str) -> float:
+        """Operations (two a multiply-add) of one step of one (m, n) matrix: matrix signs, the products between them, the retraction.
+
+        The sorted-SVD retraction is counted as 14 m n² + 8 n³ (Golub and Van Loan, Matrix Computations, 8.6, R-SVD).
+        """
+        sign = self.msign_steps * (4 * m * n**2 + 2 * n**3)
+        if manifold == "euclidean":
+            return sign
+        retraction = {"stiefel": sign, "dgram": 14 * m * n**2 + 8 * n**3, "oblique": 3 * m * n}[manifold]
+        return self.dual_steps * (sign + 4 * m * n**2) + retraction
 
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:
         """New weights, one (k, m, n) for each stack. Decay is decoupled and for unconstrained matrices only, as published."""

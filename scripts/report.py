@@ -8,7 +8,6 @@ validation losses and singular values are drawn into that directory.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -90,7 +89,9 @@ def settings_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
     columns = []
     for key in keys:
         # Of two step rules, which share few settings, the name says enough; decay_steps follows max_steps.
-        if key.startswith(("assignment.", "optim.muon.rule.")) or (key == "schedule.decay_steps" and "max_steps" in keys):
+        if key.startswith(("assignment.", "optim.muon.rule.")) or (
+            key == "schedule.decay_steps" and "max_steps" in keys
+        ):
             continue
         columns.append(Column(key, key, lambda r, key=key: _setting(r.config, key)))
     return columns
@@ -204,7 +205,9 @@ def work(arguments: list[str]) -> int:
             for path in draw(groups, Path(options["figures"])):
                 print(f"written: {path}")
         except OSError as error:
-            raise UsageError(f"figures={options['figures']} cannot be written ({error}); name another directory") from error
+            raise UsageError(
+                f"figures={options['figures']} cannot be written ({error}); name another directory"
+            ) from error
     return 0
 
 

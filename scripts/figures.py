@@ -1,0 +1,244 @@
+"""The pictures of the table: validation loss of every run, and the singular values of every matrix over training.
+
+Drawn without pyplot, so nothing global is touched and no display is needed. Colours are Okabe and Ito's, which people with any
+colour vision tell apart (https://jfly.uni-koeln.de/color/).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.runs import SUBLAYERS, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "Unconstrained": "#5a5a5a",
+    "All-Stiefel": "#0072B2",
+    "All-DGram": "#E69F00",
+    "Hetero": "#009E73",
+    "Hetero-Inv": "#D55E00",
+}
+OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D", "#1B1B1B")
+LARGEST, SMALLEST = "#D55E00", "#0072B2"  # singular values
+
+DPI = 130
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "lines.solid_capstyle": "round",
+}
+
+Groups = Sequence[Sequence[Run]]
+
+
+def val_loss(groups: Groups, path: Path) -> Path:
+    """Validation loss over steps: all of training on the left, its second half on the right, where the curves are named.
+
+    Runs of one group share a colour. A cross marks the step at which a run became unstable.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(9.2, 3.9)
+        whole, end = figure.subplots(1, 2, width_ratios=(1, 1.15))
+        colours = _colours(groups)
+        for group, colour in zip(groups, colours):
+            for run in group:
+                for axes in (whole, end):
+                    _loss_curve(axes, run, colour)
+        last = max(run.step for group in groups for run in group) or 1
+        finals = [run.final for group in groups for run in group if run.final is not None and math.isfinite(run.final)]
+        for axes, first in ((whole, 0), (end, last // 2)):
+            axes.set_xlim(first, last)
+            axes.set_ylim(*_loss_limits(groups, first, last))
+            axes.set_xlabel("step")
+        whole.set_ylabel("validation loss (nats per token)")
+        whole.set_title("all of training", loc="left")
+        end.set_title("second half", loc="left")
+        if finals:
+            _name_curves(end, groups, colours, last)
+        return _save(figure, path)
+
+
+def spectra(groups: Groups, path: Path) -> Path:
+    """Largest and smallest singular value of every matrix over steps: a column for each group's first run, a row for each sublayer."""
+    import matplotlib
+    from matplotlib.lines import Line2D
+
+    with matplotlib.rc_context(STYLE):
+        runs = [next((r for r in group if r.records.get("spectra")), group[0]) for group in groups]
+        figure = _figure(max(4.5, 0.8 + 1.75 * len(runs)), 4.4)
+        panels = figure.subplots(len(SUBLAYERS), len(runs), sharex=True, sharey="row", squeeze=False)
+        for row, sublayer in zip(panels, SUBLAYERS):
+            for axes, run in zip(row, runs):
+                _spectrum(axes, run, sublayer)
+            _log_scale(row[0], [r for run in runs for records in run.spectra(sublayer).values() for r in records])
+            row[0].set_ylabel(f"{_words(sublayer)}\nsingular values")
+        for top, bottom, group in zip(panels[0], panels[-1], groups):
+            top.set_title(_label(group, groups), loc="left", fontweight="bold", fontsize=9.5, pad=16)
+            bottom.set_xlabel("step")
+            bottom.set_xlim(0, max(r.step for r in runs) or 1)
+        handles = [Line2D([], [], color=c, linewidth=1.6) for c in (LARGEST, SMALLEST)]
+        names = ["largest singular value of each matrix", "smallest"]
+        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+        return _save(figure, path)
+
+
+# ---- pieces ----
+
+
+def _loss_curve(axes: Axes, run: Run, colour: str) -> None:
+    steps, losses = run.curve("eval")
+    axes.plot(steps, losses, color=colour, linewidth=1.6, alpha=0.9)
+    if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
+        axes.plot([run.unstable_step], [at], marker="x", markersize=8, markeredgewidth=2.2, color=colour)
+
+
+def _loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
+    """From just below the best loss to what the stable runs show from `first` on; an exploding run leaves the picture."""
+    shown, stable = [], []
+    for group in groups:
+        for run in group:
+            points = [x for step, x in zip(*run.curve("eval")) if step >= first and math.isfinite(x)]
+            shown += points
+            stable += points if run.unstable_step is None else []
+    if not shown:
+        return 0.0, 1.0
+    low, high = min(shown), max(stable or shown)
+    high = max(high, min(max(shown), high + 0.5 * (high - low)))  # room to see an unstable run take off
+    margin = 0.04 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) -> None:
+    """The name and final loss of each group beside the end of its curve, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    places = []
+    for group, colour in zip(groups, colours):
+        finals = [r.final for r in group if r.final is not None and math.isfinite(r.final)]
+        if finals:
+            mean = sum(finals) / len(finals)
+            places.append((min(max(mean, low), high), f"{_label(group, groups)}  {mean:.3f}", colour))
+    places.sort(key=lambda place: place[0])
+    gap = 0.062 * (high - low)  # a line of text
+    heights = _spread([height for height, _, _ in places], gap)
+    for height, (end, text, colour) in zip(heights, places):
+        axes.annotate(
+            text,
+            xy=(last, end),
+            xytext=(1.05, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 1},
+        )
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as needed to lie at least `gap` apart: clusters around the mean of their members."""
+    clusters: list[list[float]] = []
+    for height in heights:
+        clusters.append([height])
+        while len(clusters) > 1 and _bottom(clusters[-1], gap) - _top(clusters[-2], gap) < gap:
+            upper = clusters.pop()
+            clusters[-1] += upper
+    return [_bottom(cluster, gap) + i * gap for cluster in clusters for i in range(len(cluster))]
+
+
+def _bottom(cluster: Sequence[float], gap: float) -> float:
+    return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
+
+
+def _top(cluster: Sequence[float], gap: float) -> float:
+    return sum(cluster) / len(cluster) + gap * (len(cluster) - 1) / 2
+
+
+def _spectrum(axes: Axes, run: Run, sublayer: str) -> None:
+    """One panel: two thin lines a matrix, and the manifold's name."""
+    matrices = run.spectra(sublayer)
+    style = {"linewidth": 1.1 if len(matrices) <= 8 else 0.7, "alpha": 0.75}
+    for records in matrices.values():
+        steps = [r["step"] for r in records]
+        axes.plot(steps, [r["sigma_max"] for r in records], color=LARGEST, **style)
+        axes.plot(steps, [r["sigma_min"] for r in records], color=SMALLEST, **style)
+    if run.unstable_step is not None:
+        axes.axvline(run.unstable_step, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)))
+    manifold = run.geometry(sublayer)
+    text = f"{_words(sublayer)}: {'no manifold' if manifold == '-' else manifold}"
+    axes.text(0, 1.03, text, transform=axes.transAxes, fontsize=8, color="#555555")
+
+
+def _log_scale(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+    """A logarithmic scale for a row of panels, cut below: a smallest singular value may be zero."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = [r[key] for r in records for key in ("sigma_max", "sigma_min") if math.isfinite(r[key])]
+    high = max(values, default=1.0)
+    low = max(min(values, default=0.1), 1e-3 * high)
+    axes.set_yscale("log")
+    axes.set_ylim(low / 1.3, high * 1.3)
+    few = high / low < 30
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _words(sublayer: str) -> str:
+    return {"mlp": "MLP"}.get(sublayer, sublayer)
+
+
+def _colours(groups: Groups) -> list[str]:
+    """The colour of its assignment for the first group of each, others in turn."""
+    free, used = list(OTHER_COLOURS), set()
+    chosen = []
+    for group in groups:
+        colour = COLOURS.get(group[0].assignment)
+        if colour is None or colour in used:
+            colour = free[0]
+            free = [*free[1:], free[0]]
+        used.add(colour)
+        chosen.append(colour)
+    return chosen
+
+
+def _label(group: Sequence[Run], groups: Groups) -> str:
+    """The assignment, and the settings that tell this group from others where those differ."""
+    from scripts.report import settings_columns
+
+    settings = [f"{c.heading.rpartition('.')[2]} {c.value(group[0])}" for c in settings_columns(groups)]
+    return ", ".join([group[0].assignment, *settings[:2]])
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write a PNG of at most 255 colours, a third of the full size; no date or version inside, so equal pictures are equal files."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    full = BytesIO()
+    figure.savefig(full, format="png")
+    image = Image.open(full).convert("RGB").quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
+    return path

@@ -1,0 +1,81 @@
+"""ManifoldMuon shared out over gloo ranks: the weights of one rank, bitwise equal replicas, state with its owner only."""
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from optim.manifold_muon import ManifoldMuon
+from optim.published import PublishedStep
+
+SHAPES = [(24, 8), (8, 24), (8, 8), (24, 8), (16, 8), (24, 8), (32, 8)]  # seven matrices: uneven on 2, 3 and 4 ranks
+MANIFOLDS = ["stiefel", "dgram", "oblique", "euclidean"]
+
+
+def build():
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(*shape)) for shape in SHAPES]
+    rule = PublishedStep(dual_steps=1, alpha=0.1, msign_steps=10, msign_dtype=torch.float32)
+    groups = [{"params": params[i::4], "manifold": manifold} for i, manifold in enumerate(MANIFOLDS)]
+    return params, ManifoldMuon(groups, rule, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1)
+
+
+def advance(params, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(*p.shape, generator=generator)
+        optimizer.step()
+
+
+def work(rank, world, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    params, optimizer = build()
+    owned = sum(len(state) for state in optimizer.state.values())
+    advance(params, optimizer, range(3))
+    state = optimizer.state_dict()
+    assert sum(len(s) for s in optimizer.state.values()) == owned  # gathering leaves nothing behind
+    weights = [p.detach().clone() for p in params]
+    again, resumed = build()
+    resumed.load_state_dict(state)
+    with torch.no_grad():
+        for p, w in zip(again, weights):
+            p.copy_(w)
+    advance(params, optimizer, range(3, 5))
+    advance(again, resumed, range(3, 5))
+    assert all(torch.equal(p, q) for p, q in zip(params, again))
+    torch.save({"weights": [p.detach() for p in params], "state": state, "owned": owned}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def single():
+    params, optimizer = build()
+    advance(params, optimizer, range(3))
+    state = {k: {n: v.clone() for n, v in s.items()} for k, s in optimizer.state_dict()["state"].items()}
+    advance(params, optimizer, range(3, 5))
+    return [p.detach() for p in params], state
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_any_number_of_ranks_takes_the_same_steps(world, single, tmp_path):
+    mp.spawn(work, args=(world, str(tmp_path)), nprocs=world)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    weights, state = single
+    for result in ranks:
+        for mine, first, alone in zip(result["weights"], ranks[0]["weights"], weights):
+            assert torch.equal(mine, first)  # replicas: bitwise
+            assert torch.linalg.norm(mine - alone) < 1e-4 * torch.linalg.norm(
+                alone
+            )  # batches of another size round otherwise
+        for index, saved in state.items():
+            assert torch.allclose(result["state"]["state"][index]["momentum"], saved["momentum"], atol=1e-6)
+    assert sum(result["owned"] for result in ranks) == len(SHAPES)
+    assert max(result["owned"] for result in ranks) < len(SHAPES)
