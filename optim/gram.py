@@ -193,6 +193,13 @@ def near_identity_inverse_sqrt(R: Tensor) -> Tensor:
     return P @ taylor(P @ (R @ P))
 
 
+def probe_vector(B: Tensor) -> Tensor:
+    """A fixed quasi-random unit vector (k, n, 1) for B (k, n, n), orthogonal to no eigenspace in practice."""
+    grid = torch.arange(1, B.size(-1) + 1, dtype=torch.float64, device=B.device) * 0.6180339887498949
+    v = grid - grid.floor() - 0.5
+    return (v / torch.linalg.vector_norm(v)).to(B.dtype).expand(B.shape[:2]).unsqueeze(-1)
+
+
 def spectral_norm(B: Tensor, iterations: int) -> Tensor:
     """√λ_max (k, 1, 1) of positive semidefinite B (k, n, n), from below, by `iterations` of Lanczos; no n³ product, no host sync.
 

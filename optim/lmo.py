@@ -43,6 +43,7 @@ from optim.gram import (
     inverse_sqrt,
     plus_transpose,
     positive_part,
+    probe_vector,
     ratio,
     spectral_norm,
     trace,
@@ -241,12 +242,21 @@ def tangent(
     value = inner(problem.GG, F) + inner(problem.C, M - K)
     frac = ratio(inner(K, DK).clamp_min(0), trace(B)).sqrt()
     norm = spectral_norm(T_B, solver.lanczos)
-    return Answer(F, M - K, N - DK, T_B, value, norm, frac, sound(B, value, norm))
+    ok = sound(trace(B) / B.size(-1), value, norm) & consistent(problem, F, M - K, T_B)
+    return Answer(F, M - K, N - DK, T_B, value, norm, frac, ok)
 
 
-def sound(B: Tensor, value: Tensor, norm: Tensor) -> Tensor:
-    """The guard, (k, 1, 1) bool: everything finite, and ‖A‖_F² = tr AᵀA at most 1.02 n, as it must be for ‖A‖₂ ≤ 1."""
-    return torch.isfinite(value) & torch.isfinite(norm) & (trace(B) <= 1.02 * B.size(-1))
+def sound(size: Tensor, value: Tensor, norm: Tensor) -> Tensor:
+    """The guard, (k, 1, 1) bool: everything finite, and ‖A‖_F² = tr AᵀA at most 1.02 n for the sizes (k, 1, 1) per column."""
+    return torch.isfinite(value) & torch.isfinite(norm) & (size <= 1.02)
+
+
+def consistent(problem: Gram, F: Tensor, M: Tensor, B: Tensor) -> Tensor:
+    """Whether B is TᵀT for T = G F + W M, asked by one vector: a Gram matrix that was carried along may have left its T."""
+    v = probe_vector(B)
+    f, m = F @ v, M @ v
+    length = inner(f, problem.GG @ f) + 2 * inner(m, problem.C @ f) + inner(m, problem.D @ m)  # ‖T v‖²
+    return (length - inner(v, B @ v)).abs() <= 0.02
 
 
 def matrix_sign_answer(problem: Gram, constraint: Constraint, it: Iterate, solver: Solver) -> Answer:
@@ -297,7 +307,7 @@ def cap(problem: Gram, constraint: Constraint, answer: Answer, solver: Solver) -
     """
     eye = identity_like(answer.B)
     E = answer.B - eye
-    excess = positive_part(E, (1.05 * answer.norm**2 - 1).clamp_min(1))
+    excess = positive_part(E, (1.05 * answer.norm**2 - 1).clamp_min(1.1))
     c1, c2, c3 = _CAP
     lower = excess @ torch.baddbmm(c2 * excess + c1 * eye, excess, excess, alpha=c3)
     # The further A is from tangent, the more of T is excess, and the less of it should be taken beyond the cap.
@@ -413,7 +423,8 @@ def certify(W: Tensor, G: Tensor, A: Tensor, manifold: str, bound: Tensor) -> Ce
         # A as W's coordinates plus a rest: only ⟨G, A⟩ depends on more than N and B, and enters through F = 0, M = 0.
         zero = torch.zeros_like(problem.C)
         T = tangent(problem, CONSTRAINTS[manifold], zero, zero, W.mT @ A, A.mT @ A, Solver())
-        answer = T._replace(value=T.value + inner(unit, A))
+        value = T.value + inner(unit, A)
+        answer = T._replace(value=value, ok=torch.isfinite(value))
     return certificate(problem, answer, bound[:, None, None] / problem.scale)
 
 

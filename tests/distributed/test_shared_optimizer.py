@@ -1,5 +1,6 @@
 """ManifoldMuon shared out over gloo ranks: the weights of one rank, bitwise equal replicas, state with its owner only."""
 
+import copy
 import os
 from datetime import timedelta
 
@@ -39,7 +40,7 @@ def work(rank, world, folder):
     params, optimizer = build()
     owned = sum(len(state) for state in optimizer.state.values())
     advance(params, optimizer, range(3))
-    state = optimizer.state_dict()
+    state = copy.deepcopy(optimizer.state_dict())  # a state dict holds the live tensors, as everywhere in torch
     assert sum(len(s) for s in optimizer.state.values()) == owned  # gathering leaves nothing behind
     weights = [p.detach().clone() for p in params]
     again, resumed = build()
