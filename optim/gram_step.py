@@ -39,10 +39,11 @@ from optim.gram import (
     spectral_norm,
 )
 from optim.lmo import (
+    SKEW,
+    SOLVERS,
     Answer,
     Certificate,
     Solver,
-    answer_products,
     certificate,
     check,
     least_squares_multiplier,
@@ -94,13 +95,13 @@ def group(shapes: Sequence[tuple[int, int]], manifolds: Sequence[str]) -> list[P
 # --- retractions -----------------------------------------------------------------------------------------------------------
 
 
-def polar_factor(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
+def polar_factor(VV: Tensor, eta: Tensor, update: Update) -> Tensor:
     """X of the Stiefel retraction from VᵀV (k, n, n), which is near a multiple of I."""
     size = diagonal(VV).mean(-1)[:, None, None]
     return near_identity_inverse_sqrt(VV / size) / size.sqrt()
 
 
-def column_norms(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
+def column_norms(VV: Tensor, eta: Tensor, update: Update) -> Tensor:
     """X of the DGram retraction: columns are made orthogonal by polar(V / c), then get their own length back, decayed and capped."""
     c = diagonal(VV).sqrt()
     inverse = ratio(torch.ones_like(c), c)
@@ -111,18 +112,18 @@ def column_norms(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
     return inverse[:, :, None] * near_identity_inverse_sqrt(unit) * after[:, None, :]
 
 
-def unit_columns(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
+def unit_columns(VV: Tensor, eta: Tensor, update: Update) -> Tensor:
     """X of the Oblique retraction."""
     c = diagonal(VV).sqrt()
     return torch.diag_embed(ratio(torch.ones_like(c), c))
 
 
-def no_retraction(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
+def no_retraction(VV: Tensor, eta: Tensor, update: Update) -> Tensor:
     """X = I; decay of euclidean weights is decoupled and added by `increments`."""
     return identity_like(VV).expand_as(VV)
 
 
-RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Update], Tensor]] = {
+RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Update], Tensor]] = {
     "euclidean": no_retraction,
     "stiefel": polar_factor,
     "dgram": column_norms,
@@ -140,7 +141,7 @@ def increments(
     """
     step = eta * length / answer.norm.clamp_min(1)
     VV = problem.D - step * plus_transpose(answer.N) + step * step * answer.B
-    X = RETRACTIONS[manifold](VV, problem.D, eta, update)
+    X = RETRACTIONS[manifold](VV, eta, update)
     eye = identity_like(X)
     E = X - eye - step * (answer.M @ X)
     if manifold == "euclidean":
@@ -260,6 +261,16 @@ _FLOAT32_RETRACTIONS = {**MANIFOLDS, "dgram": DGram("column_norms")}
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------------
+
+
+def answer_products(manifold: str, square: bool, solver: Solver) -> int:
+    """n × n × n products of `solve_gram` for one matrix."""
+    if manifold == "stiefel" and square and solver.name != "dual_ascent":
+        return 1 + 3 * len(SKEW) + 1 + 1
+    method = SOLVERS[solver.name]
+    sign = 2 + 4 * solver.root_steps - 3
+    answers = solver.calls if method.keep else 1
+    return 1 + solver.calls * sign + 4 * answers + (solver.calls - 1) * method.products(solver) + 18 * solver.cap
 
 
 def step_flops(shapes: Sequence[tuple[int, int, int]], manifolds: Sequence[str], solvers: Mapping[str, Solver]) -> int:
