@@ -220,17 +220,19 @@ def probe_vector(B: Tensor) -> Tensor:
     return (v / torch.linalg.vector_norm(v)).to(B.dtype).expand(B.shape[:2]).unsqueeze(-1)
 
 
+def inverts(Z: Tensor, R: Tensor) -> Tensor:
+    """Whether Z = R^(-1/2) to float32, (k, 1, 1) bool, asked by one vector: the iteration diverges if R was not near I."""
+    v = probe_vector(R)
+    return frobenius(Z @ (R @ (Z @ v)) - v) <= 1e-5
+
+
 def spectral_norm(B: Tensor, iterations: int) -> Tensor:
     """√λ_max (k, 1, 1) of positive semidefinite B (k, n, n), from below, by `iterations` of Lanczos; no n³ product, no host sync.
 
     The largest eigenvalue of the small tridiagonal matrix is read from its 4096th power, since an eigensolver would ask the host.
     """
-    k, n = B.shape[:2]
-    grid = torch.arange(1, n + 1, dtype=torch.float64, device=B.device) * 0.6180339887498949
-    v = (
-        (grid - grid.floor() - 0.5).to(B.dtype).expand(k, n).unsqueeze(-1)
-    )  # quasi-random: orthogonal to no eigenspace in practice
-    v = v / frobenius(v)
+    k = B.size(0)
+    v = probe_vector(B)
     previous, beta = torch.zeros_like(v), torch.zeros_like(v[:, :1])
     alphas, betas = [], []
     for _ in range(iterations):
