@@ -274,7 +274,24 @@ STEP_RULES: dict[str, Callable[[Mapping[str, Any], bool], StepRule]] = {
 def step_rule(settings: Mapping[str, Any], compiled: bool = False) -> StepRule:
     """The step rule of an `optim` configuration."""
     rule = settings["muon"]["rule"]
+    if rule["kind"] not in STEP_RULES:
+        raise ValueError(f"unknown kind {rule['kind']!r}; choose one of {', '.join(STEP_RULES)}")
     return STEP_RULES[rule["kind"]](rule, compiled)
+
+
+def problems_of_optimizers(shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any]) -> list[str]:
+    """Everything that `build_optimizers` would refuse for parameters of these names and shapes, each with its remedy."""
+    settings, problems = cfg["optim"], []
+    try:
+        step_rule(settings)
+    except (ValueError, TypeError) as error:
+        problems.append(f"optim.muon.rule: {error}")
+    try:
+        rows = assign(shapes, cfg["assignment"]["rules"] or {}, settings["always_adamw"])
+        muon_groups(rows, settings["muon"])
+    except AssignmentError as error:
+        problems += error.problems
+    return problems
 
 
 def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
@@ -289,7 +306,9 @@ def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
     """
     settings = cfg["optim"]
     params = dict(model.named_parameters())
-    rows = assign({n: tuple(p.shape) for n, p in params.items()}, cfg["assignment"]["rules"], settings["always_adamw"])
+    rows = assign(
+        {n: tuple(p.shape) for n, p in params.items()}, cfg["assignment"]["rules"] or {}, settings["always_adamw"]
+    )
     optimizers: list[torch.optim.Optimizer] = []
     muon = settings["muon"]
     groups = [

@@ -97,6 +97,11 @@ class Run:
         """Largest singular value of all matrices of a sublayer when they were last looked at."""
         return max((records[-1]["sigma_max"] for records in self.spectra(sublayer).values()), default=None)
 
+    @property
+    def least_feas(self) -> float | None:
+        """The worst certificate of any matrix over the run: how near the step came to its optimum; None if nothing was certified."""
+        return min((record["feas"] for record in self.records.get("certificate", [])), default=None)
+
     def geometry(self, sublayer: str) -> str:
         """The manifold of a sublayer's matrices, several joined by "+"; "-" for unconstrained Muon."""
         rules = self.config["assignment"]["rules"]

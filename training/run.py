@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from training.log import METRICS_FILE
+from training.stability import Stability
 from training.validate import ConfigError
 
 
@@ -67,3 +68,16 @@ def device_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     return f"CPU {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def summary(stability: Stability, seconds: float, device: torch.device) -> dict[str, Any]:
+    """What a table needs of a finished run."""
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {
+        "best_val_loss": stability.best,
+        "best_step": stability.best_step,
+        "unstable_step": stability.unstable_step,
+        "reason": stability.reason,
+        "train_seconds": seconds,
+        "peak_device_bytes": memory,
+    }

@@ -18,6 +18,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+ON_UNSTABLE = ("mark", "stop")
+
 # A spread below this share of the mean is taken for this share: a loss that hardly moves must not raise an alarm when
 # it moves a little.
 _LEAST_RELATIVE_SPREAD = 1e-3
@@ -29,13 +31,16 @@ class Stability:
 
     ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``decay`` is that of the exponential
     moving mean and variance of the training loss; until 1/(1 - decay) losses were seen they are plain averages, and the
-    third rule waits.
+    third rule waits. ``on_unstable``: "mark" trains on, "stop" ends the run; ``max_skipped`` ends it once more updates than
+    that were left out because something was not finite (None: never).
     """
 
     max_rise: float
     z_threshold: float | None
     z_steps: int
     decay: float = 0.98
+    on_unstable: str = "mark"
+    max_skipped: int | None = None
 
     unstable_step: int | None = field(default=None, init=False)
     reason: str | None = field(default=None, init=False)
@@ -45,6 +50,7 @@ class Stability:
     _variance: float = field(default=0.0, init=False)
     _seen: int = field(default=0, init=False)
     _high_steps: int = field(default=0, init=False)
+    _skipped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if not self.max_rise > 0:
@@ -55,8 +61,22 @@ class Stability:
             )
         if self.z_steps < 1:
             raise ValueError(f"stability.z_steps is {self.z_steps}; give 1 or more")
+        if self.on_unstable not in ON_UNSTABLE:
+            raise ValueError(f"stability.on_unstable is {self.on_unstable!r}; give one of {', '.join(ON_UNSTABLE)}")
+        if self.max_skipped is not None and self.max_skipped < 0:
+            raise ValueError(f"stability.max_skipped is {self.max_skipped}; give 0 or more, or null for no limit")
         if not 0 < self.decay < 1:
             raise ValueError(f"stability.decay is {self.decay}; give a number between 0 and 1")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is to end here, by ``on_unstable`` or because too many updates were left out."""
+        too_many = self.max_skipped is not None and self._skipped > self.max_skipped
+        return too_many or (self.on_unstable == "stop" and self.unstable_step is not None)
+
+    def skipped(self, count: int) -> None:
+        """Observe how many updates were left out so far because something was not finite."""
+        self._skipped = count
 
     def train(self, step: int, loss: float) -> bool:
         """Observe the training loss of a step (nats, already averaged over ranks)."""
@@ -128,4 +148,4 @@ class Stability:
         return True
 
 
-_RECORD = ("unstable_step", "reason", "best", "best_step", "_mean", "_variance", "_seen", "_high_steps")
+_RECORD = ("unstable_step", "reason", "best", "best_step", "_mean", "_variance", "_seen", "_high_steps", "_skipped")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 import torch
+
+from training.stability import Stability
 
 
 class ConfigError(Exception):
@@ -19,6 +21,9 @@ class ConfigError(Exception):
             "\n".join([f"the configuration has {count}; nothing was written:", *(f"  - {p}" for p in self.problems)])
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)  # the message alone could not be turned back into problems
+
 
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -29,7 +34,14 @@ _CHOICES = {
 }
 _POSITIVE = (
     *("max_steps", "global_batch_tokens", "micro_batch_size", "eval_interval", "eval_windows", "log.interval"),
-    *("log.interval_spectra", "checkpoint.interval", "checkpoint.keep", "launcher.nproc", "schedule.decay_steps"),
+    *(
+        "log.interval_spectra",
+        "checkpoint.interval",
+        "checkpoint.keep",
+        "log.interval_certificate",
+        "launcher.nproc",
+        "schedule.decay_steps",
+    ),
     *("optim.muon.rule.dual_steps", "optim.muon.rule.msign_steps"),
 )
 _NOT_NEGATIVE = (
@@ -45,6 +57,15 @@ def get(cfg: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def missing(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose value is still to be given."""
+    for key, value in cfg.items():
+        if isinstance(value, Mapping):
+            yield from missing(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield prefix + key
 
 
 def _is_number(value: Any) -> bool:
@@ -105,3 +126,12 @@ def problems_of_schedule(cfg: Mapping[str, Any], kinds: Iterable[str]) -> list[s
             f"schedule.warmup_steps={warmup} leaves nothing of schedule.decay_steps={decay}; lower it or raise max_steps"
         )
     return found
+
+
+def problems_of_stability(cfg: Mapping[str, Any]) -> list[str]:
+    """Whether the definition of unstable makes sense."""
+    try:
+        Stability(**cfg["stability"])
+    except (TypeError, ValueError) as error:
+        return [str(error)]
+    return []
