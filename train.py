@@ -25,7 +25,8 @@ from data.loader import Loader, Prefetcher, validation_windows
 from data.prepare import prepare
 from data.shards import DataError, Dataset, open_dataset
 from model.gpt import GPT, GPTConfig
-from optim.groups import AssignmentError, Optimizers, assign, build_optimizers, parameter_table
+from model.probes import probe
+from optim.groups import AssignmentError, Optimizers, assign, build_optimizers, muon_groups, parameter_table
 from optim.schedule import SCHEDULES, lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
@@ -33,9 +34,17 @@ from training.checkpoint import CheckpointError
 from training.log import RunLog, WandbSink
 from training.progress import ProgressSink
 from training.resume import find_checkpoint, restore, state_of
-from training.run import environment, resolve_device, run_directory, run_name, use_compile
+from training.run import environment, resolve_device, run_directory, run_name, summary, use_compile
 from training.stability import Stability
-from training.validate import ConfigError, problems_of_batch, problems_of_schedule, problems_of_values
+from training.validate import (
+    ConfigError,
+    missing,
+    problems_of_batch,
+    problems_of_clip,
+    problems_of_schedule,
+    problems_of_stability,
+    problems_of_values,
+)
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 
@@ -56,6 +65,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
     block, windows = cfg["model"]["block_size"], cfg["global_batch_tokens"] // cfg["model"]["block_size"]
     loader = Loader(dataset.train, block, cfg["seed"], windows)
     held_out = validation_windows(dataset.val, block, cfg["eval_windows"])
+    watched, _ = next(micro_batches(held_out, cfg["probe"]["windows"], device))
     directory = directory or run_directory(cfg)
     resumed = find_checkpoint(cfg, directory, dataset.fingerprint)
 
@@ -67,7 +77,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
     if resumed is not None:
         step, seconds, skipped = restore(resumed.state, model, optimizers, stability)
     first_step = step
-    if resumed is not None and step >= cfg["max_steps"]:
+    if resumed is not None and (step >= cfg["max_steps"] or stability.stopped):
         print(f"{directory} is finished: {step} of {cfg['max_steps']} steps")
         return stability.best
     print_start(model, optimizers, directory, resumed)
@@ -80,7 +90,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
     val_loss, tokens, clock = math.nan, 0, time.perf_counter()
     try:
         while True:
-            fresh, last = step > first_step or resumed is None, step == cfg["max_steps"]
+            fresh, last = step > first_step or resumed is None, step == cfg["max_steps"] or stability.stopped
             pause = time.perf_counter()
 
             # Once in a while: evaluate on the fixed windows.
@@ -88,12 +98,19 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
                 val_loss = evaluate(compiled, held_out, cfg["micro_batch_size"], device, autocast)
                 log.write("eval", step, loss=val_loss)
                 if stability.validation(step, val_loss):
-                    log.write("event", step, event="unstable", message=stability.reason)
+                    log.write("event", step, event="unstable", message=stability.reason, lead=stability.lead)
 
             # Once in a while: write down every singular value.
             if fresh and (step % cfg["log"]["interval_spectra"] == 0 or last):
                 for name, record in spectra(ruled_matrices(model, optimizers)):
                     log.write("spectra", step, name=name, **record)
+
+            # Once in a while: look inside.
+            if fresh and cfg["probe"]["interval"] and (step % cfg["probe"]["interval"] == 0 or last):
+                seen = probe(model, watched)
+                log.write("probe", step, **seen)
+                if alarm := stability.probe(step, seen):
+                    log.write("event", step, event="warning", **vars(alarm))
 
             # Once in a while: save. A run resumed from here has written exactly what this one has.
             if fresh and step > 0 and (step % cfg["checkpoint"]["interval"] == 0 or last):
@@ -115,6 +132,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
             bad = ~(loss.isfinite() & norm.isfinite())
             skipped += bad
             optimizers.step(skip=bad)
+            model.clip_logits()
             optimizers.zero_grad()
             step += 1
             tokens += cfg["global_batch_tokens"]
@@ -126,7 +144,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
                 rate, tokens, seconds, clock = tokens / (now - clock), 0, seconds + now - clock, now
                 log.write("train", step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=rate, skipped_updates=count)
                 if stability.train(step, loss.item()) or (count and stability.nonfinite(step, "a loss or gradient")):
-                    log.write("event", step, event="unstable", message=stability.reason)
+                    log.write("event", step, event="unstable", message=stability.reason, lead=stability.lead)
         log.write("end", step, **summary(stability, seconds, device))
     finally:
         batches.close()
@@ -194,31 +212,25 @@ def check(cfg: dict[str, Any], world: int = 1) -> None:
         raise ConfigError(problems)
     shape = gpt_config(cfg)
     problems = problems_of_values(cfg) + problems_of_schedule(cfg, SCHEDULES) + problems_of_batch(cfg, world)
+    problems += problems_of_stability(cfg)
     if impossible := shape.problems():
         problems += impossible
     else:
         with torch.device("meta"):
             shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
         try:
-            assign(shapes, cfg["assignment"]["rules"] or {}, cfg["optim"]["always_adamw"])
+            rows = assign(shapes, cfg["assignment"]["rules"] or {}, cfg["optim"]["always_adamw"])
+            muon_groups(rows, cfg["optim"]["muon"])
+            problems += problems_of_clip(cfg, rows)
         except AssignmentError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
 
 
-def missing(cfg: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose value is still to be given."""
-    for key, value in cfg.items():
-        if isinstance(value, dict):
-            yield from missing(value, f"{prefix}{key}.")
-        elif value == "???":
-            yield prefix + key
-
-
 def gpt_config(cfg: dict[str, Any]) -> GPTConfig:
-    """The model's shape and residual rule."""
-    return GPTConfig(**cfg["model"], residual=cfg["residual"]["rule"])
+    """The model's shape, residual rule, switches of attention, and initial scales."""
+    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"]["rule"])
 
 
 def open_data(cfg: dict[str, Any]) -> Dataset:
@@ -269,25 +281,12 @@ def open_log(cfg: dict[str, Any], directory: Path, optimizers: Optimizers, first
 def print_start(model: GPT, optimizers: Optimizers, directory: Path, resumed: checkpoint.Loaded | None) -> None:
     """The table of geometries, and where the run goes."""
     print(parameter_table(optimizers.rows, {"transformer.wte.weight": "lm_head.weight"}))
-    print(f"{model.parameter_count():,} parameters → {directory}")
+    print(f"{model.describe()} → {directory}")
     if resumed is not None:
         for path, reason in resumed.skipped:
             print(f"skipped {path}: {reason}")
         print(f"resumed from {resumed.path}, step {resumed.step}")
     sys.stdout.flush()
-
-
-def summary(stability: Stability, seconds: float, device: torch.device) -> dict[str, Any]:
-    """What a table needs of a finished run."""
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return {
-        "best_val_loss": stability.best,
-        "best_step": stability.best_step,
-        "unstable_step": stability.unstable_step,
-        "reason": stability.reason,
-        "train_seconds": seconds,
-        "peak_device_bytes": memory,
-    }
 
 
 def main() -> None:

@@ -114,6 +114,63 @@ def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], alwa
     return rows
 
 
+def by_pattern(rows: Iterable[Row], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
+    """The value of every ManifoldMuon matrix, by name: that of the pattern it matches, or the default.
+
+    `key` is what the configuration calls the mapping, for messages.
+
+    Raises:
+        AssignmentError: a matrix is matched by several patterns, or a pattern matches no such matrix.
+    """
+    names = [row.name for row in rows if row.manifold]
+    hits = {name: [pattern for pattern in values if matches(pattern, name)] for name in names}
+    problems = [
+        f"{key}: '{name}' is matched by several patterns ({', '.join(map(repr, found))}); keep one of them"
+        for name, found in hits.items()
+        if len(found) > 1
+    ]
+    used = {pattern for found in hits.values() for pattern in found}
+    problems += [
+        f"{key}: pattern '{pattern}' matches no matrix with a manifold; see the table of parameters for names"
+        for pattern in values
+        if pattern not in used
+    ]
+    if problems:
+        raise AssignmentError(problems)
+    return {name: values[found[0]] if found else default for name, found in hits.items()}
+
+
+def muon_groups(rows: list[Row], muon: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """ManifoldMuon's parameter groups: names of the matrices that share a manifold, a learning rate and a cut into blocks.
+
+    `muon` is `optim.muon`, of which `lr`, `lr_scale` and `blocks` (pattern → factor or number of row blocks) are read.
+
+    Raises:
+        AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or a factor is not positive.
+    """
+    scales = by_pattern(rows, muon["lr_scale"], 1.0, "optim.muon.lr_scale")
+    blocks = by_pattern(rows, muon["blocks"], 1, "optim.muon.blocks")
+    groups: dict[tuple, list[str]] = {}
+    problems = []
+    for row in rows:
+        if not row.manifold:
+            continue
+        scale, cut = scales[row.name], blocks[row.name]
+        if not scale >= 0:
+            problems.append(f"optim.muon.lr_scale of '{row.name}' is {scale}; give a factor, at least 0")
+        if not (isinstance(cut, int) and cut > 0 and row.shape[0] % cut == 0):
+            problems.append(
+                f"optim.muon.blocks of '{row.name}' is {cut}; give a whole number that divides its {row.shape[0]} rows"
+            )
+        groups.setdefault((row.manifold, scale, cut), []).append(row.name)
+    if problems:
+        raise AssignmentError(problems)
+    return [
+        (names, {"manifold": manifold, "lr": muon["lr"] * scale, "blocks": cut})
+        for (manifold, scale, cut), names in groups.items()
+    ]
+
+
 def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:
     """The assignment as text, equal layers folded into one line (`h.0-11`). `aliases` maps a name to a tied twin, for display."""
 
@@ -192,7 +249,7 @@ class Optimizers:
 
 STEP_RULES = {
     "published": lambda s: PublishedStep(
-        s["dual_steps"], s["alpha"], s["msign_steps"], getattr(torch, s["msign_dtype"])
+        s["dual_steps"], s["alpha"], s["msign_steps"], getattr(torch, s["msign_dtype"]), s["decay_manifolds"]
     ),
 }
 """Step rules of ManifoldMuon by the name that `optim.muon.rule.kind` gives, each made from its own settings."""
@@ -213,10 +270,7 @@ def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
     rows = assign({n: tuple(p.shape) for n, p in params.items()}, cfg["assignment"]["rules"], settings["always_adamw"])
     optimizers: list[torch.optim.Optimizer] = []
     muon = settings["muon"]
-    groups = [
-        {"params": [params[r.name] for r in rows if r.manifold == manifold], "manifold": manifold}
-        for manifold in dict.fromkeys(r.manifold for r in rows if r.manifold)
-    ]
+    groups = [{"params": [params[name] for name in names], **group} for names, group in muon_groups(rows, muon)]
     if groups:
         rule = STEP_RULES[muon["rule"]["kind"]](muon["rule"])
         common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}

@@ -20,6 +20,7 @@ HARMLESS = (
     "logger",
     "checkpoint",
     "log",
+    "probe",
     "name",
     "data.dir",
     "data.auto_prepare",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from training.log import METRICS_FILE
+from training.stability import Stability
 from training.validate import ConfigError
 
 
@@ -57,4 +58,18 @@ def environment() -> dict[str, str]:
         "torch": str(torch.__version__),
         "device": device,
         "platform": platform.platform(),
+    }
+
+
+def summary(stability: Stability, seconds: float, device: torch.device) -> dict[str, Any]:
+    """What a table needs of a finished run."""
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {
+        "best_val_loss": stability.best,
+        "best_step": stability.best_step,
+        "unstable_step": stability.unstable_step,
+        "reason": stability.reason,
+        "warning_lead": stability.lead,
+        "train_seconds": seconds,
+        "peak_device_bytes": memory,
     }

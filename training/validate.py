@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 import torch
+
+from training.stability import Stability
 
 
 class ConfigError(Exception):
@@ -30,10 +32,19 @@ _CHOICES = {
 _POSITIVE = (
     *("max_steps", "global_batch_tokens", "micro_batch_size", "eval_interval", "eval_windows", "log.interval"),
     *("log.interval_spectra", "checkpoint.interval", "checkpoint.keep", "launcher.nproc", "schedule.decay_steps"),
+    "probe.windows",
     *("optim.muon.rule.dual_steps", "optim.muon.rule.msign_steps"),
 )
 _NOT_NEGATIVE = (
-    *("seed", "schedule.warmup_steps", "grad_clip", "optim.muon.lr", "optim.muon.weight_decay", "optim.adamw.lr"),
+    *(
+        "seed",
+        "probe.interval",
+        "schedule.warmup_steps",
+        "grad_clip",
+        "optim.muon.lr",
+        "optim.muon.weight_decay",
+        "optim.adamw.lr",
+    ),
     *("optim.adamw.weight_decay", "optim.adamw.eps", "schedule.floor"),
 )
 _FRACTIONS = ("optim.muon.momentum",)
@@ -45,6 +56,15 @@ def get(cfg: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def missing(cfg: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose value is still to be given."""
+    for key, value in cfg.items():
+        if isinstance(value, dict):
+            yield from missing(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield prefix + key
 
 
 def _is_number(value: Any) -> bool:
@@ -105,3 +125,26 @@ def problems_of_schedule(cfg: Mapping[str, Any], kinds: Iterable[str]) -> list[s
             f"schedule.warmup_steps={warmup} leaves nothing of schedule.decay_steps={decay}; lower it or raise max_steps"
         )
     return found
+
+
+def problems_of_stability(cfg: Mapping[str, Any]) -> list[str]:
+    """Whether the thresholds of instability and of its warning make sense."""
+    try:
+        Stability(**cfg["stability"])
+    except (TypeError, ValueError) as error:
+        return [str(error)]
+    return []
+
+
+def problems_of_clip(cfg: Mapping[str, Any], rows: Iterable[Any]) -> list[str]:
+    """Whether QK-clip would take the fused matrices of a manifold, named in `rows` (optim.groups.Row), off it."""
+    attention = cfg["attention"]
+    if not attention["qk_clip"] or attention["qk_clip_on"] != "weights":
+        return []
+    held = [row.name for row in rows if row.manifold not in (None, "euclidean") and "c_attn" in row.name.split(".")]
+    if not held:
+        return []
+    return [
+        f"attention.qk_clip_on=weights would take {len(held)} matrices such as '{held[0]}' off their manifold; "
+        "use attention.qk_clip_on=gain"
+    ]
