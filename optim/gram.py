@@ -146,6 +146,12 @@ CONSTRAINTS: dict[str, Constraint] = {
 # --- functions of symmetric matrices ---------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
+def root_coefficients(ridge: float, steps: int) -> Coefficients:
+    """Polar Express for singular values down to √ridge: a constant to torch.compile, not a loop to trace."""
+    return polar_express_coefficients(steps, lower=ridge**0.5)
+
+
 def inverse_sqrt(S: Tensor, ridge: float, steps: int) -> Tensor:
     """(S + ridge·‖S‖_F·I)^(-1/2) of positive semidefinite S (k, n, n) by `steps` Polar Express iterations in float32.
 
@@ -156,7 +162,7 @@ def inverse_sqrt(S: Tensor, ridge: float, steps: int) -> Tensor:
     eye = identity_like(S)
     Y = ratio(S, size) + ridge * eye
     R, Z = Y, None
-    coefficients = polar_express_coefficients(steps, lower=ridge**0.5)
+    coefficients = root_coefficients(ridge, steps)
     for step, (a, b, c) in enumerate(coefficients):
         P = torch.baddbmm(R, R, R, beta=b, alpha=c) + a * eye
         last = step == len(coefficients) - 1
@@ -167,7 +173,7 @@ def inverse_sqrt(S: Tensor, ridge: float, steps: int) -> Tensor:
 
 
 # Signs of eigenvalues down to 5% of the largest; below that |E| is small, and so is the harm of a wrong sign.
-_SIGN = polar_express_coefficients(3, lower=0.05, safety=1.0)
+SIGN = polar_express_coefficients(3, lower=0.05, safety=1.0)
 
 
 def positive_part(E: Tensor, bound: Tensor) -> Tensor:
@@ -176,7 +182,7 @@ def positive_part(E: Tensor, bound: Tensor) -> Tensor:
     |E| = E·sign(E), the sign by three odd quintics: unlike a polynomial fit of |x| it is exact at 0, where most eigenvalues are.
     """
     X = E / bound
-    for a, b, c in _SIGN:
+    for a, b, c in SIGN:
         square = X @ X
         X = torch.baddbmm(X, X, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
     return torch.baddbmm(E, E, X, beta=0.5, alpha=0.5)
@@ -203,7 +209,7 @@ def probe_vector(B: Tensor) -> Tensor:
 def spectral_norm(B: Tensor, iterations: int) -> Tensor:
     """√λ_max (k, 1, 1) of positive semidefinite B (k, n, n), from below, by `iterations` of Lanczos; no n³ product, no host sync.
 
-    The largest eigenvalue of the small tridiagonal matrix is read from its 256th power, since an eigensolver would ask the host.
+    The largest eigenvalue of the small tridiagonal matrix is read from its 4096th power, since an eigensolver would ask the host.
     """
     k, n = B.shape[:2]
     grid = torch.arange(1, n + 1, dtype=torch.float64, device=B.device) * 0.6180339887498949
@@ -224,7 +230,7 @@ def spectral_norm(B: Tensor, iterations: int) -> Tensor:
     off = torch.diag_embed(torch.stack(betas[1:], dim=-1), offset=1)
     T = torch.diag_embed(torch.stack(alphas, dim=-1)) + plus_transpose(off)
     power = T
-    for _ in range(8):
+    for _ in range(12):
         power = ratio(power, frobenius(power))
         power = power @ power
     return ratio(inner(power, T @ power), inner(power, power)).clamp_min(0).sqrt()

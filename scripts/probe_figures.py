@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.figures import COLOURS, STYLE, _figure, save
+from scripts.figures import COLOURS, STYLE, figure_of, save
 from scripts.runs import Run
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
     from matplotlib.lines import Line2D
 
     with matplotlib.rc_context(STYLE):
-        figure = _figure(12.0, 0.7 + 2.35 * len(rows))
+        figure = figure_of(12.0, 0.7 + 2.35 * len(rows))
         panels = figure.subplots(len(rows), len(SIGNS), squeeze=False, sharex=True, sharey="col")
         shown: dict[str, str] = {}
         for row, (setting, runs) in zip(panels, rows.items()):
@@ -93,7 +93,7 @@ def curves(run: Run, path: Path) -> Path:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = _figure(12.0, 5.0)
+        figure = figure_of(12.0, 5.0)
         records = run.records["probe"]
         steps = [r["step"] for r in records]
         for axes, (field, title) in zip(figure.subplots(2, 4, sharex=True).flat, CURVES):
@@ -121,7 +121,7 @@ def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
 
     lines = {"angle": "#111111", "gradient": "#7A1FA2"}
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = _figure(9.6, 4.1)
+        figure = figure_of(9.6, 4.1)
         for axes, (field, title) in zip(
             figure.subplots(1, 2, sharey=True), (("angle", "λ_a (angle)"), ("gradient", "λ_g (gradient)"))
         ):
@@ -171,7 +171,7 @@ def loss_against_exponents(cells: Sequence[Mapping[str, float]], path: Path) -> 
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = _figure(8.4, 3.6)
+        figure = figure_of(8.4, 3.6)
         finite = [c["loss"] for c in cells if c["loss"] is not None and math.isfinite(c["loss"])]
         ceiling = max(finite, default=1.0) * 1.05
         for axes, (field, name) in zip(figure.subplots(1, 2, sharey=True), (("angle", "|λ_a|"), ("gradient", "|λ_g|"))):

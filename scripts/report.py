@@ -52,6 +52,8 @@ COLUMNS = [
     Column("final", "val_loss_final", lambda r: r.final),
     Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
     Column("σ max mlp", "sigma_max_mlp", lambda r: r.sigma_max("mlp"), digits=2),
+    Column("entropy", "least_entropy", lambda r: r.least_entropy, digits=2),
+    Column("saturated", "greatest_saturation", lambda r: r.greatest_saturation, digits=2),
     Column("status", "status", lambda r: r.status),
     Column("paper", "paper_val_loss", lambda r: PUBLISHED.get(r.assignment)),
 ]
@@ -199,15 +201,17 @@ def work(arguments: list[str]) -> int:
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/sweep; see --help")
     groups = grouped(find_runs(places))
-    print(make_table(groups, report_columns(groups)).text())
+    drawn: list[Path] = []
     if options["figures"]:
         try:
-            for path in draw(groups, Path(options["figures"])):
-                print(f"written: {path}")
+            drawn = draw(groups, Path(options["figures"]))
         except OSError as error:
             raise UsageError(
                 f"figures={options['figures']} cannot be written ({error}); name another directory"
             ) from error
+    print(make_table(groups, report_columns(groups)).text())
+    for path in drawn:
+        print(f"written: {path}")
     return 0
 
 

@@ -97,6 +97,19 @@ class Run:
         """Largest singular value of all matrices of a sublayer when they were last looked at."""
         return max((records[-1]["sigma_max"] for records in self.spectra(sublayer).values()), default=None)
 
+    @property
+    def least_entropy(self) -> float | None:
+        """Least mean entropy of a layer's attention at any probe, relative to log(position)."""
+        return min(self._probed("least_entropy"), default=None)
+
+    @property
+    def greatest_saturation(self) -> float | None:
+        """Greatest share of a layer's attention rows with a probability above .99 at any probe."""
+        return max(self._probed("greatest_saturation"), default=None)
+
+    def _probed(self, field: str) -> list[float]:
+        return [r[field] for r in self.records.get("probe", []) if math.isfinite(r[field])]
+
     def geometry(self, sublayer: str) -> str:
         """The manifold of a sublayer's matrices, several joined by "+"; "-" for unconstrained Muon."""
         rules = self.config["assignment"]["rules"]
@@ -156,8 +169,9 @@ def find_runs(places: Iterable[str | Path]) -> list[Run]:
 
 
 def same_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two configurations and may change a run's numbers, as "key: before → after"."""
-    return check_same(saved, now, ignore=HARMLESS)
+    """What differs between two configurations and makes two runs of them, as "key: before → after"."""
+    # A run may be continued to more steps; one that ended at fewer is another result all the same.
+    return check_same(saved, now, ignore=[key for key in HARMLESS if key != "max_steps"])
 
 
 def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
