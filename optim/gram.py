@@ -28,14 +28,13 @@ Coefficients = Sequence[tuple[float, float, float]]
 @contextmanager
 def float32_products(device: torch.device) -> Iterator[None]:
     """Products inside are IEEE float32: autocast off, and TF32, whose Gram iteration diverges, off."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.allow_tf32
-    matmul.allow_tf32 = False
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        matmul.allow_tf32 = allowed
+        torch.set_float32_matmul_precision(precision)
 
 
 # --- the problem -----------------------------------------------------------------------------------------------------------
@@ -188,6 +187,21 @@ def positive_part(E: Tensor, bound: Tensor) -> Tensor:
     return torch.baddbmm(E, E, X, beta=0.5, alpha=0.5)
 
 
+# (1 + e)^(-1/2) - 1 as e·(c₁ + c₂ e + c₃ e²), to 5e-4 on [0, 1].
+CAP = (-0.488123, 0.286155, -0.0914202)
+
+
+def cap_factor(B: Tensor, norm: Tensor, relaxation: Tensor) -> Tensor:
+    """R for which T R has the singular values min(σ, 1) of T, given B = TᵀT (k, n, n) and norm = ‖T‖₂ (k, 1, 1). 12 products.
+
+    With E = B - I it is (I + E₊)^(-1/2); relaxation (k, 1, 1) multiplies its distance from I.
+    """
+    eye = identity_like(B)
+    excess = positive_part(B - eye, (1.05 * norm**2 - 1).clamp_min(1.1))
+    c1, c2, c3 = CAP
+    return eye + relaxation * (excess @ torch.baddbmm(c2 * excess + c1 * eye, excess, excess, alpha=c3))
+
+
 def near_identity_inverse_sqrt(R: Tensor) -> Tensor:
     """R^(-1/2) for R (k, n, n) near I, by two third-order Newton–Schulz steps: error below 1e-6 for ‖R - I‖₂ ≤ 0.4. 5 products."""
     eye = identity_like(R)
@@ -206,17 +220,19 @@ def probe_vector(B: Tensor) -> Tensor:
     return (v / torch.linalg.vector_norm(v)).to(B.dtype).expand(B.shape[:2]).unsqueeze(-1)
 
 
+def inverts(Z: Tensor, R: Tensor) -> Tensor:
+    """Whether Z = R^(-1/2) to float32, (k, 1, 1) bool, asked by one vector: the iteration diverges if R was not near I."""
+    v = probe_vector(R)
+    return frobenius(Z @ (R @ (Z @ v)) - v) <= 1e-5
+
+
 def spectral_norm(B: Tensor, iterations: int) -> Tensor:
     """√λ_max (k, 1, 1) of positive semidefinite B (k, n, n), from below, by `iterations` of Lanczos; no n³ product, no host sync.
 
     The largest eigenvalue of the small tridiagonal matrix is read from its 4096th power, since an eigensolver would ask the host.
     """
-    k, n = B.shape[:2]
-    grid = torch.arange(1, n + 1, dtype=torch.float64, device=B.device) * 0.6180339887498949
-    v = (
-        (grid - grid.floor() - 0.5).to(B.dtype).expand(k, n).unsqueeze(-1)
-    )  # quasi-random: orthogonal to no eigenspace in practice
-    v = v / frobenius(v)
+    k = B.size(0)
+    v = probe_vector(B)
     previous, beta = torch.zeros_like(v), torch.zeros_like(v[:, :1])
     alphas, betas = [], []
     for _ in range(iterations):

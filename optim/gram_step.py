@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,16 +32,18 @@ from optim.gram import (
     float32_products,
     gram,
     identity_like,
+    inverts,
     near_identity_inverse_sqrt,
     plus_transpose,
     ratio,
     spectral_norm,
 )
 from optim.lmo import (
+    SKEW,
+    SOLVERS,
     Answer,
     Certificate,
     Solver,
-    answer_products,
     certificate,
     check,
     least_squares_multiplier,
@@ -94,59 +95,68 @@ def group(shapes: Sequence[tuple[int, int]], manifolds: Sequence[str]) -> list[P
 # --- retractions -----------------------------------------------------------------------------------------------------------
 
 
-def polar_factor(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
+def polar_factor(VV: Tensor, eta: Tensor, update: Update) -> tuple[Tensor, Tensor]:
     """X of the Stiefel retraction from VᵀV (k, n, n), which is near a multiple of I."""
     size = diagonal(VV).mean(-1)[:, None, None]
-    return near_identity_inverse_sqrt(VV / size) / size.sqrt()
+    R = VV / size
+    Z = near_identity_inverse_sqrt(R)
+    return Z / size.sqrt(), inverts(Z, R)
 
 
-def column_norms(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
-    """X of the DGram retraction: columns are made orthogonal by polar(V / c), then get their own length back, decayed and capped."""
+def column_norms(VV: Tensor, eta: Tensor, update: Update) -> tuple[Tensor, Tensor]:
+    """X of the DGram retraction: columns are made orthogonal by polar(V / c), then get their own length back, decayed and capped.
+
+    A tangent step leaves the Gram matrix diagonal to first order, so VᵀV / (c c') is near I until eta nears the column norms.
+    """
     c = diagonal(VV).sqrt()
     inverse = ratio(torch.ones_like(c), c)
     after = c * (1 - eta[:, :, 0] * update.decay)
     if update.norm_cap is not None:
         after = after.clamp_max(update.norm_cap)
     unit = inverse[:, :, None] * VV * inverse[:, None, :]
-    return inverse[:, :, None] * near_identity_inverse_sqrt(unit) * after[:, None, :]
+    Z = near_identity_inverse_sqrt(unit)
+    return inverse[:, :, None] * Z * after[:, None, :], inverts(Z, unit)
 
 
-def unit_columns(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
-    """X of the Oblique retraction."""
+def unit_columns(VV: Tensor, eta: Tensor, update: Update) -> tuple[Tensor, Tensor]:
+    """X of the Oblique retraction, which lands whenever no column vanishes."""
     c = diagonal(VV).sqrt()
-    return torch.diag_embed(ratio(torch.ones_like(c), c))
+    return torch.diag_embed(ratio(torch.ones_like(c), c)), (c > 0).all(-1)[:, None, None]
 
 
-def no_retraction(VV: Tensor, D: Tensor, eta: Tensor, update: Update) -> Tensor:
+def no_retraction(VV: Tensor, eta: Tensor, update: Update) -> tuple[Tensor, Tensor]:
     """X = I; decay of euclidean weights is decoupled and added by `increments`."""
-    return identity_like(VV).expand_as(VV)
+    return identity_like(VV).expand_as(VV), torch.isfinite(diagonal(VV).sum(-1))[:, None, None]
 
 
-RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Update], Tensor]] = {
+RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Update], tuple[Tensor, Tensor]]] = {
     "euclidean": no_retraction,
     "stiefel": polar_factor,
     "dgram": column_norms,
     "oblique": unit_columns,
 }
-"""The right factor X by manifold name."""
+"""By manifold name: the right factor X, and whether it lands on the manifold, (k, 1, 1) bool."""
 
 
 def increments(
     problem: Gram, answer: Answer, manifold: str, eta: Tensor, length: Tensor, update: Update
-) -> tuple[Tensor, Tensor]:
-    """E and F (k, n, n) of  W_new = W + W E - G F, zero where G is zero or broken.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E and F (k, n, n) of  W_new = W + W E - G F, and whether that lands on the manifold, (k, 1, 1) bool.
+
+    E and F are zero where G is zero or broken or the retraction does not land, so that the weight stays what it is.
 
     eta, length: (k, 1, 1), the learning rate and ‖A‖₂; G here is the scaled momentum that `gram` returned.
     """
     step = eta * length / answer.norm.clamp_min(1)
     VV = problem.D - step * plus_transpose(answer.N) + step * step * answer.B
-    X = RETRACTIONS[manifold](VV, problem.D, eta, update)
+    X, landed = RETRACTIONS[manifold](VV, eta, update)
     eye = identity_like(X)
     E = X - eye - step * (answer.M @ X)
     if manifold == "euclidean":
         E = E - eta * update.decay * eye
     F = step * (answer.F @ X)
-    return torch.where(problem.moving, E, 0), torch.where(problem.moving, F, 0)
+    moves = problem.moving & landed
+    return torch.where(moves, E, 0), torch.where(moves, F, 0), landed
 
 
 # --- the step --------------------------------------------------------------------------------------------------------------
@@ -180,8 +190,8 @@ def gram_kernel(
         lengths = [LENGTHS[update.length](*Ws[i].shape[-2:]) for i in batch.where]
         eta = torch.cat([etas[i].expand(k, 1, 1) for i, k in zip(batch.where, sizes)])
         length = torch.cat([x.new_full((k, 1, 1), size) for x, k, size in zip(eta.split(sizes), sizes, lengths)])
-        E, F = increments(problem, answer, batch.manifold, eta, length, update)
-        fields = [field.split(sizes) for field in certificate(problem, answer, bound)]
+        E, F, landed = increments(problem, answer, batch.manifold, eta, length, update)
+        fields = [field.split(sizes) for field in certificate(problem, answer._replace(ok=answer.ok & landed), bound)]
         for j, i in enumerate(batch.where):
             moved = torch.baddbmm(Ws[i], Ws[i], E.split(sizes)[j])
             weights[i] = torch.baddbmm(moved, data[j][1], F.split(sizes)[j], alpha=-1)
@@ -216,8 +226,8 @@ def gram_step(
     Raises:
         ValueError: a manifold without a solver, or G shaped unlike W.
 
-    The guard: an answer that is not finite, too long, above its dual bound, or at odds with its Gram matrix is not taken; if none is
-    left, the step is along the normalised tangent projection of G, which float32 cannot spoil, and the certificate's `ok` is False.
+    The guard: a retraction that does not land keeps the weight, and `ok` is False. An answer that is not finite, too long, above its
+    dual bound, or at odds with its Gram matrix is not taken; if none is left, the step is along the normalised tangent projection of G, which float32 cannot spoil, and the certificate's `ok` is False.
     `rectangular_step` repeats such a matrix without squaring its condition number, once the caller has read `ok`: at once on a CPU;
     on CUDA a step later from a pinned copy, which costs no sync.
     """
@@ -232,10 +242,11 @@ def gram_step(
 
 
 def rectangular_step(W: Tensor, G: Tensor, manifold: str, eta: Tensor, update: Update) -> Tensor:
-    """The update of W (k, m, n) by one rectangular float32 matrix sign at the least-squares multiplier: the guard's second thought.
+    """The update of W (k, m, n) by one rectangular float32 matrix sign at the least-squares multiplier, and an exact retraction: the guard's
+    second thought.
 
-    Costs about four times the Gram form, and holds up to condition numbers of 1e5 where that one ends at 1e3. Where G is zero or not
-    finite the weight is kept.
+    Costs many times the Gram form, and holds up to condition numbers of 1e5 where that one ends at 1e3, and for steps as long as the
+    columns. Where G is zero or not finite the weight is kept.
     """
     constraint = CONSTRAINTS[manifold]
     with torch.no_grad(), float32_products(W.device):
@@ -247,7 +258,8 @@ def rectangular_step(W: Tensor, G: Tensor, manifold: str, eta: Tensor, update: U
         V = W - eta * length * T
         if manifold == "euclidean":
             V = V - eta * update.decay * W
-        moved = _FLOAT32_RETRACTIONS[manifold].retract(V, partial(msign, steps=_STEPS, dtype=torch.float32))
+        V = torch.where(V.isfinite().all(dim=(-2, -1), keepdim=True), V, W)  # an SVD raises on anything else
+        moved = _EXACT[manifold].retract(V)
         if manifold == "dgram":
             c = torch.linalg.vector_norm(moved, dim=-2, keepdim=True)
             after = c * (1 - eta * update.decay)
@@ -256,10 +268,20 @@ def rectangular_step(W: Tensor, G: Tensor, manifold: str, eta: Tensor, update: U
 
 
 _STEPS = 12  # of the rectangular matrix sign, for singular values down to 1e-5 of the Frobenius norm
-_FLOAT32_RETRACTIONS = {**MANIFOLDS, "dgram": DGram("column_norms")}
+_EXACT = {**MANIFOLDS, "dgram": DGram("column_norms")}  # retractions by SVD, for V however far from the manifold
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------------
+
+
+def answer_products(manifold: str, square: bool, solver: Solver) -> int:
+    """n × n × n products of `solve_gram` for one matrix."""
+    if manifold == "stiefel" and square and solver.name != "dual_ascent":
+        return 1 + 3 * len(SKEW) + 1 + 1
+    method = SOLVERS[solver.name]
+    sign = 2 + 4 * solver.root_steps - 3
+    answers = solver.calls if method.keep else 1
+    return 1 + solver.calls * sign + 4 * answers + (solver.calls - 1) * method.products(solver) + 18 * solver.cap
 
 
 def step_flops(shapes: Sequence[tuple[int, int, int]], manifolds: Sequence[str], solvers: Mapping[str, Solver]) -> int:

@@ -150,8 +150,8 @@ def muon_groups(rows: list[Row], muon: Mapping[str, Any]) -> list[tuple[list[str
     Raises:
         AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or a factor is not positive.
     """
-    scales = by_pattern(rows, muon["lr_scale"], 1.0, "optim.muon.lr_scale")
-    blocks = by_pattern(rows, muon["blocks"], 1, "optim.muon.blocks")
+    scales = by_pattern(rows, muon["lr_scale"] or {}, 1.0, "optim.muon.lr_scale")
+    blocks = by_pattern(rows, muon["blocks"] or {}, 1, "optim.muon.blocks")
     groups: dict[tuple, list[str]] = {}
     problems = []
     for row in rows:
@@ -215,6 +215,10 @@ class Optimizers:
     def muon(self) -> ManifoldMuon | None:
         """The optimizer of the constrained and unconstrained matrices, if there are any."""
         return next((o for o in self.optimizers if isinstance(o, ManifoldMuon)), None)
+
+    def rates(self, multiplier: float) -> dict[str, float]:
+        """The learning rate of each optimizer's first group under this multiplier, by the optimizer's name."""
+        return {type(o).__name__: peaks[0] * multiplier for o, peaks in zip(self.optimizers, self.peak_lr)}
 
     def set_lr(self, multiplier: float) -> None:
         """Scale every group's peak learning rate."""
@@ -288,7 +292,10 @@ def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
     rows = assign({n: tuple(p.shape) for n, p in params.items()}, cfg["assignment"]["rules"], settings["always_adamw"])
     optimizers: list[torch.optim.Optimizer] = []
     muon = settings["muon"]
-    groups = [{"params": [params[name] for name in names], **group} for names, group in muon_groups(rows, muon)]
+    groups = [
+        {"params": [params[name] for name in names], "names": names, **group}
+        for names, group in muon_groups(rows, muon)
+    ]
     if groups:
         on_cuda = groups[0]["params"][0].is_cuda
         rule = step_rule(settings, compiled=on_cuda if cfg["compile"] == "auto" else cfg["compile"])

@@ -79,6 +79,10 @@ class PublishedStep:
         retraction = {"stiefel": sign, "dgram": 14 * m * n**2 + 8 * n**3}.get(manifold, 3 * m * n)
         return self.dual_steps * (sign + 4 * m * n**2) + retraction
 
+    def certified(self) -> tuple[list, list]:
+        """Nothing is certified."""
+        return [], []
+
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:
         """New weights, one (k, m, n) for each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
         return [self.update(s.W, s.G, s.manifold, s.eta, s.weight_decay) for s in stacks]

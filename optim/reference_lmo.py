@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim.gram import SIGN
-from optim.lmo import CAP, Solver
+from optim.gram import CAP, SIGN
+from optim.lmo import Solver
 from optim.manifolds import MANIFOLDS
 
 

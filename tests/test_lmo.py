@@ -280,6 +280,9 @@ def test_one_batch_for_all_shapes_and_warm_starts() -> None:
     warm = gram_step(Ws, [10 * G for G in Gs], manifolds, etas, solvers, Update(), warm=together.warm)
     for i in (0, 1, 3, 4):  # the square Stiefel problem is closed
         assert (warm.certificates[i].bound <= 10 * together.certificates[i].bound * (1 + 1e-4)).all()
+    cold = gram_step(Ws, Gs, manifolds, etas, solvers, Update(), warm=[torch.zeros_like(L) for L in together.warm])
+    for a, b in zip(cold.weights, together.weights):
+        assert torch.equal(a, b)  # a zero state is no start
 
 
 def test_compiles_without_a_graph_break() -> None:
@@ -334,11 +337,15 @@ def test_spectral_norm_is_a_close_lower_bound() -> None:
 
 
 def test_float32_products_restores_the_setting() -> None:
-    before = torch.backends.cuda.matmul.allow_tf32
-    with torch.autocast("cpu", torch.bfloat16), float32_products(torch.device("cpu")):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-        assert not torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16), float32_products(torch.device("cpu")):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(
