@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# Below this share of the limit nothing is forecast: every run's logits grow quickly at first, and most level off.
+_LEAST_SHARE = 0.25
+
 
 @dataclass(frozen=True)
 class Alarm:
@@ -74,22 +77,20 @@ class EarlyWarning:
 
     def _forecast(self, step: int) -> Alarm | None:
         """Both the logit and the norm behind it must head for the limit: one of them alone is often noise."""
-        if self.logit is None or len(self.steps) < self.probes:
+        if self.logit is None or len(self.steps) < self.probes or not self.logits[-1] >= _LEAST_SHARE * self.logit:
             return None
         by_logit = crossing(self.steps, [math.sqrt(max(x, 0.0)) for x in self.logits], math.sqrt(self.logit))
-        if self.norms[-1] <= 0 or self.logits[-1] <= 0:
-            return None
         # The logit that the norm stands for: in proportion, as of now.
         norm_limit = self.norms[-1] * self.logit / self.logits[-1]
         by_norm = crossing(self.steps, [math.sqrt(x) for x in self.norms], math.sqrt(norm_limit))
-        expected = max(by_logit, by_norm)
-        if expected - step > self.horizon:
+        latest = max(by_logit, by_norm)
+        if not latest < math.inf or (expected := round(latest)) - step > self.horizon:
             return None
         message = (
             f"attention's largest logit is {self.logits[-1]:.3g} and growing; at this pace it reaches {self.logit:g}, where the "
-            f"softmax saturates, at step {round(expected)}, in {round(expected - step)} steps"
+            f"softmax saturates, at step {expected}, in {expected - step} steps"
         )
-        return Alarm(message, round(expected), round(expected - step))
+        return Alarm(message, expected, expected - step)
 
     def state_dict(self) -> dict[str, Any]:
         """The record as plain lists and numbers; the thresholds belong to the configuration."""
