@@ -28,7 +28,8 @@ from data.loader import Loader, Prefetcher, validation_windows
 from data.prepare import prepare
 from data.shards import DataError, Dataset, open_dataset
 from model.gpt import GPT, GPTConfig
-from optim.groups import build_optimizers, parameter_table, problems_of_optimizers
+from model.probes import probe
+from optim.groups import build_optimizers, parameter_table, rehearse
 from optim.schedule import SCHEDULES, lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
@@ -41,12 +42,13 @@ from training.resume import agreed_checkpoint, restore, rng_state, state_of
 from training.run import environment, resolve_device, run_directory, run_name, summary, use_compile
 from training.signals import StopSignal
 from training.stability import Stability
-from training.step import FiniteGuard, accumulate, clip, evaluate
+from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
 from training.sweep import note_failure, plan_job
 from training.validate import (
     ConfigError,
     missing,
     problems_of_batch,
+    problems_of_clip,
     problems_of_schedule,
     problems_of_stability,
     problems_of_values,
@@ -90,6 +92,7 @@ class Run:
         block, windows = cfg["model"]["block_size"], cfg["global_batch_tokens"] // cfg["model"]["block_size"]
         self.loader = Loader(dataset.train, block, cfg["seed"], windows, ranks.rank, ranks.world)
         self.held_out = validation_windows(dataset.val, block, cfg["eval_windows"])
+        self.watched, _ = next(micro_batches(self.held_out, cfg["probe"]["windows"], self.device))
         self.directory = ranks.from_main(lambda: directory or run_directory(cfg))
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
@@ -136,6 +139,10 @@ class Run:
                     if self.due(cfg["log"]["interval_certificate"]):
                         self.write_certificates(log)
 
+                    # Once in a while: look inside the model.
+                    if cfg["probe"]["interval"] and self.due(cfg["probe"]["interval"]):
+                        self.probe(log)
+
                     # Once in a while: make sure that the replicas are one model, and save.
                     if self.due(cfg["launcher"]["checksum_interval"]):
                         ranks.require_equal(self.params)
@@ -157,6 +164,7 @@ class Run:
                 self.step += 1
                 tokens += cfg["global_batch_tokens"]
                 self.optimizers.step(skip=self.guard.check(self.step, part, loss, norms))
+                self.model.clip_logits()
                 self.optimizers.zero_grad()
 
                 # Once in a while: read the numbers back.
@@ -204,6 +212,13 @@ class Run:
         for name in (row.name for row in self.optimizers.rows if row.name in found):
             log.write("certificate", self.step, name=name, **found[name])
 
+    def probe(self, log: RunLog | NoLog) -> None:
+        """Attention and collapse on the first validation windows, and whether they warn of instability; every rank sees the same."""
+        seen = probe(self.model, self.watched)
+        log.write("probe", self.step, **seen)
+        if alarm := self.stability.probe(self.step, seen):
+            log.write("event", self.step, event="warning", **vars(alarm))
+
     def save(self, log: RunLog | NoLog) -> None:
         """A checkpoint: a run resumed from it has written exactly what this one has."""
         log.sync()
@@ -229,7 +244,13 @@ class Run:
 
     def note_unstable(self, log: RunLog | NoLog) -> None:
         """A diverged run is a result."""
-        log.write("event", self.stability.unstable_step, event="unstable", message=self.stability.reason)
+        log.write(
+            "event",
+            self.stability.unstable_step,
+            event="unstable",
+            message=self.stability.reason,
+            lead=self.stability.lead,
+        )
 
     def open_log(self) -> RunLog | NoLog:
         """The run's directory with its configuration, parameter table and environment, and the log with its sinks."""
@@ -261,14 +282,15 @@ def check(cfg: dict[str, Any], world: int = 1) -> None:
     if not shape.problems():
         with torch.device("meta"):
             shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
-        problems += problems_of_optimizers(shapes, cfg)
+        rows, refused = rehearse(shapes, cfg)
+        problems += refused + problems_of_clip(cfg, rows)
     if problems:
         raise ConfigError(problems)
 
 
 def gpt_config(cfg: dict[str, Any]) -> GPTConfig:
-    """The model's shape and residual rule."""
-    return GPTConfig(**cfg["model"], residual=cfg["residual"]["rule"])
+    """The model's shape, residual rule, switches of attention, and initial scales."""
+    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"]["rule"])
 
 
 def open_data(cfg: dict[str, Any]) -> Dataset:
@@ -292,7 +314,7 @@ def open_data(cfg: dict[str, Any]) -> Dataset:
 def print_start(run: Run, resumed: checkpoint.Loaded | None) -> None:
     """The table of geometries, and where the run goes."""
     print(parameter_table(run.optimizers.rows, {"transformer.wte.weight": "lm_head.weight"}))
-    print(f"{run.model.parameter_count():,} parameters → {run.directory}")
+    print(f"{run.model.describe()} → {run.directory}")
     if resumed is not None:
         for path, reason in resumed.skipped:
             print(f"skipped {path}: {reason}")

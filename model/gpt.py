@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.attention import HEAD_GATES, QK_CLIP_TARGETS
 from model.layers import MLP, CausalSelfAttention
 from model.loss import linear_cross_entropy
 from model.residual import RESIDUAL_RULES
@@ -19,6 +20,8 @@ class GPTConfig:
 
     vocab_size may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units.
     residual: a name of model.residual.RESIDUAL_RULES.
+    qk_norm, qk_clip (threshold of a logit; 0: off), qk_clip_on, logit_cap (0: off), head_gate: see model/attention.py.
+    weight_scale: multiplies GPT-2's initial c_attn and c_fc; residual_scale: its initial c_proj, which write into the stream.
     """
 
     block_size: int = 1024
@@ -29,6 +32,13 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False
     residual: str = "pre_norm"
+    qk_norm: bool = False
+    qk_clip: float = 0.0
+    qk_clip_on: str = "gain"
+    logit_cap: float = 0.0
+    head_gate: str = "none"
+    weight_scale: float = 1.0
+    residual_scale: float = 1.0
 
     def problems(self) -> list[str]:
         """What is wrong with these numbers, each with its remedy; empty if nothing is."""
@@ -45,6 +55,23 @@ class GPTConfig:
             found.append(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         if self.residual not in RESIDUAL_RULES:
             found.append(f"residual rule '{self.residual}' is unknown; choose one of {', '.join(RESIDUAL_RULES)}")
+        return found + self._problems_of_switches()
+
+    def _problems_of_switches(self) -> list[str]:
+        found = []
+        for key, choices in (("head_gate", HEAD_GATES), ("qk_clip_on", QK_CLIP_TARGETS)):
+            if getattr(self, key) not in choices:
+                found.append(f"attention.{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}")
+        for key, name in (("qk_clip", "attention.qk_clip"), ("logit_cap", "attention.logit_cap")):
+            if not getattr(self, key) >= 0:
+                found.append(f"{name} is {getattr(self, key)}; give a positive logit, or 0 to switch it off")
+        for key in ("weight_scale", "residual_scale"):
+            if not getattr(self, key) > 0:
+                found.append(f"init.{key} is {getattr(self, key)}; give a positive factor, 1 for GPT-2's")
+        if self.qk_norm and self.qk_clip and self.qk_clip_on == "weights":
+            found.append(
+                "attention.qk_norm=true undoes what attention.qk_clip does to the weights; switch one off, or use attention.qk_clip_on=gain"
+            )
         return found
 
 
@@ -68,7 +95,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 under nanoGPT's parameter names: transformer.{wte, wpe, h.<i>.{ln_1, attn, ln_2, mlp}, ln_f}, lm_head tied to wte.
 
-    Initialisation: N(0, 0.02); the matrices that write into the stream at 0.02/√(2L) (GPT-2).
+    Initialisation: N(0, 0.02); the matrices that write into the stream at 0.02/√(2L) (GPT-2); times the scales of the configuration.
 
     Raises:
         ValueError: the configuration is impossible; the message lists every reason.
@@ -93,7 +120,9 @@ class GPT(nn.Module):
         self.apply(self._init)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(p, std=config.residual_scale * 0.02 / math.sqrt(2 * config.n_layer))
+            elif name.endswith(("c_attn.weight", "c_fc.weight")):
+                p.data.mul_(config.weight_scale)
 
     @staticmethod
     def _init(module: nn.Module) -> None:
@@ -148,6 +177,20 @@ class GPT(nn.Module):
         """Number of parameters, the tied head counted once; without the position table if `positions` is false."""
         total = sum(p.numel() for p in self.parameters())
         return total if positions else total - self.transformer.wpe.weight.numel()
+
+    def clip_logits(self) -> None:
+        """QK-clip, if the configuration asks for it; to be called after every update."""
+        for block in self.transformer.h:
+            block.attn.clip_logits()
+
+    def describe(self) -> str:
+        """The number of parameters, and what head gates add to the output projections they stand before."""
+        text = f"{self.parameter_count():,} parameters"
+        gates = [block.attn.head_gate for block in self.transformer.h if block.attn.head_gate is not None]
+        if gates:
+            added, beside = gates[0].weight.numel(), self.config.n_embd**2
+            text += f", head gates among them: {added:,} a layer, {100 * added / beside:.2f}% of W_O"
+        return text
 
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward per token: 6N + 12·L·d·T (PaLM, arXiv 2204.02311, appendix B).

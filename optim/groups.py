@@ -279,9 +279,9 @@ def step_rule(settings: Mapping[str, Any], compiled: bool = False) -> StepRule:
     return STEP_RULES[rule["kind"]](rule, compiled)
 
 
-def problems_of_optimizers(shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any]) -> list[str]:
-    """Everything that `build_optimizers` would refuse for parameters of these names and shapes, each with its remedy."""
-    settings, problems = cfg["optim"], []
+def rehearse(shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
+    """What `build_optimizers` would assign to parameters of these names and shapes, and everything it would refuse, with remedies."""
+    settings, rows, problems = cfg["optim"], [], []
     try:
         step_rule(settings)
     except (ValueError, TypeError) as error:
@@ -291,7 +291,7 @@ def problems_of_optimizers(shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[s
         muon_groups(rows, settings["muon"])
     except AssignmentError as error:
         problems += error.problems
-    return problems
+    return rows, problems
 
 
 def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:

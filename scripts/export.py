@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.gpt import GPTConfig
 from scripts.command import UsageError, parse, run
 from scripts.runs import load_model
 
@@ -36,6 +38,15 @@ def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
         raise UsageError(
             f"{directory} was trained with residual={config['residual']['rule']}, which nanoGPT does not have; "
             "only residual=pre_norm can be exported"
+        )
+    plain = asdict(GPTConfig())
+    switched = [
+        key for key in ("qk_norm", "qk_clip", "logit_cap", "head_gate") if config["attention"][key] != plain[key]
+    ]
+    if switched:
+        raise UsageError(
+            f"{directory} was trained with attention.{switched[0]}={config['attention'][switched[0]]}, which nanoGPT does not have; "
+            "only attention=plain can be exported"
         )
     state = {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
     temporary = target.with_name(f".{target.name}.tmp")

@@ -56,7 +56,7 @@ def val_loss(groups: Groups, path: Path) -> Path:
     from matplotlib.lines import Line2D
 
     with matplotlib.rc_context(STYLE):
-        figure = _figure(9.2, 3.9)
+        figure = figure_of(9.2, 3.9)
         whole, end = figure.subplots(1, 2, width_ratios=(1, 1.15))
         colours = _colours(groups)
         for group, colour in zip(groups, colours):
@@ -94,7 +94,7 @@ def spectra(groups: Groups, path: Path) -> Path:
 
     with matplotlib.rc_context(STYLE):
         runs = [next((r for r in group if r.records.get("spectra")), group[0]) for group in groups]
-        figure = _figure(max(4.5, 0.8 + 1.75 * len(runs)), 4.4)
+        figure = figure_of(max(4.5, 0.8 + 1.75 * len(runs)), 4.4)
         panels = figure.subplots(len(SUBLAYERS), len(runs), sharex=True, sharey="row", squeeze=False)
         for row, sublayer in zip(panels, SUBLAYERS):
             for axes, run in zip(row, runs):
@@ -241,7 +241,8 @@ def _label(group: Sequence[Run], groups: Groups) -> str:
     return ", ".join([group[0].assignment, *settings[:2]])
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, without pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")

@@ -52,6 +52,8 @@ COLUMNS = [
     Column("final", "val_loss_final", lambda r: r.final),
     Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
     Column("σ max mlp", "sigma_max_mlp", lambda r: r.sigma_max("mlp"), digits=2),
+    Column("entropy", "least_entropy", lambda r: r.least_entropy, digits=2),
+    Column("saturated", "greatest_saturation", lambda r: r.greatest_saturation, digits=2),
     Column("least feas", "least_feas", lambda r: r.least_feas, digits=2),
     Column("status", "status", lambda r: r.status),
     Column("paper", "paper_val_loss", lambda r: PUBLISHED.get(r.assignment)),

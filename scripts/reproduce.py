@@ -241,7 +241,8 @@ def footer(plan: Plan, runs: Sequence[Run]) -> str:
         f"{cfg['optim']['adamw']['lr']:g} (AdamW); seed {cfg['seed']}.",
         f"{_cost_line(runs)}; {env.get('device', platform.machine())}, Python {env.get('python')}, torch {env.get('torch')}, "
         f"{env.get('platform')}.",
-        "Losses are in nats a token; σ max is the largest singular value at the end. The last column is the paper's loss "
+        "Losses are in nats a token; σ max is the largest singular value at the end; entropy is the least of a layer's attention "
+        "over training, relative to log(position), and saturated the greatest share of its rows with a probability above .99. The last column is the paper's loss "
         f"(arXiv 2606.13276: GPT-2 124M, 3.28B tokens of OpenWebText, one seed){other_scale}.",
     ]
     return "\n".join(lines)

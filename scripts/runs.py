@@ -102,6 +102,19 @@ class Run:
         """The worst certificate of any matrix over the run: how near the step came to its optimum; None if nothing was certified."""
         return min((record["feas"] for record in self.records.get("certificate", [])), default=None)
 
+    @property
+    def least_entropy(self) -> float | None:
+        """Least mean entropy of a layer's attention at any probe, relative to log(position)."""
+        return min(self._probed("least_entropy"), default=None)
+
+    @property
+    def greatest_saturation(self) -> float | None:
+        """Greatest share of a layer's attention rows with a probability above .99 at any probe."""
+        return max(self._probed("greatest_saturation"), default=None)
+
+    def _probed(self, field: str) -> list[float]:
+        return [r[field] for r in self.records.get("probe", []) if math.isfinite(r[field])]
+
     def geometry(self, sublayer: str) -> str:
         """The manifold of a sublayer's matrices, several joined by "+"; "-" for unconstrained Muon."""
         rules = self.config["assignment"]["rules"]

@@ -13,7 +13,8 @@ kind      fields
 train     ``loss``, ``lr``, ``tokens_per_s``
 eval      ``loss``
 spectra   ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
-event     ``event``: what sort, such as "unstable"; ``message``: one sentence for a person
+probe     per layer and head what ``model.probes.probe`` lists, and its summary
+event     ``event``: what sort, such as "unstable" or "warning"; ``message``: one sentence for a person
 ========  ================================================================================================
 """
 

@@ -22,6 +22,7 @@ HARMLESS = (
     "logger",
     "checkpoint",
     "log",
+    "probe",
     "name",
     "data.dir",
     "data.auto_prepare",

@@ -78,6 +78,7 @@ def summary(stability: Stability, seconds: float, device: torch.device) -> dict[
         "best_step": stability.best_step,
         "unstable_step": stability.unstable_step,
         "reason": stability.reason,
+        "warning_lead": stability.lead,
         "train_seconds": seconds,
         "peak_device_bytes": memory,
     }

@@ -10,13 +10,18 @@ A run is unstable from the first step at which
 It stays so: training may recover and go on, the record does not. The paper calls runs unstable without defining it;
 this definition is ours. The third rule is blind by design while the loss still falls steeply, since the fall itself
 widens the variance.
+
+Before that, the probes may give an early warning (training/warning.py), whose lead time is part of the record.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from training.warning import Alarm, EarlyWarning
 
 ON_UNSTABLE = ("mark", "stop")
 
@@ -32,15 +37,16 @@ class Stability:
     ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``decay`` is that of the exponential
     moving mean and variance of the training loss; until 1/(1 - decay) losses were seen they are plain averages, and the
     third rule waits. ``on_unstable``: "mark" trains on, "stop" ends the run; ``max_skipped`` ends it once more updates than
-    that were left out because something was not finite (None: never).
+    that were left out because something was not finite (None: never). ``warning``: settings of EarlyWarning; None for none.
     """
 
     max_rise: float
     z_threshold: float | None
     z_steps: int
-    decay: float = 0.98
     on_unstable: str = "mark"
     max_skipped: int | None = None
+    warning: Mapping[str, Any] | None = None
+    decay: float = 0.98
 
     unstable_step: int | None = field(default=None, init=False)
     reason: str | None = field(default=None, init=False)
@@ -51,6 +57,7 @@ class Stability:
     _seen: int = field(default=0, init=False)
     _high_steps: int = field(default=0, init=False)
     _skipped: int = field(default=0, init=False)
+    _early: EarlyWarning | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not self.max_rise > 0:
@@ -67,6 +74,19 @@ class Stability:
             raise ValueError(f"stability.max_skipped is {self.max_skipped}; give 0 or more, or null for no limit")
         if not 0 < self.decay < 1:
             raise ValueError(f"stability.decay is {self.decay}; give a number between 0 and 1")
+        self._early = None if self.warning is None else EarlyWarning(**self.warning)
+
+    @property
+    def lead(self) -> int | None:
+        """Steps from the early warning to the step that made the run unstable; None unless there were both, in this order."""
+        warned = None if self._early is None else self._early.warned_step
+        if warned is None or self.unstable_step is None or warned > self.unstable_step:
+            return None
+        return self.unstable_step - warned
+
+    def probe(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
+        """Observe the summary of a probe; the early warning, once in a run."""
+        return None if self._early is None else self._early.observe(step, seen)
 
     @property
     def stopped(self) -> bool:
@@ -115,17 +135,21 @@ class Stability:
         return self._mark(step, f"{what} is not finite on rank {rank}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole record as plain numbers and strings; the thresholds belong to the configuration."""
-        return {name: getattr(self, name) for name in _RECORD}
+        """The whole record as plain numbers and strings, and that of the warning; the thresholds belong to the configuration."""
+        early = {} if self._early is None else self._early.state_dict()
+        return {**{name: getattr(self, name) for name in _RECORD}, "early": early}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a record; ValueError if it is not one of this class."""
-        if state.keys() != set(_RECORD):
+        expected = {*_RECORD, "early"}
+        if state.keys() != expected:
             raise ValueError(
-                f"a stability record has {sorted(_RECORD)}, not {sorted(state)}; resume with the version that saved it"
+                f"a stability record has {sorted(expected)}, not {sorted(state)}; resume with the version that saved it"
             )
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in _RECORD:
+            setattr(self, name, state[name])
+        if self._early is not None and state["early"]:
+            self._early.load_state_dict(state["early"])
 
     def _is_high(self, loss: float) -> bool:
         if self.z_threshold is None or self._seen * (1 - self.decay) < 1:

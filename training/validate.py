@@ -42,10 +42,19 @@ _POSITIVE = (
         "launcher.nproc",
         "schedule.decay_steps",
     ),
+    "probe.windows",
     *("optim.muon.rule.dual_steps", "optim.muon.rule.msign_steps"),
 )
 _NOT_NEGATIVE = (
-    *("seed", "schedule.warmup_steps", "grad_clip", "optim.muon.lr", "optim.muon.weight_decay", "optim.adamw.lr"),
+    *(
+        "seed",
+        "probe.interval",
+        "schedule.warmup_steps",
+        "grad_clip",
+        "optim.muon.lr",
+        "optim.muon.weight_decay",
+        "optim.adamw.lr",
+    ),
     *("optim.adamw.weight_decay", "optim.adamw.eps", "schedule.floor"),
 )
 _FRACTIONS = ("optim.muon.momentum",)
@@ -129,9 +138,23 @@ def problems_of_schedule(cfg: Mapping[str, Any], kinds: Iterable[str]) -> list[s
 
 
 def problems_of_stability(cfg: Mapping[str, Any]) -> list[str]:
-    """Whether the definition of unstable makes sense."""
+    """Whether the thresholds of instability and of its warning make sense."""
     try:
         Stability(**cfg["stability"])
     except (TypeError, ValueError) as error:
         return [str(error)]
     return []
+
+
+def problems_of_clip(cfg: Mapping[str, Any], rows: Iterable[Any]) -> list[str]:
+    """Whether QK-clip would take the fused matrices of a manifold, named in `rows` (optim.groups.Row), off it."""
+    attention = cfg["attention"]
+    if not attention["qk_clip"] or attention["qk_clip_on"] != "weights":
+        return []
+    held = [row.name for row in rows if row.manifold not in (None, "euclidean") and "c_attn" in row.name.split(".")]
+    if not held:
+        return []
+    return [
+        f"attention.qk_clip_on=weights would take {len(held)} matrices such as '{held[0]}' off their manifold; "
+        "use attention.qk_clip_on=gain"
+    ]

@@ -1,0 +1,97 @@
+"""The collapses of a transformer's representation, each as a number (after Cirrincione, arXiv 2604.23681).
+
+    rank in depth                   the tokens of a sequence grow alike: `depth`
+    rank in width                   they use few of the directions they have: `depth`, its width_rank
+    head-channel identity           a head's output cannot be read from the sum over heads: `recovery`, `null_space`
+    entropy                         attention looks at one token: `model.probes.attention_record`
+
+The paper names the collapses; how they are measured here is standard, and ours to choose. [inference]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Singular values below this share of the largest are not counted as a direction in use.
+_WIDTH_TOLERANCE = 1e-3
+# Tokens whose Gram matrix is decomposed: enough for a rank, few enough for a probe during training.
+_GRAM_TOKENS = 128
+# The sum over heads is read with this relative error (1% in amplitude): what needs more than that is not recovered.
+_READING_NOISE = 1e-4
+
+
+def singular_values(X: Tensor) -> Tensor:
+    """Singular values (B, min(n, d)) of X (B, n, d), descending, float64, through the smaller Gram matrix; NaN if X is not finite."""
+    X = X.double()
+    gram = X @ X.mT if X.size(-2) <= X.size(-1) else X.mT @ X
+    sound = gram.isfinite().all(-1).all(-1)[:, None]  # the decomposition raises on what is not
+    gram = torch.where(sound[..., None], gram, torch.zeros_like(gram))
+    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
+    return torch.where(sound, sigma, torch.full_like(sigma, torch.nan))
+
+
+def effective_rank(sigma: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values (..., k) → (...): k for equal ones, 1 for a single one."""
+    p = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
+    return torch.special.entr(p).sum(-1).exp()
+
+
+def depth(X: Tensor) -> dict[str, Tensor]:
+    """How far the tokens of each sequence X (B, T, d) have grown alike; 0-d float64, averaged over sequences.
+
+    Returns:
+        distance_from_mean: ‖X - 1x̄ᵀ‖_F / ‖X‖_F, 0 when all tokens are the same. mean_cosine: of all pairs, 1 then.
+        effective_rank: of at most 128 evenly spaced tokens. width_rank: share of their min(n, d) singular values above a
+        thousandth of the largest.
+    """
+    X = X.double()
+    T = X.size(1)
+    norm = torch.linalg.matrix_norm(X)
+    distance = torch.linalg.matrix_norm(X - X.mean(1, keepdim=True)) / norm
+    unit = X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    cosine = (unit.sum(1).square().sum(-1) - T) / max(1, T * (T - 1))
+    sigma = singular_values(X[:, :: -(-T // _GRAM_TOKENS)])
+    used = (sigma > _WIDTH_TOLERANCE * sigma[:, :1]).double().mean(-1)
+    return {
+        "distance_from_mean": distance.mean(),
+        "mean_cosine": cosine.mean(),
+        "effective_rank": effective_rank(sigma).mean(),
+        "width_rank": used.mean(),
+    }
+
+
+def recovery(heads: Tensor, W_o: Tensor) -> Tensor:
+    """R² (H,) with which each head's output can be read, linearly, from the sum over heads.
+
+    A ridge regression of the heads on y_i = Σ_h W_O^h o_ih, fitted on every second token and judged on the others. 1: the head is
+    there to be read; 0: it is lost. The ridge stands for reading y with an error of one per cent.
+
+    Args:
+        heads: (N, H, w) outputs of the heads for N tokens. W_o: (d, H·w), the output projection as nn.Linear keeps it.
+    """
+    o = heads.flatten(1).double()
+    o = o - o.mean(0)
+    y = o @ W_o.double().T
+    (y_fit, y_test), (o_fit, o_test) = (y[::2], y[1::2]), (o[::2], o[1::2])
+    gram = y_fit.mT @ y_fit
+    ridge = _READING_NOISE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+    reader = torch.linalg.solve(
+        gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), y_fit.mT @ o_fit
+    )
+
+    def of_heads(t: Tensor) -> Tensor:
+        return t.square().sum(0).view(heads.shape[1:]).sum(-1)
+
+    return 1 - of_heads(o_test - y_test @ reader) / of_heads(o_test).clamp_min(torch.finfo(o.dtype).tiny)
+
+
+def null_space(W_o: Tensor) -> int:
+    """Dimensions a token of head outputs (H·w) that the output projection W_o (d, H·w) does not show at all."""
+    sigma = torch.linalg.svdvals(W_o.double())
+    return W_o.size(1) - int((sigma > sigma[0] * max(W_o.shape) * torch.finfo(W_o.dtype).eps).sum())
+
+
+def ambiguous_dimensions(tokens: int, n_head: int, width: int) -> int:
+    """n(H - 1)w: what the other heads may be, freely, when one head is to be told from the sum alone (arXiv 2604.23681)."""
+    return tokens * (n_head - 1) * width

@@ -1,0 +1,204 @@
+"""The two exponents of signal propagation at initialisation, measured on any GPT and derived for GPT-2's.
+
+Angle: how fast tokens grow alike or apart. With q the mean square of a token's coordinates and p that of pairs of tokens,
+λ_a = log[(1 - c') / (1 - c)], c = p/q before and c' after a block; negative is collapse. Gradient: λ_g = log of the growth of the
+squared gradient through a block, backwards. Cowsik, Nebabu, Qi, Ganguli (arXiv 2403.02579) predict the final loss from both, and find it
+best where both vanish. They study attention without a causal mask; with one, tokens are no longer exchangeable, so c is taken over the
+last half of the positions. [our reading]
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.probes import evaluation_mode
+
+if TYPE_CHECKING:
+    from model.gpt import GPT
+
+SKIPS = ("one", "normalised")
+"""What multiplies the stream where a branch of strength α joins it: 1, or √(1 - α²) (both in arXiv 2403.02579)."""
+
+_PLAIN = ("pre_norm",)  # residual rules for which the closed form below was derived
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """λ_a and λ_g of every block, in order; the exponents are their means. Natural logarithms."""
+
+    angles: tuple[float, ...]
+    gradients: tuple[float, ...]
+
+    @property
+    def angle(self) -> float:
+        """λ_a: below zero tokens collapse, above they separate."""
+        return sum(self.angles) / len(self.angles)
+
+    @property
+    def gradient(self) -> float:
+        """λ_g: below zero gradients vanish towards the first block, above they explode."""
+        return sum(self.gradients) / len(self.gradients)
+
+
+# ---- inputs ----
+
+
+def near_collapse(model: GPT, batch: int, tokens: int, correlation: float, generator: torch.Generator) -> Tensor:
+    """A stream (batch, tokens, d) of the embeddings' scale whose tokens all have the same correlation, near 1 at the collapse.
+
+    x_i = √ρ g + √(1 - ρ) z_i, with g common to a sequence; g and z_i standard normal.
+    """
+    d, embedding = model.config.n_embd, model.transformer
+    scale = math.sqrt(embedding.wte.weight.square().mean().item() + embedding.wpe.weight.square().mean().item())
+    common, own = torch.randn(batch, 1, d, generator=generator), torch.randn(batch, tokens, d, generator=generator)
+    x = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * own
+    return scale * x.to(embedding.wte.weight.device)
+
+
+@torch.no_grad()
+def embedded(model: GPT, x: Tensor) -> Tensor:
+    """The stream (B, T, d) that text x (B, T) int64 begins as."""
+    return model.transformer.wte(x) + model.transformer.wpe.weight[: x.size(1)]
+
+
+# ---- measurement ----
+
+
+def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> Iterator[Tensor]:
+    """The stream x (B, T, d) and what every block makes of it, each branch multiplied by `strength` (α).
+
+    Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself.
+    """
+    keep = 1.0 if skip == "one" else math.sqrt(1 - strength**2)
+    yield x
+    for block in model.transformer.h:
+        for rule, sublayer in ((block.ln_1, block.attn), (block.ln_2, block.mlp)):
+            joined = rule.join(x, sublayer)
+            x = joined if strength == keep == 1 else keep * x + strength * (joined - x)
+        yield x
+
+
+def misalignment(X: Tensor) -> Tensor:
+    """1 - c (0-d) of the last half of the tokens of X (B, T, d), by their deviations from the mean, which cancels nothing."""
+    X = X[:, X.size(1) // 2 :].double()
+    n, d = X.shape[1:]
+    deviation = (X - X.mean(1, keepdim=True)).square().sum() / ((n - 1) * d)
+    return deviation / (X.square().sum() / (n * d))
+
+
+def measure(model: GPT, x: Tensor, generator: torch.Generator, strength: float = 1.0, skip: str = "one") -> Exponents:
+    """Both exponents of a model on the stream x (B, T, d), T at least 4, in evaluation mode.
+
+    λ_g of a block is log(‖∂s/∂X‖² / ‖∂s/∂X'‖²) with X before and X' after it, for s = ⟨X_L, R⟩ with R standard normal.
+    """
+    with evaluation_mode(model), torch.enable_grad():
+        passed = list(streams(model, x.detach().requires_grad_(), strength, skip))
+        direction = torch.randn(x.shape, generator=generator).to(x.device)
+        gradients = torch.autograd.grad(passed[-1], passed, direction)
+    apart = [misalignment(X.detach()).log().item() for X in passed]
+    sizes = [g.double().square().sum().log().item() for g in gradients]
+    return Exponents(
+        tuple(after - before for before, after in itertools.pairwise(apart)),
+        tuple(before - after for before, after in itertools.pairwise(sizes)),
+    )
+
+
+# ---- closed form ----
+
+
+def gaussian_mean(f: Tensor, u: Tensor) -> float:
+    """E[f(z)] for standard normal z, from the values of f on an even grid u."""
+    weight = torch.exp(-u.square() / 2)
+    return ((f * weight).sum() / weight.sum()).item()
+
+
+def gelu_moments(variance: float) -> tuple[float, float]:
+    """E[φ(u)²] and variance·E[φ'(u)²] of φ = GELU and u ~ N(0, variance): MLP covariance at c = 1, and its slope in c there."""
+    grid = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    u = (math.sqrt(variance) * grid).requires_grad_()
+    value = F.gelu(u)
+    (slope,) = torch.autograd.grad(value.sum(), u)
+    return gaussian_mean(value.detach().square(), grid), variance * gaussian_mean(slope.square(), grid)
+
+
+def closed_form(
+    model: GPT, tokens: int, correlation: float, scale: float, strength: float = 1.0, skip: str = "one"
+) -> Exponents:
+    """The exponents that mean-field theory expects of a pre-norm GPT near collapse. [our derivation]
+
+    Followed are two covariances between tokens, C of the stream (from scale²·correlation off the diagonal, scale² on it) and Γ of its
+    gradient. With k the mean square that a branch writes, a the skip, α the strength, and M the averaging over all earlier tokens that
+    attention amounts to while logits are small (M_ij = 1/i, j ≤ i):
+
+        attention   C' = a²C + α²k M ĉ Mᵀ             Γ = a²Γ' + (α²k/Q) MᵀΓ'M        k = (‖W_v‖_F²/d)(‖W_o‖_F²/d)
+        MLP         C' = a²C + α²(k₀ - k₁(1 - ĉ))     Γ = (a² + α²k₁/Q) Γ'            k₀ = (‖W_2‖_F²/d) E[φ²],  k₁ = (‖W_2‖_F²/d) σ² E[φ'²]
+
+    with ĉ = C/Q, Q the mean of C's diagonal and σ² = ‖W_1‖_F²/d_mlp. Only Frobenius norms of the weights enter, so it holds for any
+    rotation-invariant initialisation: GPT-2's normal one, and its retractions. The norm removes two of d directions from a gradient.
+
+    Raises:
+        ValueError: another residual rule, a switch of attention that is on, or biases.
+    """
+    config = model.config
+    switched = config.qk_norm or config.logit_cap or config.head_gate != "none"
+    if config.residual not in _PLAIN or switched or config.bias:
+        raise ValueError(
+            "the closed form is derived for residual=pre_norm, attention=plain and model.bias=false; measure this model instead"
+        )
+    d, keep = config.n_embd, 1.0 if skip == "one" else 1 - strength**2
+    own = torch.eye(tokens, dtype=torch.float64)
+    average = torch.ones_like(own).tril() / torch.arange(1, tokens + 1, dtype=torch.float64)[:, None]
+    C = scale**2 * (correlation + (1 - correlation) * own)
+    backward, apart = [], [_misalignment_of(C)]
+    for block in model.transformer.h:
+        value = mean_square_gain(block.attn.c_attn.weight[2 * d :], d)
+        written = strength**2 * value * mean_square_gain(block.attn.c_proj.weight, d)
+        Q = C.diagonal().mean()
+        to_attention = written / Q * (1 - 2 / d)
+        C = keep * C + written * average @ (C / Q) @ average.T
+        hidden = block.mlp.c_fc.weight
+        k0, k1 = gelu_moments(mean_square_gain(hidden, hidden.size(0)))
+        gain = strength**2 * mean_square_gain(block.mlp.c_proj.weight, d)
+        Q = C.diagonal().mean()
+        to_mlp = gain * k1 / Q * (1 - 2 / d)
+        C = keep * C + gain * (k0 - k1 * (1 - C / Q))
+        backward.append((to_attention, to_mlp))
+        apart.append(_misalignment_of(C))
+    return Exponents(
+        tuple(math.log(after / before) for before, after in itertools.pairwise(apart)),
+        _gradient_exponents(backward, average, keep),
+    )
+
+
+def mean_square_gain(W: Tensor, rows: int) -> float:
+    """‖W‖_F²/rows: mean square of Wx over that of x, for an isotropic x."""
+    return W.detach().double().square().sum().item() / rows
+
+
+def _gradient_exponents(backward: Sequence[tuple[Tensor, Tensor]], average: Tensor, keep: float) -> tuple[float, ...]:
+    """λ_g of every block from what its branches pass back, relative to the stream; starts from independent gradients at the end."""
+    G = torch.eye(len(average), dtype=torch.float64)
+    found = []
+    for to_attention, to_mlp in reversed(backward):
+        before = G.trace()
+        G = (keep + to_mlp) * G
+        G = keep * G + to_attention * average.T @ G @ average
+        found.append(math.log(G.trace() / before))
+    return tuple(reversed(found))
+
+
+def _misalignment_of(C: Tensor) -> float:
+    """1 - c of the last half of the tokens, from their covariance (T, T)."""
+    C = C[len(C) // 2 :, len(C) // 2 :]
+    n = len(C)
+    q = C.trace() / n
+    p = (C.sum() - C.trace()) / (n * (n - 1))
+    return (1 - p / q).item()

@@ -1,0 +1,160 @@
+"""What one forward pass on a fixed batch reveals: attention logits and entropy, the weights behind them, and collapse.
+
+The paper explains instability by logits that saturate the softmax (arXiv 2606.13276) and measured neither logits nor entropy. A probe
+does, on any model at any step: it computes attention explicitly, in evaluation mode and float32, beside the fused path of training,
+and leaves no trace: no gradient, no random number, no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from model.attention import causal_logits
+from model.collapse import depth, recovery
+
+if TYPE_CHECKING:
+    from model.gpt import GPT
+    from model.layers import CausalSelfAttention
+
+SATURATED = 0.99
+"""A row of attention counts as saturated when its largest probability exceeds this."""
+
+_SQUARINGS = 8  # of a Gram matrix: its 256th power leaves the largest eigenvalue to a relative error below 1e-3
+_TOP_SHARE = 1e-3  # the 99.9th percentile
+
+
+@torch.no_grad()
+def probe(model: GPT, x: Tensor) -> dict[str, Any]:
+    """One record of what happens inside a model on the windows x (B, T) int64, T at least 2; plain floats and lists.
+
+    Lists of L layers of H heads: `logit_max`, `logit_p999`, `entropy` (over log of the position), `saturated` (share of rows),
+    `jacobian` (mean ‖∂softmax‖_F), `qk_norm_product` (‖W_q‖₂‖W_k‖₂), `qk_product_norm` (‖W_qᵀW_k‖₂), `recovery` (R²).
+    Lists of L + 1 depths of the stream: `distance_from_mean`, `mean_cosine`, `effective_rank`, `width_rank`.
+    Summary: `largest_logit`, `largest_qk_norm`; `least_entropy`, `greatest_saturation` of a layer (mean of its heads) and
+    `least_head_entropy`, `greatest_head_saturation` of a head; `least_recovery` of a head.
+    """
+    attention: list[dict[str, Tensor]] = []
+    streams: list[dict[str, Tensor]] = []
+    blocks = model.transformer.h
+    hooks = [blocks[0].register_forward_pre_hook(lambda _, args: streams.append(depth(args[0].float())))]
+    for block in blocks:
+        hooks.append(
+            block.attn.register_forward_pre_hook(lambda attn, args: attention.append(attention_record(attn, args[0])))
+        )
+        hooks.append(block.register_forward_hook(lambda _, args, out: streams.append(depth(out.float()))))
+    try:
+        with evaluation_mode(model):
+            model.features(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    stacked = {key: torch.stack([record[key] for record in attention]) for key in attention[0]}  # (L, H) each
+    stacked |= qk_norms(torch.stack([block.attn.c_attn.weight for block in blocks]).float(), model.config.n_head)
+    stacked |= {key: torch.stack([record[key] for record in streams]) for key in streams[0]}  # (L + 1,)
+    record = {key: _rounded(value.tolist()) for key, value in stacked.items()}
+    return {**record, **summary(stacked)}
+
+
+def summary(stacked: dict[str, Tensor]) -> dict[str, float]:
+    """The one number of each kind that a curve, a table and a warning look at."""
+    entropy, saturated = stacked["entropy"], stacked["saturated"]
+    numbers = {
+        "largest_logit": stacked["logit_max"].max(),
+        "largest_qk_norm": stacked["qk_product_norm"].max(),
+        "least_entropy": entropy.mean(-1).min(),
+        "least_head_entropy": entropy.min(),
+        "greatest_saturation": saturated.mean(-1).max(),
+        "greatest_head_saturation": saturated.max(),
+        "least_recovery": stacked["recovery"].min(),
+    }
+    return {key: _rounded(value.item()) for key, value in numbers.items()}
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, autocast off; afterwards as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        model.train(training)
+
+
+def attention_record(attn: CausalSelfAttention, x: Tensor) -> dict[str, Tensor]:
+    """What attention does with its input x (B, T, d): statistics of each head, (H,) each."""
+    q, k, v = attn.heads(x.float())
+    z = causal_logits(q, k, attn.logit_cap)  # (B, H, T, T)
+    p = torch.softmax(z, dim=-1)
+    y = p @ v if attn.head_gate is None else (p @ v) * attn.head_gate(x)
+    tokens = y.transpose(1, 2).flatten(0, 1)  # (B·T, H, w)
+    return {**logit_statistics(z), **row_statistics(p), "recovery": recovery(tokens, attn.c_proj.weight)}
+
+
+def logit_statistics(z: Tensor) -> dict[str, Tensor]:
+    """Largest and 99.9th percentile (H,) of causal logits z (B, H, T, T), -inf above the diagonal."""
+    B, H, T, _ = z.shape
+    above = math.ceil(_TOP_SHARE * B * T * (T + 1) / 2)
+    top = z.transpose(0, 1).reshape(H, -1).topk(above, dim=-1).values  # descending
+    return {"logit_max": top[:, 0], "logit_p999": top[:, -1]}
+
+
+def row_statistics(p: Tensor) -> dict[str, Tensor]:
+    """Entropy, saturation and Jacobian (H,) of causal attention p (B, H, T, T), averaged over all rows but the first.
+
+    entropy: -Σp log p over its largest possible value, log of the position. saturated: share of rows with a probability above .99.
+    jacobian: ‖diag(p) - ppᵀ‖_F, by which a gradient passes the softmax; its square is Σp² - 2Σp³ + (Σp²)².
+    """
+    p = p[:, :, 1:]
+    positions = torch.arange(2, p.size(-1) + 1, device=p.device)
+    squares = p.square().sum(-1)
+    jacobian = (squares - 2 * p.pow(3).sum(-1) + squares.square()).clamp_min(0).sqrt()
+    return {
+        "entropy": (torch.special.entr(p).sum(-1) / positions.log()).mean((0, 2)),
+        "saturated": (p.amax(-1) > SATURATED).float().mean((0, 2)),
+        "jacobian": jacobian.mean((0, 2)),
+    }
+
+
+def qk_norms(c_attn: Tensor, n_head: int) -> dict[str, Tensor]:
+    """Spectral norms of each head's query and key matrices: ‖W_q‖₂‖W_k‖₂ and ‖W_qᵀW_k‖₂, (L, H) each.
+
+    c_attn: (L, 3d, d), the fused matrices. A logit is at most ‖W_qᵀW_k‖₂ times the squared length of the inputs, over √w.
+    """
+    L, _, d = c_attn.shape
+    q, k, _ = c_attn.double().view(L, 3, n_head, -1, d).unbind(1)  # (L, H, w, d) each
+    Q, K, eye = (
+        q @ q.mT,
+        k @ k.mT,
+        torch.eye(q.size(-2), dtype=torch.float64, device=q.device).expand(L, n_head, -1, -1),
+    )
+    return {"qk_norm_product": product_norm(Q, eye) * product_norm(K, eye), "qk_product_norm": product_norm(Q, K)}
+
+
+def product_norm(Q: Tensor, K: Tensor) -> Tensor:
+    """‖AᵀB‖₂ (...,) of matrices given by Q = AAᵀ and K = BBᵀ (..., w, w): no decomposition, so cheap on any device.
+
+    The squared singular values of AᵀB are the eigenvalues of KQ. With x the dominant eigenvector, from a power of KQ by repeated
+    squaring, Aᵀx is the dominant left singular vector, and its Rayleigh quotient xᵀQKQx / xᵀQx errs in the second order only.
+    """
+    power = K @ Q
+    for _ in range(_SQUARINGS):
+        power = power / torch.linalg.matrix_norm(power, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+        power = power @ power
+    largest = torch.linalg.vector_norm(power, dim=-2).argmax(-1)  # the column with the clearest direction
+    x = torch.take_along_dim(power, largest[..., None, None], dim=-1)
+    Qx = Q @ x
+    squared = (Qx.mT @ K @ Qx) / (x.mT @ Qx).clamp_min(torch.finfo(power.dtype).tiny)
+    return squared.clamp_min(0).sqrt()[..., 0, 0]
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits, which is what float32 statistics are worth."""
+    return [_rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")

@@ -1,0 +1,127 @@
+"""Attention and the four collapses of a trained model: one table a checkpoint, and the curves of its training.
+
+    python scripts/probe.py outputs/first
+    python scripts/probe.py outputs/first windows=8 figures=outputs/first
+
+Every checkpoint that the run has kept is probed on its first validation windows, a line a layer. `figures=` draws what the probes of the
+run itself have written down (probe.interval). The columns:
+
+    logit, p99.9       largest attention logit, and the 99.9th percentile of the head where it is largest
+    entropy            of attention, relative to log(position), mean and least over heads
+    saturated          share of rows with a probability above .99, mean over heads
+    jacobian           norm of the softmax's Jacobian, mean over heads
+    from mean          ‖X - 1x̄ᵀ‖/‖X‖ of the stream after the layer: 0 when all tokens are the same
+    cosine, eff. rank  mean cosine of pairs of tokens; effective rank of 128 tokens
+    width              share of directions in use
+    R²                 of the head that is hardest to read from the sum over heads
+    hidden             dimensions a token of head outputs that W_O does not show at all
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.loader import validation_windows
+from model.collapse import ambiguous_dimensions, null_space
+from model.gpt import GPT
+from model.probes import probe
+from scripts.command import UsageError, parse, run
+from scripts.runs import read_run
+from train import gpt_config, open_data
+from training.checkpoint import load
+
+HEADINGS = (
+    *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
+    *("from mean", "cosine", "eff. rank", "width", "R²", "hidden"),
+)
+
+
+def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
+    """Step, model (on the CPU) and configuration of every checkpoint a run has kept, in order.
+
+    Raises:
+        UsageError: there is none. CheckpointError: one is damaged.
+    """
+    found = sorted((directory / "checkpoints").glob("step_*"))
+    if not found:
+        raise UsageError(
+            f"no checkpoint in {directory}/checkpoints; name a run that reached checkpoint.interval, or its end"
+        )
+    for path in found:
+        loaded = load(path)
+        config = loaded.state["config"]
+        model = GPT(gpt_config(config))
+        model.load_state_dict(loaded.state["model"])
+        yield loaded.step, model, config
+
+
+def layer_table(model: GPT, x: torch.Tensor) -> str:
+    """The table of one model on the windows x (B, T), for a terminal."""
+    seen, lines = probe(model, x), [HEADINGS]
+    for i, block in enumerate(model.transformer.h):
+        heads = [seen[key][i] for key in ("logit_max", "logit_p999", "entropy", "saturated", "jacobian", "recovery")]
+        logit, high, entropy, saturated, jacobian, recovered = heads
+        after = [seen[key][i + 1] for key in ("distance_from_mean", "mean_cosine", "effective_rank", "width_rank")]
+        numbers = [
+            max(logit),
+            max(high),
+            _mean(entropy),
+            min(entropy),
+            _mean(saturated),
+            _mean(jacobian),
+            *after,
+            min(recovered),
+        ]
+        lines.append((str(i), *(f"{n:.3g}" for n in numbers), str(null_space(block.attn.c_proj.weight.detach()))))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def work(arguments: list[str]) -> int:
+    """Print the tables; draw if asked to."""
+    others, options = parse(arguments, {"windows": 4, "figures": ""})
+    if len(others) != 1 or options["windows"] < 1:
+        raise UsageError("name one run and, if you like, windows= (at least 1) and figures=; see --help")
+    directory = Path(others[0])
+    for step, model, config in checkpoints(directory):
+        windows = validation_windows(open_data(config).val, config["model"]["block_size"], options["windows"])
+        x = torch.from_numpy(windows[:, :-1].astype("int64"))
+        shape = model.config
+        free = ambiguous_dimensions(x.size(1), shape.n_head, shape.n_embd // shape.n_head)
+        print(f"{directory}, step {step}: {model.describe()}")
+        print(layer_table(model, x))
+        print(
+            f"  To tell one head from the sum over {shape.n_head}, {free:,} numbers of the others are free in a window.\n"
+        )
+    if options["figures"]:
+        from scripts.probe_figures import curves
+
+        trained = read_run(directory)
+        if not trained.records.get("probe"):
+            raise UsageError(
+                f"{directory} has no probes to draw; train with probe.interval=25, or another number of steps"
+            )
+        target = Path(options["figures"])
+        target.mkdir(parents=True, exist_ok=True)
+        print(f"written: {curves(trained, target / 'probes.png')}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run(work, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

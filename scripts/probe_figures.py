@@ -1,0 +1,191 @@
+"""The pictures of probes and exponents: why a run fails, in one look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.figures import COLOURS, STYLE, figure_of, save
+from scripts.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIGNS = [  # record kind, field, title, and whether the axis is logarithmic
+    ("probe", "largest_logit", "largest attention logit", True),
+    ("probe", "least_entropy", "least entropy of a layer / log(position)", False),
+    ("probe", "greatest_saturation", "rows with a probability above .99", False),
+    ("eval", "loss", "validation loss (nats per token)", False),
+]
+
+
+def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
+    """Logit, entropy, saturation and loss over steps: a column each; a row for each setting, such as a learning rate.
+
+    A colour an assignment, a thin line a seed. A triangle marks the early warning, a cross the step that made a run unstable.
+    """
+    import matplotlib
+    from matplotlib.lines import Line2D
+
+    with matplotlib.rc_context(STYLE):
+        figure = figure_of(12.0, 0.7 + 2.35 * len(rows))
+        panels = figure.subplots(len(rows), len(SIGNS), squeeze=False, sharex=True, sharey="col")
+        shown: dict[str, str] = {}
+        for row, (setting, runs) in zip(panels, rows.items()):
+            for axes, (kind, field, title, logarithmic) in zip(row, SIGNS):
+                for run in runs:
+                    colour = shown.setdefault(run.assignment, COLOURS.get(run.assignment, "#CC79A7"))
+                    _curve(axes, run, kind, field, colour)
+                if logarithmic:
+                    axes.set_yscale("log")
+                if row is panels[0]:
+                    axes.set_title(title, loc="left", fontsize=9)
+            row[0].set_ylabel(setting, fontweight="bold")
+        losses = [x for runs in rows.values() for run in runs for x in run.curve("eval")[1][1:] if math.isfinite(x)]
+        if losses:
+            low = min(losses)
+            panels[0][-1].set_ylim(low - 0.05, min(max(losses), low + 2.0) + 0.05)
+        for axes in panels[0][1:3]:
+            axes.set_ylim(-0.03, 1.03)
+        for axes in panels[-1]:
+            axes.set_xlabel("step")
+        handles = [Line2D([], [], color=colour, linewidth=2) for colour in shown.values()]
+        handles += [Line2D([], [], color="#555555", linestyle="", marker=m, markersize=6) for m in ("^", "x")]
+        figure.legend(
+            handles,
+            [*shown, "early warning", "unstable"],
+            loc="outside lower center",
+            ncols=len(handles),
+            frameon=False,
+        )
+        return save(figure, path)
+
+
+def _curve(axes: Axes, run: Run, kind: str, field: str, colour: str) -> None:
+    records = [r for r in run.records.get(kind, []) if field in r and math.isfinite(r[field])]
+    steps, values = [r["step"] for r in records], [r[field] for r in records]
+    axes.plot(steps, values, color=colour, linewidth=1.2, alpha=0.8)
+    warned = [e["step"] for e in run.records.get("event", []) if e["event"] == "warning"]
+    for step, marker in ((warned[0] if warned else None, "^"), (run.unstable_step, "x")):
+        if step is not None and steps:
+            nearest = min(range(len(steps)), key=lambda i: abs(steps[i] - step))
+            axes.plot(
+                [steps[nearest]], [values[nearest]], color=colour, marker=marker, markersize=6, markeredgewidth=1.8
+            )
+
+
+CURVES = [
+    ("largest_logit", "largest logit"),
+    ("least_entropy", "least entropy of a layer"),
+    ("greatest_saturation", "rows with a probability above .99"),
+    ("largest_qk_norm", "largest ‖W_qᵀW_k‖₂ of a head"),
+    ("distance_from_mean", "distance from the mean token, by depth"),
+    ("mean_cosine", "mean cosine of tokens, by depth"),
+    ("effective_rank", "effective rank of tokens, by depth"),
+    ("recovery", "R² of a head from the sum, mean of a layer"),
+]
+
+
+def curves(run: Run, path: Path) -> Path:
+    """Everything the probes of a run saw over training; what has a value for each depth is a line each, dark at the bottom of the stack."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = figure_of(12.0, 5.0)
+        records = run.records["probe"]
+        steps = [r["step"] for r in records]
+        for axes, (field, title) in zip(figure.subplots(2, 4, sharex=True).flat, CURVES):
+            series = [[_mean(v) for v in value] if isinstance(value := r[field], list) else [value] for r in records]
+            depths = len(series[0])
+            for depth in range(depths):
+                shade = matplotlib.colormaps["viridis"](0.9 * depth / max(1, depths - 1)) if depths > 1 else "#D55E00"
+                axes.plot(steps, [values[depth] for values in series], color=shade, linewidth=1.3)
+            axes.set_title(title, loc="left", fontsize=9)
+            if run.unstable_step is not None:
+                axes.axvline(run.unstable_step, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)))
+        for axes in figure.axes[4:]:
+            axes.set_xlabel("step")
+        return save(figure, path)
+
+
+def _mean(value: Any) -> float:
+    return sum(value) / len(value) if isinstance(value, list) else value
+
+
+def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
+    """λ_a and λ_g over weight scale and residual strength; both zero lines in both panels, measured (solid) and closed form (dashed)."""
+    import matplotlib
+    from matplotlib.lines import Line2D
+
+    lines = {"angle": "#111111", "gradient": "#7A1FA2"}
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = figure_of(9.6, 4.1)
+        for axes, (field, title) in zip(
+            figure.subplots(1, 2, sharey=True), (("angle", "λ_a (angle)"), ("gradient", "λ_g (gradient)"))
+        ):
+            largest = max(abs(v) for row in scan[field] for v in row) or 1.0
+            mesh = axes.pcolormesh(
+                scan["scales"],
+                scan["strengths"],
+                scan[field],
+                cmap="RdBu_r",
+                vmin=-largest,
+                vmax=largest,
+                shading="nearest",
+            )
+            figure.colorbar(mesh, ax=axes, shrink=0.85)
+            for name, colour in lines.items():
+                for key, style in ((name, "solid"), (f"{name}_closed", "dashed")):
+                    values = [v for row in scan[key] for v in row]
+                    if min(values) < 0 < max(values):
+                        axes.contour(
+                            scan["scales"],
+                            scan["strengths"],
+                            scan[key],
+                            [0.0],
+                            colors=colour,
+                            linestyles=style,
+                            linewidths=1.6,
+                        )
+            axes.set_xscale("log")
+            axes.set_xlabel("weight scale (times GPT-2's)")
+            axes.set_title(title, loc="left")
+        figure.axes[0].set_ylabel(f"residual strength α (skip {scan['skip']})")
+        handles = [Line2D([], [], color=c) for c in lines.values()] + [
+            Line2D([], [], color="#555555", linestyle=s) for s in ("-", "--")
+        ]
+        figure.legend(
+            handles,
+            ["λ_a = 0", "λ_g = 0", "measured", "closed form"],
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+        )
+        return save(figure, path)
+
+
+def loss_against_exponents(cells: Sequence[Mapping[str, float]], path: Path) -> Path:
+    """Final loss of every trained model against |λ_a| and |λ_g| at its initialisation; a cross is a loss that is not finite."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = figure_of(8.4, 3.6)
+        finite = [c["loss"] for c in cells if c["loss"] is not None and math.isfinite(c["loss"])]
+        ceiling = max(finite, default=1.0) * 1.05
+        for axes, (field, name) in zip(figure.subplots(1, 2, sharey=True), (("angle", "|λ_a|"), ("gradient", "|λ_g|"))):
+            for cell in cells:
+                fine = cell["loss"] is not None and math.isfinite(cell["loss"])
+                shade = matplotlib.colormaps["viridis"](0.1 + 0.2 * math.log2(cell["weight_scale"] * 4))
+                axes.plot(
+                    [abs(cell[field])],
+                    [cell["loss"] if fine else ceiling],
+                    marker="o" if fine else "x",
+                    color=shade,
+                    markersize=5,
+                )
+            axes.set_xlabel(name)
+        figure.axes[0].set_ylabel("final validation loss")
+        figure.axes[1].set_title("colour: weight scale, dark is small", loc="right", fontsize=8)
+        return save(figure, path)

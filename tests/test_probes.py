@@ -1,0 +1,252 @@
+"""Probes: every measure against a case with a known answer, and no trace in the training numbers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from model.attention import causal_logits
+from model.collapse import ambiguous_dimensions, depth, effective_rank, null_space, recovery, singular_values
+from model.gpt import GPT, GPTConfig
+from model.probes import logit_statistics, probe, product_norm, qk_norms, row_statistics
+from scripts import probe as command
+from scripts.runs import read_run
+from train import train
+from training.config import compose
+from training.log import read_records
+
+TINY = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def causal(p):
+    """Rows of probability over the allowed positions only."""
+    p = p.tril()
+    return p / p.sum(-1, keepdim=True)
+
+
+# ---- attention ----
+
+
+@pytest.mark.parametrize("switches", [{}, {"qk_norm": True}, {"head_gate": "token"}, {"qk_clip": 1.0}])
+def test_the_explicit_path_is_the_fused_one(switches):
+    model = GPT(GPTConfig(**{**vars(TINY), "n_embd": 32, **switches})).eval()
+    attn, x = model.transformer.h[0].attn, 3 * torch.randn(3, 16, 32)
+    q, k, v = attn.heads(x)
+    explicit = torch.softmax(causal_logits(q, k), -1) @ v
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert (explicit - fused).abs().max() < 1e-5
+
+
+def test_uniform_and_one_hot_attention():
+    T = 12
+    uniform = row_statistics(causal(torch.ones(2, 3, T, T)))
+    assert torch.allclose(uniform["entropy"], torch.ones(3)) and not uniform["saturated"].any()
+    # The Jacobian of a uniform row of n is (I - 11ᵀ/n)/n, of Frobenius norm √(n - 1)/n.
+    expected = sum(math.sqrt(n - 1) / n for n in range(2, T + 1)) / (T - 1)
+    assert uniform["jacobian"].tolist() == pytest.approx([expected] * 3, rel=1e-5)
+    one_hot = row_statistics(torch.eye(T).expand(2, 3, T, T))
+    assert one_hot["entropy"].abs().max() == 0 and one_hot["jacobian"].abs().max() == 0
+    assert one_hot["saturated"].tolist() == [1.0] * 3
+
+
+def test_the_jacobian_norm_is_that_of_the_derivative():
+    p = causal(torch.rand(1, 1, 6, 6))
+    norms = [torch.linalg.matrix_norm(torch.diag(r) - torch.outer(r, r)) for r in p[0, 0, 1:]]
+    assert row_statistics(p)["jacobian"].item() == pytest.approx(sum(norms).item() / 5, rel=1e-5)
+
+
+def test_saturation_counts_the_rows_above_99_per_cent():
+    p = torch.eye(5).repeat(1, 1, 1, 1)
+    p[0, 0, 2] = torch.tensor([0.0, 0.02, 0.98, 0, 0])
+    assert row_statistics(p)["saturated"].item() == pytest.approx(
+        3 / 4
+    )  # the first row has no choice and does not count
+
+
+def test_largest_and_high_percentile_logit():
+    z = causal_logits(torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 8))
+    seen = logit_statistics(z)
+    for head in range(3):
+        values = z[:, head][torch.isfinite(z[:, head])]
+        assert len(values) == 2 * 40 * 41 // 2
+        assert seen["logit_max"][head] == values.max()
+        assert (values >= seen["logit_p999"][head]).sum() == math.ceil(1e-3 * len(values))
+
+
+def test_norms_of_the_weights_behind_the_logits():
+    c_attn = torch.randn(3, 3 * 12, 12)
+    seen = qk_norms(c_attn, n_head=3)
+    for layer in range(3):
+        q, k, _ = c_attn[layer].double().view(3, 3, 4, 12)
+        for head in range(3):
+            product = torch.linalg.matrix_norm(q[head].T @ k[head], 2).item()
+            separate = torch.linalg.matrix_norm(q[head], 2) * torch.linalg.matrix_norm(k[head], 2)
+            assert seen["qk_product_norm"][layer, head].item() == pytest.approx(product, rel=1e-3)
+            assert seen["qk_norm_product"][layer, head].item() == pytest.approx(separate.item(), rel=1e-3)
+
+
+def test_the_norm_is_right_where_the_gap_is_small_or_the_rank_is_low():
+    U = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    for sigma in ([1, 0.999, 0.5, 0.1, 0, 0], [3, 0, 0, 0, 0, 0], [2, 2, 2, 2, 2, 2], [0] * 6):
+        A = U * torch.tensor(sigma, dtype=torch.float64)  # A Aᵀ has eigenvalues σ²
+        assert product_norm(A @ A.T, torch.eye(6, dtype=torch.float64)).item() == pytest.approx(max(sigma), rel=1e-3)
+
+
+# ---- collapse ----
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_planted_rank(rank):
+    U, V = (torch.linalg.qr(torch.randn(n, rank)).Q for n in (20, 30))
+    X = (U @ V.T).expand(2, -1, -1)
+    assert effective_rank(singular_values(X)[..., :rank]).tolist() == pytest.approx([rank] * 2, rel=1e-6)
+    seen = depth(X)
+    assert seen["effective_rank"].item() == pytest.approx(rank, rel=1e-3)
+    assert seen["width_rank"].item() == pytest.approx(rank / 20)
+
+
+def test_tokens_that_are_all_the_same_and_tokens_that_share_nothing():
+    same = depth(torch.randn(3, 1, 16).expand(-1, 10, -1))
+    assert same["distance_from_mean"].item() == pytest.approx(0, abs=1e-6)
+    assert same["mean_cosine"].item() == pytest.approx(1) and same["effective_rank"].item() == pytest.approx(
+        1, rel=1e-3
+    )
+    apart = depth(torch.eye(16)[None, :10])
+    assert apart["mean_cosine"].item() == pytest.approx(0, abs=1e-6)
+    assert apart["distance_from_mean"].item() == pytest.approx(math.sqrt(1 - 1 / 10))
+    assert apart["effective_rank"].item() == pytest.approx(10) and apart["width_rank"].item() == 1
+
+
+def test_singular_values_through_the_gram_matrix():
+    X = torch.randn(2, 7, 11, dtype=torch.float64)
+    assert torch.allclose(singular_values(X), torch.linalg.svdvals(X))
+    X[0, 0, 0] = torch.inf
+    assert singular_values(X)[0].isnan().all() and torch.allclose(singular_values(X)[1], torch.linalg.svdvals(X[1]))
+
+
+def test_orthogonal_heads_are_recovered_and_confounded_heads_are_not():
+    heads, w = torch.randn(600, 3, 4), 4
+    orthogonal = torch.linalg.qr(torch.randn(12, 12)).Q
+    assert recovery(heads, orthogonal).min() > 0.999
+    confounded = orthogonal.clone()
+    confounded[:, w : 2 * w] = confounded[:, :w]  # the second head writes where the first does: only their sum is left
+    first, second, third = recovery(heads, confounded).tolist()
+    assert first == pytest.approx(0.5, abs=0.1) and second == pytest.approx(0.5, abs=0.1) and third > 0.999
+    silent = orthogonal.clone()
+    silent[:, :w] = 0
+    assert recovery(heads, silent)[0] < 0.1
+
+
+def test_null_space_of_the_output_projection():
+    W = torch.randn(12, 12)
+    assert null_space(W) == 0
+    W[:, 4:8] = W[:, :4]
+    assert null_space(W) == 4
+    assert ambiguous_dimensions(tokens=128, n_head=12, width=64) == 128 * 11 * 64
+
+
+# ---- the probe ----
+
+
+def test_a_probe_leaves_no_trace():
+    model = GPT(GPTConfig(**{**vars(TINY), "dropout": 0.5, "qk_clip": 0.1}))
+    state, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    largest = model.transformer.h[0].attn.qk_clip.largest.clone()
+    x = torch.randint(40, (2, 16))
+    rng = torch.get_rng_state()
+    first = probe(model, x)
+    assert model.training and torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model.transformer.h[0].attn.qk_clip.largest, largest)
+    assert all(p.grad is None for p in model.parameters()) and probe(model, x) == first
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_record_has_every_layer_and_head_and_sums_itself_up():
+    model = GPT(TINY)
+    seen = probe(model, torch.randint(40, (2, 16)))
+    for key in (
+        "logit_max",
+        "logit_p999",
+        "entropy",
+        "saturated",
+        "jacobian",
+        "qk_norm_product",
+        "qk_product_norm",
+        "recovery",
+    ):
+        assert len(seen[key]) == 2 and all(len(layer) == 2 for layer in seen[key]), key
+    for key in ("distance_from_mean", "mean_cosine", "effective_rank", "width_rank"):
+        assert len(seen[key]) == 3, key
+    assert seen["largest_logit"] == max(map(max, seen["logit_max"]))
+    assert seen["least_head_entropy"] == min(map(min, seen["entropy"]))
+    assert seen["least_entropy"] == pytest.approx(min(sum(layer) / 2 for layer in seen["entropy"]), rel=1e-5)
+
+
+def test_a_saturated_model_is_seen_as_one():
+    model = GPT(TINY)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:32] *= 100
+    seen = probe(model, torch.randint(40, (2, 16)))
+    assert seen["greatest_saturation"] > 0.5 and seen["least_entropy"] < 0.2 and seen["largest_logit"] > 50
+
+
+def test_a_model_that_overflows_is_probed_and_says_so():
+    model = GPT(TINY)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.fill_(torch.inf)
+    seen = probe(model, torch.randint(40, (2, 16)))
+    assert math.isnan(seen["largest_logit"]) and not math.isnan(seen["logit_max"][0][0])
+
+
+# ---- in training ----
+
+
+def numbers(directory):
+    clock = {"tokens_per_s", "train_seconds", "peak_device_bytes"}
+    return [{k: v for k, v in r.items() if k not in clock} for r in read_records(directory) if r["kind"] != "probe"]
+
+
+def test_training_is_bitwise_the_same_with_and_without_probes(tiny, tmp_path):
+    for interval in (0, 3):
+        where = f"output_dir={tmp_path}/{interval}"
+        train(
+            compose(
+                [
+                    *tiny[:-1],
+                    "assignment=adamw",
+                    "model.dropout=0.1",
+                    where,
+                    f"probe.interval={interval}",
+                    "max_steps=10",
+                ]
+            )
+        )
+    assert numbers(tmp_path / "0") == numbers(tmp_path / "3")
+    assert not list(read_records(tmp_path / "0", "probe"))
+    assert [r["step"] for r in read_records(tmp_path / "3", "probe")] == [0, 3, 6, 9, 10]
+
+
+def test_the_command_prints_a_table_a_checkpoint_and_draws(tiny, tmp_path, capsys):
+    train(compose([*tiny, "assignment=adamw", "max_steps=10", "probe.interval=5", "checkpoint.keep=5"]))
+    assert command.main([str(tmp_path / "run"), f"figures={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("eff. rank") == 2 and "step 5:" in printed and "step 10:" in printed
+    assert (tmp_path / "probes.png").stat().st_size > 1000
+    assert command.main([str(ROOT / "configs")]) == 2 and "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_tells_its_least_entropy_and_greatest_saturation(tiny, tmp_path):
+    train(compose([*tiny, "assignment=adamw", "max_steps=10", "probe.interval=5"]))
+    run = read_run(tmp_path / "run")
+    seen = list(read_records(tmp_path / "run", "probe"))
+    assert run.least_entropy == min(r["least_entropy"] for r in seen)
+    assert run.greatest_saturation == max(r["greatest_saturation"] for r in seen)

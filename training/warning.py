@@ -1,0 +1,115 @@
+"""An early warning: attention's largest logit is followed over the probes and extrapolated to where it saturates the softmax.
+
+The singular values of a matrix that nothing holds back grow about linearly in the step under Muon, whose updates have a fixed length.
+A logit is bilinear in two such matrices, so its square root grows about linearly as well: a straight line through the last probes says
+when it will reach a given logit. The growth of ‖W_qᵀW_k‖₂ alone, which no choice of batch disturbs, is followed the same way.
+[our inference; the paper measured neither]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# Below this share of the limit nothing is forecast: every run's logits grow quickly at first, and most level off.
+_LEAST_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What was foreseen. message: one sentence. expected_step: when saturation is expected, at the latest now; lead: steps until then."""
+
+    message: str
+    expected_step: int
+    lead: int
+
+
+@dataclass
+class EarlyWarning:
+    """Warns once in a run.
+
+    logit: the largest logit at which attention counts as saturated; null switches the forecast off. horizon: a warning comes when this
+    logit is expected within so many steps. probes: how many of the last probes the line is drawn through; before that many were seen,
+    there is no forecast. entropy: a layer whose mean entropy, relative to log(position), is below this is warned of at once.
+    """
+
+    logit: float | None
+    horizon: int
+    probes: int
+    entropy: float
+
+    steps: list[int] = field(default_factory=list, init=False)
+    logits: list[float] = field(default_factory=list, init=False)
+    norms: list[float] = field(default_factory=list, init=False)
+    warned_step: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.logit is not None and not self.logit > 0:
+            raise ValueError(f"stability.warning.logit is {self.logit}; give a logit above 0, or null to switch it off")
+        if self.probes < 3:
+            raise ValueError(f"stability.warning.probes is {self.probes}; give 3 or more, a line needs them")
+        if self.horizon < 1:
+            raise ValueError(f"stability.warning.horizon is {self.horizon}; give a number of steps, 1 or more")
+        if not 0 <= self.entropy < 1:
+            raise ValueError(f"stability.warning.entropy is {self.entropy}; give a share of the maximum in [0, 1)")
+
+    def observe(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
+        """Take the summary of a probe (`largest_logit`, `largest_qk_norm`, `least_entropy`); the alarm, once."""
+        self.steps = [*self.steps, step][-self.probes :]
+        self.logits = [*self.logits, seen["largest_logit"]][-self.probes :]
+        self.norms = [*self.norms, seen["largest_qk_norm"]][-self.probes :]
+        if self.warned_step is not None:
+            return None
+        alarm = self._collapsed(step, seen) or self._forecast(step)
+        if alarm is not None:
+            self.warned_step = step
+        return alarm
+
+    def _collapsed(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
+        entropy, logit = seen["least_entropy"], seen["largest_logit"]
+        if not entropy >= self.entropy:
+            return Alarm(f"attention's entropy has fallen to {entropy:.2g} of its maximum in a layer", step, 0)
+        if self.logit is not None and not logit < self.logit:
+            return Alarm(f"attention's largest logit is {logit:.3g}, where the softmax saturates", step, 0)
+        return None
+
+    def _forecast(self, step: int) -> Alarm | None:
+        """Both the logit and the norm behind it must head for the limit: one of them alone is often noise."""
+        if self.logit is None or len(self.steps) < self.probes or not self.logits[-1] >= _LEAST_SHARE * self.logit:
+            return None
+        by_logit = crossing(self.steps, [math.sqrt(max(x, 0.0)) for x in self.logits], math.sqrt(self.logit))
+        # The logit that the norm stands for: in proportion, as of now.
+        norm_limit = self.norms[-1] * self.logit / self.logits[-1]
+        by_norm = crossing(self.steps, [math.sqrt(x) for x in self.norms], math.sqrt(norm_limit))
+        latest = max(by_logit, by_norm)
+        if not latest < math.inf or (expected := round(latest)) - step > self.horizon:
+            return None
+        message = (
+            f"attention's largest logit is {self.logits[-1]:.3g} and growing; at this pace it reaches {self.logit:g}, where the "
+            f"softmax saturates, at step {expected}, in {expected - step} steps"
+        )
+        return Alarm(message, expected, expected - step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record as plain lists and numbers; the thresholds belong to the configuration."""
+        return {name: getattr(self, name) for name in _RECORD}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a record."""
+        for name in _RECORD:
+            setattr(self, name, state[name])
+
+
+_RECORD = ("steps", "logits", "norms", "warned_step")
+
+
+def crossing(steps: Sequence[int], values: Sequence[float], limit: float) -> float:
+    """Where the least-squares line through (steps, values) reaches `limit`; infinite if it does not rise or a value is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.inf
+    mean_step, mean = sum(steps) / len(steps), sum(values) / len(values)
+    spread = sum((s - mean_step) ** 2 for s in steps)
+    slope = sum((s - mean_step) * (v - mean) for s, v in zip(steps, values)) / spread if spread else 0.0
+    return mean_step + (limit - mean) / slope if slope > 0 else math.inf
