@@ -218,7 +218,7 @@ def missing(cfg: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def gpt_config(cfg: dict[str, Any]) -> GPTConfig:
     """The model's shape and residual rule."""
-    return GPTConfig(**cfg["model"], residual=cfg["residual"]["rule"])
+    return GPTConfig(**cfg["model"], residual=cfg["residual"])
 
 
 def open_data(cfg: dict[str, Any]) -> Dataset:

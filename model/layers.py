@@ -1,46 +1,125 @@
-"""Attention and MLP of GPT-2, under nanoGPT's parameter names so that weights can be exchanged."""
+"""Attention and MLP of GPT-2, under nanoGPT's parameter names so that weights can be exchanged, and their variants: rotary positions,
+SwiGLU, and the scales that nGPT's unit weights need (arXiv 2410.01131)."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.scale import StoredScale
+from optim.geonorm import to_sphere
 
 if TYPE_CHECKING:
     from model.gpt import GPTConfig
 
+ROTARY_BASE = 10_000.0
+
+
+class Rotary(nn.Module):
+    """Rotary positions (RoPE, arXiv 2104.09864): channels i and i + D/2 of a head turn by the angle position · base^(-2i/D).
+
+    Which channels form a pair is a convention, a permutation of a head's channels; this is GPT-NeoX's.
+    """
+
+    def __init__(self, head_width: int, block_size: int) -> None:
+        super().__init__()
+        rate = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+        angle = torch.outer(torch.arange(block_size, dtype=torch.float64), rate)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)  # (block_size, D/2)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, T, D) → the same, in x's dtype."""
+        a, b = x.float().chunk(2, -1)
+        cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention; queries, keys and values come from one fused matrix `c_attn` (3d, d)."""
+    """Multi-head causal attention; queries, keys and values come from one fused matrix `c_attn` (3d, d).
+
+    With unit weights, queries and keys are normed within each head and scaled by s_qk, and the softmax's scale is √D, not 1/√D.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        d, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        self.c_attn = nn.Linear(d, 3 * d, bias=config.bias)
+        self.c_proj = nn.Linear(d, d, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.rotary = Rotary(d // self.n_head, config.block_size) if config.rope else None
+        self.s_qk = StoredScale(d, 1.0, config.storage or d**-0.5) if config.unit_weights else None
+        self.scale = math.sqrt(d // self.n_head) if config.unit_weights else None  # None: 1/√D
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, T, d), as the softmax takes them: (B, H, T, D) each."""
+        B, T, d = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        if self.s_qk is not None:
+            s = self.s_qk().view(self.n_head, 1, -1)
+            q, k = ((s * to_sphere(u)).to(v.dtype) for u in (q, k))
+        return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, T, d)."""
-        B, T, d = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, H, T, d/H) each
+        q, k, v = self.heads(x)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, d)))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
+
+    def matrices(self) -> list[tuple[Tensor, bool]]:
+        """Queries, keys, values and output; only the last two multiply what the sublayer returns."""
+        q, k, v = self.c_attn.weight.chunk(3)
+        return [(q, False), (k, False), (v, True), (self.c_proj.weight, True)]
 
 
 class MLP(nn.Module):
-    """Two matrices with an exact GELU between them, four times as wide as the stream."""
+    """Two matrices with an exact GELU between them, four times as wide as the stream.
+
+    With unit weights, what enters the non-linearity is scaled by √d · s_uv, which undoes the shortness of unit vectors' products.
+    """
+
+    branches = 1
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        d, hidden = config.n_embd, 4 * config.n_embd
+        self.c_fc = nn.Linear(d, self.branches * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, d, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.s_uv = StoredScale(self.branches * hidden, math.sqrt(d), 1.0) if config.unit_weights else None
+
+    def activation(self, h: Tensor) -> Tensor:
+        """What stands between the two matrices."""
+        return F.gelu(h)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, T, d)."""
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        h = self.c_fc(x)
+        if self.s_uv is not None:
+            h = h * self.s_uv().to(h.dtype)
+        return self.dropout(self.c_proj(self.activation(h)))
+
+    def matrices(self) -> list[tuple[Tensor, bool]]:
+        """The matrices into the hidden layer and out of it; both multiply what the sublayer returns."""
+        return [(W, True) for W in (*self.c_fc.weight.chunk(self.branches), self.c_proj.weight)]
+
+
+class SwiGLU(MLP):
+    """u · SiLU(v), with u and v from one fused matrix `c_fc` (8d, d) (arXiv 2002.05202; the width is nGPT's)."""
+
+    branches = 2
+
+    def activation(self, h: Tensor) -> Tensor:
+        u, v = h.chunk(2, -1)
+        return u * F.silu(v)
+
+
+MLPS: dict[str, type[MLP]] = {"gelu": MLP, "swiglu": SwiGLU}
+"""Kinds of MLP by the name that `model.mlp` gives."""
