@@ -25,7 +25,7 @@ from data.loader import Loader, Prefetcher, validation_windows
 from data.prepare import prepare
 from data.shards import DataError, Dataset, open_dataset
 from model.gpt import GPT, GPTConfig
-from optim.groups import AssignmentError, Optimizers, assign, build_optimizers, parameter_table
+from optim.groups import AssignmentError, Optimizers, assign, build_optimizers, lr_factors, parameter_table
 from optim.schedule import SCHEDULES, lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
@@ -35,6 +35,7 @@ from training.progress import ProgressSink
 from training.resume import find_checkpoint, restore, state_of
 from training.run import environment, resolve_device, run_directory, run_name, use_compile
 from training.stability import Stability
+from training.transfer import problems_of_transfer, transfer_table, transferred
 from training.validate import ConfigError, problems_of_batch, problems_of_schedule, problems_of_values
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
@@ -61,7 +62,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
 
     torch.manual_seed(cfg["seed"])
     model = GPT(gpt_config(cfg)).to(device)
-    optimizers = build_optimizers(model, cfg)
+    optimizers = build_optimizers(model, transferred(cfg), model.unit_vectors())
     stability = Stability(**cfg["stability"])
     step, seconds, skipped = 0, 0.0, 0
     if resumed is not None:
@@ -70,7 +71,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
     if resumed is not None and step >= cfg["max_steps"]:
         print(f"{directory} is finished: {step} of {cfg['max_steps']} steps")
         return stability.best
-    print_start(model, optimizers, directory, resumed)
+    print_start(model, optimizers, cfg, directory, resumed)
     log = open_log(cfg, directory, optimizers, first_step, resumed is not None)
 
     compiled = torch.compile(model) if use_compile(cfg, device) else model
@@ -190,7 +191,7 @@ def evaluate(
 def check(cfg: dict[str, Any], world: int = 1) -> None:
     """Raise ConfigError with every problem of the configuration."""
     problems = [f"{key} is missing; give it, or choose an experiment" for key in missing(cfg)]
-    if problems:
+    if problems := problems or problems_of_transfer(cfg):
         raise ConfigError(problems)
     shape = gpt_config(cfg)
     problems = problems_of_values(cfg) + problems_of_schedule(cfg, SCHEDULES) + problems_of_batch(cfg, world)
@@ -198,9 +199,12 @@ def check(cfg: dict[str, Any], world: int = 1) -> None:
         problems += impossible
     else:
         with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
+            model = GPT(shape)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        optim = cfg["optim"]
         try:
-            assign(shapes, cfg["assignment"]["rules"] or {}, cfg["optim"]["always_adamw"])
+            rows = assign(shapes, cfg["assignment"]["rules"] or {}, optim["always_adamw"], model.unit_vectors())
+            lr_factors([row.name for row in rows if row.optimizer == "AdamW"], optim["adamw"]["lr_scale"] or {})
         except AssignmentError as error:
             problems += error.problems
     if problems:
@@ -218,7 +222,8 @@ def missing(cfg: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def gpt_config(cfg: dict[str, Any]) -> GPTConfig:
     """The model's shape and residual rule."""
-    return GPTConfig(**cfg["model"], residual=cfg["residual"])
+    settings = transferred(cfg)
+    return GPTConfig(**settings["model"], residual=settings["residual"])
 
 
 def open_data(cfg: dict[str, Any]) -> Dataset:
@@ -266,9 +271,13 @@ def open_log(cfg: dict[str, Any], directory: Path, optimizers: Optimizers, first
     return RunLog(directory, [wandb, progress], resume_step=first_step if resumed else None)
 
 
-def print_start(model: GPT, optimizers: Optimizers, directory: Path, resumed: checkpoint.Loaded | None) -> None:
-    """The table of geometries, and where the run goes."""
-    print(parameter_table(optimizers.rows, {"transformer.wte.weight": "lm_head.weight"}))
+def print_start(
+    model: GPT, optimizers: Optimizers, cfg: dict[str, Any], directory: Path, resumed: checkpoint.Loaded | None
+) -> None:
+    """The table of geometries, what was carried over from a base, and where the run goes."""
+    print(parameter_table(optimizers.rows, {"transformer.wte.weight": "lm_head.weight"} if model.config.tied else {}))
+    if carried_over := transfer_table(cfg):
+        print(carried_over)
     print(f"{model.parameter_count():,} parameters → {directory}")
     if resumed is not None:
         for path, reason in resumed.skipped:

@@ -24,8 +24,13 @@ from torch import Tensor, nn
 from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
+from optim.unit_norm import UnitNorm
 
 ADAMW = "adamw"
+
+# What may be asked of a matrix whose vectors the model wants at unit length. Any other manifold would pull it another way after every
+# step. Oblique is unit vectors too, those of the tall form's columns: it then keeps them alone.
+_BESIDE_UNIT_LENGTH = (ADAMW, "euclidean", "oblique")
 
 
 class AssignmentError(ValueError):
@@ -38,13 +43,24 @@ class AssignmentError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its name, shape, optimizer ("ManifoldMuon" or "AdamW"), manifold or None, and whether a rule spoke of it."""
+    """One parameter: its name, shape, optimizer ("ManifoldMuon" or "AdamW"), manifold or None, and whether a rule spoke of it.
+
+    unit: the dimension along which its vectors are kept at unit length beside the optimizer, or None.
+    """
 
     name: str
     shape: tuple[int, ...]
     optimizer: str
     manifold: str | None
     ruled: bool
+    unit: int | None = None
+
+    @property
+    def geometry(self) -> str:
+        """The manifold and unit vectors in words, "-" for neither."""
+        words = [self.manifold] if self.manifold else []
+        words += [] if self.unit is None else [("unit columns", "unit rows")[self.unit]]
+        return ", ".join(words) or "-"
 
 
 def _component_matches(pattern: str, component: str) -> bool:
@@ -61,25 +77,33 @@ def matches(pattern: str, name: str) -> bool:
     return any(all(_component_matches(w, h) for w, h in zip(wanted, have[s:])) for s in starts)
 
 
-def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], always_adamw: Iterable[str]) -> list[Row]:
+def assign(
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: Mapping[str, str],
+    always_adamw: Iterable[str],
+    unit_vectors: Mapping[str, int] | None = None,
+) -> list[Row]:
     """Give every parameter to one optimizer.
 
     Args:
         shapes: parameter name → shape.
         rules: pattern → manifold name or "adamw", for matrices.
         always_adamw: patterns of tables (embeddings, head), which no rule may claim. Vectors are AdamW's without asking.
+        unit_vectors: parameter name → dimension along which its vectors are to be kept at unit length. A matrix given to the oblique
+            manifold is left to it.
 
     Raises:
-        AssignmentError: listing every parameter matched by no rule or by several, every rule that matches nothing, and every
-            unknown manifold.
+        AssignmentError: listing every parameter matched by no rule or by several, every rule that matches nothing, every
+            unknown manifold, and every matrix of unit vectors that would be put on another manifold as well.
     """
+    unit = unit_vectors or {}
     choices = [*MANIFOLDS, ADAMW]
     problems = [
         f"assignment: rule '{pattern}' asks for '{choice}'; choose one of {', '.join(choices)}"
         for pattern, choice in rules.items()
         if choice not in choices
     ]
-    rows, used = [], set()
+    rows, used, contested = [], set(), {}
     for name, shape in shapes.items():
         hits = [pattern for pattern in rules if matches(pattern, name)]
         table = any(matches(pattern, name) for pattern in always_adamw)
@@ -88,7 +112,7 @@ def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], alwa
                 problems.append(
                     f"assignment: '{name}' always belongs to AdamW, but rule '{hits[0]}' claims it; narrow the rule"
                 )
-            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=False))
+            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=False, unit=unit.get(name)))
             continue
         used.update(hits)
         if len(hits) != 1:
@@ -100,10 +124,18 @@ def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], alwa
             problems.append(f"assignment: '{name}' is matched by {what}")
             continue
         choice = rules[hits[0]]
+        if name in unit and choice in choices and choice not in _BESIDE_UNIT_LENGTH:
+            contested.setdefault(hits[0], []).append(name)
         if choice == ADAMW:
-            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=True))
+            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=True, unit=unit.get(name)))
         else:
-            rows.append(Row(name, tuple(shape), "ManifoldMuon", choice, ruled=True))
+            alone = None if choice == "oblique" else unit.get(name)
+            rows.append(Row(name, tuple(shape), "ManifoldMuon", choice, ruled=True, unit=alone))
+    problems += [
+        f"assignment: '{names[0]}' and {len(names) - 1} more would have two owners: the model keeps their vectors at unit length, and "
+        f"rule '{pattern}' puts them on '{rules[pattern]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
+        for pattern, names in contested.items()
+    ]
     components = {c for name in shapes for c in name.split(".")}
     for pattern in rules.keys() - used:
         near = get_close_matches(pattern.split(".")[-1], components, 1)
@@ -118,7 +150,7 @@ def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -
     """The assignment as text, equal layers folded into one line (`h.0-11`). `aliases` maps a name to a tied twin, for display."""
 
     def folded(row: Row) -> tuple:
-        return (re.sub(r"\.\d+\.", ".#.", row.name), row.shape, row.optimizer, row.manifold or "-")
+        return (re.sub(r"\.\d+\.", ".#.", row.name), row.shape, row.optimizer, row.geometry)
 
     aliases, lines = aliases or {}, [("", "shape", "optimizer", "manifold")]
     seen: dict[tuple, list[Row]] = {}
@@ -140,13 +172,13 @@ def _ranges(layers: list[int]) -> str:
 
 
 class Optimizers:
-    """ManifoldMuon (if any matrix has a manifold) and AdamW, stepped and scheduled as one.
+    """ManifoldMuon (if any matrix has a manifold) and AdamW, stepped and scheduled as one; then unit vectors are brought to their length.
 
     Iterating yields the torch optimizers. `.rows` is the assignment, `.muon` the ManifoldMuon or None.
     """
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], rows: list[Row]) -> None:
-        self.optimizers, self.rows = optimizers, rows
+    def __init__(self, optimizers: list[torch.optim.Optimizer], rows: list[Row], unit_norm: UnitNorm) -> None:
+        self.optimizers, self.rows, self.unit_norm = optimizers, rows, unit_norm
         self.peak_lr = [[float(g["lr"]) for g in o.param_groups] for o in optimizers]
 
     def __iter__(self):
@@ -174,6 +206,7 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.found_inf = None if skip is None else skip.float()
             optimizer.step()
+        self.unit_norm()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -198,19 +231,50 @@ STEP_RULES = {
 """Step rules of ManifoldMuon by the name that `optim.muon.rule.kind` gives, each made from its own settings."""
 
 
-def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
+def lr_factors(names: Iterable[str], lr_scale: Mapping[str, float]) -> dict[str, float]:
+    """Parameter name → factor of AdamW's learning rate: that of the first pattern of `lr_scale` that fits, else 1.
+
+    Raises:
+        AssignmentError: listing every pattern that fits nothing.
+    """
+    factors, used = {}, set()
+    for name in names:
+        hit = next((pattern for pattern in lr_scale if matches(pattern, name)), None)
+        used.add(hit)
+        factors[name] = 1.0 if hit is None else float(lr_scale[hit])
+    if unused := [pattern for pattern in lr_scale if pattern not in used]:
+        raise AssignmentError(
+            [f"optim.adamw.lr_scale: '{pattern}' fits no parameter of AdamW; mend or remove it" for pattern in unused]
+        )
+    return factors
+
+
+def _adamw_groups(params: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Parameter groups, one for every weight decay (none for vectors) and learning rate."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, factor in lr_factors(params, settings["lr_scale"] or {}).items():
+        decay = settings["weight_decay"] if params[name].ndim >= 2 else 0.0
+        groups.setdefault((decay, settings["lr"] * factor), []).append(params[name])
+    return [{"params": members, "weight_decay": decay, "lr": lr} for (decay, lr), members in groups.items()]
+
+
+def build_optimizers(
+    model: nn.Module, cfg: Mapping[str, Any], unit_vectors: Mapping[str, int] | None = None
+) -> Optimizers:
     """The optimizers of a model under a configuration; constrained weights are brought onto their manifold.
 
     Args:
         model: any module; only parameter names and shapes matter. Tied parameters count once, under their first name.
         cfg: the configuration, of which `assignment.rules` and `optim` are read (configs/assignment, configs/optim).
+        unit_vectors: see `assign`; brought to unit length here, and by every `Optimizers.step`.
 
     Raises:
-        AssignmentError: see `assign`.
+        AssignmentError: see `assign` and `lr_factors`.
     """
     settings = cfg["optim"]
     params = dict(model.named_parameters())
-    rows = assign({n: tuple(p.shape) for n, p in params.items()}, cfg["assignment"]["rules"], settings["always_adamw"])
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    rows = assign(shapes, cfg["assignment"]["rules"], settings["always_adamw"], unit_vectors)
     optimizers: list[torch.optim.Optimizer] = []
     muon = settings["muon"]
     groups = [
@@ -222,13 +286,7 @@ def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
         common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
         optimizers.append(ManifoldMuon(groups, rule, **common))
     adamw = settings["adamw"]
-    mine = [params[r.name] for r in rows if r.optimizer == "AdamW"]
-    decays = [
-        {"params": [p for p in mine if p.ndim >= 2], "weight_decay": adamw["weight_decay"]},
-        {"params": [p for p in mine if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = tuple(adamw["betas"])
-    decays = [g for g in decays if g["params"]]
-    if decays:
-        optimizers.append(torch.optim.AdamW(decays, lr=adamw["lr"], betas=betas, eps=adamw["eps"], fused=True))
-    return Optimizers(optimizers, rows)
+    if mine := {r.name: params[r.name] for r in rows if r.optimizer == "AdamW"}:
+        fixed = {"lr": adamw["lr"], "betas": tuple(adamw["betas"]), "eps": adamw["eps"], "fused": True}
+        optimizers.append(torch.optim.AdamW(_adamw_groups(mine, adamw), **fixed))
+    return Optimizers(optimizers, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))
