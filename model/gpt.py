@@ -56,7 +56,9 @@ class GPTConfig:
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them"
             )
         elif not found and self.rope and self.n_embd // self.n_head % 2:
-            found.append(f"model.rope turns pairs of channels, and a head has {self.n_embd // self.n_head}; make it even")
+            found.append(
+                f"model.rope turns pairs of channels, and a head has {self.n_embd // self.n_head}; make it even"
+            )
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         if self.mlp not in MLPS:

@@ -90,7 +90,7 @@ def rotate(x: Tensor, g: Tensor, angle: Callable[[Tensor], Tensor], radius: floa
             bfloat16 stream the rounding of every cast would otherwise add up over the layers to a drift.
 
     Returns:
-        x' (..., d) in x's dtype. Where v = 0, x itself; where ‖x‖ < 1e-6, which has no tangent space, it is at most as long.
+        x' (..., d) in x's dtype. Where v = 0, x itself; so too where ‖x‖ < 1e-6, as in padding, which has no direction to turn.
     """
     point, update = at_least_float32(x), at_least_float32(g)
     own_xx, xg, vv = _TangentMoments.apply(point, update)
@@ -99,9 +99,10 @@ def rotate(x: Tensor, g: Tensor, angle: Callable[[Tensor], Tensor], radius: floa
     phi = angle(t)
     along, across = phi.cos(), phi.sin() / t
     if radius is not None:
-        # Zero stays zero: lengthened, its gradient would overflow within a few layers.
-        scale = torch.where(own_xx > _SMALLEST_RADIUS**2, radius * xx.rsqrt(), 1.0)
+        scale = radius * xx.rsqrt()
         along, across = along * scale, across * scale
+    has_direction = own_xx > _SMALLEST_RADIUS**2
+    along, across = torch.where(has_direction, along, 1.0), torch.where(has_direction, across, 0.0)
     # x cos φ + v sin φ/t, with v written out: one pass over x and g.
     return torch.addcmul((along - across * xg / xx) * point, across, update).to(x.dtype)
 

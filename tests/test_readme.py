@@ -53,7 +53,9 @@ def execute(words, overrides, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY_RUN, *overrides])
         train.main()
         return
-    main = {"scripts/sample.py": sample.main, "scripts/export.py": export.main, "scripts/report.py": report.main}[program]
+    main = {"scripts/sample.py": sample.main, "scripts/export.py": export.main, "scripts/report.py": report.main}[
+        program
+    ]
     assert main(arguments) == 0
 
 
@@ -63,7 +65,11 @@ def test_commands_run(block, little_stdlib, tmp_path, monkeypatch, capsys):
     for words in commands(block):
         execute(words, little_stdlib, monkeypatch)
     printed = capsys.readouterr().out
-    for said, expected in (("train.py", "best validation loss"), ("report.py", "val loss, best"), ("export.py", "gpt.pt (")):
+    for said, expected in (
+        ("train.py", "best validation loss"),
+        ("report.py", "val loss, best"),
+        ("export.py", "gpt.pt ("),
+    ):
         assert (said in block) <= (expected in printed)
     if "figures=" in block:
         assert list(tmp_path.glob("outputs/*/*.png"))

@@ -35,7 +35,9 @@ def problems_of_transfer(cfg: Mapping[str, Any]) -> list[str]:
         return []
     found = []
     if not model["unit_weights"] or model["tied"] or cfg["residual"]["rule"] != "ngpt":
-        found.append("transfer=nu carries nGPT's settings over; choose a model of it, such as model=ngpt_demo, or transfer=none")
+        found.append(
+            "transfer=nu carries nGPT's settings over; choose a model of it, such as model=ngpt_demo, or transfer=none"
+        )
     if any(choice != "adamw" for choice in (cfg["assignment"]["rules"] or {}).values()):
         found.append("transfer=nu was measured for Adam on every matrix; choose assignment=adamw, or transfer=none")
     heads = [shape["n_embd"] / shape["n_head"] for shape in (transfer["base"], model)]
@@ -65,11 +67,17 @@ def changes(cfg: Mapping[str, Any]) -> list[Change]:
         return overall * factor * width ** t["width"][name]
 
     return [
-        Change("every learning rate", "optim.adamw.lr", lr, overall, f"m_steps^{t['horizon']:.3g}, m_steps = {steps:g}"),
+        Change(
+            "every learning rate", "optim.adamw.lr", lr, overall, f"m_steps^{t['horizon']:.3g}, m_steps = {steps:g}"
+        ),
         Change("input embedding", f"optim.adamw.lr_scale.{_INPUT}", lr, rate("embedding"), scaled["embedding"]),
         Change("hidden matrices", f"optim.adamw.lr_scale.{_HIDDEN}", lr, rate("hidden"), scaled["hidden"]),
         Change(
-            "head", f"optim.adamw.lr_scale.{_HEAD}", lr, rate("head", t["head_factor"]), f"{t['head_factor']:g} {scaled['head']}"
+            "head",
+            f"optim.adamw.lr_scale.{_HEAD}",
+            lr,
+            rate("head", t["head_factor"]),
+            f"{t['head_factor']:g} {scaled['head']}",
         ),
         Change(
             "alpha, at the start",
