@@ -28,14 +28,13 @@ Coefficients = Sequence[tuple[float, float, float]]
 @contextmanager
 def float32_products(device: torch.device) -> Iterator[None]:
     """Products inside are IEEE float32: autocast off, and TF32, whose Gram iteration diverges, off."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.allow_tf32
-    matmul.allow_tf32 = False
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        matmul.allow_tf32 = allowed
+        torch.set_float32_matmul_precision(precision)
 
 
 # --- the problem -----------------------------------------------------------------------------------------------------------
@@ -146,6 +145,12 @@ CONSTRAINTS: dict[str, Constraint] = {
 # --- functions of symmetric matrices ---------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
+def root_coefficients(ridge: float, steps: int) -> Coefficients:
+    """Polar Express for singular values down to √ridge: a constant to torch.compile, not a loop to trace."""
+    return polar_express_coefficients(steps, lower=ridge**0.5)
+
+
 def inverse_sqrt(S: Tensor, ridge: float, steps: int) -> Tensor:
     """(S + ridge·‖S‖_F·I)^(-1/2) of positive semidefinite S (k, n, n) by `steps` Polar Express iterations in float32.
 
@@ -156,7 +161,7 @@ def inverse_sqrt(S: Tensor, ridge: float, steps: int) -> Tensor:
     eye = identity_like(S)
     Y = ratio(S, size) + ridge * eye
     R, Z = Y, None
-    coefficients = polar_express_coefficients(steps, lower=ridge**0.5)
+    coefficients = root_coefficients(ridge, steps)
     for step, (a, b, c) in enumerate(coefficients):
         P = torch.baddbmm(R, R, R, beta=b, alpha=c) + a * eye
         last = step == len(coefficients) - 1
@@ -167,7 +172,7 @@ def inverse_sqrt(S: Tensor, ridge: float, steps: int) -> Tensor:
 
 
 # Signs of eigenvalues down to 5% of the largest; below that |E| is small, and so is the harm of a wrong sign.
-_SIGN = polar_express_coefficients(3, lower=0.05, safety=1.0)
+SIGN = polar_express_coefficients(3, lower=0.05, safety=1.0)
 
 
 def positive_part(E: Tensor, bound: Tensor) -> Tensor:
@@ -176,10 +181,25 @@ def positive_part(E: Tensor, bound: Tensor) -> Tensor:
     |E| = E·sign(E), the sign by three odd quintics: unlike a polynomial fit of |x| it is exact at 0, where most eigenvalues are.
     """
     X = E / bound
-    for a, b, c in _SIGN:
+    for a, b, c in SIGN:
         square = X @ X
         X = torch.baddbmm(X, X, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
     return torch.baddbmm(E, E, X, beta=0.5, alpha=0.5)
+
+
+# (1 + e)^(-1/2) - 1 as e·(c₁ + c₂ e + c₃ e²), to 5e-4 on [0, 1].
+CAP = (-0.488123, 0.286155, -0.0914202)
+
+
+def cap_factor(B: Tensor, norm: Tensor, relaxation: Tensor) -> Tensor:
+    """R for which T R has the singular values min(σ, 1) of T, given B = TᵀT (k, n, n) and norm = ‖T‖₂ (k, 1, 1). 12 products.
+
+    With E = B - I it is (I + E₊)^(-1/2); relaxation (k, 1, 1) multiplies its distance from I.
+    """
+    eye = identity_like(B)
+    excess = positive_part(B - eye, (1.05 * norm**2 - 1).clamp_min(1.1))
+    c1, c2, c3 = CAP
+    return eye + relaxation * (excess @ torch.baddbmm(c2 * excess + c1 * eye, excess, excess, alpha=c3))
 
 
 def near_identity_inverse_sqrt(R: Tensor) -> Tensor:
@@ -200,17 +220,19 @@ def probe_vector(B: Tensor) -> Tensor:
     return (v / torch.linalg.vector_norm(v)).to(B.dtype).expand(B.shape[:2]).unsqueeze(-1)
 
 
+def inverts(Z: Tensor, R: Tensor) -> Tensor:
+    """Whether Z = R^(-1/2) to float32, (k, 1, 1) bool, asked by one vector: the iteration diverges if R was not near I."""
+    v = probe_vector(R)
+    return frobenius(Z @ (R @ (Z @ v)) - v) <= 1e-5
+
+
 def spectral_norm(B: Tensor, iterations: int) -> Tensor:
     """√λ_max (k, 1, 1) of positive semidefinite B (k, n, n), from below, by `iterations` of Lanczos; no n³ product, no host sync.
 
-    The largest eigenvalue of the small tridiagonal matrix is read from its 256th power, since an eigensolver would ask the host.
+    The largest eigenvalue of the small tridiagonal matrix is read from its 4096th power, since an eigensolver would ask the host.
     """
-    k, n = B.shape[:2]
-    grid = torch.arange(1, n + 1, dtype=torch.float64, device=B.device) * 0.6180339887498949
-    v = (
-        (grid - grid.floor() - 0.5).to(B.dtype).expand(k, n).unsqueeze(-1)
-    )  # quasi-random: orthogonal to no eigenspace in practice
-    v = v / frobenius(v)
+    k = B.size(0)
+    v = probe_vector(B)
     previous, beta = torch.zeros_like(v), torch.zeros_like(v[:, :1])
     alphas, betas = [], []
     for _ in range(iterations):
@@ -224,7 +246,7 @@ def spectral_norm(B: Tensor, iterations: int) -> Tensor:
     off = torch.diag_embed(torch.stack(betas[1:], dim=-1), offset=1)
     T = torch.diag_embed(torch.stack(alphas, dim=-1)) + plus_transpose(off)
     power = T
-    for _ in range(8):
+    for _ in range(12):
         power = ratio(power, frobenius(power))
         power = power @ power
     return ratio(inner(power, T @ power), inner(power, power)).clamp_min(0).sqrt()

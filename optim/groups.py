@@ -11,7 +11,7 @@ wherever it fits on whole components; a component may be a glob (`c_*`, `*`), al
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optim.manifold_muon import ManifoldMuon
+from optim.certified import CertifiedStep
+from optim.lmo import Solver
+from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
 from optim.unit_norm import UnitNorm
@@ -223,12 +225,27 @@ class Optimizers:
             optimizer.load_state_dict(state[type(optimizer).__name__])
 
 
-STEP_RULES = {
-    "published": lambda s: PublishedStep(
-        s["dual_steps"], s["alpha"], s["msign_steps"], getattr(torch, s["msign_dtype"])
-    ),
+def _published(rule: Mapping[str, Any], compiled: bool) -> StepRule:
+    return PublishedStep(rule["dual_steps"], rule["alpha"], rule["msign_steps"], getattr(torch, rule["msign_dtype"]))
+
+
+def _certified(rule: Mapping[str, Any], compiled: bool) -> StepRule:
+    solvers = {name: Solver(name=rule["solver"], calls=calls, cap=rule["cap"]) for name, calls in rule["calls"].items()}
+    settings = {k: rule[k] for k in ("length", "norm_cap", "warm_start")}
+    return CertifiedStep(solvers, compiled=compiled, **settings)
+
+
+STEP_RULES: dict[str, Callable[[Mapping[str, Any], bool], StepRule]] = {
+    "published": _published,
+    "certified": _certified,
 }
 """Step rules of ManifoldMuon by the name that `optim.muon.rule.kind` gives, each made from its own settings."""
+
+
+def step_rule(settings: Mapping[str, Any], compiled: bool = False) -> StepRule:
+    """The step rule of an `optim` configuration."""
+    rule = settings["muon"]["rule"]
+    return STEP_RULES[rule["kind"]](rule, compiled)
 
 
 def lr_factors(names: Iterable[str], lr_scale: Mapping[str, float]) -> dict[str, float]:
@@ -265,7 +282,7 @@ def build_optimizers(
 
     Args:
         model: any module; only parameter names and shapes matter. Tied parameters count once, under their first name.
-        cfg: the configuration, of which `assignment.rules` and `optim` are read (configs/assignment, configs/optim).
+        cfg: the configuration, of which `assignment.rules`, `optim` and `compile` are read.
         unit_vectors: see `assign`; brought to unit length here, and by every `Optimizers.step`.
 
     Raises:
@@ -282,7 +299,8 @@ def build_optimizers(
         for manifold in dict.fromkeys(r.manifold for r in rows if r.manifold)
     ]
     if groups:
-        rule = STEP_RULES[muon["rule"]["kind"]](muon["rule"])
+        on_cuda = groups[0]["params"][0].is_cuda
+        rule = step_rule(settings, compiled=on_cuda if cfg["compile"] == "auto" else cfg["compile"])
         common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
         optimizers.append(ManifoldMuon(groups, rule, **common))
     adamw = settings["adamw"]

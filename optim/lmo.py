@@ -9,7 +9,7 @@ Z = (XᵀX)^(-1/2) attains it. So every L bounds the optimum from above by tr(X�
 one whose tangency residual H = P(WᵀA + AᵀW) vanishes.
 
 Su's step.  (kexue.fm 11221, in products.)  With Z held fixed, the L' that makes (G + 2WL')Z tangent is L + dL with
-P(D dL Z + Z dL D) = -H/2: a Lyapunov equation, solved by a few conjugate gradients. Over-relaxed by 1.5 it converges best.
+P(D dL Z + Z dL D) = -H/2: a Lyapunov equation, solved by a few conjugate gradients. Over-relaxed by up to 1.6 it converges best.
 [relaxation: our measurement]
 
 Answer.  Off the minimiser A is not tangent. A retraction deletes its normal part W K, so the step really taken is T = A - W K. T has
@@ -35,6 +35,7 @@ from optim.gram import (
     CONSTRAINTS,
     Constraint,
     Gram,
+    cap_factor,
     float32_products,
     frobenius,
     gram,
@@ -42,7 +43,6 @@ from optim.gram import (
     inner,
     inverse_sqrt,
     plus_transpose,
-    positive_part,
     probe_vector,
     ratio,
     spectral_norm,
@@ -69,7 +69,7 @@ class Solver:
     cap: int = 1
     root_steps: int = 7
     ridge: float = 1e-6
-    relaxation: float = 1.5
+    relaxation: float = 1.6
     conjugate_gradients: int = 16
     memory: int = 3
     alpha: float = 0.1
@@ -83,10 +83,14 @@ class Solver:
             raise ValueError(
                 f"solver {self.name!r} got calls={self.calls}, cap={self.cap}; set calls >= 1 and cap >= 0"
             )
+        if self.name == "least_squares" and self.calls != 1:
+            raise ValueError(
+                f"least_squares is one matrix sign, not calls={self.calls}; set calls=1, or take su for more"
+            )
 
 
 class Iterate(NamedTuple):
-    """What one call of the matrix sign tells at a multiplier L: S = XᵀX, Z = S^(-1/2), N = WᵀA, H = P(N + Nᵀ), tr S^(1/2); (k, n, n)."""
+    """What one matrix sign tells at L: S = XᵀX, Z = S^(-1/2), N = WᵀA, H = P(N + Nᵀ), all (k, n, n); bound ≥ tr S^(1/2), (k, 1, 1)."""
 
     L: Tensor
     S: Tensor
@@ -168,22 +172,31 @@ def su_step(problem: Gram, constraint: Constraint, it: Iterate, solver: Solver) 
     return dL
 
 
-def _stay(problem: Gram, constraint: Constraint, it: Iterate, history: History, k: int, solver: Solver):
+def _stay(
+    problem: Gram, constraint: Constraint, it: Iterate, history: History, k: int, solver: Solver
+) -> tuple[Tensor, History]:
     """`least_squares`: the multiplier is where it should be."""
     return it.L, history
 
 
-def _ascend(problem: Gram, constraint: Constraint, it: Iterate, history: History, k: int, solver: Solver):
+def _ascend(
+    problem: Gram, constraint: Constraint, it: Iterate, history: History, k: int, solver: Solver
+) -> tuple[Tensor, History]:
     """`dual_ascent`, as published: L -= alpha (1 - k/K) H, in the units of the caller's G, whatever they are."""
     return it.L - solver.alpha * (1 - k / solver.calls) / problem.scale * it.H, history
 
 
-def _su(problem: Gram, constraint: Constraint, it: Iterate, history: History, k: int, solver: Solver):
-    """`su`: the over-relaxed fixed point."""
-    return it.L + solver.relaxation * su_step(problem, constraint, it, solver), history
+def _su(
+    problem: Gram, constraint: Constraint, it: Iterate, history: History, k: int, solver: Solver
+) -> tuple[Tensor, History]:
+    """`su`: the over-relaxed fixed point; the first steps, far from the answer, are relaxed less. [schedule: our measurement]"""
+    relaxation = min(1.2 + 0.2 * k, solver.relaxation)
+    return it.L + relaxation * su_step(problem, constraint, it, solver), history
 
 
-def _su_anderson(problem: Gram, constraint: Constraint, it: Iterate, history: History, k: int, solver: Solver):
+def _su_anderson(
+    problem: Gram, constraint: Constraint, it: Iterate, history: History, k: int, solver: Solver
+) -> tuple[Tensor, History]:
     """`su_anderson`: the combination of the last iterates whose combined Su steps are shortest (Anderson, type II)."""
     f = su_step(problem, constraint, it, solver)
     history = (*history, (it.L, f))[-(solver.memory + 1) :]
@@ -192,9 +205,7 @@ def _su_anderson(problem: Gram, constraint: Constraint, it: Iterate, history: Hi
         return L, history
     dF = torch.stack([(f - g).flatten(1) for _, g in older], dim=1)  # (k, memory, n²)
     normal = dF @ dF.mT
-    normal = (
-        normal + 1e-6 * trace(normal) * identity_like(normal) + torch.finfo(normal.dtype).tiny * identity_like(normal)
-    )
+    normal = normal + (1e-6 * trace(normal) + torch.finfo(normal.dtype).tiny) * identity_like(normal)
     weights = torch.linalg.solve_ex(normal, dF @ f.flatten(1)[:, :, None]).result  # no host sync, unlike solve
     for j, (L_j, f_j) in enumerate(older):
         L = L - weights[:, j, :, None] * (it.L + f - L_j - f_j)
@@ -202,18 +213,19 @@ def _su_anderson(problem: Gram, constraint: Constraint, it: Iterate, history: Hi
 
 
 class Multiplier(NamedTuple):
-    """A dual method: where L starts, and how it advances. keep: the best iterate is the answer, not the last."""
+    """A dual method: where L starts, and how it advances, at how many products. keep: the best iterate is the answer, not the last."""
 
     start: Callable[[Gram, Constraint], Tensor]
-    advance: Callable[..., tuple[Tensor, History]]
+    advance: Callable[[Gram, Constraint, Iterate, History, int, Solver], tuple[Tensor, History]]
+    products: Callable[[Solver], int]
     keep: bool = True
 
 
 SOLVERS: dict[str, Multiplier] = {
-    "least_squares": Multiplier(least_squares_multiplier, _stay),
-    "su": Multiplier(least_squares_multiplier, _su),
-    "su_anderson": Multiplier(least_squares_multiplier, _su_anderson),
-    "dual_ascent": Multiplier(published_multiplier, _ascend, keep=False),
+    "least_squares": Multiplier(least_squares_multiplier, _stay, lambda solver: 0),
+    "su": Multiplier(least_squares_multiplier, _su, lambda solver: solver.conjugate_gradients),
+    "su_anderson": Multiplier(least_squares_multiplier, _su_anderson, lambda solver: solver.conjugate_gradients),
+    "dual_ascent": Multiplier(published_multiplier, _ascend, lambda solver: 0, keep=False),
 }
 """The dual methods by the name that a configuration uses."""
 
@@ -227,8 +239,8 @@ def evaluate(problem: Gram, constraint: Constraint, L: Tensor, solver: Solver) -
     S = problem.GG + 2 * plus_transpose(L @ (problem.C + DL))  # XᵀX, since Lᵀ = L
     Z = inverse_sqrt(S, solver.ridge, solver.root_steps)
     N = (problem.C + 2 * DL) @ Z
-    # tr (S + ridge)^(1/2), a bound for tr S^(1/2) that stays one when a small singular value has not converged.
-    bound = inner(S, Z) + solver.ridge * frobenius(S) * trace(Z)
+    # σ ≤ (zσ² + 1/z)/2 for every z > 0: a bound of tr S^(1/2) that ridge and unconverged singular values do not break.
+    bound = inner(S, Z) + 0.5 * solver.ridge * frobenius(S) * trace(Z)
     return Iterate(L, S, Z, N, constraint.project(plus_transpose(N)), bound)
 
 
@@ -247,7 +259,7 @@ def tangent(
 
 
 def sound(size: Tensor, value: Tensor, norm: Tensor) -> Tensor:
-    """The guard, (k, 1, 1) bool: everything finite, and ‖A‖_F² = tr AᵀA at most 1.02 n for the sizes (k, 1, 1) per column."""
+    """The guard, (k, 1, 1) bool: everything finite, and size = ‖A‖_F² / n at most 1.02, as ‖A‖₂ ≤ 1 demands."""
     return torch.isfinite(value) & torch.isfinite(norm) & (size <= 1.02)
 
 
@@ -283,35 +295,30 @@ def feasible_value(answer: Answer) -> Tensor:
     return answer.value / answer.norm.clamp_min(1)
 
 
+def choose(first: Tensor, answer: Answer, other: Answer) -> Answer:
+    """Per matrix, `answer` where first (k, 1, 1) holds, else `other`."""
+    return Answer(*(torch.where(first, a, b) for a, b in zip(answer, other)))
+
+
 def better(answer: Answer, candidate: Answer, bound: Tensor) -> Answer:
     """Per matrix, the candidate where it is sound, achieves more, and not more than duality allows; without a host sync."""
     value = feasible_value(candidate)
     take = candidate.ok & (value > feasible_value(answer)) & (value <= (1 + _ROUNDING) * bound)
-    return Answer(*(torch.where(take, c, a) for a, c in zip(answer, candidate)))
+    return choose(take, candidate, answer)
 
 
 # How far rounding may push a feasible value above its dual bound.
 _ROUNDING = 2e-3
 
 # The skew matrix sign: singular values down to 1e-4 of the bound reach 1 in nine steps.
-_SKEW_LOWER, _SKEW_STEPS = 1e-4, 9
-
-# (1 + e)^(-1/2) - 1 as e·(c₁ + c₂ e + c₃ e²), to 5e-4 on [0, 1].
-_CAP = (-0.488123, 0.286155, -0.0914202)
+SKEW_LOWER = 1e-4
+SKEW = polar_express_coefficients(9, lower=SKEW_LOWER)
 
 
 def cap(problem: Gram, constraint: Constraint, answer: Answer, solver: Solver) -> Answer:
-    """One round of over-relaxed alternating projection: lower singular values of T above 1 to 1, and project onto the tangent space.
-
-    With E = TᵀT - I, capping is T (I + E₊)^(-1/2). 18 products.
-    """
-    eye = identity_like(answer.B)
-    E = answer.B - eye
-    excess = positive_part(E, (1.05 * answer.norm**2 - 1).clamp_min(1.1))
-    c1, c2, c3 = _CAP
-    lower = excess @ torch.baddbmm(c2 * excess + c1 * eye, excess, excess, alpha=c3)
+    """One round of over-relaxed alternating projection: singular values of T above 1 to 1, then the tangent space. 18 products."""
     # The further A is from tangent, the more of T is excess, and the less of it should be taken beyond the cap.
-    R = eye + (solver.cap_relaxation - answer.frac) * lower
+    R = cap_factor(answer.B, answer.norm, solver.cap_relaxation - answer.frac)
     F, M, N = (torch.cat((answer.F, answer.M, answer.N), dim=-2) @ R).chunk(3, dim=-2)
     capped = tangent(problem, constraint, F, M, N, R @ answer.B @ R, solver)
     return capped._replace(frac=answer.frac, ok=capped.ok & answer.ok)
@@ -320,10 +327,13 @@ def cap(problem: Gram, constraint: Constraint, answer: Answer, solver: Solver) -
 def maximise(problem: Gram, manifold: str, solver: Solver, warm: Tensor | None = None) -> tuple[Answer, Tensor, Tensor]:
     """The best answer of `solver.calls` matrix signs and `solver.cap` cap rounds, the least dual value, and the last multiplier.
 
-    Values are in units of ‖G‖_F. warm: (k, n, n), the multiplier of the step before in the same units, taken as the start.
+    Values are in units of ‖G‖_F. warm: (k, n, n), the multiplier of the step before in the same units, taken as the start where it
+    is neither zero nor broken.
     """
     constraint, method = CONSTRAINTS[manifold], SOLVERS[solver.name]
-    L = method.start(problem, constraint) if warm is None else warm
+    L = method.start(problem, constraint)
+    if warm is not None:
+        L = torch.where(torch.isfinite(frobenius(warm)) & (frobenius(warm) > 0), warm, L)
     history: History = ()
     best = projected_gradient(problem, constraint)
     bound = torch.full_like(best.value, torch.inf)
@@ -335,7 +345,7 @@ def maximise(problem: Gram, manifold: str, solver: Solver, warm: Tensor | None =
         last = k == solver.calls - 1
         if method.keep or last:
             answer = matrix_sign_answer(problem, constraint, it, solver)
-            best = better(best, answer, bound) if method.keep else answer
+            best = better(best, answer, bound) if method.keep else choose(answer.ok, answer, best)
         if not last:
             L, history = method.advance(problem, constraint, it, history, k, solver)
     for _ in range(solver.cap):
@@ -353,7 +363,7 @@ def maximise_square_stiefel(problem: Gram, solver: Solver) -> tuple[Answer, Tens
     K = 0.5 * (problem.C - problem.C.mT)
     size = frobenius(K @ K).sqrt()  # at least ‖K‖₂
     X = ratio(K, size)
-    for a, b, c in polar_express_coefficients(_SKEW_STEPS, lower=_SKEW_LOWER):
+    for a, b, c in SKEW:
         square = X @ X  # -XᵀX
         X = torch.baddbmm(X, X, torch.baddbmm(square, square, square, beta=-b, alpha=c), beta=a)
     Omega = 0.5 * (X - X.mT)
@@ -361,15 +371,16 @@ def maximise_square_stiefel(problem: Gram, solver: Solver) -> tuple[Answer, Tens
     value, norm = inner(problem.C, Omega), spectral_norm(B, solver.lanczos)
     # What the singular values that did not reach 1 may still hold: each is below lower·size.
     missing = (B.size(-1) - trace(B)).clamp_min(0)
-    bound = inner(K, Omega) + _SKEW_LOWER * size * missing
-    answer = Answer(
-        torch.zeros_like(Omega), Omega, Omega, B, value, norm, torch.zeros_like(norm), sound(B, value, norm)
-    )
+    bound = inner(K, Omega) + SKEW_LOWER * size * missing
+    ok = sound(trace(B) / B.size(-1), value, norm)
+    answer = Answer(torch.zeros_like(Omega), Omega, Omega, B, value, norm, torch.zeros_like(norm), ok)
     return better(projected_gradient(problem, CONSTRAINTS["stiefel"]), answer, bound), bound
 
 
-def solve_gram(problem: Gram, manifold: str, square: bool, solver: Solver, warm: Tensor | None = None):
-    """Answer, bound (k, 1, 1) and multiplier (k, n, n) of a batch; the closed form where there is one, unless `dual_ascent` is asked for."""
+def solve_gram(
+    problem: Gram, manifold: str, square: bool, solver: Solver, warm: Tensor | None = None
+) -> tuple[Answer, Tensor, Tensor]:
+    """As `maximise`; by the closed form where there is one, unless `dual_ascent` is asked for."""
     if manifold == "stiefel" and square and solver.name != "dual_ascent":
         answer, bound = maximise_square_stiefel(problem, solver)
         return answer, bound, torch.zeros_like(problem.C)

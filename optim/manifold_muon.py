@@ -28,7 +28,7 @@ class Stack:
 
     W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
     eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
-    dual: (k, n, n) float32 that the rule may read and must leave for its next step, or None if it keeps none.
+    dual: (k, n, n) float32 that the rule reads and overwrites for its next step, or None if it keeps none.
     """
 
     W: Tensor
@@ -192,6 +192,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         stacks = [self._advance(bucket, keep) for bucket in self.buckets]
         for bucket, stack, W in zip(self.buckets, stacks, self.rule(stacks)):
             W = W if keep is None else torch.where(keep, stack.W, W)
+            if bucket.dual is not None:
+                bucket.dual.copy_(stack.dual if keep is None else torch.where(keep, bucket.dual, stack.dual))
             targets = [W[bucket.rows_of(i)] for i in range(len(bucket.params))]
             targets = [
                 (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
@@ -210,7 +212,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         advanced = torch.add(g, bucket.momentum, alpha=momentum)
         bucket.momentum.copy_(advanced if keep is None else torch.where(keep, bucket.momentum, advanced))
         G = torch.add(g, advanced, alpha=momentum) if group["nesterov"] else advanced
-        return Stack(bucket.stack(bucket.params), G, group["manifold"], group["lr"], group["weight_decay"], bucket.dual)
+        dual = None if bucket.dual is None else bucket.dual.clone()
+        return Stack(bucket.stack(bucket.params), G, group["manifold"], group["lr"], group["weight_decay"], dual)
 
     def _exchange(self) -> None:
         """Every owner sends its new weights to all, one flat message each, all under way at once."""

@@ -67,12 +67,13 @@ class PublishedStep:
     def flops(self, m: int, n: int, manifold: str) -> float:
         """Operations (two a multiply-add) of one step of one (m, n) matrix: matrix signs, the products between them, the retraction.
 
-        The sorted-SVD retraction is counted as 14 m n² + 8 n³ (Golub and Van Loan, Matrix Computations, 8.6, R-SVD).
+        The sorted-SVD retraction is counted as 14 m n² + 8 n³ (Golub and Van Loan, Matrix Computations, 8.6, R-SVD), any other as
+        elementwise.
         """
         sign = self.msign_steps * (4 * m * n**2 + 2 * n**3)
         if manifold == "euclidean":
             return sign
-        retraction = {"stiefel": sign, "dgram": 14 * m * n**2 + 8 * n**3, "oblique": 3 * m * n}[manifold]
+        retraction = {"stiefel": sign, "dgram": 14 * m * n**2 + 8 * n**3}.get(manifold, 3 * m * n)
         return self.dual_steps * (sign + 4 * m * n**2) + retraction
 
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:

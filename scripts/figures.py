@@ -26,6 +26,8 @@ COLOURS = {
 }
 OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D", "#1B1B1B")
 LARGEST, SMALLEST = "#D55E00", "#0072B2"  # singular values
+CROSS = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2}
+DASHES = {"color": "#888888", "linewidth": 0.9, "linestyle": (0, (3, 2))}
 
 DPI = 130
 STYLE = {
@@ -51,6 +53,7 @@ def val_loss(groups: Groups, path: Path) -> Path:
     Runs of one group share a colour. A cross marks the step at which a run became unstable.
     """
     import matplotlib
+    from matplotlib.lines import Line2D
 
     with matplotlib.rc_context(STYLE):
         figure = _figure(9.2, 3.9)
@@ -67,11 +70,21 @@ def val_loss(groups: Groups, path: Path) -> Path:
             axes.set_ylim(*_loss_limits(groups, first, last))
             axes.set_xlabel("step")
         whole.set_ylabel("validation loss (nats per token)")
+        if any(run.unstable_step is not None for group in groups for run in group):
+            cross = Line2D([], [], color="#555555", linestyle="", **CROSS)
+            whole.legend(
+                [cross],
+                ["becomes unstable"],
+                loc="lower right",
+                bbox_to_anchor=(1.02, 0.98),
+                frameon=False,
+                handletextpad=0.2,
+            )
         whole.set_title("all of training", loc="left")
         end.set_title("second half", loc="left")
         if finals:
             _name_curves(end, groups, colours, last)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def spectra(groups: Groups, path: Path) -> Path:
@@ -94,8 +107,10 @@ def spectra(groups: Groups, path: Path) -> Path:
             bottom.set_xlim(0, max(r.step for r in runs) or 1)
         handles = [Line2D([], [], color=c, linewidth=1.6) for c in (LARGEST, SMALLEST)]
         names = ["largest singular value of each matrix", "smallest"]
-        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
-        return _save(figure, path)
+        if any(run.unstable_step is not None for run in runs):
+            handles, names = [*handles, Line2D([], [], **DASHES)], [*names, "becomes unstable"]
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+        return save(figure, path)
 
 
 # ---- pieces ----
@@ -105,7 +120,7 @@ def _loss_curve(axes: Axes, run: Run, colour: str) -> None:
     steps, losses = run.curve("eval")
     axes.plot(steps, losses, color=colour, linewidth=1.6, alpha=0.9)
     if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
-        axes.plot([run.unstable_step], [at], marker="x", markersize=8, markeredgewidth=2.2, color=colour)
+        axes.plot([run.unstable_step], [at], color=colour, **CROSS)
 
 
 def _loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
@@ -132,7 +147,8 @@ def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) 
         finals = [r.final for r in group if r.final is not None and math.isfinite(r.final)]
         if finals:
             mean = sum(finals) / len(finals)
-            places.append((min(max(mean, low), high), f"{_label(group, groups)}  {mean:.3f}", colour))
+            above = " ↑" if mean > high else ""  # its end lies outside the picture
+            places.append((min(mean, high), f"{_label(group, groups)}  {mean:.3f}{above}", colour))
     places.sort(key=lambda place: place[0])
     gap = 0.062 * (high - low)  # a line of text
     heights = _spread([height for height, _, _ in places], gap)
@@ -178,7 +194,7 @@ def _spectrum(axes: Axes, run: Run, sublayer: str) -> None:
         axes.plot(steps, [r["sigma_max"] for r in records], color=LARGEST, **style)
         axes.plot(steps, [r["sigma_min"] for r in records], color=SMALLEST, **style)
     if run.unstable_step is not None:
-        axes.axvline(run.unstable_step, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)))
+        axes.axvline(run.unstable_step, **DASHES)
     manifold = run.geometry(sublayer)
     text = f"{_words(sublayer)}: {'no manifold' if manifold == '-' else manifold}"
     axes.text(0, 1.03, text, transform=axes.transAxes, fontsize=8, color="#555555")
@@ -231,7 +247,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write a PNG of at most 255 colours, a third of the full size; no date or version inside, so equal pictures are equal files."""
     from io import BytesIO
 

@@ -199,15 +199,17 @@ def work(arguments: list[str]) -> int:
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/sweep; see --help")
     groups = grouped(find_runs(places))
-    print(make_table(groups, report_columns(groups)).text())
+    drawn: list[Path] = []
     if options["figures"]:
         try:
-            for path in draw(groups, Path(options["figures"])):
-                print(f"written: {path}")
+            drawn = draw(groups, Path(options["figures"]))
         except OSError as error:
             raise UsageError(
                 f"figures={options['figures']} cannot be written ({error}); name another directory"
             ) from error
+    print(make_table(groups, report_columns(groups)).text())
+    for path in drawn:
+        print(f"written: {path}")
     return 0
 
 

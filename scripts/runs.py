@@ -156,8 +156,9 @@ def find_runs(places: Iterable[str | Path]) -> list[Run]:
 
 
 def same_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two configurations and may change a run's numbers, as "key: before → after"."""
-    return check_same(saved, now, ignore=HARMLESS)
+    """What differs between two configurations and makes two runs of them, as "key: before → after"."""
+    # A run may be continued to more steps; one that ended at fewer is another result all the same.
+    return check_same(saved, now, ignore=[key for key in HARMLESS if key != "max_steps"])
 
 
 def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:

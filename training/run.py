@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,18 @@ def run_directory(cfg: dict[str, Any]) -> Path:
 
 def environment() -> dict[str, str]:
     """Versions and devices: what a number depends on besides its configuration."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "device": device,
+        "device": device_name(),
         "platform": platform.platform(),
     }
+
+
+def device_name() -> str:
+    """The accelerator's own name, or the processor's and how many threads torch gives it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return f"CPU {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,384 @@
+"""What a step costs: measured ratios in one process, beside the operations counted from the shapes.
+
+    python scripts/bench.py optimizer      our step, the published step and AdamW at GPT-2 124M's shapes
+    python scripts/bench.py lmo            matrix signs and seconds until the step problem is solved to .95, .99, .999
+    python scripts/bench.py train          tokens/s, MFU, memory and the optimizer's share, by assignment
+    python scripts/bench.py scaling        work and bytes a rank, counted, for 1 to 64 ranks (nothing is timed)
+
+Options (key=value): layers=, repeats=, problems= (lmo), model=, micro_batch_size=, assignments= (train), results=. Contestants alternate,
+medians are reported, and what was printed is kept as JSON in results/<device>/. The same command serves CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.command import UsageError, parse, run
+from training.config import compose
+from training.run import device_name, environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Dense bfloat16 peak of one device, in FLOP/s, by a part of its name (vendors' data sheets).
+PEAK = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+Rows = list[dict[str, Any]]
+
+
+def device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(contestants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every call, contestants taking turns so that a drifting machine is fair to all."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(warmup + repeats):
+        for name, call in contestants.items():
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+# ---- optimizer ----
+
+
+def matrices(layers: int, where: torch.device) -> nn.Module:
+    """A GPT-2 of width 768 with hardly a vocabulary, and gradients in its matrices.
+
+    The gradients decay over their singular directions as trained ones do; isotropic ones would be too easy.
+    """
+    from model.gpt import GPT, GPTConfig
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers)).to(where)
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.grad = torch.randn_like(p) * torch.logspace(0, -3, p.size(1), device=where) * (1e-3 / p.size(0) ** 0.5)
+    return model
+
+
+SETTINGS = {
+    "published (bfloat16)": ["optim=paper"],
+    "ours": ["optim=manifold_muon"],
+    "ours, one call": ["optim=manifold_muon", "optim.muon.rule.calls={stiefel: 1, dgram: 1, oblique: 1}"],
+}
+
+
+def bench_optimizer(options: dict[str, Any]) -> Rows:
+    """One step of Hetero over the matrices of GPT-2 124M; AdamW over the same matrices."""
+    from optim.groups import build_optimizers
+
+    where = device()
+    layers = options["layers"] or (12 if where.type == "cuda" else 1)
+    contestants, flops = {}, {}
+    for name, overrides in SETTINGS.items():
+        optimizers = build_optimizers(matrices(layers, where), compose([*overrides, "assignment=hetero"]))
+        muon = optimizers.muon
+        contestants[name] = muon.step
+        flops[name] = sum(
+            muon.rule.flops(max(p.shape), min(p.shape), group["manifold"])
+            for group in muon.param_groups
+            for p in group["params"]
+        )
+    mine = [p for p in matrices(layers, where).transformer.h.parameters() if p.ndim == 2]
+    contestants["AdamW (fused)"] = torch.optim.AdamW(mine, lr=1e-3, fused=True).step
+    flops["AdamW (fused)"] = 16.0 * sum(p.numel() for p in mine)
+    times = measure(contestants, options["repeats"] or 3)
+    base = statistics.median(times["published (bfloat16)"])
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        rows.append(
+            {
+                "step": name,
+                "layers": layers,
+                "counted GFLOP": flops[name] / 1e9,
+                "median s": median,
+                "GFLOP/s": flops[name] / median / 1e9,
+            }
+            | {"times faster than published": base / median, "all s": seconds}
+        )
+    if where.type == "cuda":
+        check_no_sync(contestants)
+    return rows
+
+
+def check_no_sync(contestants: Mapping[str, Callable[[], object]]) -> None:
+    """Run every contestant once where a host sync is an error; say which have one."""
+    for name, call in contestants.items():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+            print(f"{name}: no host sync in the step")
+        except RuntimeError as error:
+            print(f"{name}: host sync in the step ({error})")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- step problems ----
+
+
+def bench_lmo(options: dict[str, Any]) -> Rows:
+    """How good each number of calls is on given problems, and how long it takes."""
+    import numpy as np
+
+    from optim.lmo import SOLVERS, solve
+
+    path = Path(options["problems"] or ROOT / "tests" / "oracles" / "lmo_problems.npz")
+    if not path.exists():
+        raise UsageError(
+            f"there are no problems in {path}; give problems=<file.npz> with keys <manifold>_<name>/W, /G, /optimum"
+        )
+    data, rows = np.load(path), []
+    for key in sorted({k.rpartition("/")[0] for k in data.files}):
+        W, G = (torch.from_numpy(data[f"{key}/{x}"]).float().to(device()) for x in "WG")
+        manifold = key.partition("_")[0]
+        for solver in SOLVERS:
+            for calls in (1, 3, 6, 12, 24):
+
+                def call(
+                    solver: str = solver,
+                    calls: int = calls,
+                    W: torch.Tensor = W,
+                    G: torch.Tensor = G,
+                    manifold: str = manifold,
+                ):
+                    return solve(W, G, manifold, solver=solver, calls=calls)
+
+                step = call()
+                seconds = statistics.median(measure({"": call}, 3, warmup=0)[""])
+                T = step.direction.double()
+                value = (T * G.double()).sum().item() / float(data[f"{key}/optimum"])
+                certified = step.certificate.feas.item()
+                rows.append(
+                    {
+                        "problem": key,
+                        "solver": solver,
+                        "calls": calls,
+                        "⟨G,A⟩/optimum": value,
+                        "certified feas": certified,
+                        "seconds": seconds,
+                    }
+                )
+                if solver == "least_squares":
+                    break
+    return rows
+
+
+def calls_needed(rows: Rows) -> Rows:
+    """Fewest calls and seconds at which each solver reached a quality on each problem."""
+    found = []
+    for problem, solver in dict.fromkeys((r["problem"], r["solver"]) for r in rows):
+        mine = [r for r in rows if (r["problem"], r["solver"]) == (problem, solver)]
+        row: dict[str, Any] = {"problem": problem, "solver": solver}
+        for bar in (0.95, 0.99, 0.999):
+            hit = next((r for r in mine if r["⟨G,A⟩/optimum"] >= bar), None)
+            row[f"calls to {bar}"] = hit["calls"] if hit else "–"
+            row[f"s to {bar}"] = hit["seconds"] if hit else "–"
+        found.append(row)
+    return found
+
+
+# ---- training ----
+
+
+def bench_train(options: dict[str, Any]) -> Rows:
+    """Forward, backward, clipping and update on random tokens; every assignment a few steps, taking turns."""
+    from model.gpt import GPT
+    from optim.groups import build_optimizers
+    from train import accumulate, clip, gpt_config
+    from training.run import resolve_device, use_compile
+
+    where, rows, contestants, facts = device(), [], {}, {}
+    size = options["model"] or ("gpt2_124m" if where.type == "cuda" else "mini")
+    micro = options["micro_batch_size"] or (32 if where.type == "cuda" else 2)
+    for name in options["assignments"].split(","):
+        cfg = compose([f"model={size}", f"assignment={name}", f"micro_batch_size={micro}"])
+        block, vocabulary = cfg["model"]["block_size"], cfg["model"]["vocab_size"]
+        windows = max(1, options["tokens"] // block // micro) * micro
+        model = GPT(gpt_config(cfg)).to(where)
+        optimizers = build_optimizers(model, cfg)
+        _, dtype = resolve_device(cfg)
+        autocast = torch.autocast(where.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+        compiled = torch.compile(model) if use_compile(cfg, where) else model
+        batch = torch.randint(vocabulary, (windows, block + 1)).numpy().astype("uint16")
+        spent: list[float] = []
+
+        def step(
+            compiled=compiled, model=model, optimizers=optimizers, batch=batch, autocast=autocast, spent=spent
+        ) -> None:
+            accumulate(compiled, batch, micro, where, autocast)
+            norm = clip(model.parameters(), 1.0)
+            synchronize()
+            start = time.perf_counter()
+            optimizers.step(skip=~norm.isfinite())
+            synchronize()
+            spent.append(time.perf_counter() - start)
+            optimizers.zero_grad()
+
+        contestants[name] = step
+        facts[name] = (windows * block, model.flops_per_token(), spent)
+    times = measure(contestants, options["repeats"] or 5, warmup=2)
+    peak = next((flops for part, flops in PEAK.items() if part in device_name()), None)
+    for name, seconds in times.items():
+        tokens, flops, spent = facts[name]
+        median, optimizer = statistics.median(seconds), statistics.median(spent[-len(seconds) :])
+        rate = tokens / median
+        rows.append(
+            {
+                "assignment": name,
+                "model": size,
+                "tokens a step": tokens,
+                "tokens/s": rate,
+                "MFU": rate * flops / peak if peak else "n/a",
+            }
+            | {
+                "optimizer s": optimizer,
+                "optimizer share": optimizer / median,
+                "step s": median,
+                "peak GiB": peak_gib(),
+                "all s": seconds,
+            }
+        )
+    return rows
+
+
+def peak_gib() -> float:
+    """Most memory so far: of the device, or of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---- scaling, on paper ----
+
+
+def bench_scaling(options: dict[str, Any]) -> Rows:
+    """The heaviest rank's operations and the bytes each rank receives a step, by counting; the rest of the step is not included."""
+    from model.gpt import GPT
+    from optim.groups import assign, step_rule
+    from optim.manifold_muon import share_out
+    from train import gpt_config
+
+    rows = []
+    sizes = {"gpt2_124m": [], "gpt2_350m": [], "gpt2_774m": [], "1.5B": ["model=gpt2_774m", *WIDTH_1600]}
+    for size, overrides in sizes.items():
+        cfg = compose(["assignment=hetero", *(overrides or [f"model={size}"])])
+        rule = step_rule(cfg["optim"])
+        with torch.device("meta"):
+            shapes = {name: tuple(p.shape) for name, p in GPT(gpt_config(cfg)).named_parameters()}
+        matrices = [
+            row for row in assign(shapes, cfg["assignment"]["rules"], cfg["optim"]["always_adamw"]) if row.manifold
+        ]
+        costs = [rule.flops(max(row.shape), min(row.shape), row.manifold) for row in matrices]
+        numbers = [row.shape[0] * row.shape[1] for row in matrices]
+        for world in (1, 2, 4, 8, 16, 32, 64):
+            owners = share_out(costs, world)
+            load = [sum(c for c, o in zip(costs, owners) if o == rank) for rank in range(world)]
+            sent = [4 * sum(k for k, o in zip(numbers, owners) if o != rank) for rank in range(world)]
+            rows.append(
+                {"model": size, "ranks": world, "matrices": len(matrices), "heaviest rank TFLOP": max(load) / 1e12}
+                | {"balance": sum(load) / world / max(load), "received MiB a rank": max(sent) / 2**20}
+            )
+    return rows
+
+
+WIDTH_1600 = ["model.n_layer=48", "model.n_head=25", "model.n_embd=1600"]
+
+
+# ---- output ----
+
+
+def table(rows: Rows) -> str:
+    """Rows as a Markdown table, which is also readable on a terminal; lists are left to the JSON."""
+    columns = [c for c in rows[0] if not isinstance(rows[0][c], list)]
+    cells = [[_format(row[c]) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+    lines = [columns, ["-" * w for w in widths], *cells]
+    return "\n".join("| " + " | ".join(x.ljust(w) for x, w in zip(line, widths)) + " |" for line in lines)
+
+
+def _format(value: object) -> str:
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float) and abs(value) < 1e5
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+BENCHES = {"optimizer": bench_optimizer, "lmo": bench_lmo, "train": bench_train, "scaling": bench_scaling}
+
+
+def work(arguments: list[str]) -> int:
+    """The command; see the module's docstring."""
+    defaults = {
+        "layers": 0,
+        "repeats": 0,
+        "problems": "",
+        "model": "",
+        "micro_batch_size": 0,
+        "tokens": 65536 if torch.cuda.is_available() else 4096,
+    }
+    others, options = parse(arguments, {**defaults, "assignments": "adamw,unconstrained,hetero", "results": ""})
+    if len(others) != 1 or others[0] not in BENCHES:
+        raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")
+    [name] = others
+    rows = BENCHES[name](options)
+    print(table(rows))
+    text = table(rows)
+    if name == "lmo":
+        text += "\n\n" + table(calls_needed(rows))
+        print("\n" + table(calls_needed(rows)))
+    slug = "counted" if name == "scaling" else re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    folder = Path(options["results"] or ROOT / "results" / slug)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "command": " ".join(["python scripts/bench.py", *arguments]),
+        "device": device_name(),
+        "environment": environment(),
+        "rows": rows,
+    }
+    (folder / f"bench_{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / f"bench_{name}.md").write_text(
+        f"{text}\n\nWritten by `{facts['command']}` on {device_name()}, torch {torch.__version__}.\n"
+    )
+    print(f"\nwritten to {folder}: bench_{name}.md, bench_{name}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(work, None, __doc__))
