@@ -57,6 +57,10 @@ class CertifiedStep:
         """Operations (two a multiply-add) of one step of one tall (m, n) matrix."""
         return step_flops([(1, m, n)], [manifold], self.solvers)
 
+    def certified(self) -> tuple[list[Certificate], list[Tensor]]:
+        """The certificates of the last step, and the counters of fallbacks."""
+        return self.certificates, self.fallbacks
+
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:
         """New weights, one (k, m, n) for each stack; duals are updated in place."""
         if not stacks:

@@ -148,6 +148,63 @@ def assign(
     return rows
 
 
+def by_pattern(rows: Iterable[Row], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
+    """The value of every ManifoldMuon matrix, by name: that of the pattern it matches, or the default.
+
+    `key` is what the configuration calls the mapping, for messages.
+
+    Raises:
+        AssignmentError: a matrix is matched by several patterns, or a pattern matches no such matrix.
+    """
+    names = [row.name for row in rows if row.manifold]
+    hits = {name: [pattern for pattern in values if matches(pattern, name)] for name in names}
+    problems = [
+        f"{key}: '{name}' is matched by several patterns ({', '.join(map(repr, found))}); keep one of them"
+        for name, found in hits.items()
+        if len(found) > 1
+    ]
+    used = {pattern for found in hits.values() for pattern in found}
+    problems += [
+        f"{key}: pattern '{pattern}' matches no matrix with a manifold; see the table of parameters for names"
+        for pattern in values
+        if pattern not in used
+    ]
+    if problems:
+        raise AssignmentError(problems)
+    return {name: values[found[0]] if found else default for name, found in hits.items()}
+
+
+def muon_groups(rows: list[Row], muon: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """ManifoldMuon's parameter groups: names of the matrices that share a manifold, a learning rate and a cut into blocks.
+
+    `muon` is `optim.muon`, of which `lr`, `lr_scale` and `blocks` (pattern → factor or number of row blocks) are read.
+
+    Raises:
+        AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or a factor is not positive.
+    """
+    scales = by_pattern(rows, muon["lr_scale"] or {}, 1.0, "optim.muon.lr_scale")
+    blocks = by_pattern(rows, muon["blocks"] or {}, 1, "optim.muon.blocks")
+    groups: dict[tuple, list[str]] = {}
+    problems = []
+    for row in rows:
+        if not row.manifold:
+            continue
+        scale, cut = scales[row.name], blocks[row.name]
+        if not scale >= 0:
+            problems.append(f"optim.muon.lr_scale of '{row.name}' is {scale}; give a factor, at least 0")
+        if not (isinstance(cut, int) and cut > 0 and row.shape[0] % cut == 0):
+            problems.append(
+                f"optim.muon.blocks of '{row.name}' is {cut}; give a whole number that divides its {row.shape[0]} rows"
+            )
+        groups.setdefault((row.manifold, scale, cut), []).append(row.name)
+    if problems:
+        raise AssignmentError(problems)
+    return [
+        (names, {"manifold": manifold, "lr": muon["lr"] * scale, "blocks": cut})
+        for (manifold, scale, cut), names in groups.items()
+    ]
+
+
 def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:
     """The assignment as text, equal layers folded into one line (`h.0-11`). `aliases` maps a name to a tied twin, for display."""
 
@@ -191,6 +248,10 @@ class Optimizers:
         """The optimizer of the constrained and unconstrained matrices, if there are any."""
         return next((o for o in self.optimizers if isinstance(o, ManifoldMuon)), None)
 
+    def rates(self, multiplier: float) -> dict[str, float]:
+        """The learning rate of each optimizer's first group under this multiplier, by the optimizer's name."""
+        return {type(o).__name__: peaks[0] * multiplier for o, peaks in zip(self.optimizers, self.peak_lr)}
+
     def set_lr(self, multiplier: float) -> None:
         """Scale every group's peak learning rate."""
         for optimizer, peaks in zip(self.optimizers, self.peak_lr):
@@ -226,7 +287,8 @@ class Optimizers:
 
 
 def _published(rule: Mapping[str, Any], compiled: bool) -> StepRule:
-    return PublishedStep(rule["dual_steps"], rule["alpha"], rule["msign_steps"], getattr(torch, rule["msign_dtype"]))
+    msign_dtype = getattr(torch, rule["msign_dtype"])
+    return PublishedStep(rule["dual_steps"], rule["alpha"], rule["msign_steps"], msign_dtype, rule["decay_manifolds"])
 
 
 def _certified(rule: Mapping[str, Any], compiled: bool) -> StepRule:
@@ -295,8 +357,8 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     muon = settings["muon"]
     groups = [
-        {"params": [params[r.name] for r in rows if r.manifold == manifold], "manifold": manifold}
-        for manifold in dict.fromkeys(r.manifold for r in rows if r.manifold)
+        {"params": [params[name] for name in names], "names": names, **group}
+        for names, group in muon_groups(rows, muon)
     ]
     if groups:
         on_cuda = groups[0]["params"][0].is_cuda

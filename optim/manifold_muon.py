@@ -50,6 +50,9 @@ class StepRule(Protocol):
     def flops(self, m: int, n: int, manifold: str) -> float:
         """Floating-point operations of one step of one tall (m, n) matrix."""
 
+    def certified(self) -> tuple[list[Any], list[Tensor]]:
+        """Certificates of the last step and counts of fallbacks (k,), one for each stack; two empty lists if it certifies nothing."""
+
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:
         """New weights, one (k, m, n) for each stack."""
 
@@ -94,7 +97,8 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups: dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS); any of the settings below
-            may be given per group, and "blocks" (1): into how many matrices the rows of each parameter are cut.
+            may be given per group, and "blocks" (1): into how many matrices the rows of each parameter are cut, and "names" of the
+            parameters, for `certificates`.
         rule: the step rule, called once a step with all stacks. Its `init` brings the weights onto their manifold here, at
             construction, by the whole parameter on every rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
@@ -214,6 +218,21 @@ class ManifoldMuon(torch.optim.Optimizer):
         G = torch.add(g, advanced, alpha=momentum) if group["nesterov"] else advanced
         dual = None if bucket.dual is None else bucket.dual.clone()
         return Stack(bucket.stack(bucket.params), G, group["manifold"], group["lr"], group["weight_decay"], dual)
+
+    def certificates(self) -> dict[str, dict[str, float]]:
+        """What the rule certifies of this rank's matrices at the last step, by name; empty for a rule that certifies nothing.
+
+        Of a matrix in several blocks the worst. feas, eff: lower bounds of how near the step came to its optimum; frac: normal part of
+        the matrix sign it came from; fallbacks: steps so far on which the guard stepped in. Reads back from the device.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for bucket, certificate, fallbacks in zip(self.buckets, *self.rule.certified()):
+            names = dict(zip(bucket.group["params"], bucket.group["names"]))
+            fields = torch.stack([certificate.feas, certificate.eff, -certificate.frac, -fallbacks]).tolist()
+            for i, p in enumerate(bucket.params):
+                feas, eff, frac, stepped_in = (min(field[bucket.rows_of(i)]) for field in fields)
+                found[names[p]] = {"feas": feas, "eff": eff, "frac": -frac, "fallbacks": -stepped_in}
+        return found
 
     def _exchange(self) -> None:
         """Every owner sends its new weights to all, one flat message each, all under way at once."""

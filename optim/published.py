@@ -47,12 +47,15 @@ class PublishedStep:
     """The published update, stack by stack; all settings as in arXiv 2606.13276.
 
     dual_steps, alpha: see `dual_ascent`.  msign_steps, msign_dtype: the matrix sign, also inside the Stiefel retraction.
+    decay_manifolds: whether weight decay also shrinks weights on a manifold, which the published code leaves out; it acts on DGram's
+    column norms alone, the other retractions undo it. [ours, off]
     """
 
     dual_steps: int
     alpha: float
     msign_steps: int
     msign_dtype: torch.dtype
+    decay_manifolds: bool = False
 
     keeps_dual: ClassVar[bool] = False
 
@@ -76,8 +79,12 @@ class PublishedStep:
         retraction = {"stiefel": sign, "dgram": 14 * m * n**2 + 8 * n**3}.get(manifold, 3 * m * n)
         return self.dual_steps * (sign + 4 * m * n**2) + retraction
 
+    def certified(self) -> tuple[list, list]:
+        """Nothing is certified."""
+        return [], []
+
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:
-        """New weights, one (k, m, n) for each stack. Decay is decoupled and for unconstrained matrices only, as published."""
+        """New weights, one (k, m, n) for each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
         return [self.update(s.W, s.G, s.manifold, s.eta, s.weight_decay) for s in stacks]
 
     def update(self, W: Tensor, G: Tensor, manifold: str, eta: Tensor, weight_decay: float) -> Tensor:
@@ -86,4 +93,5 @@ class PublishedStep:
             return W * (1 - eta * weight_decay) - eta * self.polar(G).float()
         M = MANIFOLDS[manifold]
         A = dual_ascent(W, G, M, self.dual_steps, self.alpha, self.polar)
-        return M.retract(W - eta * A, self.polar)
+        kept = W * (1 - eta * weight_decay) if self.decay_manifolds else W
+        return M.retract(kept - eta * A, self.polar)

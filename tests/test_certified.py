@@ -5,7 +5,7 @@ import torch
 
 from model.gpt import GPT, GPTConfig
 from optim.gram_step import gram_kernel
-from optim.groups import build_optimizers, step_rule
+from optim.groups import AssignmentError, build_optimizers, step_rule
 from optim.manifold_muon import ManifoldMuon, Stack
 from optim.manifolds import MANIFOLDS, DGram
 from training.config import compose
@@ -154,4 +154,21 @@ def test_build_optimizers_wires_the_rule():
         p.grad = torch.randn_like(p)
     optimizers.step()
     assert len(optimizers.muon.rule.certificates) == len(optimizers.muon.buckets)
-    assert sum(f.sum().item() for f in optimizers.muon.rule.fallbacks) == 0
+    found = optimizers.muon.certificates()
+    assert found.keys() == {row.name for row in optimizers.rows if row.manifold}
+    for certificate in found.values():
+        assert 0.3 < certificate["feas"] <= certificate["eff"] + 1e-6 and certificate["fallbacks"] in (0, 1)
+
+
+def test_blocks_and_learning_rates_by_pattern():
+    model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=16))
+    overrides = ["optim.muon.blocks={attn.c_attn: 6}", "optim.muon.lr_scale={mlp: 0.5}", "optim.muon.lr=0.02"]
+    optimizers = build_optimizers(model, compose(["optim=manifold_muon", "assignment=all_stiefel", *overrides]))
+    fused = model.transformer.h[0].attn.c_attn.weight.detach()
+    for block in fused.split(8):  # query, key and value of each head: (8, 16) wide, orthonormal rows
+        assert torch.allclose(block @ block.T, torch.eye(8), atol=1e-5)
+    rates = sorted({group["lr"].item() for group in optimizers.muon.param_groups})
+    assert rates == pytest.approx([0.01, 0.02])
+    for bad, message in (("{attn.c_attn: 5}", "divides its 48 rows"), ("{attn.x: 2}", "matches no matrix")):
+        with pytest.raises(AssignmentError, match=message):
+            build_optimizers(model, compose(["optim=manifold_muon", f"optim.muon.blocks={bad}"]))
