@@ -25,7 +25,15 @@ from data.loader import Loader, Prefetcher, validation_windows
 from data.prepare import prepare
 from data.shards import DataError, Dataset, open_dataset
 from model.gpt import GPT, GPTConfig
-from optim.groups import AssignmentError, Optimizers, assign, build_optimizers, lr_factors, parameter_table
+from optim.groups import (
+    AssignmentError,
+    Optimizers,
+    adamw_groups,
+    assign,
+    build_optimizers,
+    muon_groups,
+    parameter_table,
+)
 from optim.schedule import SCHEDULES, lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
@@ -204,7 +212,8 @@ def check(cfg: dict[str, Any], world: int = 1) -> None:
         optim = cfg["optim"]
         try:
             rows = assign(shapes, cfg["assignment"]["rules"] or {}, optim["always_adamw"], model.unit_vectors())
-            lr_factors([row.name for row in rows if row.optimizer == "AdamW"], optim["adamw"]["lr_scale"] or {})
+            muon_groups(rows, optim["muon"])
+            adamw_groups(rows, optim["adamw"])
         except AssignmentError as error:
             problems += error.problems
     if problems:

@@ -148,15 +148,14 @@ def assign(
     return rows
 
 
-def by_pattern(rows: Iterable[Row], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
-    """The value of every ManifoldMuon matrix, by name: that of the pattern it matches, or the default.
+def by_pattern(names: Iterable[str], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
+    """The value of every parameter of one optimizer, by name: that of the pattern it matches, or the default.
 
     `key` is what the configuration calls the mapping, for messages.
 
     Raises:
-        AssignmentError: a matrix is matched by several patterns, or a pattern matches no such matrix.
+        AssignmentError: a parameter is matched by several patterns, or a pattern matches none.
     """
-    names = [row.name for row in rows if row.manifold]
     hits = {name: [pattern for pattern in values if matches(pattern, name)] for name in names}
     problems = [
         f"{key}: '{name}' is matched by several patterns ({', '.join(map(repr, found))}); keep one of them"
@@ -165,7 +164,7 @@ def by_pattern(rows: Iterable[Row], values: Mapping[str, Any], default: Any, key
     ]
     used = {pattern for found in hits.values() for pattern in found}
     problems += [
-        f"{key}: pattern '{pattern}' matches no matrix with a manifold; see the table of parameters for names"
+        f"{key}: pattern '{pattern}' matches no matrix or vector of this optimizer; see the table of parameters for names"
         for pattern in values
         if pattern not in used
     ]
@@ -182,8 +181,9 @@ def muon_groups(rows: list[Row], muon: Mapping[str, Any]) -> list[tuple[list[str
     Raises:
         AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or a factor is not positive.
     """
-    scales = by_pattern(rows, muon["lr_scale"] or {}, 1.0, "optim.muon.lr_scale")
-    blocks = by_pattern(rows, muon["blocks"] or {}, 1, "optim.muon.blocks")
+    mine = [row.name for row in rows if row.manifold]
+    scales = by_pattern(mine, muon["lr_scale"] or {}, 1.0, "optim.muon.lr_scale")
+    blocks = by_pattern(mine, muon["blocks"] or {}, 1, "optim.muon.blocks")
     groups: dict[tuple, list[str]] = {}
     problems = []
     for row in rows:
@@ -203,6 +203,22 @@ def muon_groups(rows: list[Row], muon: Mapping[str, Any]) -> list[tuple[list[str
         (names, {"manifold": manifold, "lr": muon["lr"] * scale, "blocks": cut})
         for (manifold, scale, cut), names in groups.items()
     ]
+
+
+def adamw_groups(rows: list[Row], adamw: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """AdamW's parameter groups: names of the parameters that share a weight decay (vectors have none) and a learning rate.
+
+    `adamw` is `optim.adamw`, of which `lr`, `lr_scale` (pattern → factor) and `weight_decay` are read.
+
+    Raises:
+        AssignmentError: see `by_pattern`.
+    """
+    mine = {row.name: row for row in rows if row.optimizer == "AdamW"}
+    groups: dict[tuple[float, float], list[str]] = {}
+    for name, scale in by_pattern(mine, adamw["lr_scale"] or {}, 1.0, "optim.adamw.lr_scale").items():
+        decay = adamw["weight_decay"] if len(mine[name].shape) >= 2 else 0.0
+        groups.setdefault((decay, adamw["lr"] * scale), []).append(name)
+    return [(names, {"weight_decay": decay, "lr": lr}) for (decay, lr), names in groups.items()]
 
 
 def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:
@@ -310,33 +326,6 @@ def step_rule(settings: Mapping[str, Any], compiled: bool = False) -> StepRule:
     return STEP_RULES[rule["kind"]](rule, compiled)
 
 
-def lr_factors(names: Iterable[str], lr_scale: Mapping[str, float]) -> dict[str, float]:
-    """Parameter name → factor of AdamW's learning rate: that of the first pattern of `lr_scale` that fits, else 1.
-
-    Raises:
-        AssignmentError: listing every pattern that fits nothing.
-    """
-    factors, used = {}, set()
-    for name in names:
-        hit = next((pattern for pattern in lr_scale if matches(pattern, name)), None)
-        used.add(hit)
-        factors[name] = 1.0 if hit is None else float(lr_scale[hit])
-    if unused := [pattern for pattern in lr_scale if pattern not in used]:
-        raise AssignmentError(
-            [f"optim.adamw.lr_scale: '{pattern}' fits no parameter of AdamW; mend or remove it" for pattern in unused]
-        )
-    return factors
-
-
-def _adamw_groups(params: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Parameter groups, one for every weight decay (none for vectors) and learning rate."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, factor in lr_factors(params, settings["lr_scale"] or {}).items():
-        decay = settings["weight_decay"] if params[name].ndim >= 2 else 0.0
-        groups.setdefault((decay, settings["lr"] * factor), []).append(params[name])
-    return [{"params": members, "weight_decay": decay, "lr": lr} for (decay, lr), members in groups.items()]
-
-
 def build_optimizers(
     model: nn.Module, cfg: Mapping[str, Any], unit_vectors: Mapping[str, int] | None = None
 ) -> Optimizers:
@@ -348,7 +337,7 @@ def build_optimizers(
         unit_vectors: see `assign`; brought to unit length here, and by every `Optimizers.step`.
 
     Raises:
-        AssignmentError: see `assign` and `lr_factors`.
+        AssignmentError: see `assign`, `muon_groups` and `adamw_groups`.
     """
     settings = cfg["optim"]
     params = dict(model.named_parameters())
@@ -366,7 +355,8 @@ def build_optimizers(
         common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
         optimizers.append(ManifoldMuon(groups, rule, **common))
     adamw = settings["adamw"]
-    if mine := {r.name: params[r.name] for r in rows if r.optimizer == "AdamW"}:
-        fixed = {"lr": adamw["lr"], "betas": tuple(adamw["betas"]), "eps": adamw["eps"], "fused": True}
-        optimizers.append(torch.optim.AdamW(_adamw_groups(mine, adamw), **fixed))
+    if groups := [{"params": [params[n] for n in names], **group} for names, group in adamw_groups(rows, adamw)]:
+        optimizers.append(
+            torch.optim.AdamW(groups, lr=adamw["lr"], betas=tuple(adamw["betas"]), eps=adamw["eps"], fused=True)
+        )
     return Optimizers(optimizers, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))

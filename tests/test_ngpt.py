@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.gpt import GPT
-from optim.groups import AssignmentError, assign, build_optimizers, lr_factors, parameter_table
+from optim.groups import AssignmentError, adamw_groups, assign, build_optimizers, parameter_table
 from optim.unit_norm import UnitNorm
 from train import check, gpt_config, train
 from training import checkpoint
@@ -236,10 +236,16 @@ def test_a_new_manifold_is_taken_for_another_owner():
 
 
 def test_learning_rates_by_group():
-    factors = lr_factors(["a.wte.weight", "a.mlp.c_fc.weight", "a.ln"], {"wte": 2, "c_*": 0.5})
-    assert factors == {"a.wte.weight": 2.0, "a.mlp.c_fc.weight": 0.5, "a.ln": 1.0}
-    with pytest.raises(AssignmentError, match="'wpe' fits no parameter"):
-        lr_factors(["a.wte.weight"], {"wpe": 2})
+    shapes = {"a.wte.weight": (4, 2), "a.mlp.c_fc.weight": (2, 2), "a.ln": (2,)}
+    rows = assign(shapes, {"mlp": "adamw"}, ["wte"])
+    adamw = {"lr": 0.1, "weight_decay": 0.3, "lr_scale": {"wte|ln": 2, "c_*": 0.5}}
+    assert adamw_groups(rows, adamw) == [
+        (["a.wte.weight"], {"weight_decay": 0.3, "lr": 0.2}),
+        (["a.mlp.c_fc.weight"], {"weight_decay": 0.3, "lr": 0.05}),
+        (["a.ln"], {"weight_decay": 0.0, "lr": 0.2}),
+    ]
+    with pytest.raises(AssignmentError, match="pattern 'wpe' matches no matrix or vector"):
+        adamw_groups(rows, {**adamw, "lr_scale": {"wpe": 2}})
     _, optimizers = build("optim.adamw.lr_scale={lm_head: 0.5}")
     optimizers.set_lr(0.1)
     [adamw] = optimizers
