@@ -44,6 +44,7 @@ from training.signals import StopSignal
 from training.stability import Stability
 from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
 from training.sweep import note_failure, plan_job
+from training.transfer import problems_of_transfer, transfer_table, transferred
 from training.validate import (
     ConfigError,
     missing,
@@ -98,7 +99,7 @@ class Run:
 
         torch.manual_seed(cfg["seed"])
         self.model = GPT(gpt_config(cfg)).to(self.device)
-        self.optimizers = build_optimizers(self.model, cfg)
+        self.optimizers = build_optimizers(self.model, transferred(cfg), self.model.unit_vectors())
         self.stability = Stability(**cfg["stability"])
         if not ranks.is_main:
             torch.manual_seed(cfg["seed"] + ranks.rank)  # equal weights everywhere, but not equal dropout
@@ -274,15 +275,16 @@ class Run:
 def check(cfg: dict[str, Any], world: int = 1) -> None:
     """Raise ConfigError with every problem of the configuration."""
     problems = [f"{key} is missing; give it, or choose an experiment" for key in missing(cfg)]
-    if problems:
+    if problems := problems or problems_of_transfer(cfg):
         raise ConfigError(problems)
     shape = gpt_config(cfg)
     problems = problems_of_values(cfg) + problems_of_schedule(cfg, SCHEDULES) + problems_of_batch(cfg, world)
     problems += problems_of_stability(cfg) + shape.problems()
     if not shape.problems():
         with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
-        rows, refused = rehearse(shapes, cfg)
+            model = GPT(shape)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        rows, refused = rehearse(shapes, cfg, model.unit_vectors())
         problems += refused + problems_of_clip(cfg, rows)
     if problems:
         raise ConfigError(problems)
@@ -290,7 +292,8 @@ def check(cfg: dict[str, Any], world: int = 1) -> None:
 
 def gpt_config(cfg: dict[str, Any]) -> GPTConfig:
     """The model's shape, residual rule, switches of attention, and initial scales."""
-    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"]["rule"])
+    cfg = transferred(cfg)
+    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"])
 
 
 def open_data(cfg: dict[str, Any]) -> Dataset:
@@ -312,8 +315,14 @@ def open_data(cfg: dict[str, Any]) -> Dataset:
 
 
 def print_start(run: Run, resumed: checkpoint.Loaded | None) -> None:
-    """The table of geometries, and where the run goes."""
-    print(parameter_table(run.optimizers.rows, {"transformer.wte.weight": "lm_head.weight"}))
+    """The table of geometries, what was carried over from a base, and where the run goes."""
+    print(
+        parameter_table(
+            run.optimizers.rows, {"transformer.wte.weight": "lm_head.weight"} if run.model.config.tied else {}
+        )
+    )
+    if carried_over := transfer_table(run.cfg):
+        print(carried_over)
     print(f"{run.model.describe()} → {run.directory}")
     if resumed is not None:
         for path, reason in resumed.skipped:

@@ -283,7 +283,22 @@ def test_the_slurm_job_has_one_task_a_node_and_requeues(tiny, tmp_path):
 
 
 @pytest.mark.skipif(not HAS_SUBMITIT, reason="the extra is not installed: pip install -e '.[slurm]'")
-@pytest.mark.timeout(150)
+def test_the_nodes_of_a_slurm_job_meet(monkeypatch):
+    job = {"SLURM_JOB_ID": "23456", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]"}
+    for name, value in {"SUBMITIT_EXECUTOR": "slurm", **job}.items():
+        monkeypatch.setenv(name, value)
+    meetings = []
+    for node in ("0", "1"):
+        monkeypatch.setenv("SLURM_NODEID", node)
+        meetings.append(launch._slurm_rendezvous())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert launch._slurm_nodes() == 2
+    assert meetings == [("gpu07:23456", "23456.0", {"is_host": host}) for host in (True, False)]
+    assert launch._slurm_rendezvous()[1] == "23456.1"
+
+
+@pytest.mark.skipif(not HAS_SUBMITIT, reason="the extra is not installed: pip install -e '.[slurm]'")
+@pytest.mark.timeout(300)
 def test_a_submitted_job_is_preempted_requeued_and_resumes(tiny, tmp_path):
     from harness import children, command, last_step, wait_until
 
@@ -291,10 +306,10 @@ def test_a_submitted_job_is_preempted_requeued_and_resumes(tiny, tmp_path):
     words += ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
     with command(sys.executable, str(ROOT / "train.py"), "-m", *words, cwd=tmp_path) as process:
         sweep = tmp_path / "outputs/sweep"
-        run = wait_until(lambda: next((p for p in sweep.glob("*/") if last_step(p) > 20), None), 90, "twenty steps")
+        run = wait_until(lambda: next((p for p in sweep.glob("*/") if last_step(p) > 20), None), 180, "twenty steps")
         tasks = [p for p in children(process.pid) if "_submit" in Path(f"/proc/{p}/cmdline").read_text()]
         os.kill(tasks[-1], signal.SIGUSR2)
-        assert process.wait(90) == 0
+        assert process.wait(180) == 0
     assert load_newest(run / "checkpoints").step == 400
     log = "".join(p.read_text() for p in sweep.glob(".submitit/*/*") if p.suffix in (".out", ".err"))
     assert "SIGUSR2: stopped at step" in log and "Requeued job" in log and "resumed from" in log

@@ -228,7 +228,7 @@ def _cores_shared(nproc: int) -> Iterator[None]:
 
 
 def _slurm_nodes() -> int:
-    return int(os.environ.get("SLURM_NNODES", "1")) if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else 1
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else 1
 
 
 def _slurm_rendezvous() -> tuple[str, str, dict[str, Any]]:
