@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -143,6 +143,24 @@ class Ranks:
         with self.explained():
             dist.all_gather_object(found, value, group=self._control)
         return found
+
+    def require_equal(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compare a checksum of every float32 tensor over the ranks, bit by bit; one rank alone is equal to itself.
+
+        Raises:
+            RuntimeError: naming the first tensor that differs.
+        """
+        if self.world == 1:
+            return
+        sums = torch.stack([t.detach().flatten().view(torch.int32).sum(dtype=torch.int64) for t in tensors.values()])
+        ours = sums.tolist()
+        for rank, theirs in enumerate(self.gather_objects(ours)):
+            for name, mine, other in zip(tensors, ours, theirs):
+                if mine != other:
+                    raise RuntimeError(
+                        f"{name} is not the same on ranks {self.rank} and {rank}: the replicas have drifted apart; continue from "
+                        "the last checkpoint with resume=auto, and look for faulty memory or mixed hardware if it happens again"
+                    )
 
     def from_main(self, work: Callable[..., T], *arguments: Any) -> T:
         """What `work(*arguments)` returns on rank 0, on every rank; what it raises there is raised on every rank."""

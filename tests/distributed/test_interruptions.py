@@ -29,6 +29,7 @@ from training.config import compose
 
 STEPS = 100
 CHEAP = [
+    "optim=paper",
     "optim.muon.rule.dual_steps=1",
     "optim.muon.rule.msign_steps=2",
     "log.interval_spectra=25",
