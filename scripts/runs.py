@@ -98,9 +98,10 @@ class Run:
         return max((records[-1]["sigma_max"] for records in self.spectra(sublayer).values()), default=None)
 
     @property
-    def least_feas(self) -> float | None:
-        """The worst certificate of any matrix over the run: how near the step came to its optimum; None if nothing was certified."""
-        return min((record["feas"] for record in self.records.get("certificate", [])), default=None)
+    def mean_feas(self) -> float | None:
+        """How near Muon's steps came to their optimum, as certified, on average over matrices and time; None if nothing was certified."""
+        feas = [record["feas"] for record in self.records.get("certificate", [])]
+        return sum(feas) / len(feas) if feas else None
 
     @property
     def least_entropy(self) -> float | None:

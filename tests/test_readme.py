@@ -13,7 +13,7 @@ import train
 from data.prepare import prepare
 from model.gpt import GPT
 from optim.manifolds import MANIFOLDS
-from scripts import export, report, sample
+from scripts import export, probe, report, sample
 from training.config import compose
 
 README = (ROOT / "README.md").read_text()
@@ -54,10 +54,10 @@ def execute(words, overrides, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY_RUN, *overrides])
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return
-    main = {"scripts/sample.py": sample.main, "scripts/export.py": export.main, "scripts/report.py": report.main}[
-        program
+    script = {"sample": sample, "export": export, "report": report, "probe": probe}[
+        program.removeprefix("scripts/")[:-3]
     ]
-    assert main(arguments) == 0
+    assert script.main(arguments) == 0
 
 
 @pytest.mark.parametrize("block", [code for code, needs in SHELL if not needs])
