@@ -308,7 +308,8 @@ def _published(rule: Mapping[str, Any]) -> StepRule:
 
 
 def _certified(rule: Mapping[str, Any]) -> StepRule:
-    solvers = {name: Solver(name=rule["solver"], calls=calls, cap=rule["cap"]) for name, calls in rule["calls"].items()}
+    common = {"name": rule["solver"], "cap": rule["cap"], "root_steps": rule["root_steps"]}
+    solvers = {name: Solver(calls=calls, **common) for name, calls in rule["calls"].items()}
     settings = {k: rule[k] for k in ("length", "norm_cap", "warm_start")}
     return CertifiedStep(solvers, compiled=rule["compile"], **settings)
 

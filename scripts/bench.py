@@ -91,7 +91,10 @@ def matrices(layers: int, where: torch.device) -> nn.Module:
 SETTINGS = {
     "published (bfloat16)": ["optim=paper"],
     "ours": ["optim=manifold_muon"],
-    "ours, one call": ["optim=manifold_muon", "optim.muon.rule.calls={dgram: 1}", "optim.muon.rule.cap=0"],
+    "ours, one call": [
+        "optim=manifold_muon",
+        *(f"optim.muon.rule.{key}" for key in ("calls={dgram: 1}", "cap=0", "root_steps=6")),
+    ],
 }
 
 
