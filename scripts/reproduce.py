@@ -2,7 +2,7 @@
 
     python scripts/reproduce.py scale=demo                 minutes on two cores, no network
     python scripts/reproduce.py scale=paper optim=paper    the published recipe (prepare the data first)
-    python scripts/reproduce.py scale=demo seed=2 results=/tmp/seed2 output_dir=/tmp/seed2/runs
+    python scripts/reproduce.py scale=demo seed=2 results=outputs/seed2 output_dir=outputs/seed2/runs
 
 `scale` is a recipe of configs/experiment; any override of train.py may follow and concerns all five runs. Options of this command:
 
