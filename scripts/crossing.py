@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.residual import RESIDUAL_RULES
 from scripts.command import UsageError, parse, run
-from scripts.grid import Job, run_grid
+from scripts.grid import Job, exit_code, run_grid
 from scripts.report import Column, Table, make_table
 from scripts.runs import Run, read_run
 from train import check
@@ -182,9 +182,7 @@ def work(arguments: list[str]) -> int:
         raise UsageError("no run came to its end, so there is no table; the lines above say why")
     command = shlex.join(["python", "scripts/crossing.py", *arguments])
     print("\n" + write_results(cells, options["target"] or common_target(cells), command, Path(options["results"])))
-    for directory, reason in failures.items():
-        print(f"failed: {directory}: {reason}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_code(failures)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

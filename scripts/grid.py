@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -55,6 +56,13 @@ def run_grid(jobs: Sequence[Job], workers: int) -> dict[Path, str]:
             left = (time.perf_counter() - started) / done * (len(waiting) - done)
             print(f"{done}/{len(waiting)}  {job.directory.name}  {outcome}  {left / 60:.0f} min left", flush=True)
     return failures
+
+
+def exit_code(failures: Mapping[Path, str]) -> int:
+    """Say on stderr which runs failed, and why; returns 1 if any did."""
+    for directory, reason in failures.items():
+        print(f"failed: {directory}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _begin(threads: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import UsageError, parse, run
-from scripts.grid import Job, run_grid
+from scripts.grid import Job, exit_code, run_grid
 from scripts.report import Table
 from scripts.runs import read_run
 from train import check
@@ -229,9 +229,7 @@ def work(arguments: list[str]) -> int:
     (results / "table.json").write_text(json.dumps(data, indent=2) + "\n")
     draw(losses, sweeps, results / "loss_by_rate.png")
     print(f"\n{table.text()}\n\n  written to {results}: table.md, table.json, loss_by_rate.png")
-    for directory, reason in failures.items():
-        print(f"failed: {directory}: {reason}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_code(failures)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

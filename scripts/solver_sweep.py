@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import parse, run
-from scripts.grid import Job, run_grid
+from scripts.grid import Job, exit_code, run_grid
 from scripts.runs import Run, read_run
 from train import check
 from training.config import compose
@@ -39,9 +39,8 @@ def jobs_of(options: dict[str, Any], overrides: Sequence[str]) -> dict[tuple[str
             for rate in options["rates"].split(","):
                 for seed in options["seeds"].split(","):
                     chosen = [f"assignment={assignment}", f"optim={setting}", f"optim.muon.lr={rate}", f"seed={seed}"]
-                    directory = Path(options["output_dir"]) / ",".join(c.rpartition(".")[2] for c in chosen)
-                    # The rate may hold a dot itself: name the directory by the plain values.
-                    directory = directory.with_name(f"{assignment},{setting},lr={rate},seed={seed}")
+                    name = f"{assignment},{setting},lr={rate},seed={seed}"
+                    directory = Path(options["output_dir"]) / name
                     jobs[assignment, setting, rate, seed] = Job(
                         ("experiment=solver_sweep", *chosen, *overrides), directory
                     )
@@ -158,9 +157,7 @@ def work(arguments: list[str]) -> int:
         (results / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
         draw(rows, results / "loss_by_rate.png")
         print(text)
-    for directory, reason in failures.items():
-        print(f"failed: {directory}: {reason}")
-    return 1 if failures else 0
+    return exit_code(failures)
 
 
 if __name__ == "__main__":
