@@ -13,7 +13,7 @@ import train
 from data.prepare import prepare
 from model.gpt import GPT
 from optim.manifolds import MANIFOLDS
-from scripts import export, report, sample
+from scripts import export, probe, report, sample
 from training.config import compose
 
 README = (ROOT / "README.md").read_text()
@@ -54,9 +54,12 @@ def execute(words, overrides, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY_RUN, *overrides])
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return
-    main = {"scripts/sample.py": sample.main, "scripts/export.py": export.main, "scripts/report.py": report.main}[
-        program
-    ]
+    main = {
+        "scripts/sample.py": sample.main,
+        "scripts/export.py": export.main,
+        "scripts/report.py": report.main,
+        "scripts/probe.py": probe.main,
+    }[program]
     assert main(arguments) == 0
 
 
