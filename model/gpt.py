@@ -21,7 +21,8 @@ class GPTConfig:
     vocab_size may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units.
     residual: a name of model.residual.RESIDUAL_RULES.
     qk_norm, qk_clip (threshold of a logit; 0: off), qk_clip_on, logit_cap (0: off), head_gate: see model/attention.py.
-    weight_scale: multiplies GPT-2's initial c_attn and c_fc; residual_scale: its initial c_proj, which write into the stream.
+    weight_scale: multiplies GPT-2's initial c_fc (σ_w of arXiv 2403.02579); residual_scale: its initial c_proj, which write into
+    the stream.
     """
 
     block_size: int = 1024
@@ -121,7 +122,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=config.residual_scale * 0.02 / math.sqrt(2 * config.n_layer))
-            elif name.endswith(("c_attn.weight", "c_fc.weight")):
+            elif name.endswith("c_fc.weight"):
                 p.data.mul_(config.weight_scale)
 
     @staticmethod
