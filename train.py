@@ -2,6 +2,7 @@
 
     python train.py assignment=hetero                     one run; every key of configs/ can be set here
     python train.py -m assignment=all_stiefel,hetero      a sweep, one directory a job
+    torchrun --nproc_per_node=8 train.py                  on eight devices; several nodes with torchrun's own options
 
 A run is a configuration; a step is batch → loss → gradient → geometry → weights.
 """
@@ -12,30 +13,38 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Loader, Prefetcher, validation_windows
 from data.prepare import prepare
 from data.shards import DataError, Dataset, open_dataset
 from model.gpt import GPT, GPTConfig
 from model.probes import probe
-from optim.groups import AssignmentError, Optimizers, assign, build_optimizers, muon_groups, parameter_table
+from optim.groups import build_optimizers, parameter_table, rehearse
 from optim.schedule import SCHEDULES, lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
 from training.checkpoint import CheckpointError
-from training.log import RunLog, WandbSink
+from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
+from training.log import NoLog, RunLog, WandbSink
 from training.progress import ProgressSink
-from training.resume import find_checkpoint, restore, state_of
+from training.ranks import Ranks, world_size
+from training.resume import agreed_checkpoint, restore, rng_state, state_of
 from training.run import environment, resolve_device, run_directory, run_name, summary, use_compile
+from training.signals import StopSignal
 from training.stability import Stability
+from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
+from training.sweep import note_failure, plan_job
+from training.transfer import problems_of_transfer, transfer_table, transferred
 from training.validate import (
     ConfigError,
     missing,
@@ -57,149 +66,207 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
         directory: where the run is written; None for the configuration's own choice.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before anything is written.
+        ConfigError, DataError, CheckpointError: before anything is written. LostRanks: another rank is gone. Stopped: a signal came,
+        and the run has saved.
     """
-    check(cfg)
-    device, dtype = resolve_device(cfg)
-    dataset = open_data(cfg)
-    block, windows = cfg["model"]["block_size"], cfg["global_batch_tokens"] // cfg["model"]["block_size"]
-    loader = Loader(dataset.train, block, cfg["seed"], windows)
-    held_out = validation_windows(dataset.val, block, cfg["eval_windows"])
-    watched, _ = next(micro_batches(held_out, cfg["probe"]["windows"], device))
-    directory = directory or run_directory(cfg)
-    resumed = find_checkpoint(cfg, directory, dataset.fingerprint)
-
-    torch.manual_seed(cfg["seed"])
-    model = GPT(gpt_config(cfg)).to(device)
-    optimizers = build_optimizers(model, cfg)
-    stability = Stability(**cfg["stability"])
-    step, seconds, skipped = 0, 0.0, 0
-    if resumed is not None:
-        step, seconds, skipped = restore(resumed.state, model, optimizers, stability)
-    first_step = step
-    if resumed is not None and (step >= cfg["max_steps"] or stability.stopped):
-        print(f"{directory} is finished: {step} of {cfg['max_steps']} steps")
-        return stability.best
-    print_start(model, optimizers, directory, resumed)
-    log = open_log(cfg, directory, optimizers, first_step, resumed is not None)
-
-    compiled = torch.compile(model) if use_compile(cfg, device) else model
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-    batches = Prefetcher(loader, step)
-    skipped = torch.tensor(skipped, device=device)  # updates left out because a loss or gradient was not finite
-    val_loss, tokens, clock = math.nan, 0, time.perf_counter()
+    check(cfg, world_size())
+    ranks = Ranks.init(cfg)
     try:
-        while True:
-            fresh, last = step > first_step or resumed is None, step == cfg["max_steps"] or stability.stopped
-            pause = time.perf_counter()
-
-            # Once in a while: evaluate on the fixed windows.
-            if fresh and (step % cfg["eval_interval"] == 0 or last):
-                val_loss = evaluate(compiled, held_out, cfg["micro_batch_size"], device, autocast)
-                log.write("eval", step, loss=val_loss)
-                if stability.validation(step, val_loss):
-                    log.write("event", step, event="unstable", message=stability.reason, lead=stability.lead)
-
-            # Once in a while: write down every singular value.
-            if fresh and (step % cfg["log"]["interval_spectra"] == 0 or last):
-                for name, record in spectra(ruled_matrices(model, optimizers)):
-                    log.write("spectra", step, name=name, **record)
-
-            # Once in a while: look inside.
-            if fresh and cfg["probe"]["interval"] and (step % cfg["probe"]["interval"] == 0 or last):
-                seen = probe(model, watched)
-                log.write("probe", step, **seen)
-                if alarm := stability.probe(step, seen):
-                    log.write("event", step, event="warning", **vars(alarm))
-
-            # Once in a while: save. A run resumed from here has written exactly what this one has.
-            if fresh and step > 0 and (step % cfg["checkpoint"]["interval"] == 0 or last):
-                log.sync()
-                elapsed = seconds + pause - clock
-                state = state_of(cfg, dataset.fingerprint, model, optimizers, stability, step, elapsed, int(skipped))
-                metric = val_loss if step % cfg["eval_interval"] == 0 or last else None
-                checkpoint.save(directory / "checkpoints", step, state, keep=cfg["checkpoint"]["keep"], metric=metric)
-            if last:
-                break
-            clock += time.perf_counter() - pause  # pauses are not training time
-
-            # Batch → loss → gradient.
-            optimizers.set_lr(schedule(cfg, step))
-            loss = accumulate(compiled, batches.next(step), cfg["micro_batch_size"], device, autocast)
-            norm = clip(model.parameters(), cfg["grad_clip"])
-
-            # Gradient → geometry → weights, unless something is not finite; nobody waits for the answer.
-            bad = ~(loss.isfinite() & norm.isfinite())
-            skipped += bad
-            optimizers.step(skip=bad)
-            model.clip_logits()
-            optimizers.zero_grad()
-            step += 1
-            tokens += cfg["global_batch_tokens"]
-
-            # Once in a while: read the numbers back.
-            if step % cfg["log"]["interval"] == 0 or step == cfg["max_steps"]:
-                lr, count = schedule(cfg, step - 1), int(skipped)
-                now = time.perf_counter()
-                rate, tokens, seconds, clock = tokens / (now - clock), 0, seconds + now - clock, now
-                log.write("train", step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=rate, skipped_updates=count)
-                if stability.train(step, loss.item()) or (count and stability.nonfinite(step, "a loss or gradient")):
-                    log.write("event", step, event="unstable", message=stability.reason, lead=stability.lead)
-        log.write("end", step, **summary(stability, seconds, device))
+        with ranks.explained(), StopSignal() as stop:
+            run = Run(ranks, cfg, directory)
+            if not run.finished:
+                run.train(stop)
+            return run.stability.best
     finally:
-        batches.close()
-        log.close()
-    return stability.best
+        ranks.close()
 
 
-# ---- one step ----
+class Run:
+    """A configuration being trained, by one of the ranks: all do the same on their part of each batch, and rank 0 alone writes."""
 
+    def __init__(self, ranks: Ranks, cfg: dict[str, Any], directory: Path | None) -> None:
+        self.ranks, self.cfg = ranks, cfg
+        self.device, dtype = ranks.device, resolve_device(cfg)[1]
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+        dataset = open_data(cfg)
+        self.data = dataset.fingerprint
+        block, windows = cfg["model"]["block_size"], cfg["global_batch_tokens"] // cfg["model"]["block_size"]
+        self.loader = Loader(dataset.train, block, cfg["seed"], windows, ranks.rank, ranks.world)
+        self.held_out = validation_windows(dataset.val, block, cfg["eval_windows"])
+        self.watched, _ = next(micro_batches(self.held_out, cfg["probe"]["windows"], self.device))
+        self.directory = ranks.from_main(lambda: directory or run_directory(cfg))
+        resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
-def schedule(cfg: dict[str, Any], step: int) -> float:
-    """The multiplier of every peak learning rate for the update after `step` updates."""
-    return lr_multiplier(step, **cfg["schedule"])
+        torch.manual_seed(cfg["seed"])
+        self.model = GPT(gpt_config(cfg)).to(self.device)
+        self.optimizers = build_optimizers(self.model, transferred(cfg), self.model.unit_vectors())
+        self.stability = Stability(**cfg["stability"])
+        if not ranks.is_main:
+            torch.manual_seed(cfg["seed"] + ranks.rank)  # equal weights everywhere, but not equal dropout
+        self.step, self.seconds, skipped = 0, 0.0, 0
+        if resumed is not None:
+            state = resumed.state
+            self.step, self.seconds, skipped = restore(state, self.model, self.optimizers, self.stability, ranks.rank)
+        self.resumed_at = self.step if resumed is not None else None
+        self.params = dict(self.model.named_parameters())
+        self.guard = FiniteGuard(list(self.params), self.device, skipped)
+        self.val_loss = math.nan
+        if ranks.is_main:
+            print_start(self, resumed)
 
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.step >= self.cfg["max_steps"] or self.stability.stopped
 
-def micro_batches(windows: Any, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows (N, T+1) uint16 as inputs and targets (size, T) int64 on the device."""
-    for start in range(0, len(windows), size):
-        part = torch.from_numpy(windows[start : start + size].astype("int64"))
-        part = part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
-        yield part[:, :-1], part[:, 1:]
+    def train(self, stop: StopSignal) -> None:
+        """The loop: once in a while look, write down and save; always batch → loss → gradient → geometry → weights."""
+        cfg, ranks, log = self.cfg, self.ranks, self.open_log()
+        self.compiled = torch.compile(self.model) if use_compile(cfg, self.device) else self.model
+        replica = DistributedDataParallel(self.compiled) if ranks.world > 1 else self.compiled
+        batches = Prefetcher(self.loader, self.step)
+        self.clock, tokens = time.perf_counter(), 0
+        try:
+            while True:
+                stopping = stop.requested(ranks)
+                with self.pause():
+                    # Once in a while: evaluate on the fixed windows.
+                    if self.due(cfg["eval_interval"]):
+                        self.evaluate(log)
 
+                    # Once in a while: write down every singular value, and how good Muon's steps are.
+                    if self.due(cfg["log"]["interval_spectra"]):
+                        self.write_spectra(log)
+                    if self.due(cfg["log"]["interval_certificate"]):
+                        self.write_certificates(log)
 
-def accumulate(
-    model: nn.Module, windows: Any, size: int, device: torch.device, autocast: AbstractContextManager
-) -> Tensor:
-    """Gradient of the mean loss over all windows (N, T+1), `size` at a time; returns that mean (0-d, on the device)."""
-    total = torch.zeros((), device=device)
-    for x, y in micro_batches(windows, size, device):
-        with autocast:
-            _, loss = model(x, y)
-        share = loss * (len(x) / len(windows))
-        share.backward()
-        total += share.detach()
-    return total
+                    # Once in a while: look inside the model.
+                    if cfg["probe"]["interval"] and self.due(cfg["probe"]["interval"]):
+                        self.probe(log)
 
+                    # Once in a while: make sure that the replicas are one model, and save.
+                    if self.due(cfg["launcher"]["checksum_interval"]):
+                        ranks.require_equal(self.params)
+                    if self.step > 0 and (self.due(cfg["checkpoint"]["interval"]) or stopping):
+                        self.save(log)
+                if self.finished:
+                    break
+                if stopping:
+                    stop.leave(ranks, self.step)
 
-def clip(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Global gradient norm (0-d) before it is clipped to `largest`; 0 leaves the gradients alone."""
-    return nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else math.inf)
+                # Batch → loss → gradient.
+                multiplier = lr_multiplier(self.step, **cfg["schedule"])
+                self.optimizers.set_lr(multiplier)
+                part = accumulate(replica, batches.next(self.step), cfg["micro_batch_size"], self.device, self.autocast)
+                loss = ranks.all_reduce_mean(part.clone())
+                norm, norms = clip([p.grad for p in self.params.values()], cfg["grad_clip"])
 
+                # Gradient → geometry → weights, unless something is not finite; nobody waits for the answer.
+                self.step += 1
+                tokens += cfg["global_batch_tokens"]
+                self.optimizers.step(skip=self.guard.check(self.step, part, loss, norms))
+                self.model.clip_logits()
+                self.optimizers.zero_grad()
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, windows: Any, size: int, device: torch.device, autocast: AbstractContextManager
-) -> float:
-    """Mean loss over the windows (N, T+1), in nats a token."""
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for x, y in micro_batches(windows, size, device):
-        with autocast:
-            _, loss = model(x, y)
-        total += loss.double() * len(x)
-    model.train()
-    return total.item() / len(windows)
+                # Once in a while: read the numbers back.
+                if self.step % cfg["log"]["interval"] == 0 or self.step == cfg["max_steps"]:
+                    self.read_back(log, loss, norm, multiplier, tokens)
+                    tokens = 0
+            log.write("end", self.step, **summary(self.stability, self.seconds, self.device))
+        finally:
+            batches.close()
+            log.close()
+
+    # ---- once in a while ----
+
+    def due(self, interval: int) -> bool:
+        """Whether it is time for what happens every `interval` steps and at the end; what a checkpoint holds was done before it."""
+        return self.step != self.resumed_at and (self.step % interval == 0 or self.finished)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is not training time."""
+        start = time.perf_counter()
+        self.elapsed = self.seconds + start - self.clock
+        yield
+        self.clock += time.perf_counter() - start
+
+    def evaluate(self, log: RunLog | NoLog) -> None:
+        """The validation loss, and what it says of stability."""
+        self.val_loss = evaluate(self.compiled, self.held_out, self.cfg["micro_batch_size"], self.ranks, self.autocast)
+        log.write("eval", self.step, loss=self.val_loss)
+        if self.stability.validation(self.step, self.val_loss):
+            self.note_unstable(log)
+
+    def write_spectra(self, log: RunLog | NoLog) -> None:
+        """All singular values of every matrix that the assignment speaks of."""
+        if self.ranks.is_main:
+            matrices = {row.name: (self.params[row.name], row.manifold) for row in self.optimizers.rows if row.ruled}
+            for name, record in spectra(matrices):
+                log.write("spectra", self.step, name=name, **record)
+
+    def write_certificates(self, log: RunLog | NoLog) -> None:
+        """How near each matrix's last step came to its optimum, from the ranks that own them."""
+        muon = self.optimizers.muon
+        parts = self.ranks.gather_objects(muon.certificates() if muon else {})
+        found = {name: certificate for part in parts for name, certificate in part.items()}
+        for name in (row.name for row in self.optimizers.rows if row.name in found):
+            log.write("certificate", self.step, name=name, **found[name])
+
+    def probe(self, log: RunLog | NoLog) -> None:
+        """Attention and collapse on the first validation windows, and whether they warn of instability; every rank sees the same."""
+        seen = probe(self.model, self.watched)
+        log.write("probe", self.step, **seen)
+        if alarm := self.stability.probe(self.step, seen):
+            log.write("event", self.step, event="warning", **vars(alarm))
+
+    def save(self, log: RunLog | NoLog) -> None:
+        """A checkpoint: a run resumed from it has written exactly what this one has."""
+        log.sync()
+        rng = self.ranks.gather_objects(rng_state())
+        parts = (self.cfg, self.data, self.model, self.optimizers, self.stability)
+        state = state_of(*parts, self.step, self.elapsed, self.guard.count, rng)
+        measured = self.step % self.cfg["eval_interval"] == 0 or self.finished
+        keep, metric = self.cfg["checkpoint"]["keep"], self.val_loss if measured else None
+        folder = self.directory / "checkpoints"
+        self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
+
+    def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
+        """One training record; here, and only here, the host waits for the device."""
+        skipped, now = self.guard.count, time.perf_counter()
+        rate, self.seconds, self.clock = tokens / (now - self.clock), self.seconds + now - self.clock, now
+        rates = self.optimizers.rates(multiplier)
+        log.write("train", self.step, loss=loss, grad_norm=norm, lr=rates, tokens_per_s=rate, skipped_updates=skipped)
+        self.stability.skipped(skipped)
+        if skipped and self.stability.unstable_step is None and self.stability.nonfinite(*self.guard.first(self.ranks)):
+            self.note_unstable(log)
+        if math.isfinite(loss.item()) and self.stability.train(self.step, loss.item()):
+            self.note_unstable(log)
+
+    def note_unstable(self, log: RunLog | NoLog) -> None:
+        """A diverged run is a result."""
+        log.write(
+            "event",
+            self.stability.unstable_step,
+            event="unstable",
+            message=self.stability.reason,
+            lead=self.stability.lead,
+        )
+
+    def open_log(self) -> RunLog | NoLog:
+        """The run's directory with its configuration, parameter table and environment, and the log with its sinks."""
+        if not self.ranks.is_main:
+            return NoLog()
+        cfg, directory, name, resumed = self.cfg, self.directory, run_name(self.cfg), self.resumed_at is not None
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
+        (directory / "parameters.txt").write_text(parameter_table(self.optimizers.rows) + "\n")
+        (directory / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        mode, project, group = (cfg["logger"][key] for key in ("mode", "project", "group"))
+        about = {"project": project, "group": group or directory.parent.name, "name": name, "config": cfg}
+        wandb = WandbSink(mode=mode, directory=directory, resume=resumed, **about)
+        progress = ProgressSink(name, cfg["max_steps"], first_step=self.step)
+        return RunLog(directory, [wandb, progress], resume_step=self.step if resumed else -1)
 
 
 # ---- what a run is made of ----
@@ -208,29 +275,25 @@ def evaluate(
 def check(cfg: dict[str, Any], world: int = 1) -> None:
     """Raise ConfigError with every problem of the configuration."""
     problems = [f"{key} is missing; give it, or choose an experiment" for key in missing(cfg)]
-    if problems:
+    if problems := problems or problems_of_transfer(cfg):
         raise ConfigError(problems)
     shape = gpt_config(cfg)
     problems = problems_of_values(cfg) + problems_of_schedule(cfg, SCHEDULES) + problems_of_batch(cfg, world)
-    problems += problems_of_stability(cfg)
-    if impossible := shape.problems():
-        problems += impossible
-    else:
+    problems += problems_of_stability(cfg) + shape.problems()
+    if not shape.problems():
         with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
-        try:
-            rows = assign(shapes, cfg["assignment"]["rules"] or {}, cfg["optim"]["always_adamw"])
-            muon_groups(rows, cfg["optim"]["muon"])
-            problems += problems_of_clip(cfg, rows)
-        except AssignmentError as error:
-            problems += error.problems
+            model = GPT(shape)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        rows, refused = rehearse(shapes, cfg, model.unit_vectors())
+        problems += refused + problems_of_clip(cfg, rows)
     if problems:
         raise ConfigError(problems)
 
 
 def gpt_config(cfg: dict[str, Any]) -> GPTConfig:
     """The model's shape, residual rule, switches of attention, and initial scales."""
-    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"]["rule"])
+    cfg = transferred(cfg)
+    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"])
 
 
 def open_data(cfg: dict[str, Any]) -> Dataset:
@@ -248,71 +311,78 @@ def open_data(cfg: dict[str, Any]) -> Dataset:
     return dataset
 
 
-def ruled_matrices(model: nn.Module, optimizers: Optimizers) -> dict[str, tuple[Tensor, str | None]]:
-    """Every matrix that the assignment speaks of, with its manifold (None for AdamW's)."""
-    params = dict(model.named_parameters())
-    return {row.name: (params[row.name], row.manifold) for row in optimizers.rows if row.ruled}
+# ---- the command line ----
 
 
-# ---- what is written down ----
-
-
-def open_log(cfg: dict[str, Any], directory: Path, optimizers: Optimizers, first_step: int, resumed: bool) -> RunLog:
-    """The run's directory with its configuration, parameter table and environment, and the log with its sinks."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
-    (directory / "parameters.txt").write_text(parameter_table(optimizers.rows) + "\n")
-    (directory / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    logger, name = cfg["logger"], run_name(cfg)
-    group = logger["group"] or directory.parent.name
-    wandb = WandbSink(
-        mode=logger["mode"],
-        project=logger["project"],
-        group=group,
-        name=name,
-        config=cfg,
-        directory=directory,
-        resume=resumed,
+def print_start(run: Run, resumed: checkpoint.Loaded | None) -> None:
+    """The table of geometries, what was carried over from a base, and where the run goes."""
+    print(
+        parameter_table(
+            run.optimizers.rows, {"transformer.wte.weight": "lm_head.weight"} if run.model.config.tied else {}
+        )
     )
-    progress = ProgressSink(name, cfg["max_steps"], first_step=first_step)
-    return RunLog(directory, [wandb, progress], resume_step=first_step if resumed else None)
-
-
-def print_start(model: GPT, optimizers: Optimizers, directory: Path, resumed: checkpoint.Loaded | None) -> None:
-    """The table of geometries, and where the run goes."""
-    print(parameter_table(optimizers.rows, {"transformer.wte.weight": "lm_head.weight"}))
-    print(f"{model.describe()} → {directory}")
+    if carried_over := transfer_table(run.cfg):
+        print(carried_over)
+    print(f"{run.model.describe()} → {run.directory}")
     if resumed is not None:
         for path, reason in resumed.skipped:
             print(f"skipped {path}: {reason}")
-        print(f"resumed from {resumed.path}, step {resumed.step}")
+        print(f"resumed from {resumed.path}, step {resumed.step} of {run.cfg['max_steps']}")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """The command line: Hydra composes, a user's mistake ends with exit code 2 and its remedy."""
+    """The command line: Hydra composes, the launcher starts the ranks; a user's mistake ends with exit code 2 and its remedy."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from training.config import plain
+    from training.config import CONFIGS, plain
 
-    @hydra.main(version_base="1.3", config_path="configs", config_name="config")
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def run(config: Any) -> float:
-        job = HydraConfig.get()
-        sweeping = job.mode == RunMode.MULTIRUN
+        job, cfg = HydraConfig.get(), plain(config)
+        if job.mode == RunMode.MULTIRUN:
+            return run_job(cfg, Path(job.runtime.output_dir))
         try:
-            best = train(plain(config), Path(job.runtime.output_dir) if sweeping else None)
-        except USER_ERRORS as error:
+            return report(launch(train, cfg, None, USER_ERRORS))
+        except (*USER_ERRORS, RankFailed) as error:
             print(error, file=sys.stderr)
-            if sweeping:  # the other jobs go on; Hydra reports this one at the end
-                raise
-            raise SystemExit(2) from None
-        print(f"best validation loss {best:.4f}")
-        return best
+            raise SystemExit(getattr(error, "exit_code", USER_ERROR)) from None
 
+    refused = refusal(sys.argv[1:])
+    if refused is not None:
+        if is_main_process():
+            print(refused, file=sys.stderr)
+        raise SystemExit(USER_ERROR)
+    # Our settings of a plugin stand under its own name, where Hydra checks them against its schema and would rather not.
+    warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
     run()
 
 
+def run_job(cfg: dict[str, Any], directory: Path) -> float:
+    """One job of a sweep. After one that fails, whatever the reason, the others go on, and the sweep ends with exit code 1."""
+    cfg, best = plan_job(cfg, directory)
+    if best is not None:
+        print(f"{directory} is finished")
+        return report(best)
+    try:
+        return report(launch(train, cfg, directory, USER_ERRORS))
+    except Exception as error:
+        print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
+        note_failure(directory, error)
+        raise
+
+
+def report(best: float) -> float:
+    """Print a run's last line."""
+    if is_main_process():
+        print(f"best validation loss {best:.4f}", flush=True)
+    return best
+
+
 if __name__ == "__main__":
-    main()
+    # Under its own name, by which processes that start elsewhere (ranks, a cluster's jobs) can import what they are to run.
+    from train import main as train_main
+
+    train_main()

@@ -6,8 +6,6 @@ good, and its gradient vanishes (arXiv 2606.13276, proposition 4.2). The plain p
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,25 +18,25 @@ QK_CLIP_TARGETS = ("weights", "gain")
 _CLIP_ROWS = 512
 
 
-def causal_logits(q: Tensor, k: Tensor, cap: float = 0.0) -> Tensor:
-    """q·k/√w for q, k (B, H, T, w) as float32 (B, H, T, T), -inf above the diagonal.
+def causal_logits(q: Tensor, k: Tensor, cap: float = 0.0, scale: float | None = None) -> Tensor:
+    """scale·q·k for q, k (B, H, T, w) as float32 (B, H, T, T), -inf above the diagonal.
 
-    cap: above 0, cap·tanh(z/cap) stands for every logit z (soft-cap; Gemma 2, arXiv 2408.00118).
+    scale: None for 1/√w.  cap: above 0, cap·tanh(z/cap) stands for every logit z (soft-cap; Gemma 2, arXiv 2408.00118).
     """
-    z = (q @ k.mT).float() / math.sqrt(q.size(-1))
+    z = (q @ k.mT).float() * (q.size(-1) ** -0.5 if scale is None else scale)
     if cap:
         z = cap * torch.tanh(z / cap)
     future = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1)
     return z.masked_fill(future, -torch.inf)
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, dropout: float) -> Tensor:
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, dropout: float, scale: float | None = None) -> Tensor:
     """Causal attention with soft-capped logits, (B, H, T, w) → (B, H, T, w).
 
     Fused kernels take no function of the logits, so all B·H·T² of them are computed and kept for the backward pass: at GPT-2's
     1024 tokens about six numbers a logit, 4.5 GiB a layer for 16 windows in float32. Choose micro_batch_size accordingly.
     """
-    p = torch.softmax(causal_logits(q, k, cap), dim=-1).to(v.dtype)
+    p = torch.softmax(causal_logits(q, k, cap, scale), dim=-1).to(v.dtype)
     return F.dropout(p, dropout) @ v
 
 
@@ -86,9 +84,9 @@ class QKClip(nn.Module):
         self.register_buffer("largest", torch.full((n_head,), -torch.inf), persistent=False)
 
     @torch.no_grad()
-    def watch(self, q: Tensor, k: Tensor) -> None:
-        """Take the logits of q, k (B, H, T, w) into the largest ones (H,) since the last clip."""
-        T, scale = q.size(-2), 1 / math.sqrt(q.size(-1))
+    def watch(self, q: Tensor, k: Tensor, scale: float) -> None:
+        """Take the logits scale·q·k of q, k (B, H, T, w) into the largest ones (H,) since the last clip."""
+        T = q.size(-2)
         for start in range(0, T, _CLIP_ROWS):
             stop = min(start + _CLIP_ROWS, T)
             z = (q[..., start:stop, :] @ k[..., :stop, :].mT).float() * scale

@@ -57,16 +57,17 @@ def near_collapse(model: GPT, batch: int, tokens: int, correlation: float, gener
     x_i = √ρ g + √(1 - ρ) z_i, with g common to a sequence; g and z_i standard normal.
     """
     d, embedding = model.config.n_embd, model.transformer
-    scale = math.sqrt(embedding.wte.weight.square().mean().item() + embedding.wpe.weight.square().mean().item())
+    tables = [embedding[name].weight for name in ("wte", "wpe") if name in embedding]
+    scale = math.sqrt(sum(table.square().mean().item() for table in tables))
     common, own = torch.randn(batch, 1, d, generator=generator), torch.randn(batch, tokens, d, generator=generator)
     x = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * own
-    return scale * x.to(embedding.wte.weight.device)
+    return embedding.entry(scale * x.to(embedding.wte.weight.device))
 
 
 @torch.no_grad()
 def embedded(model: GPT, x: Tensor) -> Tensor:
     """The stream (B, T, d) that text x (B, T) int64 begins as."""
-    return model.transformer.wte(x) + model.transformer.wpe.weight[: x.size(1)]
+    return model.embed(x)
 
 
 # ---- measurement ----
@@ -81,7 +82,7 @@ def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> 
     yield x
     for block in model.transformer.h:
         for rule, sublayer in ((block.ln_1, block.attn), (block.ln_2, block.mlp)):
-            joined = rule.join(x, sublayer)
+            joined = rule(x, sublayer)
             x = joined if strength == keep == 1 else keep * x + strength * (joined - x)
         yield x
 
@@ -149,7 +150,7 @@ def closed_form(
     """
     config = model.config
     switched = config.qk_norm or config.logit_cap or config.head_gate != "none"
-    if config.residual not in _PLAIN or switched or config.bias:
+    if config.residual["rule"] not in _PLAIN or switched or config.bias:
         raise ValueError(
             "the closed form is derived for residual=pre_norm, attention=plain and model.bias=false; measure this model instead"
         )

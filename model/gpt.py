@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import HEAD_GATES, QK_CLIP_TARGETS
-from model.layers import MLP, CausalSelfAttention
+from model.layers import MLPS, CausalSelfAttention
 from model.loss import linear_cross_entropy
-from model.residual import RESIDUAL_RULES
+from model.residual import ResidualRule, Stream, residual_problems, residual_rule
+from model.scale import StoredScale
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,11 @@ class GPTConfig:
     """The shape of a GPT. The defaults are GPT-2 124M as nanoGPT trains it.
 
     vocab_size may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units.
-    residual: a name of model.residual.RESIDUAL_RULES.
+    rope: rotary positions in place of the table of positions. mlp: a name of model.layers.MLPS. tied: whether the head is the embedding.
+    unit_weights: nGPT's matrices (arXiv 2410.01131), whose vectors of embedding space are to be kept at unit length, see
+        `GPT.unit_vectors`, with the learned scales s_qk, s_uv and s_z that this needs.
+    storage: the size at which s_qk and s_z are stored, see StoredScale; None for 1/√d. logit_scale: s_z at the start.
+    residual: the residual rule and its settings, see model.residual.
     qk_norm, qk_clip (threshold of a logit; 0: off), qk_clip_on, logit_cap (0: off), head_gate: see model/attention.py.
     weight_scale: multiplies GPT-2's initial c_fc (σ_w of arXiv 2403.02579); residual_scale: its initial c_proj, which write into
     the stream.
@@ -32,7 +40,13 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False
-    residual: str = "pre_norm"
+    rope: bool = False
+    mlp: str = "gelu"
+    tied: bool = True
+    unit_weights: bool = False
+    storage: float | None = None
+    logit_scale: float = 1.0
+    residual: Mapping[str, Any] = field(default_factory=lambda: {"rule": "pre_norm"})
     qk_norm: bool = False
     qk_clip: float = 0.0
     qk_clip_on: str = "gain"
@@ -52,11 +66,17 @@ class GPTConfig:
             found.append(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them"
             )
+        elif not found and self.rope and self.n_embd // self.n_head % 2:
+            found.append(
+                f"model.rope turns pairs of channels, and a head has {self.n_embd // self.n_head}; make it even"
+            )
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
-        if self.residual not in RESIDUAL_RULES:
-            found.append(f"residual rule '{self.residual}' is unknown; choose one of {', '.join(RESIDUAL_RULES)}")
-        return found + self._problems_of_switches()
+        if self.mlp not in MLPS:
+            found.append(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
+        if self.storage is not None and not self.storage > 0:
+            found.append(f"model.storage is {self.storage}; it must be a number above 0, or null")
+        return found + residual_problems(self.residual) + self._problems_of_switches()
 
     def _problems_of_switches(self) -> list[str]:
         found = []
@@ -75,28 +95,33 @@ class GPTConfig:
             )
         return found
 
+    @property
+    def stream(self) -> Stream:
+        """What a residual rule is told."""
+        radius = 1.0 if self.unit_weights else math.sqrt(self.n_embd)
+        return Stream(self.n_embd, self.n_layer, self.bias, radius)
+
 
 class Block(nn.Module):
     """Attention and MLP, each joined to the stream by the residual rule."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, rule: ResidualRule, layer: int) -> None:
         super().__init__()
-        rule = RESIDUAL_RULES[config.residual]
-        self.ln_1 = rule(config.n_embd, config.bias)
+        self.ln_1 = rule.join(config.stream, layer)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = rule(config.n_embd, config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = rule.join(config.stream, layer)
+        self.mlp = MLPS[config.mlp](config)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, T, d)."""
-        x = self.ln_1.join(x, self.attn)
-        return self.ln_2.join(x, self.mlp)
+        x = self.ln_1(x, self.attn)
+        return self.ln_2(x, self.mlp)
 
 
 class GPT(nn.Module):
     """GPT-2 under nanoGPT's parameter names: transformer.{wte, wpe, h.<i>.{ln_1, attn, ln_2, mlp}, ln_f}, lm_head tied to wte.
 
-    Initialisation: N(0, 0.02); the matrices that write into the stream at 0.02/√(2L) (GPT-2); times the scales of the configuration.
+    Initialisation: N(0, 0.02); the residual rule initialises what writes into the stream; times the scales of the configuration.
 
     Raises:
         ValueError: the configuration is impossible; the message lists every reason.
@@ -107,21 +132,30 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
+        rule = residual_rule(config.residual)
+        positions = {} if config.rope else {"wpe": nn.Embedding(config.block_size, config.n_embd)}
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                **positions,
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+                "entry": rule.entry(config.stream),
+                "h": nn.ModuleList(Block(config, rule, layer) for layer in range(config.n_layer)),
+                "ln_f": rule.exit(config.stream),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
+        stored = config.storage or config.n_embd**-0.5
+        self.s_z = StoredScale(config.vocab_size, config.logit_scale, stored) if config.unit_weights else None
         self.apply(self._init)
+        for block in self.transformer.h:
+            for sublayer in (block.attn, block.mlp):
+                rule.init(sublayer, config.stream)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=config.residual_scale * 0.02 / math.sqrt(2 * config.n_layer))
+                p.data.mul_(config.residual_scale)
             elif name.endswith("c_fc.weight"):
                 p.data.mul_(config.weight_scale)
 
@@ -132,13 +166,35 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Token ids (B, T) int64 → the normalised last hidden state (B, T, d)."""
+    def unit_vectors(self) -> dict[str, int]:
+        """Matrices to be kept at unit length by whoever trains them: parameter name → the dimension along which their vectors lie.
+
+        With unit weights these are all vectors of embedding space: the rows of tables and of the matrices that read the stream, the
+        columns of those that write into it. Without, there are none.
+        """
+        if not self.config.unit_weights:
+            return {}
+        matrices = (name for name, p in self.named_parameters() if p.ndim == 2)
+        return {name: 0 if name.endswith("c_proj.weight") else 1 for name in matrices}
+
+    def head_weight(self) -> Tensor:
+        """The matrix (V, d) of the logits: the head's, with s_z multiplied in."""
+        W = self.lm_head.weight
+        return W if self.s_z is None else W * self.s_z().unsqueeze(1)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Token ids (B, T) int64 → the stream (B, T, d) that they begin as."""
         T = x.size(1)
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens exceeds model.block_size={self.config.block_size}; crop it")
-        positions = torch.arange(T, device=x.device)
-        h = self.transformer.drop(self.transformer.wte(x) + self.transformer.wpe(positions))
+        h = self.transformer.wte(x)
+        if not self.config.rope:
+            h = h + self.transformer.wpe(torch.arange(T, device=x.device))
+        return self.transformer.entry(self.transformer.drop(h))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Token ids (B, T) int64 → the last hidden state (B, T, d), normed as the residual rule has it."""
+        h = self.embed(x)
         for block in self.transformer.h:
             h = block(h)
         return self.transformer.ln_f(h)
@@ -147,11 +203,11 @@ class GPT(nn.Module):
         """Logits (B, T, V) and no loss for x (B, T) int64 alone; with targets y (B, T), no logits and the mean loss in nats (0-d)."""
         h = self.features(x)
         if y is None:
-            return self.lm_head(h), None
+            return F.linear(h, self.head_weight()), None
         # Under autocast the norm returns float32; the head's product belongs in the autocast dtype.
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        return None, linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, y.flatten())
+        return None, linear_cross_entropy(h.flatten(0, 1), self.head_weight(), y.flatten())
 
     @torch.no_grad()
     def generate(self, x: Tensor, new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
@@ -163,7 +219,8 @@ class GPT(nn.Module):
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature={temperature} must be at least 0 and top_k={top_k} at least 1")
         for _ in range(new_tokens):
-            logits = self.lm_head(self.features(x[:, -self.config.block_size :])[:, -1]).float()  # (B, V)
+            h = self.features(x[:, -self.config.block_size :])[:, -1]
+            logits = F.linear(h, self.head_weight()).float()  # (B, V)
             if top_k is not None:
                 kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -177,7 +234,7 @@ class GPT(nn.Module):
     def parameter_count(self, positions: bool = True) -> int:
         """Number of parameters, the tied head counted once; without the position table if `positions` is false."""
         total = sum(p.numel() for p in self.parameters())
-        return total if positions else total - self.transformer.wpe.weight.numel()
+        return total if positions or self.config.rope else total - self.transformer.wpe.weight.numel()
 
     def clip_logits(self) -> None:
         """QK-clip, if the configuration asks for it; to be called after every update."""
@@ -196,7 +253,9 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward per token: 6N + 12·L·d·T (PaLM, arXiv 2204.02311, appendix B).
 
-        N leaves the position table out; attention is counted dense, as is customary.
+        N leaves out the tables that are only looked up: positions, and the embedding if the head is another matrix. Attention is
+        counted dense, as is customary.
         """
         c = self.config
-        return 6 * self.parameter_count(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
+        multiplied = self.parameter_count(positions=False) - (0 if c.tied else self.transformer.wte.weight.numel())
+        return 6 * multiplied + 12 * c.n_layer * c.n_embd * c.block_size

@@ -1,43 +1,79 @@
-"""Attention and MLP of GPT-2, under nanoGPT's parameter names so that weights can be exchanged."""
+"""Attention and MLP of GPT-2, under nanoGPT's parameter names so that weights can be exchanged, and their variants: rotary positions,
+SwiGLU, and the scales that nGPT's unit weights need (arXiv 2410.01131)."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import HeadGate, QKClip, capped_attention, clip_head_weights
+from model.scale import StoredScale
+from optim.geonorm import to_sphere
 
 if TYPE_CHECKING:
     from model.gpt import GPTConfig
+
+ROTARY_BASE = 10_000.0
+
+
+class Rotary(nn.Module):
+    """Rotary positions (RoPE, arXiv 2104.09864): channels i and i + D/2 of a head turn by the angle position · base^(-2i/D).
+
+    Which channels form a pair is a convention, a permutation of a head's channels; this is GPT-NeoX's.
+    """
+
+    def __init__(self, head_width: int, block_size: int) -> None:
+        super().__init__()
+        rate = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+        angle = torch.outer(torch.arange(block_size, dtype=torch.float64), rate)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)  # (block_size, D/2)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, T, D) → the same, in x's dtype."""
+        a, b = x.float().chunk(2, -1)
+        cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; queries, keys and values come from one fused matrix `c_attn` (3d, d).
 
-    The switches of model/attention.py (QK-norm, QK-clip, soft-cap, head gates) are off unless the configuration asks for them.
+    With unit weights, queries and keys are normed within each head and scaled by s_qk, and the softmax's scale is √D, not 1/√D. The
+    switches of model/attention.py (QK-norm, QK-clip, soft-cap, head gates) are off unless the configuration asks for them.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        width = config.n_embd // config.n_head
+        d, width = config.n_embd, config.n_embd // config.n_head
         self.n_head, self.dropout, self.logit_cap = config.n_head, config.dropout, config.logit_cap
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(d, 3 * d, bias=config.bias)
+        self.c_proj = nn.Linear(d, d, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.rotary = Rotary(width, config.block_size) if config.rope else None
         self.q_norm = nn.RMSNorm(width) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(width) if config.qk_norm else None
         self.qk_clip = QKClip(config.qk_clip, config.qk_clip_on, config.n_head) if config.qk_clip else None
         gated = config.head_gate != "none"
-        self.head_gate = HeadGate(config.head_gate, config.n_head, config.n_embd, config.block_size) if gated else None
+        self.head_gate = HeadGate(config.head_gate, config.n_head, d, config.block_size) if gated else None
+        self.s_qk = StoredScale(d, 1.0, config.storage or d**-0.5) if config.unit_weights else None
+        self.scale = math.sqrt(width) if config.unit_weights else 1 / math.sqrt(width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, T, d/H) of x (B, T, d), as the logits q·k/√(d/H) see them."""
+        """Queries, keys and values (B, H, T, D) of x (B, T, d), as the logits scale·q·k see them."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         if self.q_norm is not None:  # unit root mean square, times a learned gain (Henry et al., arXiv 2010.04245)
             q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        if self.s_qk is not None:
+            s = self.s_qk().view(self.n_head, 1, -1)
+            q, k = ((s * to_sphere(u)).to(v.dtype) for u in (q, k))
         if self.qk_clip is not None and self.qk_clip.gain is not None:
             q = q * self.qk_clip.gain.to(v.dtype)
         return q, k, v
@@ -47,11 +83,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)
         dropout = self.dropout if self.training else 0.0
         if self.qk_clip is not None and self.training:
-            self.qk_clip.watch(q, k)
+            self.qk_clip.watch(q, k, self.scale)
         if self.logit_cap:
-            y = capped_attention(q, k, v, self.logit_cap, dropout)
+            y = capped_attention(q, k, v, self.logit_cap, dropout, self.scale)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
         if self.head_gate is not None:
             y = y * self.head_gate(x)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
@@ -66,16 +102,53 @@ class CausalSelfAttention(nn.Module):
         else:
             self.qk_clip.gain.mul_(factor[:, None, None])
 
+    def matrices(self) -> list[tuple[Tensor, bool]]:
+        """Queries, keys, values and output; only the last two multiply what the sublayer returns."""
+        q, k, v = self.c_attn.weight.chunk(3)
+        return [(q, False), (k, False), (v, True), (self.c_proj.weight, True)]
+
 
 class MLP(nn.Module):
-    """Two matrices with an exact GELU between them, four times as wide as the stream."""
+    """Two matrices with an exact GELU between them, four times as wide as the stream.
+
+    With unit weights, what enters the non-linearity is scaled by √d · s_uv, which undoes the shortness of unit vectors' products.
+    """
+
+    branches = 1
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        d, hidden = config.n_embd, 4 * config.n_embd
+        self.c_fc = nn.Linear(d, self.branches * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, d, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.s_uv = StoredScale(self.branches * hidden, math.sqrt(d), 1.0) if config.unit_weights else None
+
+    def activation(self, h: Tensor) -> Tensor:
+        """What stands between the two matrices."""
+        return F.gelu(h)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, T, d)."""
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        h = self.c_fc(x)
+        if self.s_uv is not None:
+            h = h * self.s_uv().to(h.dtype)
+        return self.dropout(self.c_proj(self.activation(h)))
+
+    def matrices(self) -> list[tuple[Tensor, bool]]:
+        """The matrices into the hidden layer and out of it; both multiply what the sublayer returns."""
+        return [(W, True) for W in (*self.c_fc.weight.chunk(self.branches), self.c_proj.weight)]
+
+
+class SwiGLU(MLP):
+    """u · SiLU(v), with u and v from one fused matrix `c_fc` (8d, d) (arXiv 2002.05202; the width is nGPT's)."""
+
+    branches = 2
+
+    def activation(self, h: Tensor) -> Tensor:
+        u, v = h.chunk(2, -1)
+        return u * F.silu(v)
+
+
+MLPS: dict[str, type[MLP]] = {"gelu": MLP, "swiglu": SwiGLU}
+"""Kinds of MLP by the name that `model.mlp` gives."""

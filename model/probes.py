@@ -91,7 +91,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 def attention_record(attn: CausalSelfAttention, x: Tensor) -> dict[str, Tensor]:
     """What attention does with its input x (B, T, d): statistics of each head, (H,) each."""
     q, k, v = attn.heads(x.float())
-    z = causal_logits(q, k, attn.logit_cap)  # (B, H, T, T)
+    z = causal_logits(q, k, attn.logit_cap, attn.scale)  # (B, H, T, T)
     p = torch.softmax(z, dim=-1)
     y = p @ v if attn.head_gate is None else (p @ v) * attn.head_gate(x)
     tokens = y.transpose(1, 2).flatten(0, 1)  # (B·T, H, w)

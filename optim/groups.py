@@ -26,8 +26,13 @@ from optim.lmo import Solver
 from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
+from optim.unit_norm import UnitNorm
 
 ADAMW = "adamw"
+
+# What may be asked of a matrix whose vectors the model wants at unit length. Any other manifold would pull it another way after every
+# step. Oblique is unit vectors too, those of the tall form's columns: it then keeps them alone.
+_BESIDE_UNIT_LENGTH = (ADAMW, "euclidean", "oblique")
 
 
 class AssignmentError(ValueError):
@@ -40,13 +45,24 @@ class AssignmentError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its name, shape, optimizer ("ManifoldMuon" or "AdamW"), manifold or None, and whether a rule spoke of it."""
+    """One parameter: its name, shape, optimizer ("ManifoldMuon" or "AdamW"), manifold or None, and whether a rule spoke of it.
+
+    unit: the dimension along which its vectors are kept at unit length beside the optimizer, or None.
+    """
 
     name: str
     shape: tuple[int, ...]
     optimizer: str
     manifold: str | None
     ruled: bool
+    unit: int | None = None
+
+    @property
+    def geometry(self) -> str:
+        """The manifold and unit vectors in words, "-" for neither."""
+        words = [self.manifold] if self.manifold else []
+        words += [] if self.unit is None else [("unit columns", "unit rows")[self.unit]]
+        return ", ".join(words) or "-"
 
 
 def _component_matches(pattern: str, component: str) -> bool:
@@ -63,25 +79,33 @@ def matches(pattern: str, name: str) -> bool:
     return any(all(_component_matches(w, h) for w, h in zip(wanted, have[s:])) for s in starts)
 
 
-def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], always_adamw: Iterable[str]) -> list[Row]:
+def assign(
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: Mapping[str, str],
+    always_adamw: Iterable[str],
+    unit_vectors: Mapping[str, int] | None = None,
+) -> list[Row]:
     """Give every parameter to one optimizer.
 
     Args:
         shapes: parameter name → shape.
         rules: pattern → manifold name or "adamw", for matrices.
         always_adamw: patterns of tables (embeddings, head), which no rule may claim. Vectors are AdamW's without asking.
+        unit_vectors: parameter name → dimension along which its vectors are to be kept at unit length. A matrix given to the oblique
+            manifold is left to it.
 
     Raises:
-        AssignmentError: listing every parameter matched by no rule or by several, every rule that matches nothing, and every
-            unknown manifold.
+        AssignmentError: listing every parameter matched by no rule or by several, every rule that matches nothing, every
+            unknown manifold, and every matrix of unit vectors that would be put on another manifold as well.
     """
+    unit = unit_vectors or {}
     choices = [*MANIFOLDS, ADAMW]
     problems = [
         f"assignment: rule '{pattern}' asks for '{choice}'; choose one of {', '.join(choices)}"
         for pattern, choice in rules.items()
         if choice not in choices
     ]
-    rows, used = [], set()
+    rows, used, contested = [], set(), {}
     for name, shape in shapes.items():
         hits = [pattern for pattern in rules if matches(pattern, name)]
         table = any(matches(pattern, name) for pattern in always_adamw)
@@ -90,7 +114,7 @@ def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], alwa
                 problems.append(
                     f"assignment: '{name}' always belongs to AdamW, but rule '{hits[0]}' claims it; narrow the rule"
                 )
-            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=False))
+            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=False, unit=unit.get(name)))
             continue
         used.update(hits)
         if len(hits) != 1:
@@ -102,10 +126,18 @@ def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], alwa
             problems.append(f"assignment: '{name}' is matched by {what}")
             continue
         choice = rules[hits[0]]
+        if name in unit and choice in choices and choice not in _BESIDE_UNIT_LENGTH:
+            contested.setdefault(hits[0], []).append(name)
         if choice == ADAMW:
-            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=True))
+            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=True, unit=unit.get(name)))
         else:
-            rows.append(Row(name, tuple(shape), "ManifoldMuon", choice, ruled=True))
+            alone = None if choice == "oblique" else unit.get(name)
+            rows.append(Row(name, tuple(shape), "ManifoldMuon", choice, ruled=True, unit=alone))
+    problems += [
+        f"assignment: '{names[0]}' and {len(names) - 1} more would have two owners: the model keeps their vectors at unit length, and "
+        f"rule '{pattern}' puts them on '{rules[pattern]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
+        for pattern, names in contested.items()
+    ]
     components = {c for name in shapes for c in name.split(".")}
     for pattern in rules.keys() - used:
         near = get_close_matches(pattern.split(".")[-1], components, 1)
@@ -116,15 +148,14 @@ def assign(shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, str], alwa
     return rows
 
 
-def by_pattern(rows: Iterable[Row], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
-    """The value of every ManifoldMuon matrix, by name: that of the pattern it matches, or the default.
+def by_pattern(names: Iterable[str], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
+    """The value of every parameter of one optimizer, by name: that of the pattern it matches, or the default.
 
     `key` is what the configuration calls the mapping, for messages.
 
     Raises:
-        AssignmentError: a matrix is matched by several patterns, or a pattern matches no such matrix.
+        AssignmentError: a parameter is matched by several patterns, or a pattern matches none.
     """
-    names = [row.name for row in rows if row.manifold]
     hits = {name: [pattern for pattern in values if matches(pattern, name)] for name in names}
     problems = [
         f"{key}: '{name}' is matched by several patterns ({', '.join(map(repr, found))}); keep one of them"
@@ -133,7 +164,7 @@ def by_pattern(rows: Iterable[Row], values: Mapping[str, Any], default: Any, key
     ]
     used = {pattern for found in hits.values() for pattern in found}
     problems += [
-        f"{key}: pattern '{pattern}' matches no matrix with a manifold; see the table of parameters for names"
+        f"{key}: pattern '{pattern}' matches no matrix or vector of this optimizer; see the table of parameters for names"
         for pattern in values
         if pattern not in used
     ]
@@ -150,8 +181,9 @@ def muon_groups(rows: list[Row], muon: Mapping[str, Any]) -> list[tuple[list[str
     Raises:
         AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or a factor is not positive.
     """
-    scales = by_pattern(rows, muon["lr_scale"] or {}, 1.0, "optim.muon.lr_scale")
-    blocks = by_pattern(rows, muon["blocks"] or {}, 1, "optim.muon.blocks")
+    mine = [row.name for row in rows if row.manifold]
+    scales = by_pattern(mine, muon["lr_scale"] or {}, 1.0, "optim.muon.lr_scale")
+    blocks = by_pattern(mine, muon["blocks"] or {}, 1, "optim.muon.blocks")
     groups: dict[tuple, list[str]] = {}
     problems = []
     for row in rows:
@@ -173,11 +205,27 @@ def muon_groups(rows: list[Row], muon: Mapping[str, Any]) -> list[tuple[list[str
     ]
 
 
+def adamw_groups(rows: list[Row], adamw: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """AdamW's parameter groups: names of the parameters that share a weight decay (vectors have none) and a learning rate.
+
+    `adamw` is `optim.adamw`, of which `lr`, `lr_scale` (pattern → factor) and `weight_decay` are read.
+
+    Raises:
+        AssignmentError: see `by_pattern`.
+    """
+    mine = {row.name: row for row in rows if row.optimizer == "AdamW"}
+    groups: dict[tuple[float, float], list[str]] = {}
+    for name, scale in by_pattern(mine, adamw["lr_scale"] or {}, 1.0, "optim.adamw.lr_scale").items():
+        decay = adamw["weight_decay"] if len(mine[name].shape) >= 2 else 0.0
+        groups.setdefault((decay, adamw["lr"] * scale), []).append(name)
+    return [(names, {"weight_decay": decay, "lr": lr}) for (decay, lr), names in groups.items()]
+
+
 def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:
     """The assignment as text, equal layers folded into one line (`h.0-11`). `aliases` maps a name to a tied twin, for display."""
 
     def folded(row: Row) -> tuple:
-        return (re.sub(r"\.\d+\.", ".#.", row.name), row.shape, row.optimizer, row.manifold or "-")
+        return (re.sub(r"\.\d+\.", ".#.", row.name), row.shape, row.optimizer, row.geometry)
 
     aliases, lines = aliases or {}, [("", "shape", "optimizer", "manifold")]
     seen: dict[tuple, list[Row]] = {}
@@ -199,13 +247,13 @@ def _ranges(layers: list[int]) -> str:
 
 
 class Optimizers:
-    """ManifoldMuon (if any matrix has a manifold) and AdamW, stepped and scheduled as one.
+    """ManifoldMuon (if any matrix has a manifold) and AdamW, stepped and scheduled as one; then unit vectors are brought to their length.
 
     Iterating yields the torch optimizers. `.rows` is the assignment, `.muon` the ManifoldMuon or None.
     """
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], rows: list[Row]) -> None:
-        self.optimizers, self.rows = optimizers, rows
+    def __init__(self, optimizers: list[torch.optim.Optimizer], rows: list[Row], unit_norm: UnitNorm) -> None:
+        self.optimizers, self.rows, self.unit_norm = optimizers, rows, unit_norm
         self.peak_lr = [[float(g["lr"]) for g in o.param_groups] for o in optimizers]
 
     def __iter__(self):
@@ -237,6 +285,7 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.found_inf = None if skip is None else skip.float()
             optimizer.step()
+        self.unit_norm()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -253,43 +302,68 @@ class Optimizers:
             optimizer.load_state_dict(state[type(optimizer).__name__])
 
 
-def _published(rule: Mapping[str, Any], compiled: bool) -> StepRule:
+def _published(rule: Mapping[str, Any]) -> StepRule:
     msign_dtype = getattr(torch, rule["msign_dtype"])
     return PublishedStep(rule["dual_steps"], rule["alpha"], rule["msign_steps"], msign_dtype, rule["decay_manifolds"])
 
 
-def _certified(rule: Mapping[str, Any], compiled: bool) -> StepRule:
-    solvers = {name: Solver(name=rule["solver"], calls=calls, cap=rule["cap"]) for name, calls in rule["calls"].items()}
+def _certified(rule: Mapping[str, Any]) -> StepRule:
+    common = {"name": rule["solver"], "cap": rule["cap"], "root_steps": rule["root_steps"]}
+    solvers = {name: Solver(calls=calls, **common) for name, calls in rule["calls"].items()}
     settings = {k: rule[k] for k in ("length", "norm_cap", "warm_start")}
-    return CertifiedStep(solvers, compiled=compiled, **settings)
+    return CertifiedStep(solvers, compiled=rule["compile"], **settings)
 
 
-STEP_RULES: dict[str, Callable[[Mapping[str, Any], bool], StepRule]] = {
+STEP_RULES: dict[str, Callable[[Mapping[str, Any]], StepRule]] = {
     "published": _published,
     "certified": _certified,
 }
 """Step rules of ManifoldMuon by the name that `optim.muon.rule.kind` gives, each made from its own settings."""
 
 
-def step_rule(settings: Mapping[str, Any], compiled: bool = False) -> StepRule:
+def step_rule(settings: Mapping[str, Any]) -> StepRule:
     """The step rule of an `optim` configuration."""
     rule = settings["muon"]["rule"]
-    return STEP_RULES[rule["kind"]](rule, compiled)
+    if rule["kind"] not in STEP_RULES:
+        raise ValueError(f"unknown kind {rule['kind']!r}; choose one of {', '.join(STEP_RULES)}")
+    return STEP_RULES[rule["kind"]](rule)
 
 
-def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
+def rehearse(
+    shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any], unit_vectors: Mapping[str, int] | None = None
+) -> tuple[list[Row], list[str]]:
+    """What `build_optimizers` would assign to parameters of these names and shapes, and everything it would refuse, with remedies."""
+    settings, rows, problems = cfg["optim"], [], []
+    try:
+        step_rule(settings)
+    except (ValueError, TypeError) as error:
+        problems.append(f"optim.muon.rule: {error}")
+    try:
+        rows = assign(shapes, cfg["assignment"]["rules"] or {}, settings["always_adamw"], unit_vectors)
+        muon_groups(rows, settings["muon"])
+        adamw_groups(rows, settings["adamw"])
+    except AssignmentError as error:
+        problems += error.problems
+    return rows, problems
+
+
+def build_optimizers(
+    model: nn.Module, cfg: Mapping[str, Any], unit_vectors: Mapping[str, int] | None = None
+) -> Optimizers:
     """The optimizers of a model under a configuration; constrained weights are brought onto their manifold.
 
     Args:
         model: any module; only parameter names and shapes matter. Tied parameters count once, under their first name.
-        cfg: the configuration, of which `assignment.rules`, `optim` and `compile` are read.
+        cfg: the configuration, of which `assignment.rules` and `optim` are read.
+        unit_vectors: see `assign`; brought to unit length here, and by every `Optimizers.step`.
 
     Raises:
-        AssignmentError: see `assign`.
+        AssignmentError: see `assign`, `muon_groups` and `adamw_groups`.
     """
     settings = cfg["optim"]
     params = dict(model.named_parameters())
-    rows = assign({n: tuple(p.shape) for n, p in params.items()}, cfg["assignment"]["rules"], settings["always_adamw"])
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    rows = assign(shapes, cfg["assignment"]["rules"] or {}, settings["always_adamw"], unit_vectors)
     optimizers: list[torch.optim.Optimizer] = []
     muon = settings["muon"]
     groups = [
@@ -297,18 +371,12 @@ def build_optimizers(model: nn.Module, cfg: Mapping[str, Any]) -> Optimizers:
         for names, group in muon_groups(rows, muon)
     ]
     if groups:
-        on_cuda = groups[0]["params"][0].is_cuda
-        rule = step_rule(settings, compiled=on_cuda if cfg["compile"] == "auto" else cfg["compile"])
+        rule = step_rule(settings)
         common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
         optimizers.append(ManifoldMuon(groups, rule, **common))
     adamw = settings["adamw"]
-    mine = [params[r.name] for r in rows if r.optimizer == "AdamW"]
-    decays = [
-        {"params": [p for p in mine if p.ndim >= 2], "weight_decay": adamw["weight_decay"]},
-        {"params": [p for p in mine if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = tuple(adamw["betas"])
-    decays = [g for g in decays if g["params"]]
-    if decays:
-        optimizers.append(torch.optim.AdamW(decays, lr=adamw["lr"], betas=betas, eps=adamw["eps"], fused=True))
-    return Optimizers(optimizers, rows)
+    if groups := [{"params": [params[n] for n in names], **group} for names, group in adamw_groups(rows, adamw)]:
+        optimizers.append(
+            torch.optim.AdamW(groups, lr=adamw["lr"], betas=tuple(adamw["betas"]), eps=adamw["eps"], fused=True)
+        )
+    return Optimizers(optimizers, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))

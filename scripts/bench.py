@@ -92,7 +92,10 @@ def matrices(layers: int, where: torch.device) -> nn.Module:
 SETTINGS = {
     "published (bfloat16)": ["optim=paper"],
     "ours": ["optim=manifold_muon"],
-    "ours, one call": ["optim=manifold_muon", "optim.muon.rule.calls={stiefel: 1, dgram: 1, oblique: 1}"],
+    "ours, one call": [
+        "optim=manifold_muon",
+        *(f"optim.muon.rule.{key}" for key in ("calls={dgram: 1}", "cap=0", "root_steps=6")),
+    ],
 }
 
 
@@ -219,8 +222,9 @@ def bench_train(options: dict[str, Any]) -> Rows:
     """Forward, backward, clipping and update on random tokens; every assignment a few steps, taking turns."""
     from model.gpt import GPT
     from optim.groups import build_optimizers
-    from train import accumulate, clip, gpt_config
+    from train import gpt_config
     from training.run import resolve_device, use_compile
+    from training.step import accumulate, clip
 
     where, rows, contestants, facts = device(), [], {}, {}
     size = options["model"] or ("gpt2_124m" if where.type == "cuda" else "mini")
@@ -241,7 +245,7 @@ def bench_train(options: dict[str, Any]) -> Rows:
             compiled=compiled, model=model, optimizers=optimizers, batch=batch, autocast=autocast, spent=spent
         ) -> None:
             accumulate(compiled, batch, micro, where, autocast)
-            norm = clip(model.parameters(), 1.0)
+            norm, _ = clip([p.grad for p in model.parameters()], 1.0)
             synchronize()
             start = time.perf_counter()
             optimizers.step(skip=~norm.isfinite())

@@ -25,6 +25,9 @@ from model.gpt import GPTConfig
 from scripts.command import UsageError, parse, run
 from scripts.runs import load_model
 
+NANOGPT = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
+"""What nanoGPT's GPTConfig takes."""
+
 
 def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
     """Write parameter name → float32 tensor; returns the step and the arguments of nanoGPT's GPTConfig.
@@ -34,10 +37,15 @@ def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"{target} cannot be written; name a file in an existing directory, such as gpt.pt")
     model, config, step = load_model(directory)
-    if config["residual"]["rule"] != "pre_norm":
+    foreign = [] if config["residual"]["rule"] == "pre_norm" else [f"residual={config['residual']['rule']}"]
+    foreign += [
+        f"model.{key}={value}"
+        for key, value in config["model"].items()
+        if key not in NANOGPT and value != getattr(GPTConfig, key)
+    ]
+    if foreign:
         raise UsageError(
-            f"{directory} was trained with residual={config['residual']['rule']}, which nanoGPT does not have; "
-            "only residual=pre_norm can be exported"
+            f"{directory} was trained with {', '.join(foreign)}, which nanoGPT does not have; only GPT-2 itself can be exported"
         )
     plain = asdict(GPTConfig())
     switched = [
@@ -56,7 +64,7 @@ def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
     except (OSError, RuntimeError) as error:  # torch answers a full disk with a RuntimeError
         temporary.unlink(missing_ok=True)
         raise UsageError(f"{target} cannot be written ({error}); free space or name another file") from error
-    return step, config["model"]
+    return step, {key: config["model"][key] for key in NANOGPT}
 
 
 def work(arguments: list[str]) -> int:

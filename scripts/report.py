@@ -54,6 +54,7 @@ COLUMNS = [
     Column("σ max mlp", "sigma_max_mlp", lambda r: r.sigma_max("mlp"), digits=2),
     Column("entropy", "least_entropy", lambda r: r.least_entropy, digits=2),
     Column("saturated", "greatest_saturation", lambda r: r.greatest_saturation, digits=2),
+    Column("feas", "mean_feas", lambda r: r.mean_feas, digits=2),
     Column("status", "status", lambda r: r.status),
     Column("paper", "paper_val_loss", lambda r: PUBLISHED.get(r.assignment)),
 ]

@@ -98,6 +98,12 @@ class Run:
         return max((records[-1]["sigma_max"] for records in self.spectra(sublayer).values()), default=None)
 
     @property
+    def mean_feas(self) -> float | None:
+        """How near Muon's steps came to their optimum, as certified, on average over matrices and time; None if nothing was certified."""
+        feas = [record["feas"] for record in self.records.get("certificate", [])]
+        return sum(feas) / len(feas) if feas else None
+
+    @property
     def least_entropy(self) -> float | None:
         """Least mean entropy of a layer's attention at any probe, relative to log(position)."""
         return min(self._probed("least_entropy"), default=None)

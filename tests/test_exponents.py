@@ -82,8 +82,9 @@ def test_full_strength_is_the_model_itself():
         by_hand = block(by_hand)
     assert torch.equal(list(streams(model, x))[-1], by_hand)
     doubled = list(streams(model, x, strength=2.0))[1]
-    branches = x + 2 * model.transformer.h[0].attn(model.transformer.h[0].ln_1(x))
-    branches = branches + 2 * model.transformer.h[0].mlp(model.transformer.h[0].ln_2(branches))
+    block = model.transformer.h[0]
+    branches = x + 2 * block.attn(F.layer_norm(x, x.shape[-1:], block.ln_1.weight))
+    branches = branches + 2 * block.mlp(F.layer_norm(branches, x.shape[-1:], block.ln_2.weight))
     assert torch.allclose(doubled, branches, atol=1e-6)
 
 

@@ -54,13 +54,10 @@ def execute(words, overrides, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *TINY_RUN, *overrides])
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return
-    main = {
-        "scripts/sample.py": sample.main,
-        "scripts/export.py": export.main,
-        "scripts/report.py": report.main,
-        "scripts/probe.py": probe.main,
-    }[program]
-    assert main(arguments) == 0
+    script = {"sample": sample, "export": export, "report": report, "probe": probe}[
+        program.removeprefix("scripts/")[:-3]
+    ]
+    assert script.main(arguments) == 0
 
 
 @pytest.mark.parametrize("block", [code for code, needs in SHELL if not needs])
@@ -81,14 +78,15 @@ def test_commands_run(block, little_stdlib, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("block", [code for code, needs in SHELL if needs])
 def test_commands_for_other_machines_compose(block):
-    own = ("scale=", "results=")
+    own = ("scale=", "results=", "hydra/", "--", "-m")  # not keys of the configuration
     for words in commands(block):
-        assert words[0] == "python"
-        overrides = [word.replace("scale=", "experiment=") for word in words[2:] if word != "data.prepare"]
-        overrides = [word for word in overrides if not word.startswith(own)]
-        cfg = compose(overrides)
+        assert words[0] in ("python", "torchrun")
+        program = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "data.prepare")
+        overrides = [word.replace("scale=", "experiment=") for word in words[program + 1 :]]
+        overrides = [re.sub(r"^(assignment=\w+),.*", r"\1", word) for word in overrides]  # of a sweep, its first job
+        cfg = compose([word for word in overrides if not word.startswith(own)])
         if "data.prepare" not in words:
-            train.check(cfg)
+            train.check(cfg, cfg["launcher"]["nproc"])
 
 
 def test_python_runs_as_it_stands(capsys):

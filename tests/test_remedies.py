@@ -83,7 +83,7 @@ def test_qk_clip_sees_every_micro_batch_and_every_chunk_of_rows(monkeypatch):
     monkeypatch.setattr("model.attention._CLIP_ROWS", 5)
     clip, batches = QKClip(1.0, "gain", 2), torch.randn(3, 2, 4, 2, 16, 8)
     for q, k in batches:
-        clip.watch(q, k)
+        clip.watch(q, k, q.size(-1) ** -0.5)
     expected = torch.stack([causal_logits(q, k).amax((0, 2, 3)) for q, k in batches]).amax(0)
     assert torch.allclose(clip.largest, expected)
     assert torch.allclose(clip.shrink(), (1 / expected).clamp(max=1))

@@ -119,6 +119,19 @@ class RunLog:
                 self._guarded(sink, sink.close)
 
 
+class NoLog:
+    """The log of a rank that writes nothing."""
+
+    def write(self, kind: str, step: int, **fields: Any) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_records(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a run, of one kind or of all; ``path`` is a metrics.jsonl or the directory that holds it.
 
@@ -198,7 +211,7 @@ def _map(function: Any, value: Any) -> Any:
 # ---- Weights & Biases ----
 
 # W&B sorts its panels by the part before the slash.
-_WANDB_SECTION = {"eval": "val"}
+_WANDB_SECTION = {"eval": "val", "certificate": "muon"}
 
 
 class WandbSink:
@@ -251,7 +264,9 @@ class WandbSink:
         earlier = json.loads(ids_file.read_text()) if resume and ids_file.exists() else []
         # An offline half is uploaded later under its own id; continuing it online would make two writers of one run.
         online = [run["id"] for run in earlier if run["mode"] == "online"]
-        run_id = online[-1] if mode == "online" and online else secrets.token_hex(4)
+        # An agent of `wandb sweep` has chosen the id, by which it finds the run's losses.
+        fresh_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        run_id = online[-1] if mode == "online" and online else fresh_id
         links = [run["id"] for run in earlier if run["id"] != run_id]
         self._run = wandb.init(
             mode=mode,

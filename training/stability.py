@@ -36,14 +36,15 @@ class Stability:
 
     ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``decay`` is that of the exponential
     moving mean and variance of the training loss; until 1/(1 - decay) losses were seen they are plain averages, and the
-    third rule waits. ``on_unstable``: "mark" trains on, "stop" ends the run. ``warning``: settings of EarlyWarning; None
-    for none.
+    third rule waits. ``on_unstable``: "mark" trains on, "stop" ends the run; ``max_skipped`` ends it once more updates than
+    that were left out because something was not finite (None: never). ``warning``: settings of EarlyWarning; None for none.
     """
 
     max_rise: float
     z_threshold: float | None
     z_steps: int
     on_unstable: str = "mark"
+    max_skipped: int | None = None
     warning: Mapping[str, Any] | None = None
     decay: float = 0.98
 
@@ -55,6 +56,7 @@ class Stability:
     _variance: float = field(default=0.0, init=False)
     _seen: int = field(default=0, init=False)
     _high_steps: int = field(default=0, init=False)
+    _skipped: int = field(default=0, init=False)
     _early: EarlyWarning | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -66,16 +68,13 @@ class Stability:
             )
         if self.z_steps < 1:
             raise ValueError(f"stability.z_steps is {self.z_steps}; give 1 or more")
-        if not 0 < self.decay < 1:
-            raise ValueError(f"stability.decay is {self.decay}; give a number between 0 and 1")
         if self.on_unstable not in ON_UNSTABLE:
             raise ValueError(f"stability.on_unstable is {self.on_unstable!r}; give one of {', '.join(ON_UNSTABLE)}")
+        if self.max_skipped is not None and self.max_skipped < 0:
+            raise ValueError(f"stability.max_skipped is {self.max_skipped}; give 0 or more, or null for no limit")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"stability.decay is {self.decay}; give a number between 0 and 1")
         self._early = None if self.warning is None else EarlyWarning(**self.warning)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the run is to end here."""
-        return self.on_unstable == "stop" and self.unstable_step is not None
 
     @property
     def lead(self) -> int | None:
@@ -88,6 +87,16 @@ class Stability:
     def probe(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
         """Observe the summary of a probe; the early warning, once in a run."""
         return None if self._early is None else self._early.observe(step, seen)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is to end here, by ``on_unstable`` or because too many updates were left out."""
+        too_many = self.max_skipped is not None and self._skipped > self.max_skipped
+        return too_many or (self.on_unstable == "stop" and self.unstable_step is not None)
+
+    def skipped(self, count: int) -> None:
+        """Observe how many updates were left out so far because something was not finite."""
+        self._skipped = count
 
     def train(self, step: int, loss: float) -> bool:
         """Observe the training loss of a step (nats, already averaged over ranks)."""
@@ -163,4 +172,4 @@ class Stability:
         return True
 
 
-_RECORD = ("unstable_step", "reason", "best", "best_step", "_mean", "_variance", "_seen", "_high_steps")
+_RECORD = ("unstable_step", "reason", "best", "best_step", "_mean", "_variance", "_seen", "_high_steps", "_skipped")

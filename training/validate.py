@@ -21,6 +21,9 @@ class ConfigError(Exception):
             "\n".join([f"the configuration has {count}; nothing was written:", *(f"  - {p}" for p in self.problems)])
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)  # the message alone could not be turned back into problems
+
 
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -31,7 +34,14 @@ _CHOICES = {
 }
 _POSITIVE = (
     *("max_steps", "global_batch_tokens", "micro_batch_size", "eval_interval", "eval_windows", "log.interval"),
-    *("log.interval_spectra", "checkpoint.interval", "checkpoint.keep", "launcher.nproc", "schedule.decay_steps"),
+    *(
+        "log.interval_spectra",
+        "checkpoint.interval",
+        "checkpoint.keep",
+        "log.interval_certificate",
+        "launcher.nproc",
+        "schedule.decay_steps",
+    ),
     "probe.windows",
     *("optim.muon.rule.dual_steps", "optim.muon.rule.msign_steps"),
 )
@@ -58,10 +68,10 @@ def get(cfg: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def missing(cfg: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def missing(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted keys whose value is still to be given."""
     for key, value in cfg.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from missing(value, f"{prefix}{key}.")
         elif value == "???":
             yield prefix + key

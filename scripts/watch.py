@@ -1,0 +1,191 @@
+"""A live table of a sweep: every job's state, step, losses and the time it has left, as its metrics.jsonl tells.
+
+    python scripts/watch.py outputs/sweep                         until Ctrl-C
+    python scripts/watch.py outputs/sweep once=true               once
+    python scripts/watch.py outputs/sweep interval_s=10 stalled_s=1800
+
+A job is waiting (nothing written yet), running, unstable (as the run itself decided), finished, failed, or stalled: unfinished, and
+silent for `stalled_s` seconds. It reads files only, so it may run anywhere that sees them, and it disturbs nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.command import UsageError, parse, run
+from training.log import METRICS_FILE
+from training.sweep import CONFIG_FILE
+
+OPTIONS = {"once": "false", "interval_s": 2.0, "stalled_s": 300.0}
+COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
+
+
+class Job:
+    """What is known of a run; `update` reads what was written since it was last called."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._forget()
+
+    def _forget(self) -> None:
+        self.step = 0
+        self.train: float | None = None
+        self.val: float | None = None
+        self.tokens_per_s: float | None = None
+        self.unstable = False
+        self.last_kind: str | None = None  # of the last record: its kind, or an event's sort
+        self.written_at = 0.0  # seconds since the epoch
+        self.max_steps: int | None = None
+        self.tokens_per_step: int | None = None
+        self._inode, self._read_bytes = 0, 0
+
+    def update(self) -> None:
+        """Read on; a resumed run has replaced its file, which then is read from its beginning."""
+        path = self.directory / METRICS_FILE
+        try:
+            with path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self._inode or stat.st_size < self._read_bytes:
+                    self._forget()
+                file.seek(self._read_bytes)
+                new = file.read()
+        except FileNotFoundError:
+            return
+        whole = new[: new.rfind(b"\n") + 1]  # the last line may still be on its way
+        self._inode, self.written_at = stat.st_ino, stat.st_mtime
+        self._read_bytes += len(whole)
+        try:
+            for line in whole.splitlines():
+                self._take(line)
+            if self.max_steps is None:
+                config = yaml.safe_load((self.directory / CONFIG_FILE).read_text())
+                self.max_steps, self.tokens_per_step = config["max_steps"], config["global_batch_tokens"]
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+            raise UsageError(
+                f"the run in {self.directory} cannot be read ({error}); mend it or move it away"
+            ) from error
+
+    def _take(self, line: bytes) -> None:
+        if line.startswith(b'{"kind": "spectra"'):  # thousands of numbers that no table shows
+            self.last_kind = "spectra"
+            return
+        record = json.loads(line)
+        self.step, self.last_kind = record["step"], record["kind"]
+        if record["kind"] == "train":
+            self.train, self.tokens_per_s = float(record["loss"]), float(record["tokens_per_s"])
+        elif record["kind"] == "eval":
+            self.val = float(record["loss"])
+        elif record["kind"] == "event":
+            self.last_kind = record["event"]
+            self.unstable |= record["event"] == "unstable"
+
+    def state(self, now: float, stalled_s: float) -> str:
+        """One word; `now` in seconds since the epoch."""
+        if self.last_kind is None:
+            return "waiting"
+        if self.last_kind == "failed":
+            return "failed"
+        if self.last_kind != "end" and now - self.written_at > stalled_s:
+            return "stalled"
+        if self.unstable:
+            return "unstable"
+        return "finished" if self.last_kind == "end" else "running"
+
+    def seconds_left(self) -> float | None:
+        """At the pace of the last training record; None where that is not known or nothing is left."""
+        if self.max_steps is None or self.tokens_per_step is None or not self.tokens_per_s or self.last_kind == "end":
+            return None
+        return (self.max_steps - self.step) * self.tokens_per_step / self.tokens_per_s
+
+
+def find_jobs(sweep: Path, known: dict[Path, Job]) -> dict[Path, Job]:
+    """The jobs of a sweep in order of their names; a single run is a sweep of one."""
+    if (sweep / METRICS_FILE).exists():
+        found = [sweep]
+    else:
+        found = sorted(p for p in sweep.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return {path: known.get(path) or Job(path) for path in found}
+
+
+def short_names(jobs: Sequence[Path]) -> list[str]:
+    """Directory names without the overrides that all jobs share."""
+    parts = [path.name.split(",") for path in jobs]
+    shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
+    return [",".join(p for p in mine if p not in shared) or ",".join(mine) for mine in parts]
+
+
+def table(jobs: dict[Path, Job], stalled_s: float) -> Table:
+    """One row a job."""
+    grid = Table(box=None, pad_edge=False)
+    grid.add_column("job", overflow="fold")
+    grid.add_column("state")
+    for title in ("step", "train", "val", "left"):
+        grid.add_column(title, justify="right")
+    now = time.time()
+    for name, job in zip(short_names(list(jobs)), jobs.values()):
+        state, left = job.state(now, stalled_s), job.seconds_left()
+        steps = str(job.step) if job.max_steps is None else f"{job.step}/{job.max_steps}"
+        grid.add_row(
+            Text(name),
+            Text(state, style=COLOURS.get(state, "")),
+            "" if state == "waiting" else steps,
+            "" if job.train is None else f"{job.train:.4f}",
+            "" if job.val is None else f"{job.val:.4f}",
+            str(timedelta(seconds=round(left))) if left is not None and state in ("running", "unstable") else "",
+        )
+    return grid
+
+
+def work(arguments: list[str]) -> int:
+    """Print the table, once or until interrupted."""
+    others, options = parse(arguments, OPTIONS)
+    if len(others) != 1 or options["once"] not in ("true", "false"):
+        raise UsageError(
+            "name one sweep and, if you like, once=true, interval_s= and stalled_s=, such as: "
+            "python scripts/watch.py outputs/sweep once=true"
+        )
+    sweep, stalled_s = Path(others[0]), options["stalled_s"]
+    if not sweep.is_dir():
+        raise UsageError(f"there is no directory {sweep}; name a sweep's, such as outputs/sweep")
+    jobs: dict[Path, Job] = {}
+
+    def look() -> Table:
+        nonlocal jobs
+        jobs = find_jobs(sweep, jobs)
+        for job in jobs.values():
+            job.update()
+        return table(jobs, stalled_s)
+
+    if options["once"] == "true":
+        Console().print(look())
+        return 0
+    try:
+        with Live(look(), auto_refresh=False) as live:
+            while True:
+                time.sleep(options["interval_s"])
+                live.update(look(), refresh=True)
+    except KeyboardInterrupt:
+        return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run(work, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

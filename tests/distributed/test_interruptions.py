@@ -1,0 +1,153 @@
+"""However often a run is interrupted, it ends as if it had not been."""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+from harness import (
+    ROOT,
+    TORCHRUN,
+    children,
+    command,
+    final_state,
+    finish,
+    last_step,
+    records,
+    same,
+    start,
+    start_ranks,
+    train_as_rank,
+    train_in_process,
+    wait_until,
+)
+
+from training import checkpoint
+from training.config import compose
+
+STEPS = 100
+CHEAP = [
+    "optim=paper",
+    "optim.muon.rule.dual_steps=1",
+    "optim.muon.rule.msign_steps=2",
+    "log.interval_spectra=25",
+    "model.dropout=0.1",
+]
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A configuration of STEPS steps in `tmp_path/<name>`, with overrides."""
+
+    def make(name, *overrides, steps=STEPS):
+        common = [o for o in tiny if not o.startswith(("output_dir", "max_steps"))]
+        return compose([*common, *CHEAP, f"max_steps={steps}", f"output_dir={tmp_path}/{name}", *overrides])
+
+    return make
+
+
+def newest_step(directory):
+    names = [p.name for p in (directory / "checkpoints").glob("step_*")]
+    return max((int(name[5:]) for name in names), default=0)
+
+
+def test_killed_at_twenty_random_moments(run, tmp_path):
+    assert finish([start(train_in_process, run("straight", "checkpoint.interval=50"))]) == [0]
+    cfg = run("killed", "checkpoint.interval=1", "resume=auto")
+    directory, chance, inside_a_save = tmp_path / "killed", random.Random(4), 0
+    for kill in range(20):
+        process = start(train_in_process, cfg)
+        target = newest_step(directory) + chance.randint(1, STEPS // 25)
+        wait_until(lambda target=target: newest_step(directory) >= target, what=f"step {target}", poll=0.001)
+        if kill % 2:
+            saving = directory / "checkpoints"
+            wait_until(lambda saving=saving: any(saving.glob(".step_*.tmp")), what="a save", poll=0)
+        time.sleep(0 if kill % 2 else chance.uniform(0, 0.03))
+        process.kill()
+        finish([process])
+        inside_a_save += any((directory / "checkpoints").glob(".step_*.tmp"))
+        loaded = checkpoint.load_newest(directory / "checkpoints")
+        assert loaded.step >= target and not loaded.skipped
+        assert last_step(directory) - loaded.step <= 1  # lost: at most the step since the last checkpoint
+    assert inside_a_save >= 1
+    assert finish([start(train_in_process, cfg)]) == [0]
+    assert same(final_state(tmp_path / "straight"), final_state(directory))
+    assert records(tmp_path / "straight") == records(directory)
+
+
+def signalled(cfg, step, signum, rank):
+    """A rank of a run; `rank` sends itself the signal while it computes the gradient after `step` steps."""
+    import train as module
+
+    plain, calls = module.accumulate, iter(range(10**6))
+
+    def accumulate(*args):
+        if next(calls) == step and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signum)
+        return plain(*args)
+
+    module.accumulate = accumulate
+    train_as_rank(cfg)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_signals_save_and_end_with_their_exit_code(run, tmp_path, world):
+    assert set(finish(start_ranks(world, train_as_rank, run("straight", steps=40)))) == {0}
+    directory, cfg = tmp_path / "stopped", run("stopped", "checkpoint.interval=1000", "resume=auto", steps=40)
+    for interruption, signum in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), start=1):
+        output, since = tmp_path / f"{signum}.txt", time.monotonic()
+        ranks = start_ranks(world, signalled, cfg, 6, signum, world - 1, output=output)  # one is asked, all leave
+        assert finish(ranks, timeout=30) == [128 + signum] * world
+        assert time.monotonic() - since < 30
+        assert newest_step(directory) == last_step(directory) == 7 * interruption  # after the step that was under way
+        assert f"{signum.name}: stopped at step {7 * interruption}" in output.read_text()
+    assert set(finish(start_ranks(world, train_as_rank, cfg))) == {0}
+    assert same(final_state(tmp_path / "straight"), final_state(directory))
+    assert records(tmp_path / "straight") == records(directory)
+
+
+def test_a_signal_in_the_last_step_finishes_the_run_and_still_stops_what_follows(run, tmp_path):
+    [rank] = start_ranks(1, signalled, run("run", steps=5), 4, signal.SIGTERM, 0)
+    assert finish([rank]) == [143]
+    assert newest_step(tmp_path / "run") == 5 and records(tmp_path / "run")[-1]["kind"] == "end"
+
+
+def test_a_killed_rank_ends_the_others_and_costs_only_the_steps_since_the_checkpoint(run, tmp_path):
+    cfg = run("run", "checkpoint.interval=5", "resume=auto", steps=40)
+    ranks = start_ranks(2, train_as_rank, cfg, output=tmp_path / "output.txt")
+    wait_until(lambda: newest_step(tmp_path / "run") >= 10, what="a checkpoint")
+    ranks[1].kill()
+    assert finish(ranks, timeout=30) == [1, -signal.SIGKILL]
+    text = (tmp_path / "output.txt").read_text()
+    assert "rank 0 of 2 lost the others" in text and "resume=auto" in text and "Traceback" not in text
+    assert newest_step(tmp_path / "run") >= last_step(tmp_path / "run") - 5
+    assert set(finish(start_ranks(2, train_as_rank, cfg))) == {0}
+    assert newest_step(tmp_path / "run") == 40
+
+
+def test_a_sweep_stops_with_its_job(tiny, tmp_path):
+    overrides = [*tiny[:-1], *CHEAP, "max_steps=20000", "seed=1,2", "launcher.nproc=2", "checkpoint.interval=100000"]
+    sweep = tmp_path / "outputs" / "sweep"
+    with command(sys.executable, str(ROOT / "train.py"), "-m", *overrides, cwd=tmp_path) as process:
+        first = wait_until(lambda: next((p for p in sweep.glob("*/") if last_step(p) > 5), None), 180, "five steps")
+        since = time.monotonic()
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert time.monotonic() - since < 30
+    assert [p for p in sweep.iterdir() if p.is_dir()] == [first]
+    assert newest_step(first) == last_step(first)
+    assert not children(process.pid)
+
+
+def test_torchrun_passes_a_signal_on(run, tiny, tmp_path):
+    overrides = [*tiny[:-1], *CHEAP, "max_steps=20000", "output_dir=run", "checkpoint.interval=100000"]
+    words = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *overrides]
+    with command(*words, cwd=tmp_path) as process:
+        wait_until(lambda: last_step(tmp_path / "run") > 5, 180, "five steps")
+        process.terminate()
+        process.wait(30)
+    assert newest_step(tmp_path / "run") == last_step(tmp_path / "run")
+    assert "SIGTERM: stopped at step" in (tmp_path / "output.txt").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "output.txt"}  # no directories of Hydra, of no rank

@@ -1,0 +1,148 @@
+"""The crossing and the learning-rate transfer: what they run, what a cell amounts to, where an optimum lies, and what is written."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from scripts import bench_residual, crossing, lr_transfer
+from scripts.runs import Run
+from train import train
+from training.config import compose
+
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Run the jobs one after the other here; starting workers would take longer than the runs."""
+
+    def run_grid(jobs, workers):
+        for job in jobs:
+            if not job.ended:
+                train(compose([*job.overrides, "resume=auto"]), job.directory)
+        return {}
+
+    for module in (crossing, lr_transfer):
+        monkeypatch.setattr(module, "run_grid", run_grid)
+
+
+@pytest.fixture(scope="module")
+def tiny_grid(tiny_data):
+    return [
+        *tiny_data,
+        *("model.block_size=16", "global_batch_tokens=64", "micro_batch_size=4", "eval_interval=2", "eval_windows=4"),
+        *("log.interval=1", "checkpoint.interval=2", "device=cpu"),
+    ]
+
+
+def fake(assignment="Hetero", seed=1, losses=((0, 5.0), (10, 3.0), (20, 2.0)), unstable=None):
+    records = {"eval": [{"step": s, "loss": x} for s, x in losses], "end": [{"step": losses[-1][0]}]}
+    if unstable is not None:
+        records["event"] = [{"step": unstable, "event": "unstable"}]
+    config = {"assignment": {"name": assignment}, "residual": {"rule": "geonorm"}, "seed": seed}
+    return Run(Path("nowhere"), config, records, {}, {})
+
+
+# ---- crossing ----
+
+
+def test_steps_to_a_target_loss():
+    assert crossing.steps_to(fake(), 4.0) == pytest.approx(5)
+    assert crossing.steps_to(fake(), 2.5) == pytest.approx(15)
+    assert crossing.steps_to(fake(), 5.5) == 0 and crossing.steps_to(fake(), 1.0) is None
+
+
+def test_the_target_is_one_that_every_stable_cell_reaches():
+    cells = {
+        ("a", "x"): [fake(), fake(losses=((0, 5.0), (10, 2.111)))],
+        ("b", "x"): [fake(losses=((0, 5.0), (10, 4.9)), unstable=10)],
+        ("c", "x"): [fake(losses=((0, 5.0), (10, math.nan)))],
+    }
+    target = crossing.common_target(cells)
+    assert target == pytest.approx(2.12)
+    assert all(crossing.steps_to(r, target) is not None for r in cells["a", "x"])
+    assert [crossing.stable(runs) for runs in cells.values()] == [True, False, False]
+    assert crossing.common_target({("b", "x"): cells["b", "x"]}) == math.inf
+
+
+def test_the_default_grid_is_the_experiments():
+    options = {**crossing.grid(), "output_dir": "out"}
+    options["seed"] = str(options["seed"])
+    jobs = crossing.jobs_of(options, [])
+    assert len(jobs) == 4 * 3 and all(len(members) == 3 for members in jobs.values())
+    assert len({job.directory for members in jobs.values() for job in members}) == 36
+
+
+def test_crossing_writes_table_and_heat_map_and_keeps_what_is_done(tiny_grid, tmp_path, in_this_process, capsys):
+    arguments = [
+        *("assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seed=1,2", "target=100"),
+        *("model.n_layer=1", "model.n_embd=16", "model.n_head=2", "max_steps=4", "schedule.warmup_steps=1"),
+        *(*tiny_grid, f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"),
+    ]
+    assert crossing.main(arguments) == 0
+    table = (tmp_path / "results/table.md").read_text()
+    assert table.count("| 2 |") == 4 and table.count(" ± ") >= 8 and "steps to 100.00" in table
+    rows = json.loads((tmp_path / "results/table.json").read_text())["rows"]
+    assert len(rows) == 8 and {r["steps_to_target"] for r in rows} == {0.0}
+    assert (tmp_path / "results/heat_map.png").read_bytes().startswith(PNG)
+    before = {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    assert crossing.main(arguments) == 0
+    assert len(before) == 8 and before == {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    assert crossing.main(["residual=geonrm", "assignment=adamw", *tiny_grid]) == 2
+
+
+# ---- learning-rate transfer ----
+
+
+def test_optimum_of_a_parabola_is_exact():
+    curve = {r: [3 + math.log(r / 0.013) ** 2] for r in (0.004, 0.01, 0.02, 0.05)}
+    rate, loss, at_end = lr_transfer.optimum(curve)
+    assert rate == pytest.approx(0.013) and loss == pytest.approx(3) and not at_end
+    assert lr_transfer.optimum({0.1: [2.0], 0.2: [1.0]}) == (0.2, 1.0, True)
+    assert lr_transfer.optimum({0.1: [2.0], 0.2: [1.0], 0.3: [math.inf]}) == (0.2, 1.0, True)
+
+
+def test_sweeps_vary_one_thing_and_share_the_base():
+    options = {**lr_transfer.OPTIONS, "rates": "0.01", "output_dir": "out"}
+    base, sweeps = lr_transfer.sweeps_of(options)
+    jobs = lr_transfer.jobs_of(base, sweeps, options, [])
+    assert len(jobs) == 2 * (3 + 2 + 2)
+    cfg = compose(jobs["nu", lr_transfer.Size(256, 4, 300), 0.01, 1].overrides)
+    assert (cfg["model"]["n_embd"], cfg["model"]["n_head"], cfg["max_steps"]) == (256, 8, 300)
+    assert cfg["transfer"]["base"]["n_embd"] == 128 and cfg["transfer"]["base_steps"] == 300
+    plain = compose(jobs["none", lr_transfer.Size(256, 4, 300), 0.01, 1].overrides)
+    assert {k: v for k, v in plain.items() if k != "transfer"} == {k: v for k, v in cfg.items() if k != "transfer"}
+
+
+def test_transfer_writes_table_and_picture(tiny_grid, tmp_path, in_this_process):
+    arguments = [
+        *("widths=16,32", "depths=1", "steps=3", "base=16,1,3", "head=8", "rates=0.01,0.02,0.04"),
+        *(*tiny_grid, f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"),
+    ]
+    assert lr_transfer.main(arguments) == 0
+    table = (tmp_path / "results/table.md").read_text()
+    assert table.count("| nGPT |") == table.count("| νGPT |") == 4 and table.count("+0.00") >= 6
+    assert len(json.loads((tmp_path / "results/table.json").read_text())) == 4
+    assert (tmp_path / "results/loss_by_rate.png").read_bytes().startswith(PNG)
+    assert lr_transfer.main([*arguments, "head=5"]) == 2 and lr_transfer.main([*arguments, "base=16"]) == 2
+
+
+# ---- bench ----
+
+
+def test_bench_measures_every_rule():
+    sizes = {"layers": 1, "width": 16, "heads": 2, "block": 8, "vocab": 32, "micro": 1, "tokens": 16, "repeats": 1}
+    rows = {row["rule"]: row for row in bench_residual.measure(sizes)}
+    assert set(rows) == set(bench_residual.contestants())
+    assert rows["pre_norm"]["time ratio"] == rows["pre_norm"]["memory ratio"] == 1.0
+    assert rows["sandwich_norm"]["memory ratio"] > 1.0 and all(row["median s"] > 0 for row in rows.values())
+
+
+def test_scripts_say_how_they_are_used(capsys):
+    for module in (crossing, lr_transfer, bench_residual):
+        assert module.main(["--help"]) == 0
+        name = Path(module.__file__).relative_to(ROOT)
+        assert f"python {name}" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""The table of a sweep says what the records say, and reads on where it stopped."""
+
+import json
+import os
+import time
+
+import pytest
+import yaml
+
+from scripts import watch
+from training.log import RunLog
+
+
+def write_job(sweep, name, *records, max_steps=100, silent_s=0.0):
+    directory = sweep / name
+    directory.mkdir(parents=True)
+    if records:
+        (directory / "config.yaml").write_text(yaml.safe_dump({"max_steps": max_steps, "global_batch_tokens": 50}))
+        log = RunLog(directory)
+        for kind, step, fields in records:
+            log.write(kind, step, **fields)
+        log.close()
+        then = time.time() - silent_s
+        os.utime(directory / "metrics.jsonl", (then, then))
+    return directory
+
+
+def train(step, loss=2.5):
+    return ("train", step, {"loss": loss, "lr": 1.0, "tokens_per_s": 10.0})
+
+
+def rows(capsys, *arguments):
+    """The printed table: job → its cells."""
+    assert watch.main([*map(str, arguments), "once=true"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return {line.split()[0]: line.split()[1:] for line in lines}
+
+
+UNSTABLE = ("event", 20, {"event": "unstable", "message": "no"})
+END = ("end", 100, {"best_val_loss": 2.0})
+CASES = {
+    "seed=1": ([], "waiting", ()),
+    "seed=2": ([train(40), ("spectra", 40, {"name": "w", "sigma": [1.0]})], "running", ("40/100", "2.5000", "0:05:00")),
+    "seed=3": ([train(40), END], "finished", ("100/100", "2.5000")),
+    "seed=4": ([train(20), UNSTABLE, train(30)], "unstable", ("30/100", "2.5000", "0:05:50")),
+    "seed=5": ([train(20), UNSTABLE, END], "unstable", ("100/100", "2.5000")),
+    "seed=6": ([train(7), ("event", 7, {"event": "failed", "message": "no"})], "failed", ("7/100", "2.5000")),
+    "seed=7": ([("eval", 0, {"loss": float("nan")})], "running", ("0/100", "nan")),
+    "seed=8": ([train(9), ("event", 9, {"event": "failed", "message": "no"}), train(10)], "running", None),
+}
+
+
+def test_every_state(tmp_path, capsys):
+    for name, (records, _, _) in CASES.items():
+        write_job(tmp_path, f"model=demo,{name}", *records)
+    write_job(tmp_path, "model=demo,seed=9", train(40), silent_s=1000)
+    (tmp_path / ".submitit").mkdir()
+    found = rows(capsys, tmp_path)
+    for name, (_, state, cells) in CASES.items():
+        assert found[name][0] == state, name  # what all jobs share is not in their names
+        assert cells is None or tuple(found[name][1:]) == cells, name
+    assert found["seed=9"] == ["stalled", "40/100", "2.5000"]
+    assert len(found) == len(CASES) + 1
+    assert rows(capsys, tmp_path, "stalled_s=2000")["seed=9"][0] == "running"
+
+
+def test_it_reads_on_and_starts_again_when_a_run_was_resumed(tmp_path):
+    directory = write_job(tmp_path, "a", train(10), train(20, loss=3.0))
+    job = watch.Job(directory)
+    job.update()
+    assert (job.step, job.train) == (20, 3.0)
+    log = RunLog(directory, resume_step=10)
+    with (directory / "metrics.jsonl").open("ab") as file:
+        file.write(json.dumps({"kind": "train", "step": 11, "loss": 1.0, "tokens_per_s": 1.0}).encode()[:-5])
+    job.update()
+    assert (job.step, job.train) == (10, 2.5)  # the rest of the line is still on its way
+    log.close()
+    RunLog(directory).close()
+    job.update()
+    assert job.step == 10
+
+
+def test_a_single_run_and_mistakes(tmp_path, capsys):
+    directory = write_job(tmp_path, "a", train(10))
+    assert rows(capsys, directory)["a"][0] == "running"
+    for arguments, said in (
+        [[], "name one sweep"],
+        [[tmp_path / "b"], "no directory"],
+        [[tmp_path, "once=1"], "once=true"],
+    ):
+        assert watch.main(list(map(str, arguments))) == 2
+        assert said in capsys.readouterr().err
+    (directory / "metrics.jsonl").write_text("what?\n")
+    assert watch.main([str(tmp_path), "once=true"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_it_goes_on_until_interrupted(tmp_path, monkeypatch, capsys):
+    directory, looks = write_job(tmp_path, "a", train(10)), []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+        log = RunLog(directory)
+        log.write("train", 10 + len(looks), loss=1.0, tokens_per_s=1.0)
+        log.close()
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    assert watch.main([str(tmp_path), "interval_s=7"]) == 0
+    assert looks == [7.0] * 3 and "12/100" in capsys.readouterr().out

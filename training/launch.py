@@ -1,0 +1,242 @@
+"""From one job to its ranks: this process alone, one rank among those that torchrun started, or the parent of ranks of its own.
+
+How a process ended is said by its exit code alone, since that is what crosses from a rank to its parent, to torchrun and to a
+cluster: 0 done, 2 a user's mistake (its message is on stderr), 128 + signal saved and stopped, anything else a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from training.ranks import LostRanks
+from training.signals import STOP_SIGNALS, Stopped
+
+Worker = Callable[[dict[str, Any], "Path | None"], float]
+"""What a rank does: a configuration and a directory become the best validation loss. Importable by name, for spawned ranks."""
+
+USER_ERROR = 2
+
+EXTRAS = (
+    ("hydra/launcher=submitit", "hydra_submitit_launcher", "slurm"),
+    ("hydra/sweeper=optuna", "hydra_optuna_sweeper", "hpo"),
+)
+"""How a word of the command line begins, the Hydra plugin that it needs, and the extra that brings it."""
+
+
+class RankFailed(Exception):
+    """A rank of this job failed, and the job with it; `exit_code` is what the job should end with."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def launch(
+    worker: Worker, cfg: dict[str, Any], directory: Path | None, user_errors: tuple[type[Exception], ...] = ()
+) -> float:
+    """Run a job on its ranks; returns what rank 0's worker returns.
+
+    Args:
+        worker: run by every rank with `cfg` and `directory`.
+        cfg: plain configuration; `launcher.nproc` ranks are started unless this process is a rank already.
+        directory: of the job, or None where the worker is to choose.
+        user_errors: exceptions whose message is all that a rank prints.
+
+    Raises:
+        Stopped: a signal ended the run, which has saved. RankFailed: a rank that was started here failed. Whatever the worker
+        raises, where it runs in this process.
+    """
+    if "RANK" in os.environ:
+        return run_rank(worker, cfg, directory, user_errors)
+    try:
+        if cfg["launcher"]["nproc"] == 1 and _slurm_nodes() == 1:
+            return worker(cfg, directory)
+        return _start_ranks(worker, cfg, directory, user_errors)
+    except Stopped as stopped:
+        # Who handled this signal before us learns of it now that the run has saved: submitit requeues the job.
+        handler = signal.getsignal(stopped.signal)
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(stopped.signal, None)
+        raise
+
+
+def refusal(arguments: Sequence[str]) -> str | None:
+    """Why this command line cannot run here, and what to do instead; None if it can."""
+    for word, plugin, extra in EXTRAS:
+        if any(a.startswith(word) for a in arguments) and find_spec(f"hydra_plugins.{plugin}") is None:
+            return f"{word}... needs a plugin that is not installed; get it with: pip install -e '.[{extra}]'"
+    flags = {"-m", "--multirun"}
+    if "RANK" not in os.environ or not flags & set(arguments):
+        return None
+    # Every rank would sweep by itself, and the second job would find the process group of the first.
+    wanted = [a for a in arguments if a not in flags and not a.startswith("launcher.nproc=")]
+    nproc = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return "a sweep cannot run under torchrun, since each of its jobs starts its own ranks; use: " + shlex.join(
+        ["python", "train.py", "-m", f"launcher.nproc={nproc}", *wanted]
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for the job: not a rank, or rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# ---- a rank ----
+
+
+def run_rank(
+    worker: Worker,
+    cfg: dict[str, Any],
+    directory: Path | None,
+    user_errors: tuple[type[Exception], ...],
+    parent_reports: bool = False,
+) -> float:
+    """Run the worker as one of several ranks. Anything but success leaves the process at once, by its exit code.
+
+    At once, because a rank that lingers after a signal is killed after 30 s, and one that unwinds after an error may wait forever
+    in the destructor of a process group whose other ranks are gone. With `parent_reports` a user's mistake is left to the parent
+    to print, once: all ranks make it, and the first that leaves takes the others with it.
+    """
+    try:
+        return worker(cfg, directory)
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else 1
+    except user_errors as error:
+        code = USER_ERROR
+        _tell_parent(str(error))
+        if not parent_reports and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(error, file=sys.stderr)
+    except LostRanks as error:
+        code = 1
+        print(error, file=sys.stderr)
+    except Exception:
+        code = 1
+        print(f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _tell_parent(message: str) -> None:
+    """Leave a message where torch's launcher, which named the file, looks for the first failure's."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+
+
+# ---- the parent of ranks ----
+
+
+def _start_ranks(
+    worker: Worker, cfg: dict[str, Any], directory: Path | None, user_errors: tuple[type[Exception], ...]
+) -> float:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    nproc, nodes = cfg["launcher"]["nproc"], _slurm_nodes()
+    endpoint, run_id, meeting = _slurm_rendezvous() if nodes > 1 else ("localhost:0", uuid.uuid4().hex, {})
+    config = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=nproc,
+        run_id=run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"timeout": cfg["launcher"]["timeout_s"], **meeting},
+        max_restarts=0,
+        start_method="spawn",
+    )
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say, the ranks and we say
+    with _signals_passed_on(), _cores_shared(nproc):
+        try:
+            results = elastic_launch(config, run_rank)(worker, cfg, directory, user_errors, True)
+        except SignalException as caught:
+            raise Stopped(caught.sigval) from None
+        except ChildFailedError as failed:
+            rank, failure = failed.get_first_failure()
+            raise _ending(rank, failure.exitcode, failure.message) from None
+    return next(iter(results.values()))  # the same on every rank; rank 0's where it is among this node's
+
+
+def _ending(rank: int, code: int, message: str) -> BaseException:
+    """What the end of the first rank that failed means for the job."""
+    signum = code - 128 if code > 128 else -code
+    if signum in STOP_SIGNALS:
+        return Stopped(signum)
+    if code == USER_ERROR:
+        return RankFailed(message, code)
+    if code < 0:
+        name = signal.Signals(-code).name
+        return RankFailed(
+            f"rank {rank} was killed by {name} (for SIGKILL, look for want of memory); continue with resume=auto", 1
+        )
+    return RankFailed(f"rank {rank} failed with exit code {code}; its message stands above", 1)
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """Let every stop signal reach the ranks, and give the handlers back that were there before.
+
+    The launcher sends on what is raised as SignalException, and waits for the ranks to save. By itself it knows only some signals.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def pass_on(signum: int, _: FrameType | None) -> None:
+        raise SignalException(f"signal {signum}", sigval=signal.Signals(signum))
+
+    before = {s: signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, pass_on)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def _cores_shared(nproc: int) -> Iterator[None]:
+    """Give each rank its part of this machine's cores, unless the user has decided; all of them each would only get in the way."""
+    name = "OMP_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+# ---- Slurm, by submitit: one task a node ----
+
+
+def _slurm_nodes() -> int:
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else 1
+
+
+def _slurm_rendezvous() -> tuple[str, str, dict[str, Any]]:
+    """Where the nodes of this job meet, its id, both the same on all of them, and who is the host; a requeued job is a new one."""
+    import submitit
+
+    job = submitit.JobEnvironment()
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    # Ports from 20000 on, away from those that Linux gives to outgoing connections (32768 and up).
+    endpoint = f"{job.hostnames[0]}:{20_000 + int(job.raw_job_id) % 10_000}"
+    return endpoint, f"{job.job_id}.{restarts}", {"is_host": job.node == 0}

@@ -1,0 +1,214 @@
+"""The ranks of a run: who this process is among them, and what they tell each other besides gradients.
+
+One process alone is a world of 1: no process group is made, and every helper is the identity. Small numbers and Python objects
+travel over gloo on the CPU, also where gradients travel over NCCL: nobody waits for the device, and a rank that hangs or is gone
+becomes an exception here before NCCL's watchdog aborts the process without a word a person can use.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.run import resolve_device
+from training.validate import ConfigError
+
+T = TypeVar("T")
+
+# NCCL waits this much longer than gloo, so that the error with the remedy comes first.
+_NCCL_GRACE_S = 30
+
+# How gloo, NCCL and the store word it when a peer is silent or gone; they raise nothing more specific than RuntimeError.
+_LOST_PEER = re.compile(
+    r"timed? ?out|time ?limit|connection (closed|reset|refused)|broken pipe|gloo|nccl|socket|peer", re.IGNORECASE
+)
+
+
+class LostRanks(RuntimeError):
+    """Another rank did not answer within `launcher.timeout_s`, or is gone; the message says what to look at."""
+
+
+def world_size() -> int:
+    """How many ranks the environment speaks of, this one included."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` ranks. `local_rank` counts within the node, `device` is this rank's own."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+    timeout_s: float = field(repr=False)
+    _control: Any = field(default=None, repr=False)  # the gloo group
+
+    @classmethod
+    def init(cls, cfg: dict[str, Any]) -> Ranks:
+        """Join the process group that the environment describes (as torchrun sets it); a world of 1 needs none.
+
+        `device` and `launcher.timeout_s` are read from the configuration.
+
+        Raises:
+            ConfigError: more ranks on this node than CUDA devices.
+            LostRanks: the other ranks do not appear in time.
+        """
+        device, timeout_s, world = resolve_device(cfg)[0], cfg["launcher"]["timeout_s"], world_size()
+        if world == 1:
+            return cls(0, 0, 1, device, timeout_s)
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        timeout = timedelta(seconds=timeout_s)
+        with _explained(rank, world, timeout_s):
+            if device.type == "cuda":
+                device = _own_cuda_device(local_rank)
+                grace = timedelta(seconds=_NCCL_GRACE_S)
+                dist.init_process_group("nccl", timeout=timeout + grace, device_id=device)
+                control = dist.new_group(backend="gloo", timeout=timeout)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)
+                control = dist.group.WORLD
+        return cls(rank, local_rank, world, device, timeout_s, control)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that writes."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Leave the process group. Waits for nobody: after an error there may be nobody to wait for."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def explained(self) -> Any:
+        """A context in which the backend's error about a silent or vanished rank becomes LostRanks."""
+        return _explained(self.rank, self.world, self.timeout_s)
+
+    # ---- of numbers on the device: gradients' company ----
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum over ranks of a tensor (any shape, on `device`), in place; every rank gets the same bits."""
+        if self.world > 1:
+            with self.explained():
+                dist.all_reduce(t)
+        return t
+
+    def all_reduce_mean(self, t: Tensor) -> Tensor:
+        """The mean over ranks of a floating tensor (any shape, on `device`), in place."""
+        return self.sum(t).div_(self.world) if self.world > 1 else t
+
+    # ---- of small things, over the CPU ----
+
+    def max(self, value: int) -> int:
+        """The largest of the ranks' whole numbers."""
+        if self.world == 1:
+            return value
+        number = torch.tensor(value, dtype=torch.int64)
+        with self.explained():
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._control)
+        return int(number)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return bool(self.max(int(flag)))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.max(0)
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        with self.explained():
+            dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's picklable value, in order of rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with self.explained():
+            dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def require_equal(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compare a checksum of every float32 tensor over the ranks, bit by bit; one rank alone is equal to itself.
+
+        Raises:
+            RuntimeError: naming the first tensor that differs.
+        """
+        if self.world == 1:
+            return
+        sums = torch.stack([t.detach().flatten().view(torch.int32).sum(dtype=torch.int64) for t in tensors.values()])
+        ours = sums.tolist()
+        for rank, theirs in enumerate(self.gather_objects(ours)):
+            for name, mine, other in zip(tensors, ours, theirs):
+                if mine != other:
+                    raise RuntimeError(
+                        f"{name} is not the same on ranks {self.rank} and {rank}: the replicas have drifted apart; continue from "
+                        "the last checkpoint with resume=auto, and look for faulty memory or mixed hardware if it happens again"
+                    )
+
+    def from_main(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What `work(*arguments)` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+        if self.world == 1:
+            return work(*arguments)
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(*arguments), None)
+            except Exception as error:
+                outcome = (None, _portable(error))
+        value, error = self.broadcast_object(outcome)
+        if error is not None:
+            raise error
+        return value
+
+
+def _own_cuda_device(local_rank: int) -> torch.device:
+    here, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if wanted > here:
+        raise ConfigError(
+            [f"{wanted} ranks are started here, but there are {here} CUDA devices; start {here}, or use device=cpu"]
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one of the same text where it cannot be pickled to other ranks and back."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(str(error))
+    return error
+
+
+@contextmanager
+def _explained(rank: int, world: int, timeout_s: float) -> Iterator[None]:
+    try:
+        yield
+    except LostRanks:
+        raise
+    except RuntimeError as error:
+        if world == 1 or not _LOST_PEER.search(str(error)):
+            raise
+        cause = str(error).strip().splitlines()[0]
+        raise LostRanks(
+            f"rank {rank} of {world} lost the others: a rank was gone, or silent for launcher.timeout_s={timeout_s:g} s. "
+            "Look for the first error on the other ranks and nodes; if they were only slow, raise launcher.timeout_s. "
+            f"Then continue from the last checkpoint with resume=auto ({cause})"
+        ) from error

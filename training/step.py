@@ -1,0 +1,109 @@
+"""The parts of a training step that know neither models nor manifolds: batches, gradients, clipping, evaluation, finiteness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.ranks import Ranks
+
+
+def micro_batches(windows: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows (N, T+1) uint16 as inputs and targets (size, T) int64 on the device."""
+    for start in range(0, len(windows), size):
+        part = torch.from_numpy(windows[start : start + size].astype("int64"))
+        part = part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
+        yield part[:, :-1], part[:, 1:]
+
+
+def accumulate(
+    model: nn.Module, windows: np.ndarray, size: int, device: torch.device, autocast: AbstractContextManager
+) -> Tensor:
+    """Gradient of the mean loss over all windows (N, T+1), `size` at a time; returns that mean (0-d, on the device)."""
+    total, seen = torch.zeros((), device=device), 0
+    for x, y in micro_batches(windows, size, device):
+        seen += len(x)
+        waits = isinstance(model, DistributedDataParallel) and seen < len(windows)  # ranks exchange gradients once
+        with model.no_sync() if waits else nullcontext():
+            with autocast:
+                _, loss = model(x, y)
+            share = loss * (len(x) / len(windows))
+            share.backward()
+        total += share.detach()
+    return total
+
+
+def clip(gradients: list[Tensor], largest: float) -> tuple[Tensor, Tensor]:
+    """Scale the gradients, in place, to a global norm of at most `largest`; 0 leaves them alone.
+
+    Returns:
+        The global norm before (0-d) and the norm of each gradient (N,), on the device. The arithmetic is that of
+        torch.nn.utils.clip_grad_norm_.
+    """
+    norms = torch.stack(torch._foreach_norm(gradients))
+    total = torch.linalg.vector_norm(norms)
+    if largest > 0:
+        torch._foreach_mul_(gradients, (largest / (total + 1e-6)).clamp_max(1.0))
+    return total, norms
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: np.ndarray, size: int, ranks: Ranks, autocast: AbstractContextManager) -> float:
+    """Mean loss over the windows (N, T+1), in nats a token: the same bits on every rank, and on any number of ranks.
+
+    Ranks take whole micro-batches in turn, and the sum runs over all of them in one order.
+    """
+    model.eval()
+    sums = torch.zeros(-(-len(windows) // size), dtype=torch.float64, device=ranks.device)
+    for i in range(ranks.rank, len(sums), ranks.world):
+        for x, y in micro_batches(windows[i * size : (i + 1) * size], size, ranks.device):
+            with autocast:
+                _, loss = model(x, y)
+            sums[i] = loss.double() * len(x)
+    model.train()
+    return ranks.sum(sums).sum().item() / len(windows)
+
+
+class FiniteGuard:
+    """Finds updates whose loss or gradient is not finite, and what it was that broke, without waiting for the device.
+
+    count: updates left out so far, those before a resume included.
+    """
+
+    def __init__(self, names: list[str], device: torch.device, count: int = 0) -> None:
+        self.names = names
+        self._count = torch.tensor(count, device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._losses = torch.zeros(2, device=device)
+        self._norms = torch.zeros(len(names), device=device)
+
+    def check(self, step: int, loss_here: Tensor, loss: Tensor, norms: Tensor) -> Tensor:
+        """Whether the update `step` must be left out (0-d bool): by this rank's loss, the mean loss, and the gradients' norms (N,)."""
+        bad = ~(loss.isfinite() & norms.isfinite().all())
+        first = bad & (self._count == 0)
+        self._count += bad
+        self._step = torch.where(first, step, self._step)
+        self._losses = torch.where(first, torch.stack([loss_here, loss]), self._losses)
+        self._norms = torch.where(first, norms, self._norms)
+        return bad
+
+    @property
+    def count(self) -> int:
+        """How many updates were left out; waits for the device."""
+        return int(self._count)
+
+    def first(self, ranks: Ranks) -> tuple[int, str, int]:
+        """Step of the first update that was left out, what was not finite, and on which rank. All ranks must call."""
+        here, mean = self._losses.tolist()
+        broken = [rank for rank, fine in enumerate(ranks.gather_objects(math.isfinite(here))) if not fine]
+        if broken:
+            return int(self._step), "the loss", broken[0]
+        bad = (~self._norms.isfinite()).tolist()
+        what = next((f"the gradient of {name}" for name, flag in zip(self.names, bad) if flag), "the loss")
+        return int(self._step), what, ranks.rank if math.isfinite(mean) else 0
