@@ -8,7 +8,7 @@
 Overrides of train.py say which model; it is only built, not trained, unless `train=` asks for it. Options of this command:
 
     assignments=   which initialisations are compared (adamw,all_stiefel,all_dgram,hetero,hetero_inv)
-    seeds=         models per line, for the error bars (5)
+    seeds=         models per line and per point of the phase diagram (5)
     correlation=   of the synthetic tokens (0.99)
     scan=          points along each axis of the phase diagram, residual strength and scale of c_fc; 0: none
     skip=          what multiplies the stream in the scan: one, or normalised, √(1 - α²)
@@ -159,7 +159,7 @@ def scan(overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
         for scale in scales:
             joined = {"strength": strength, "skip": options["skip"]}
             seen, foretold = [], []
-            for seed in range(2):
+            for seed in range(options["seeds"]):
                 model, generator = build(cfg, seed, scale), torch.Generator().manual_seed(seed)
                 stream = near_collapse(model, BATCH, tokens, options["correlation"], generator)
                 seen.append(measure(model, stream, generator, **joined))
