@@ -297,8 +297,9 @@ def bench_probes(options: dict[str, Any]) -> Rows:
     """
     from model.gpt import GPT
     from model.probes import probe
-    from train import accumulate, clip, gpt_config
+    from train import gpt_config
     from training.run import resolve_device, use_compile
+    from training.step import accumulate, clip
 
     where = device()
     cfg = compose(["experiment=paper", *([f"model={options['model']}"] if options["model"] else [])])
@@ -313,7 +314,7 @@ def bench_probes(options: dict[str, Any]) -> Rows:
 
     def step() -> None:
         accumulate(compiled, tokens, micro, where, autocast)
-        clip(model.parameters(), 1.0)
+        clip([p.grad for p in model.parameters()], 1.0)
         model.zero_grad(set_to_none=True)
 
     times = measure({"step": step, "probe": lambda: probe(model, watched)}, options["repeats"] or 3)
