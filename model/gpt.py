@@ -29,7 +29,8 @@ class GPTConfig:
     storage: the size at which s_qk and s_z are stored, see StoredScale; None for 1/√d. logit_scale: s_z at the start.
     residual: the residual rule and its settings, see model.residual.
     qk_norm, qk_clip (threshold of a logit; 0: off), qk_clip_on, logit_cap (0: off), head_gate: see model/attention.py.
-    weight_scale: multiplies GPT-2's initial c_attn and c_fc; residual_scale: its initial c_proj, which write into the stream.
+    weight_scale: multiplies GPT-2's initial c_fc (σ_w of arXiv 2403.02579); residual_scale: its initial c_proj, which write into
+    the stream.
     """
 
     block_size: int = 1024
@@ -155,7 +156,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.data.mul_(config.residual_scale)
-            elif name.endswith(("c_attn.weight", "c_fc.weight")):
+            elif name.endswith("c_fc.weight"):
                 p.data.mul_(config.weight_scale)
 
     @staticmethod

@@ -68,7 +68,7 @@ class CausalSelfAttention(nn.Module):
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         if self.q_norm is not None:  # unit root mean square, times a learned gain (Henry et al., arXiv 2010.04245)
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         if self.s_qk is not None:

@@ -3,6 +3,7 @@
     python scripts/bench.py optimizer      our step, the published step and AdamW at GPT-2 124M's shapes
     python scripts/bench.py lmo            matrix signs and seconds until the step problem is solved to .95, .99, .999
     python scripts/bench.py train          tokens/s, MFU, memory and the optimizer's share, by assignment
+    python scripts/bench.py probes         a probe's share of training time at its interval in experiment=paper
     python scripts/bench.py scaling        work and bytes a rank, counted, for 1 to 64 ranks (nothing is timed)
 
 Options (key=value): layers=, repeats=, problems= (lmo), model=, micro_batch_size=, assignments= (train), results=. Contestants alternate,
@@ -286,6 +287,43 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+# ---- probes ----
+
+
+def bench_probes(options: dict[str, Any]) -> Rows:
+    """One probe beside forward, backward and clipping of some tokens, scaled to a step of the recipe; the update is left out.
+
+    Leaving the update out overstates the probe's share.
+    """
+    from model.gpt import GPT
+    from model.probes import probe
+    from train import gpt_config
+    from training.run import resolve_device, use_compile
+    from training.step import accumulate, clip
+
+    where = device()
+    cfg = compose(["experiment=paper", *([f"model={options['model']}"] if options["model"] else [])])
+    micro, block = options["micro_batch_size"] or (32 if where.type == "cuda" else 2), cfg["model"]["block_size"]
+    windows = max(1, options["tokens"] // block // micro) * micro
+    model = GPT(gpt_config(cfg)).to(where)
+    _, dtype = resolve_device(cfg)
+    autocast = torch.autocast(where.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    compiled = torch.compile(model) if use_compile(cfg, where) else model
+    tokens = torch.randint(cfg["model"]["vocab_size"], (windows, block + 1)).numpy().astype("uint16")
+    watched = torch.randint(cfg["model"]["vocab_size"], (cfg["probe"]["windows"], block), device=where)
+
+    def step() -> None:
+        accumulate(compiled, tokens, micro, where, autocast)
+        clip([p.grad for p in model.parameters()], 1.0)
+        model.zero_grad(set_to_none=True)
+
+    times = measure({"step": step, "probe": lambda: probe(model, watched)}, options["repeats"] or 3)
+    whole = statistics.median(times["step"]) * cfg["global_batch_tokens"] / (windows * block)
+    seconds, interval = statistics.median(times["probe"]), cfg["probe"]["interval"]
+    row = {"probe s": seconds, "step s": whole, "measured tokens": windows * block, "probe.interval": interval}
+    return [{**row, "share of training": f"{100 * seconds / (interval * whole):.3f}%", "all probe s": times["probe"]}]
+
+
 # ---- scaling, on paper ----
 
 
@@ -344,7 +382,13 @@ def _format(value: object) -> str:
     )
 
 
-BENCHES = {"optimizer": bench_optimizer, "lmo": bench_lmo, "train": bench_train, "scaling": bench_scaling}
+BENCHES = {
+    "optimizer": bench_optimizer,
+    "lmo": bench_lmo,
+    "train": bench_train,
+    "probes": bench_probes,
+    "scaling": bench_scaling,
+}
 
 
 def work(arguments: list[str]) -> int:

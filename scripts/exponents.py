@@ -8,9 +8,9 @@
 Overrides of train.py say which model; it is only built, not trained, unless `train=` asks for it. Options of this command:
 
     assignments=   which initialisations are compared (adamw,all_stiefel,all_dgram,hetero,hetero_inv)
-    seeds=         models per line, for the error bars (5)
+    seeds=         models per line and per point of the phase diagram (5)
     correlation=   of the synthetic tokens (0.99)
-    scan=          points along each axis of the phase diagram, residual strength and weight scale; 0: none
+    scan=          points along each axis of the phase diagram, residual strength and scale of c_fc; 0: none
     skip=          what multiplies the stream in the scan: one, or normalised, √(1 - α²)
     train=         points along each axis of the trained grid; 0: none
     workers=       runs trained side by side (2)
@@ -55,7 +55,7 @@ OPTIONS = {
     "results": "",
 }
 BATCH = 4  # sequences a model is measured on
-SCAN_STRENGTHS, SCAN_SCALES = (0.05, 0.95), (0.25, 8.0)
+SCAN_STRENGTHS, SCAN_SCALES = (0.1, 0.95), (0.5, 16.0)
 TRAIN_RESIDUALS, TRAIN_SCALES = (0.25, 16.0), (0.25, 8.0)
 SEED_OF_RESULTS = 1337
 
@@ -78,14 +78,13 @@ class Estimate:
 
 
 def build(cfg: dict[str, Any], seed: int, weight_scale: float = 1.0) -> GPT:
-    """The model of a configuration as training would begin with it, on its manifolds; then c_attn and c_fc times `weight_scale`."""
+    """The model of a configuration as training would begin with it, on its manifolds; then c_fc times `weight_scale`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(gpt_config(cfg))
     build_optimizers(model, cfg)
     with torch.no_grad():
         for block in model.transformer.h:
-            block.attn.c_attn.weight.mul_(weight_scale)
             block.mlp.c_fc.weight.mul_(weight_scale)
     return model
 
@@ -160,7 +159,7 @@ def scan(overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
         for scale in scales:
             joined = {"strength": strength, "skip": options["skip"]}
             seen, foretold = [], []
-            for seed in range(2):
+            for seed in range(options["seeds"]):
                 model, generator = build(cfg, seed, scale), torch.Generator().manual_seed(seed)
                 stream = near_collapse(model, BATCH, tokens, options["correlation"], generator)
                 seen.append(measure(model, stream, generator, **joined))

@@ -33,15 +33,15 @@ def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
         figure = figure_of(12.0, 0.7 + 2.35 * len(rows))
         panels = figure.subplots(len(rows), len(SIGNS), squeeze=False, sharex=True, sharey="col")
         shown: dict[str, str] = {}
+        for axes, (_, _, title, _) in zip(panels[0], SIGNS):
+            axes.set_title(title, loc="left", fontsize=9)
         for row, (setting, runs) in zip(panels, rows.items()):
-            for axes, (kind, field, title, logarithmic) in zip(row, SIGNS):
+            for axes, (kind, field, _, logarithmic) in zip(row, SIGNS):
                 for run in runs:
                     colour = shown.setdefault(run.assignment, COLOURS.get(run.assignment, "#CC79A7"))
                     _curve(axes, run, kind, field, colour)
                 if logarithmic:
                     axes.set_yscale("log")
-                if row is panels[0]:
-                    axes.set_title(title, loc="left", fontsize=9)
             row[0].set_ylabel(setting, fontweight="bold")
         losses = [x for runs in rows.values() for run in runs for x in run.curve("eval")[1][1:] if math.isfinite(x)]
         if losses:
@@ -84,7 +84,7 @@ CURVES = [
     ("distance_from_mean", "distance from the mean token, by depth"),
     ("mean_cosine", "mean cosine of tokens, by depth"),
     ("effective_rank", "effective rank of tokens, by depth"),
-    ("recovery", "R² of a head from the sum, mean of a layer"),
+    ("recovery", "R² of a head from the sum, by layer"),
 ]
 
 
@@ -118,6 +118,7 @@ def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
     """λ_a and λ_g over weight scale and residual strength; both zero lines in both panels, measured (solid) and closed form (dashed)."""
     import matplotlib
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter
 
     lines = {"angle": "#111111", "gradient": "#7A1FA2"}
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
@@ -149,8 +150,9 @@ def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
                             linestyles=style,
                             linewidths=1.6,
                         )
-            axes.set_xscale("log")
-            axes.set_xlabel("weight scale (times GPT-2's)")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.set_xlabel("scale of c_fc (times GPT-2's)")
             axes.set_title(title, loc="left")
         figure.axes[0].set_ylabel(f"residual strength α (skip {scan['skip']})")
         handles = [Line2D([], [], color=c) for c in lines.values()] + [

@@ -50,7 +50,8 @@ def within_two_standard_errors(differences):
     ],
 )
 def test_measured_exponents_are_those_of_the_closed_form(settings, joined):
-    angle, gradient = estimates(lambda seed: random_gpt(seed, **settings), 10, joined)
+    # The theory leaves out what is of order 1/d: at width 256 that is well below the error of ten seeds.
+    angle, gradient = estimates(lambda seed: random_gpt(seed, n_embd=256, **settings), 10, joined)
     assert within_two_standard_errors(angle), angle
     assert within_two_standard_errors(gradient), gradient
 
