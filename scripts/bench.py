@@ -3,6 +3,7 @@
     python scripts/bench.py optimizer      our step, the published step and AdamW at GPT-2 124M's shapes
     python scripts/bench.py lmo            matrix signs and seconds until the step problem is solved to .95, .99, .999
     python scripts/bench.py train          tokens/s, MFU, memory and the optimizer's share, by assignment
+    python scripts/bench.py residual       a training step and its memory under every residual rule, as ratios to pre-norm
     python scripts/bench.py probes         a probe's share of training time at its interval in experiment=paper
     python scripts/bench.py scaling        work and bytes a rank, counted, for 1 to 64 ranks (nothing is timed)
 
@@ -18,7 +19,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,17 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+# ---- residual rules ----
+
+
+def bench_residual(options: dict[str, Any]) -> Rows:
+    """A training step under every residual rule, at GPT-2 124M's width; see scripts/bench_residual.py."""
+    from scripts.bench_residual import measure
+
+    chosen = {"layers": options["layers"], "micro": options["micro_batch_size"]}
+    return measure({key: value for key, value in chosen.items() if value}, options["repeats"] or 7)
+
+
 # ---- probes ----
 
 
@@ -386,6 +398,7 @@ BENCHES = {
     "optimizer": bench_optimizer,
     "lmo": bench_lmo,
     "train": bench_train,
+    "residual": bench_residual,
     "probes": bench_probes,
     "scaling": bench_scaling,
 }
@@ -428,5 +441,10 @@ def work(arguments: list[str]) -> int:
     return 0
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run(work, arguments, __doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(run(work, None, __doc__))
+    sys.exit(main())

@@ -1,36 +1,31 @@
-"""What a residual rule costs: training steps of all rules in one process, as ratios to pre-norm.
-
-    python scripts/bench_residual.py                                   on CPU: two blocks of GPT-2 124M, 2048 tokens a step
-    python scripts/bench_residual.py layers=12 tokens=65536 micro=16 block=1024 vocab=50304      on a GPU: GPT-2 124M itself
+"""What a residual rule costs: training steps of all rules in one process, as ratios to pre-norm; `scripts/bench.py residual` runs it.
 
 A step is forward, backward and AdamW, as train.py does it: compiled and in bfloat16 on CUDA, plain float32 on the CPU. Rules take turns,
-and each ratio is the median over turns of a rule's time to pre-norm's in the same turn. Memory is what a forward pass keeps for its backward pass. nGPT is compared with a pre-norm model that has
-its rotary positions, SwiGLU and head.
+and each ratio is the median over turns of a rule's time to pre-norm's in the same turn. Memory is what a forward pass keeps for its
+backward pass. nGPT is compared with a pre-norm model that has its rotary positions, SwiGLU and head.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from model.gpt import GPT
 from model.residual import RESIDUAL_RULES
 from optim.groups import build_optimizers
-from scripts.command import parse, run
 from train import gpt_config
 from training.config import compose
 
 NGPT_PARTS = ["model.rope=true", "model.mlp=swiglu", "model.tied=false"]
-OPTIONS = {"layers": 2, "width": 768, "heads": 12, "block": 512, "vocab": 512, "micro": 2, "tokens": 2048, "repeats": 7}
+CPU_SIZES = {"layers": 2, "width": 768, "heads": 12, "block": 512, "vocab": 512, "micro": 2, "tokens": 2048}
+"""Two blocks of GPT-2 124M."""
+CUDA_SIZES = {"layers": 12, "width": 768, "heads": 12, "block": 1024, "vocab": 50304, "micro": 16, "tokens": 65536}
+"""GPT-2 124M itself."""
 
 
 def contestants() -> dict[str, tuple[str, list[str]]]:
@@ -43,23 +38,21 @@ def contestants() -> dict[str, tuple[str, list[str]]]:
 
 
 def training_step(
-    overrides: Sequence[str], options: dict[str, Any], device: torch.device
+    overrides: Sequence[str], sizes: Mapping[str, int], device: torch.device
 ) -> tuple[Callable[[], None], Callable[[], int]]:
     """A function that trains a fresh model by one step, and one that returns the bytes its forward pass keeps."""
     shape = {"n_layer": "layers", "n_embd": "width", "n_head": "heads", "block_size": "block", "vocab_size": "vocab"}
-    sizes = [f"model.{key}={options[name]}" for key, name in shape.items()]
-    cfg = compose([*overrides, *sizes, "assignment=adamw"])
+    chosen = [f"model.{key}={sizes[name]}" for key, name in shape.items()]
+    cfg = compose([*overrides, *chosen, "assignment=adamw"])
     torch.manual_seed(0)
     model = GPT(gpt_config(cfg)).to(device)
     optimizers = build_optimizers(model, cfg, model.unit_vectors())
     on_cuda = device.type == "cuda"
     compiled = torch.compile(model) if on_cuda else model
-    windows = torch.randint(
-        options["vocab"], (options["tokens"] // options["block"], options["block"] + 1), device=device
-    )
+    windows = torch.randint(sizes["vocab"], (sizes["tokens"] // sizes["block"], sizes["block"] + 1), device=device)
 
     def step() -> None:
-        for part in windows.split(options["micro"]):
+        for part in windows.split(sizes["micro"]):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_cuda):
                 _, loss = compiled(part[:, :-1], part[:, 1:])
             loss.backward()
@@ -70,7 +63,7 @@ def training_step(
 
     def forward() -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_cuda):
-            return compiled(windows[: options["micro"], :-1], windows[: options["micro"], 1:])[1]
+            return compiled(windows[: sizes["micro"], :-1], windows[: sizes["micro"], 1:])[1]
 
     return step, lambda: kept_bytes(forward, model)
 
@@ -92,22 +85,23 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(kept.values())
 
 
-def measure(options: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def measure(sizes: Mapping[str, int] | None = None, repeats: int = 7) -> list[dict[str, Any]]:
     """Rows with the median seconds of a training step, its ratio to pre-norm's, and that of the bytes kept for the backward pass.
 
     Args:
-        options: any of OPTIONS; tokens must be a multiple of block.
+        sizes: any of the keys of CPU_SIZES in place of the device's own; tokens must be a multiple of block.
+        repeats: turns that are timed, after one that is not.
     """
-    options = {**OPTIONS, **(options or {})}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = {**(CUDA_SIZES if device.type == "cuda" else CPU_SIZES), **(sizes or {})}
     entries = contestants()
-    made = {name: training_step(overrides, options, device) for name, (_, overrides) in entries.items()}
+    made = {name: training_step(overrides, sizes, device) for name, (_, overrides) in entries.items()}
     steps = {name: step for name, (step, _) in made.items()}
     kept = {name: bytes_of() for name, (_, bytes_of) in made.items()}
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options["repeats"]):
+    for _ in range(repeats):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
@@ -116,24 +110,6 @@ def measure(options: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     for name, (partner, _) in entries.items():
         ratios = [a / b for a, b in zip(seconds[name], seconds[partner])]
         row = {"rule": name, "median s": statistics.median(seconds[name]), "time ratio": statistics.median(ratios)}
-        rows.append(row | {"memory ratio": kept[name] / kept[partner], "compared with": partner})
+        row |= {"memory ratio": kept[name] / kept[partner], "compared with": partner, "all s": seconds[name]}
+        rows.append(row)
     return rows
-
-
-def work(arguments: list[str]) -> int:
-    """Measure and print."""
-    _, options = parse(arguments, OPTIONS)
-    print(f"{'rule':<24}{'median s':>10}{'time':>8}{'memory':>8}  compared with")
-    for row in measure(options):
-        numbers = f"{row['median s']:>10.3f}{row['time ratio']:>8.3f}{row['memory ratio']:>8.3f}"
-        print(f"{row['rule']:<24}{numbers}  {row['compared with']}")
-    return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

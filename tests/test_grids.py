@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from scripts import bench_residual, crossing, lr_transfer
+from scripts import bench, bench_residual, crossing, lr_transfer
 from scripts.runs import Run
 from train import train
 from training.config import compose
@@ -134,15 +134,39 @@ def test_transfer_writes_table_and_picture(tiny_grid, tmp_path, in_this_process)
 
 
 def test_bench_measures_every_rule():
-    sizes = {"layers": 1, "width": 16, "heads": 2, "block": 8, "vocab": 32, "micro": 1, "tokens": 16, "repeats": 1}
-    rows = {row["rule"]: row for row in bench_residual.measure(sizes)}
+    sizes = {"layers": 1, "width": 16, "heads": 2, "block": 8, "vocab": 32, "micro": 1, "tokens": 16}
+    rows = {row["rule"]: row for row in bench_residual.measure(sizes, repeats=1)}
     assert set(rows) == set(bench_residual.contestants())
     assert rows["pre_norm"]["time ratio"] == rows["pre_norm"]["memory ratio"] == 1.0
     assert rows["sandwich_norm"]["memory ratio"] > 1.0 and all(row["median s"] > 0 for row in rows.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("residual", ["layers=1", "micro_batch_size=1", "repeats=1"], ["geonorm", "nGPT", "time ratio"]),
+        ("probes", ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"], ["share of training"]),
+        ("train", ["model=demo", "tokens=256", "assignments=hetero", "repeats=1"], ["hetero", "optimizer share"]),
+        ("scaling", [], ["gpt2_774m", "received MiB a rank"]),
+    ],
+)
+def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch, capsys):
+    small = {"width": 16, "heads": 2, "block": 8, "vocab": 32, "tokens": 16}
+    monkeypatch.setattr(bench_residual, "CPU_SIZES", bench_residual.CPU_SIZES | small)
+    assert bench.main([name, *options, f"results={tmp_path}"]) == 0
+    table, data = (tmp_path / f"bench_{name}.md").read_text(), json.loads((tmp_path / f"bench_{name}.json").read_text())
+    printed = capsys.readouterr().out
+    assert all(word in table and word in printed for word in told)
+    assert data["rows"] and data["command"].startswith(f"python scripts/bench.py {name}") and data["device"] in table
+
+
+def test_bench_names_its_benchmarks(capsys):
+    assert bench.main([]) == bench.main(["speed"]) == 2
+    assert "name one benchmark: optimizer, lmo, train, residual, probes, scaling" in capsys.readouterr().err
+
+
 def test_scripts_say_how_they_are_used(capsys):
-    for module in (crossing, lr_transfer, bench_residual):
+    for module in (crossing, lr_transfer):
         assert module.main(["--help"]) == 0
         name = Path(module.__file__).relative_to(ROOT)
         assert f"python {name}" in capsys.readouterr().out
