@@ -130,10 +130,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, T, d)."""
-        h = self.c_fc(x)
-        if self.s_uv is not None:
-            h = h * self.s_uv().to(h.dtype)
-        return self.dropout(self.c_proj(self.activation(h)))
+        return self.dropout(self.c_proj(self.activation(self.hidden(x))))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What enters the non-linearity; s_uv multiplies the weights, which are fewer than the activations."""
+        if self.s_uv is None:
+            return self.c_fc(x)
+        s, b = self.s_uv(), self.c_fc.bias
+        return F.linear(x, self.c_fc.weight * s[:, None], b if b is None else b * s)
 
     def matrices(self) -> list[tuple[Tensor, bool]]:
         """The matrices into the hidden layer and out of it; both multiply what the sublayer returns."""

@@ -69,15 +69,34 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+class _ToSphere(torch.autograd.Function):
+    """to_sphere, by hand: its gradient needs only what it returns, which the next layer keeps anyhow, so nothing else is stored."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, radius: float) -> Tensor:
+        y = at_least_float32(x)
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        has_direction = length > _SMALLEST_RADIUS
+        factor = torch.where(has_direction, radius / length.clamp_min(_SMALLEST_RADIUS), 1.0)
+        out = (y * factor).to(x.dtype)
+        ctx.save_for_backward(out, factor, torch.where(has_direction, factor / radius**2, 0.0))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        out, factor, inward = ctx.saved_tensors
+        y, g = at_least_float32(out), at_least_float32(grad)
+        along = (y * g).sum(-1, keepdim=True)
+        return torch.addcmul(factor * g, y, inward * along, value=-1).to(grad.dtype), None
+
+
 def to_sphere(x: Tensor, radius: float = 1.0) -> Tensor:
     """x (..., d) scaled to the length `radius`, computed in float32 and returned in x's dtype.
 
     A vector shorter than 1e-6 is left as it is: zero has no direction, and a gradient multiplied by radius/‖x‖ in every layer would
     overflow.
     """
-    y = at_least_float32(x)
-    length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    return (y * torch.where(length > _SMALLEST_RADIUS, radius / length.clamp_min(_SMALLEST_RADIUS), 1.0)).to(x.dtype)
+    return _ToSphere.apply(x, radius)
 
 
 def rotate(x: Tensor, g: Tensor, angle: Callable[[Tensor], Tensor], radius: float | None = None) -> Tensor:
