@@ -89,9 +89,10 @@ class GPTConfig:
         for key in ("weight_scale", "residual_scale"):
             if not getattr(self, key) > 0:
                 found.append(f"init.{key} is {getattr(self, key)}; give a positive factor, 1 for GPT-2's")
-        if self.qk_norm and self.qk_clip and self.qk_clip_on == "weights":
+        norm = "attention.qk_norm=true" if self.qk_norm else "model.unit_weights=true" if self.unit_weights else None
+        if norm and self.qk_clip and self.qk_clip_on == "weights":
             found.append(
-                "attention.qk_norm=true undoes what attention.qk_clip does to the weights; switch one off, or use attention.qk_clip_on=gain"
+                f"{norm} undoes what attention.qk_clip does to the weights; switch one off, or use attention.qk_clip_on=gain"
             )
         return found
 

@@ -132,7 +132,8 @@ def draw(cells: dict[Cell, list[Run]], path: Path) -> None:
                 text = _cell_text(runs)
                 bright = mean is not None and shade.norm(mean) > 0.5
                 axes.text(x, y, text, ha="center", va="center", color="white" if bright else "black", fontsize=8)
-        figure.colorbar(shade, label="final validation loss (nats a token)")
+        axes.set_title("final validation loss: light is good", loc="left", fontsize=9)
+        figure.colorbar(shade, label="nats a token")
         save(figure, path)
 
 

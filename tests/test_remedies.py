@@ -220,6 +220,10 @@ def test_blocks_put_every_head_on_the_manifold_by_itself():
         (["attention.qk_clip=-1"], "attention.qk_clip is -1; give a positive logit, or 0"),
         (["attention=qk_clip", "attention.qk_clip_on=weights"], "off their manifold; use attention.qk_clip_on=gain"),
         (["attention.qk_norm=true", "attention.qk_clip=5", "attention.qk_clip_on=weights"], "switch one off"),
+        (
+            ["experiment=ngpt_demo", "attention.qk_clip=5", "attention.qk_clip_on=weights"],
+            "model.unit_weights=true undoes what attention.qk_clip does",
+        ),
         (["init.weight_scale=0"], "init.weight_scale is 0; give a positive factor"),
         (["optim.muon.lr_scale={attention: 0.5}"], "'attention' matches no matrix"),
         (["optim.muon.lr_scale={attn: 0.5, c_attn: 0.2}"], "matched by several patterns"),

@@ -67,7 +67,8 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return f"CPU {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU {names[0] if names else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def summary(stability: Stability, seconds: float, device: torch.device) -> dict[str, Any]:
