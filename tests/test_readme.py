@@ -78,8 +78,18 @@ def test_commands_run(block, little_stdlib, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("block", [code for code, needs in SHELL if needs])
 def test_commands_for_other_machines_compose(block):
-    own = ("scale=", "results=", "hydra/", "--", "-m")  # not keys of the configuration
-    own += ("seed=1,2", "widths=", "seeds=", "scan=", "train=")
+    own = (
+        "scale=",
+        "results=",
+        "hydra/",
+        "--",
+        "-m",
+        "seed=1,2",
+        "widths=",
+        "seeds=",
+        "scan=",
+        "train=",
+    )  # no keys of a run
     for words in commands(block):
         assert words[0] in ("python", "torchrun")
         program = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "data.prepare")
