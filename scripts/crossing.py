@@ -117,7 +117,9 @@ def draw(cells: dict[Cell, list[Run]], path: Path) -> None:
     means = {cell: sum(r.final for r in runs) / len(runs) for cell, runs in cells.items() if stable(runs)}
     grid = [[means.get((a, rule), math.nan) for a in assignments] for rule in rules]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(2.2 + 1.25 * max(2, len(assignments)), 1.1 + 0.62 * len(rules)), dpi=130, layout="constrained")
+        figure = Figure(
+            figsize=(2.2 + 1.25 * max(2, len(assignments)), 1.1 + 0.62 * len(rules)), dpi=130, layout="constrained"
+        )
         axes = figure.subplots()
         shade = axes.imshow(grid, cmap="viridis_r", aspect="auto")
         names = [

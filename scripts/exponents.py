@@ -14,6 +14,7 @@ Overrides of train.py say which model; it is only built, not trained, unless `tr
     skip=          what multiplies the stream in the scan: one, or normalised, √(1 - α²)
     train=         points along each axis of the trained grid; 0: none
     workers=       runs trained side by side (2)
+    output_dir=    where they are kept (outputs/exponents)
     results=       where exponents.md, exponents.json and the pictures are written (results/exponents)
 """
 
@@ -52,6 +53,7 @@ OPTIONS = {
     "skip": "normalised",
     "train": 0,
     "workers": 2,
+    "output_dir": "outputs/exponents",
     "results": "",
 }
 BATCH = 4  # sequences a model is measured on
@@ -180,7 +182,7 @@ def scan(overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
 def trained_grid(overrides: Sequence[str], options: dict[str, Any], outputs: Path) -> list[dict[str, float]]:
     """Final validation loss of models that differ in their initial scales only, with the exponents they began with.
 
-    AdamW trains them, because a retraction would undo the scales.
+    AdamW trains them, because a retraction would undo the scales. Raises UsageError if fewer than two came to their end.
     """
     points = options["train"]
     residuals = torch.logspace(*(math.log10(s) for s in TRAIN_RESIDUALS), points).tolist()
@@ -193,14 +195,19 @@ def trained_grid(overrides: Sequence[str], options: dict[str, Any], outputs: Pat
             jobs.append(Job((*overrides, "assignment=adamw", "logger.mode=disabled", *settings), directory))
             cells.append({"residual_scale": residual, "weight_scale": scale})
     run_grid(jobs, options["workers"])
-    for job, cell in zip(jobs, cells):
+    ended = [(job, cell) for job, cell in zip(jobs, cells) if job.ended]
+    if len(ended) < 2:
+        raise UsageError(
+            f"{len(ended)} of {len(jobs)} runs came to their end, too few to compare; the lines above say why"
+        )
+    for job, cell in ended:
         cfg = compose(list(job.overrides))
         windows = validation_windows(open_data(cfg).val, cfg["model"]["block_size"], BATCH)
         text = torch.from_numpy(windows[:, :-1].astype("int64"))
         numbers = measured(cfg, 2, options["correlation"], text)
         cell |= {"angle": numbers["angle_synthetic"].mean, "gradient": numbers["gradient_synthetic"].mean}
         cell["loss"] = read_run(job.directory).final
-    return cells
+    return [cell for _, cell in ended]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -254,7 +261,7 @@ def work(arguments: list[str]) -> int:
     if options["train"]:
         from scripts.probe_figures import loss_against_exponents
 
-        facts["trained"] = trained_grid(overrides, options, Path("outputs/exponents"))
+        facts["trained"] = trained_grid(overrides, options, Path(options["output_dir"]))
         facts["rank_correlation"] = correlations(facts["trained"])
         told = ", ".join(f"{key} {value:+.2f}" for key, value in facts["rank_correlation"].items())
         text += f"\n\nRank correlation of the final loss of {len(facts['trained'])} trained models with {told}."

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from scripts.runs import CONFIG_FILE, refuse_other_settings
+from training.config import compose
 from training.log import METRICS_FILE, read_records
 
 
@@ -39,10 +41,19 @@ class Job:
 def run_grid(jobs: Sequence[Job], workers: int) -> dict[Path, str]:
     """Run what has not ended yet, `workers` at a time; returns the reason for each directory whose run failed.
 
-    Prints one line a finished run: how many are done, which it was, its best validation loss, the time left at this pace.
+    No workers run nothing: whoever asks for none wants a table of what there is. Prints one line a finished run: how many are done,
+    which it was, its best validation loss, the time left at this pace.
+
+    Raises:
+        UsageError: a directory holds a run with other settings; nothing was run.
     """
+    for job in jobs:
+        if (job.directory / CONFIG_FILE).exists():
+            refuse_other_settings(compose(job.overrides), job.directory)
     waiting = [job for job in jobs if not job.ended]
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} done before, {workers} at a time", flush=True)
+    if not waiting or workers < 1:
+        return {}
     failures, started = {}, time.perf_counter()
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)) as pool:
@@ -72,7 +83,6 @@ def _begin(threads: int) -> None:
 def _run(job: Job) -> float:
     """Train one job in this worker, silently."""
     from train import train
-    from training.config import compose
 
     job.directory.parent.mkdir(parents=True, exist_ok=True)
     if not any((job.directory / "checkpoints").glob("step_*")):

@@ -4,6 +4,7 @@
     python scripts/instability.py seeds=1,2,3            three seeds: three times as long
     python scripts/instability.py optims=manifold_muon   our step rule only, which is the faster one
     python scripts/instability.py scale=instability_one_gpu workers=1
+    python scripts/instability.py seeds=1,2,3 workers=0  nothing is trained: a table of the runs that have ended
 
 Overrides of train.py may follow and concern every run. Options of this command: scale= (instability_small), seeds= (1), rates= (0.05,0.1),
 optims= (paper,manifold_muon), assignments=, workers= (2), output_dir= (outputs/<scale>), results= (results/<scale>). Finished runs are

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import UsageError, parse, run
 from scripts.report import COLUMNS, draw, make_table, rows_of
-from scripts.runs import CONFIG_FILE, COST_FILE, Run, read_run, same_settings
+from scripts.runs import CONFIG_FILE, COST_FILE, Run, read_run, refuse_other_settings
 from train import check, open_data, train
 from training.config import compose
 from training.log import METRICS_FILE, RunLog, read_records
@@ -85,22 +85,10 @@ def make_plan(arguments: Sequence[str]) -> Plan:
         runs[assignment] = (compose([*settings, "resume=auto"]), directory / assignment)
     for cfg, where in runs.values():
         check(cfg)
-        _refuse_other_settings(cfg, where)
+        refuse_other_settings(cfg, where)
     first, _ = next(iter(runs.values()))
     open_data(first)
     return Plan(scale, overrides, Path(options["results"] or ROOT / "results" / scale), runs)
-
-
-def _refuse_other_settings(cfg: dict[str, Any], directory: Path) -> None:
-    """Raise UsageError if the directory holds a run whose numbers would be others."""
-    if not (directory / CONFIG_FILE).exists():
-        return
-    changed = same_settings(yaml.safe_load((directory / CONFIG_FILE).read_text()), cfg)
-    if changed:
-        raise UsageError(
-            f"{directory} holds a run with other settings; move {directory.parent} away, or give another output_dir=:"
-            + "".join(f"\n  - {change}" for change in changed)
-        )
 
 
 # ---- training ----

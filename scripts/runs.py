@@ -180,6 +180,18 @@ def same_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return check_same(saved, now, ignore=[key for key in HARMLESS if key != "max_steps"])
 
 
+def refuse_other_settings(cfg: dict[str, Any], directory: Path) -> None:
+    """Raise UsageError if the directory holds a run whose numbers would be others than the configuration's."""
+    if not (directory / CONFIG_FILE).exists():
+        return
+    changed = same_settings(yaml.safe_load((directory / CONFIG_FILE).read_text()), cfg)
+    if changed:
+        raise UsageError(
+            f"{directory} holds a run with other settings; move {directory.parent} away, or give another output_dir=:"
+            + "".join(f"\n  - {change}" for change in changed)
+        )
+
+
 def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
     """The model (on the CPU, in eval mode), configuration and step of a run's newest good checkpoint.
 

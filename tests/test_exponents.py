@@ -12,6 +12,7 @@ from model.exponents import closed_form, embedded, gelu_moments, measure, misali
 from model.gpt import GPT, GPTConfig
 from scripts import exponents as command
 from scripts.exponents import build, correlations, rank_correlation
+from train import train
 from training.config import compose
 
 TOKENS, WIDTH = 32, 128
@@ -143,3 +144,22 @@ def test_the_command_writes_its_table_and_phase_diagram(tiny_data, tmp_path, cap
     assert len(facts["scan"]["angle"]) == 3 and (tmp_path / "phase.png").stat().st_size > 1000
     assert "closed form" in capsys.readouterr().out
     assert command.main(["seeds=0"]) == 2
+
+
+def test_the_trained_grid_sets_losses_against_exponents(tiny_data, tmp_path, monkeypatch, capsys):
+    def run_grid(jobs, workers):
+        for job in jobs[:-1]:  # the last one fails, and is left out
+            train(compose(job.overrides), job.directory)
+        return {jobs[-1].directory: "it failed"}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "run_grid", run_grid)
+    small = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "micro_batch_size=4"]
+    short = ["max_steps=2", "schedule.warmup_steps=1", "eval_interval=2", "eval_windows=4", "global_batch_tokens=64"]
+    options = ["seeds=1", "assignments=adamw", "train=2", f"results={tmp_path}/results"]
+    assert command.main([*tiny_data, *small, *short, *options]) == 0
+    facts = json.loads((tmp_path / "results/exponents.json").read_text())
+    assert len(facts["trained"]) == 3 and all(math.isfinite(cell["loss"]) for cell in facts["trained"])
+    assert set(facts["rank_correlation"]) == {"|λ_a|", "|λ_g|", "sum"}
+    assert (tmp_path / "results/loss.png").stat().st_size > 1000
+    assert "Rank correlation of the final loss of 3 trained models" in (tmp_path / "results/exponents.md").read_text()

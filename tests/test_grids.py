@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT
 
 from scripts import bench, bench_residual, crossing, lr_transfer
+from scripts.command import UsageError
+from scripts.grid import Job, run_grid
 from scripts.runs import Run
 from train import train
 from training.config import compose
@@ -44,6 +46,21 @@ def fake(assignment="Hetero", seed=1, losses=((0, 5.0), (10, 3.0), (20, 2.0)), u
         records["event"] = [{"step": unstable, "event": "unstable"}]
     config = {"assignment": {"name": assignment}, "residual": {"rule": "geonorm"}, "seed": seed}
     return Run(Path("nowhere"), config, records, {}, {})
+
+
+def test_without_workers_nothing_is_run(tmp_path, capsys):
+    assert run_grid([Job(("max_steps=0",), tmp_path / "run")], workers=0) == {}
+    assert not (tmp_path / "run").exists() and "1 runs, 0 done before" in capsys.readouterr().out
+
+
+def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(tiny_data, tiny_grid, tmp_path, capsys):
+    job = Job(
+        (*tiny_grid, "model.n_embd=16", "model.n_head=2", "max_steps=2", "schedule.warmup_steps=1"), tmp_path / "run"
+    )
+    train(compose(job.overrides), job.directory)
+    assert run_grid([job], workers=2) == {} and "1 runs, 1 done before" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"holds a run with other settings(.|\n)*max_steps: 2 → 3"):
+        run_grid([Job((*job.overrides, "max_steps=3"), job.directory)], workers=2)
 
 
 # ---- crossing ----
