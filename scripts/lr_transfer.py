@@ -181,6 +181,7 @@ def draw(losses: Losses, sweeps: Sweeps, path: Path) -> None:
 
     from scripts.figures import STYLE, save
 
+    rates = sorted({rate for curve in losses.values() for rate in curve})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.2 * len(sweeps), 5.2), dpi=130, layout="constrained")
         panels = figure.subplots(len(TRANSFERS), len(sweeps), sharex=True, sharey="col", squeeze=False)
@@ -198,6 +199,8 @@ def draw(losses: Losses, sweeps: Sweeps, path: Path) -> None:
                         axes.plot(*zip(*points), color=shade, linewidth=1.4, label=f"{getattr(size, axis)}")
                         axes.plot(*optimum(curve)[:2], marker="o", color=shade, markersize=5)
                 axes.set_xscale("log")
+                axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+                axes.minorticks_off()
                 axes.set_title(f"{name}: {axis}", loc="left")
                 axes.legend(frameon=False, fontsize=7)
         for axes in panels[-1]:
