@@ -154,7 +154,7 @@ def test_a_run_driven_to_failure_is_warned_of_first_and_stopped(tiny, tmp_path):
 
 def test_the_demonstration_runs_on_record_were_not_warned_of():
     runs = sorted((ROOT / "tests" / "oracles" / "healthy").glob("*.jsonl"))
-    assert len(runs) == 5
+    assert len(runs) == 10
     settings = compose([])["stability"]["warning"]
     for path in runs:
         records = list(read_records(path, "probe"))
