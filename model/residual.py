@@ -304,8 +304,8 @@ class GeoNorm(_OnSphere):
 class ProjSphere(_OnSphere):
     """The metric projection (x + αv)/‖x + αv‖ · ‖x‖ with a learned step α a sublayer (Proj-SpheretNorm, arXiv 2608.02668).
 
-    alpha: the step at the start. The source gives none; 1 is the Euler step of pre-norm, to first order. Under AdamW, where nothing
-        bounds a sublayer's output, 0.1 did better (results/residual_alpha).
+    alpha: the step at the start. The source gives none; 1 is the Euler step of pre-norm, to first order. Under AdamW 0.1 did better
+        (results/residual_alpha).
     decay: how the step shrinks with depth: a name of DECAYS. Default: none, since the step is learned for each sublayer.
     """
 
