@@ -79,15 +79,12 @@ class Estimate:
         return f"{self.mean:+.3f}" + ("" if math.isnan(self.error) else f" ± {self.error:.3f}")
 
 
-def build(cfg: dict[str, Any], seed: int, weight_scale: float = 1.0) -> GPT:
-    """The model of a configuration as training would begin with it, on its manifolds; then c_fc times `weight_scale`."""
+def build(cfg: dict[str, Any], seed: int) -> GPT:
+    """The model of a configuration as training would begin with it, on its manifolds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(gpt_config(cfg))
     build_optimizers(model, cfg)
-    with torch.no_grad():
-        for block in model.transformer.h:
-            block.mlp.c_fc.weight.mul_(weight_scale)
     return model
 
 
@@ -160,9 +157,10 @@ def scan(overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
         rows: dict[str, list[float]] = {key: [] for key in fields}
         for scale in scales:
             joined = {"strength": strength, "skip": options["skip"]}
+            scaled = {**cfg, "init": {**cfg["init"], "weight_scale": scale}}
             seen, foretold = [], []
             for seed in range(options["seeds"]):
-                model, generator = build(cfg, seed, scale), torch.Generator().manual_seed(seed)
+                model, generator = build(scaled, seed), torch.Generator().manual_seed(seed)
                 stream = near_collapse(model, BATCH, tokens, options["correlation"], generator)
                 seen.append(measure(model, stream, generator, **joined))
                 foretold.append(expected(model, tokens, options["correlation"], stream, **joined))
