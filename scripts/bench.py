@@ -219,34 +219,43 @@ def calls_needed(rows: Rows) -> Rows:
 # ---- training ----
 
 
-def bench_train(options: dict[str, Any]) -> Rows:
-    """Forward, backward, clipping and update on random tokens; every assignment a few steps, taking turns."""
+def gradients_of(cfg: dict[str, Any], options: dict[str, Any]) -> tuple[nn.Module, int, Callable[[], torch.Tensor]]:
+    """A configuration's model, the tokens of a step, and what computes and clips the gradients of random text and returns their norm."""
     from model.gpt import GPT
-    from optim.groups import build_optimizers
     from train import gpt_config
     from training.run import resolve_device, use_compile
     from training.step import accumulate, clip
 
-    where, rows, contestants, facts = device(), [], {}, {}
-    size = options["model"] or ("gpt2_124m" if where.type == "cuda" else "mini")
+    where, block = device(), cfg["model"]["block_size"]
     micro = options["micro_batch_size"] or (32 if where.type == "cuda" else 2)
+    windows = max(1, options["tokens"] // block // micro) * micro
+    model = GPT(gpt_config(cfg)).to(where)
+    _, dtype = resolve_device(cfg)
+    autocast = torch.autocast(where.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    compiled = torch.compile(model) if use_compile(cfg, where) else model
+    batch = torch.randint(cfg["model"]["vocab_size"], (windows, block + 1)).numpy().astype("uint16")
+
+    def gradients() -> torch.Tensor:
+        accumulate(compiled, batch, micro, where, autocast)
+        return clip([p.grad for p in model.parameters()], 1.0)[0]
+
+    return model, windows * block, gradients
+
+
+def bench_train(options: dict[str, Any]) -> Rows:
+    """Forward, backward, clipping and update on random tokens; every assignment a few steps, taking turns."""
+    from optim.groups import build_optimizers
+
+    rows, contestants, facts = [], {}, {}
+    size = options["model"] or ("gpt2_124m" if torch.cuda.is_available() else "mini")
     for name in options["assignments"].split(","):
-        cfg = compose([f"model={size}", f"assignment={name}", f"micro_batch_size={micro}"])
-        block, vocabulary = cfg["model"]["block_size"], cfg["model"]["vocab_size"]
-        windows = max(1, options["tokens"] // block // micro) * micro
-        model = GPT(gpt_config(cfg)).to(where)
+        cfg = compose([f"model={size}", f"assignment={name}"])
+        model, tokens, gradients = gradients_of(cfg, options)
         optimizers = build_optimizers(model, cfg)
-        _, dtype = resolve_device(cfg)
-        autocast = torch.autocast(where.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-        compiled = torch.compile(model) if use_compile(cfg, where) else model
-        batch = torch.randint(vocabulary, (windows, block + 1)).numpy().astype("uint16")
         spent: list[float] = []
 
-        def step(
-            compiled=compiled, model=model, optimizers=optimizers, batch=batch, autocast=autocast, spent=spent
-        ) -> None:
-            accumulate(compiled, batch, micro, where, autocast)
-            norm, _ = clip([p.grad for p in model.parameters()], 1.0)
+        def step(gradients=gradients, optimizers=optimizers, spent=spent) -> None:
+            norm = gradients()
             synchronize()
             start = time.perf_counter()
             optimizers.step(skip=~norm.isfinite())
@@ -255,7 +264,7 @@ def bench_train(options: dict[str, Any]) -> Rows:
             optimizers.zero_grad()
 
         contestants[name] = step
-        facts[name] = (windows * block, model.flops_per_token(), spent)
+        facts[name] = (tokens, model.flops_per_token(), spent)
     times = measure(contestants, options["repeats"] or 5, warmup=2)
     peak = next((flops for part, flops in PEAK.items() if part in device_name()), None)
     for name, seconds in times.items():
@@ -307,32 +316,21 @@ def bench_probes(options: dict[str, Any]) -> Rows:
 
     Leaving the update out overstates the probe's share.
     """
-    from model.gpt import GPT
     from model.probes import probe
-    from train import gpt_config
-    from training.run import resolve_device, use_compile
-    from training.step import accumulate, clip
 
-    where = device()
     cfg = compose(["experiment=paper", *([f"model={options['model']}"] if options["model"] else [])])
-    micro, block = options["micro_batch_size"] or (32 if where.type == "cuda" else 2), cfg["model"]["block_size"]
-    windows = max(1, options["tokens"] // block // micro) * micro
-    model = GPT(gpt_config(cfg)).to(where)
-    _, dtype = resolve_device(cfg)
-    autocast = torch.autocast(where.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-    compiled = torch.compile(model) if use_compile(cfg, where) else model
-    tokens = torch.randint(cfg["model"]["vocab_size"], (windows, block + 1)).numpy().astype("uint16")
-    watched = torch.randint(cfg["model"]["vocab_size"], (cfg["probe"]["windows"], block), device=where)
+    model, tokens, gradients = gradients_of(cfg, options)
+    shape = cfg["probe"]["windows"], cfg["model"]["block_size"]
+    watched = torch.randint(cfg["model"]["vocab_size"], shape, device=device())
 
     def step() -> None:
-        accumulate(compiled, tokens, micro, where, autocast)
-        clip([p.grad for p in model.parameters()], 1.0)
+        gradients()
         model.zero_grad(set_to_none=True)
 
     times = measure({"step": step, "probe": lambda: probe(model, watched)}, options["repeats"] or 3)
-    whole = statistics.median(times["step"]) * cfg["global_batch_tokens"] / (windows * block)
+    whole = statistics.median(times["step"]) * cfg["global_batch_tokens"] / tokens
     seconds, interval = statistics.median(times["probe"]), cfg["probe"]["interval"]
-    row = {"probe s": seconds, "step s": whole, "measured tokens": windows * block, "probe.interval": interval}
+    row = {"probe s": seconds, "step s": whole, "measured tokens": tokens, "probe.interval": interval}
     return [{**row, "share of training": f"{100 * seconds / (interval * whole):.3f}%", "all probe s": times["probe"]}]
 
 
