@@ -43,8 +43,7 @@ def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
                 if logarithmic:
                     axes.set_yscale("log")
             row[0].set_ylabel(setting, fontweight="bold")
-        losses = [x for runs in rows.values() for run in runs for x in run.curve("eval")[1][1:] if math.isfinite(x)]
-        if losses:
+        if losses := [x for runs in rows.values() for run in runs for x in _losses(run)]:
             low = min(losses)
             panels[0][-1].set_ylim(low - 0.05, min(max(losses), low + 2.0) + 0.05)
         for axes in panels[0][1:3]:
@@ -61,6 +60,12 @@ def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
             frameon=False,
         )
         return save(figure, path)
+
+
+def _losses(run: Run) -> list[float]:
+    """Finite validation losses after the first fifth of training, where every loss falls steeply and hides what comes later."""
+    steps, losses = run.curve("eval")
+    return [x for step, x in zip(steps, losses) if 5 * step > steps[-1] and math.isfinite(x)]
 
 
 def _curve(axes: Axes, run: Run, kind: str, field: str, colour: str) -> None:
