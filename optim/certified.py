@@ -29,9 +29,11 @@ class CertifiedStep:
         compiled: put the kernel through torch.compile (fullgraph).
 
     Attributes:
-        certificates: of the last step, one Certificate of (k,) tensors for each stack.
-        fallbacks: (k,) float32 counters on the device, one for each stack: steps on which the guard refused the Gram form's answer.
+        certificates: of the last step, one Certificate of (k,) tensors for each stack; not `ok` where the guard refused the Gram
+            form's answer.
     """
+
+    certifies = True
 
     def __init__(
         self, solvers: Mapping[str, Solver], *, length: str, norm_cap: float | None, warm_start: bool, compiled: bool
@@ -41,7 +43,6 @@ class CertifiedStep:
         self.keeps_dual = warm_start
         self.compiled = compiled
         self.certificates: list[Certificate] = []
-        self.fallbacks: list[Tensor] = []
         self._refused: _Delayed | None = None
 
     @cached_property
@@ -57,19 +58,12 @@ class CertifiedStep:
         """Operations (two a multiply-add) of one step of one tall (m, n) matrix."""
         return step_flops([(1, m, n)], [manifold], self.solvers)
 
-    def certified(self) -> tuple[list[Certificate], list[Tensor]]:
-        """The certificates of the last step, and the counters of fallbacks."""
-        return self.certificates, self.fallbacks
-
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:
         """New weights, one (k, m, n) for each stack; duals are updated in place."""
         if not stacks:
             return []
         step = self._solve(stacks)
         self.certificates = step.certificates
-        if not self.fallbacks:
-            self.fallbacks = [torch.zeros_like(c.feas) for c in step.certificates]
-        torch._foreach_add_(self.fallbacks, [(~c.ok).float() for c in step.certificates])
         if self.keeps_dual:
             torch._foreach_copy_([s.dual for s in stacks], step.warm)
         return self._rescue(stacks, step)

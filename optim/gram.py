@@ -5,9 +5,9 @@ GᵀG, C = WᵀG and D = WᵀW:
 
     WᵀT = C F + D M,      TᵀT = Fᵀ GᵀG F + Fᵀ Cᵀ M + Mᵀ C F + Mᵀ D M,      ⟨G, T⟩ = ⟨GᵀG, F⟩ + ⟨C, M⟩.
 
-The tall shape is touched to make the three and once more to write the new weight. Matrices of equal n form one batch (k, n, n),
-whatever their m. On Stiefel D is I, on DGram diagonal; on Oblique D is full, but there the multiplier L is diagonal, so that D L is
-elementwise everywhere.
+On the manifold D is known: I on Stiefel, diagonal on DGram. The tall shape is touched to make the others and once more to take the
+step. Matrices of equal n form one batch (k, n, n), whatever their m. On Oblique D is full, but there the multiplier L is diagonal, so
+that D L is elementwise everywhere.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def float32_products(device: torch.device) -> Iterator[None]:
 class Gram(NamedTuple):
     """One batch of step problems, G scaled to Frobenius norm 1 and cleared where it is not finite.
 
-    GG = GᵀG, C = WᵀG, D = WᵀW: (k, n, n) float32. d: (k, n), the diagonal of D. scale: (k, 1, 1), ‖G‖_F in the units of the
+    GG = GᵀG, C = WᵀG, D = WᵀW for W on its manifold: (k, n, n) float32. d: (k, n), the diagonal of D. scale: (k, 1, 1), ‖G‖_F in the units of the
     caller (1 where G is zero or broken). moving, finite: (k, 1, 1) bool: G is neither zero nor broken; G is not broken.
     """
 
@@ -56,7 +56,7 @@ class Gram(NamedTuple):
     finite: Tensor
 
 
-def gram(W: Tensor, G: Tensor) -> tuple[Gram, Tensor]:
+def gram(W: Tensor, G: Tensor, manifold: str) -> tuple[Gram, Tensor]:
     """The n × n data of tall W, G (k, m, n) float32, and G / ‖G‖_F (k, m, n), zero where G is zero or not finite."""
     # By the largest entry first: squares of a gradient of size 1e-25 or 1e25 leave the range of float32.
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
@@ -65,9 +65,17 @@ def gram(W: Tensor, G: Tensor) -> tuple[Gram, Tensor]:
     G = torch.where(finite, G, 0) / torch.where(moving, largest, 1)
     norm = torch.where(moving, torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True), 1)
     G = G / norm
-    Gt, Wt = G.mT, W.mT
-    D = Wt @ W
-    return Gram(Gt @ G, Wt @ G, D, diagonal(D), norm * torch.where(moving, largest, 1), moving, finite), G
+    D = weight_gram(W, manifold)
+    return Gram(G.mT @ G, W.mT @ G, D, diagonal(D), norm * torch.where(moving, largest, 1), moving, finite), G
+
+
+def weight_gram(W: Tensor, manifold: str) -> Tensor:
+    """D = WᵀW (k, n, n) of W (k, m, n) on its manifold, where a product is needed on Oblique alone; euclidean steps do not read it."""
+    if manifold == "oblique":
+        return W.mT @ W
+    if manifold == "dgram":
+        return torch.diag_embed(W.square().sum(-2))
+    return torch.eye(W.size(-1), dtype=W.dtype, device=W.device).expand(W.size(0), -1, -1)
 
 
 def diagonal(S: Tensor) -> Tensor:

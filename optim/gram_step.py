@@ -1,16 +1,17 @@
-"""The whole update in n × n: answer, certificate, retraction, and one touch of the tall matrices.
+"""The whole update: answer and certificate in n × n, one trial point, and its retraction by a small matrix.
 
-With T = G F + W M the trial point V = W - eta T has VᵀV = D - eta (N + Nᵀ) + eta² B, where N = WᵀT and B = TᵀT are already known.
-Every retraction here multiplies V from the right by a small matrix X, so that
+With T = G F + W M the trial point is V = W - eta T. Every retraction here multiplies it from the right by an n × n matrix X near I,
+written as an increment, so that what is small is rounded relative to itself:
 
-    W_new = V X = W + W (X - I - eta M X) - G (eta F X),
-
-written as an increment: a small step is rounded relative to itself, not to W. D = WᵀW is measured afresh each step, so errors of
-one retraction are undone by the next and the distance from the manifold does not grow with the number of steps.
+    W_new = V X = V + V (X - I)
 
     stiefel    X = (VᵀV)^(-1/2)                                 the polar factor, nearest point
     dgram      X = c⁻¹ (c⁻¹ VᵀV c⁻¹)^(-1/2) c'                  polar(V / c)·c' with c the column norms of V [ours]
     oblique    X = c⁻¹                                          columns to unit length
+
+VᵀV is that of the V at hand. It could be had in n × n, as WᵀW - eta (WᵀT + TᵀW) + eta² TᵀT, one tall product cheaper; but the
+float32 error of TᵀT grows with the condition number of G + 2WL, which is large while gradients have low rank, and would become the
+distance of the new weight from the manifold.
 
 On DGram the column norms are free, and under a solver that solves they grow by about half of eta a step. c' = c (1 - eta·decay),
 at most norm_cap, controls them and leaves Off(WᵀW) = 0 untouched.
@@ -119,44 +120,46 @@ def column_norms(VV: Tensor, eta: Tensor, update: Update) -> tuple[Tensor, Tenso
 
 
 def unit_columns(VV: Tensor, eta: Tensor, update: Update) -> tuple[Tensor, Tensor]:
-    """X of the Oblique retraction, which lands whenever no column vanishes."""
+    """X of the Oblique retraction, which reads the diagonal of VᵀV alone and lands whenever no column vanishes."""
     c = diagonal(VV).sqrt()
     return torch.diag_embed(ratio(torch.ones_like(c), c)), (c > 0).all(-1)[:, None, None]
 
 
-def no_retraction(VV: Tensor, eta: Tensor, update: Update) -> tuple[Tensor, Tensor]:
-    """X = I; decay of euclidean weights is decoupled and added by `increments`."""
-    return identity_like(VV).expand_as(VV), torch.isfinite(diagonal(VV).sum(-1))[:, None, None]
-
-
 RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Update], tuple[Tensor, Tensor]]] = {
-    "euclidean": no_retraction,
     "stiefel": polar_factor,
     "dgram": column_norms,
     "oblique": unit_columns,
 }
-"""By manifold name: the right factor X, and whether it lands on the manifold, (k, 1, 1) bool."""
+"""By manifold name: the right factor X, and whether it lands on the manifold, (k, 1, 1) bool. Euclidean weights need none."""
 
 
-def increments(
-    problem: Gram, answer: Answer, manifold: str, eta: Tensor, length: Tensor, update: Update
-) -> tuple[Tensor, Tensor, Tensor]:
-    """E and F (k, n, n) of  W_new = W + W E - G F, and whether that lands on the manifold, (k, 1, 1) bool.
+def retract(points: Sequence[Tensor], manifold: str, eta: Tensor, update: Update) -> tuple[list[Tensor], Tensor]:
+    """V X (k_i, m_i, n) of each trial point V, and whether they landed, (k, 1, 1) bool of all together."""
+    if manifold == "euclidean":
+        return list(points), torch.cat([torch.isfinite(V.sum((-2, -1), keepdim=True)) for V in points])
+    diagonal_only = manifold == "oblique"
+    VV = torch.cat([torch.diag_embed(V.square().sum(-2)) if diagonal_only else V.mT @ V for V in points])
+    X, landed = RETRACTIONS[manifold](VV, eta, update)
+    back = (X - identity_like(X)).split([V.size(0) for V in points])
+    return [torch.baddbmm(V, V, E) for V, E in zip(points, back)], landed
 
-    E and F are zero where G is zero or broken or the retraction does not land, so that the weight stays what it is.
 
-    eta, length: (k, 1, 1), the learning rate and ‖A‖₂; G here is the scaled momentum that `gram` returned.
+def trial_points(
+    data: Sequence[tuple[Tensor, Tensor]], answer: Answer, manifold: str, eta: Tensor, length: Tensor, update: Update
+) -> list[Tensor]:
+    """V = W - eta·length·T / max(1, ‖T‖₂) (k_i, m_i, n) of each stack; euclidean weights are decayed as well, decoupled.
+
+    data: W and the scaled G that `gram` returned, of each stack. eta, length: (k, 1, 1) of all stacks, the learning rate and ‖A‖₂.
     """
     step = eta * length / answer.norm.clamp_min(1)
-    VV = problem.D - step * plus_transpose(answer.N) + step * step * answer.B
-    X, landed = RETRACTIONS[manifold](VV, eta, update)
-    eye = identity_like(X)
-    E = X - eye - step * (answer.M @ X)
+    F, M = step * answer.F, step * answer.M
     if manifold == "euclidean":
-        E = E - eta * update.decay * eye
-    F = step * (answer.F @ X)
-    moves = problem.moving & landed
-    return torch.where(moves, E, 0), torch.where(moves, F, 0), landed
+        M = M + eta * update.decay * identity_like(M)
+    sizes = [W.size(0) for W, _ in data]
+    points = []
+    for (W, G), of_G, of_W in zip(data, F.split(sizes), M.split(sizes)):
+        points.append(torch.baddbmm(torch.baddbmm(W, W, of_W, alpha=-1), G, of_G, alpha=-1))
+    return points
 
 
 # --- the step --------------------------------------------------------------------------------------------------------------
@@ -182,19 +185,21 @@ def gram_kernel(
     """`gram_step` without its guard over float32 arithmetic: what torch.compile(..., fullgraph=True) takes."""
     weights, certificates, multipliers = list(Ws), list(Ws), list(Ws)
     for batch in group([tuple(W.shape[-2:]) for W in Ws], manifolds):
-        data = [gram(Ws[i], Gs[i]) for i in batch.where]
-        problem = Gram(*(torch.cat(parts) for parts in zip(*(p for p, _ in data))))
+        problems, units = zip(*(gram(Ws[i], Gs[i], batch.manifold) for i in batch.where))
+        problem = Gram(*(torch.cat(parts) for parts in zip(*problems)))
         start = None if warm is None else torch.cat([warm[i] for i in batch.where])
         answer, bound, L = solve_gram(problem, batch.manifold, batch.square, solvers[batch.manifold], start)
         sizes = [Ws[i].size(0) for i in batch.where]
         lengths = [LENGTHS[update.length](*Ws[i].shape[-2:]) for i in batch.where]
         eta = torch.cat([etas[i].expand(k, 1, 1) for i, k in zip(batch.where, sizes)])
         length = torch.cat([x.new_full((k, 1, 1), size) for x, k, size in zip(eta.split(sizes), sizes, lengths)])
-        E, F, landed = increments(problem, answer, batch.manifold, eta, length, update)
+        stacks = [(Ws[i], unit) for i, unit in zip(batch.where, units)]
+        points = trial_points(stacks, answer, batch.manifold, eta, length, update)
+        moved, landed = retract(points, batch.manifold, eta, update)
+        moves = (problem.moving & landed).split(sizes)
         fields = [field.split(sizes) for field in certificate(problem, answer._replace(ok=answer.ok & landed), bound)]
         for j, i in enumerate(batch.where):
-            moved = torch.baddbmm(Ws[i], Ws[i], E.split(sizes)[j])
-            weights[i] = torch.baddbmm(moved, data[j][1], F.split(sizes)[j], alpha=-1)
+            weights[i] = torch.where(moves[j], moved[j], Ws[i])
             certificates[i] = Certificate(*(field[j] for field in fields))
             multipliers[i] = L.split(sizes)[j]
     return GramStep(weights, certificates, multipliers)
@@ -227,9 +232,9 @@ def gram_step(
         ValueError: a manifold without a solver, or G shaped unlike W.
 
     The guard: a retraction that does not land keeps the weight, and `ok` is False. An answer that is not finite, too long, above its
-    dual bound, or at odds with its Gram matrix is not taken; if none is left, the step is along the normalised tangent projection of G, which float32 cannot spoil, and the certificate's `ok` is False.
-    `rectangular_step` repeats such a matrix without squaring its condition number, once the caller has read `ok`: at once on a CPU;
-    on CUDA a step later from a pinned copy, which costs no sync.
+    dual bound, or at odds with its Gram matrix is not taken; if none is left, the step is along the normalised tangent projection of
+    G, which float32 cannot spoil, and the certificate's `ok` is False. `rectangular_step` repeats such a matrix without squaring its
+    condition number, once the caller has read `ok`: at once on a CPU; on CUDA a step later from a pinned copy, which costs no sync.
     """
     for W, G, manifold in zip(Ws, Gs, manifolds):
         check(W, G, manifold)
@@ -250,7 +255,7 @@ def rectangular_step(W: Tensor, G: Tensor, manifold: str, eta: Tensor, update: U
     """
     constraint = CONSTRAINTS[manifold]
     with torch.no_grad(), float32_products(W.device):
-        problem, unit = gram(W, G)
+        problem, unit = gram(W, G, manifold)
         A = msign(torch.baddbmm(unit, W, 2 * least_squares_multiplier(problem, constraint)), _STEPS, torch.float32)
         N = W.mT @ A
         T = A - W @ constraint.normal(problem, constraint.project(plus_transpose(N)))
@@ -288,9 +293,7 @@ def step_flops(shapes: Sequence[tuple[int, int, int]], manifolds: Sequence[str],
     """FLOPs (2 a multiply-add) of one gram_step on tall stacks (k, m, n), matrix products only, counted as they are made."""
     flops = 0
     for (k, m, n), manifold in zip(shapes, manifolds):
-        tall = 3 + 2  # GᵀG, WᵀG, WᵀW; W E and G F
-        small = answer_products(manifold, m == n, solvers[manifold]) + (
-            2 if manifold in ("euclidean", "oblique") else 7
-        )
+        tall = 4 if manifold == "euclidean" else 6  # GᵀG, WᵀG, W M, G F; then VᵀV (on oblique WᵀW instead), V (X - I)
+        small = answer_products(manifold, m == n, solvers[manifold]) + (5 if manifold in ("stiefel", "dgram") else 0)
         flops += 2 * k * n * n * (tall * m + small * n)
     return flops

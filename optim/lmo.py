@@ -418,7 +418,7 @@ def solve(W: Tensor, G: Tensor, manifold: str, solver: str = "su", calls: int = 
     config = Solver(name=solver, calls=calls, **settings)
     batched = [tall(X).float().reshape(-1, *tall(X).shape[-2:]) for X in (W, G)]
     with float32_products(W.device):
-        problem, unit = gram(*batched)
+        problem, unit = gram(*batched, manifold)
         answer, bound, _ = solve_gram(problem, manifold, W.size(-2) == W.size(-1), config)
         length = torch.where(problem.moving, 1 / answer.norm.clamp_min(1), 0)
         A = torch.baddbmm(unit @ (length * answer.F), batched[0], length * answer.M)
@@ -430,7 +430,7 @@ def certify(W: Tensor, G: Tensor, A: Tensor, manifold: str, bound: Tensor) -> Ce
     """The certificate of any given A (k, m, n) tall float32 at W against bound (k,), e.g. the optimum or a dual value."""
     check(W, G, manifold)
     with float32_products(W.device):
-        problem, unit = gram(W, G)
+        problem, unit = gram(W, G, manifold)
         # A as W's coordinates plus a rest: only ⟨G, A⟩ depends on more than N and B, and enters through F = 0, M = 0.
         zero = torch.zeros_like(problem.C)
         T = tangent(problem, CONSTRAINTS[manifold], zero, zero, W.mT @ A, A.mT @ A, Solver())

@@ -40,18 +40,17 @@ class Stack:
 
 
 class StepRule(Protocol):
-    """What ManifoldMuon needs of a rule."""
+    """What ManifoldMuon needs of a rule. certificates: of the last step, one Certificate (optim/lmo.py) a stack, if it `certifies`."""
 
     keeps_dual: bool
+    certifies: bool
+    certificates: Sequence[Any]
 
     def init(self, W: Tensor, manifold: str) -> Tensor:
         """W (..., m, n), any orientation, brought onto the manifold."""
 
     def flops(self, m: int, n: int, manifold: str) -> float:
         """Floating-point operations of one step of one tall (m, n) matrix."""
-
-    def certified(self) -> tuple[list[Any], list[Tensor]]:
-        """Certificates of the last step and counts of fallbacks (k,), one for each stack; two empty lists if it certifies nothing."""
 
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:
         """New weights, one (k, m, n) for each stack."""
@@ -65,6 +64,7 @@ class Bucket:
     blocks: int
     momentum: Tensor  # (k, m, n) tall, float32; each parameter's state is a view into it
     dual: Tensor | None  # (k, n, n) float32
+    fallbacks: Tensor | None  # (k,) float32: on how many steps so far the rule's guard refused its answer
     group: dict[str, Any]
 
     def stack(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -168,17 +168,19 @@ class ManifoldMuon(torch.optim.Optimizer):
         buckets = []
         for (m, n), params in by_shape.items():
             k, device = len(params) * group["blocks"], params[0].device
+            momentum = torch.zeros(k, m, n, device=device)
             dual = torch.zeros(k, n, n, device=device) if self.rule.keeps_dual else None
-            buckets.append(Bucket(params, group["blocks"], torch.zeros(k, m, n, device=device), dual, group))
+            fallbacks = torch.zeros(k, device=device) if self.rule.certifies else None
+            buckets.append(Bucket(params, group["blocks"], momentum, dual, fallbacks, group))
         return buckets
 
     def _link_state(self) -> None:
         """Every parameter's state is a view into its bucket: batched arithmetic, and an ordinary state_dict."""
         for bucket in self.buckets:
             for i, p in enumerate(bucket.params):
-                self.state[p]["momentum"] = bucket.momentum[bucket.rows_of(i)]
-                if bucket.dual is not None:
-                    self.state[p]["dual"] = bucket.dual[bucket.rows_of(i)]
+                for name in ("momentum", "dual", "fallbacks"):
+                    if (whole := getattr(bucket, name)) is not None:
+                        self.state[p][name] = whole[bucket.rows_of(i)]
 
     @torch.no_grad()
     def _init_on_manifold(self) -> None:
@@ -204,6 +206,8 @@ class ManifoldMuon(torch.optim.Optimizer):
                 for p, w in zip(bucket.params, targets)
             ]
             torch._foreach_copy_(bucket.params, targets)
+        for bucket, certificate in zip(self.buckets, self.rule.certificates):
+            bucket.fallbacks.add_(~certificate.ok if keep is None else ~certificate.ok & ~keep)
         if self.world > 1:
             self._exchange()
 
@@ -226,9 +230,9 @@ class ManifoldMuon(torch.optim.Optimizer):
         the matrix sign it came from; fallbacks: steps so far on which the guard stepped in. Reads back from the device.
         """
         found: dict[str, dict[str, float]] = {}
-        for bucket, certificate, fallbacks in zip(self.buckets, *self.rule.certified()):
+        for bucket, certificate in zip(self.buckets, self.rule.certificates):
             names = dict(zip(bucket.group["params"], bucket.group["names"]))
-            fields = torch.stack([certificate.feas, certificate.eff, -certificate.frac, -fallbacks]).tolist()
+            fields = torch.stack([certificate.feas, certificate.eff, -certificate.frac, -bucket.fallbacks]).tolist()
             for i, p in enumerate(bucket.params):
                 feas, eff, frac, stepped_in = (min(field[bucket.rows_of(i)]) for field in fields)
                 found[names[p]] = {"feas": feas, "eff": eff, "frac": -frac, "fallbacks": -stepped_in}
@@ -276,7 +280,12 @@ class ManifoldMuon(torch.optim.Optimizer):
         """Names and shapes of a parameter's state."""
         blocks = next(g["blocks"] for g in self.param_groups if any(q is p for q in g["params"]))
         m, n = tall(row_blocks(p, blocks)).shape[-2:]
-        return {"momentum": (blocks, m, n), **({"dual": (blocks, n, n)} if self.rule.keeps_dual else {})}
+        shapes: dict[str, tuple[int, ...]] = {"momentum": (blocks, m, n)}
+        if self.rule.keeps_dual:
+            shapes["dual"] = (blocks, n, n)
+        if self.rule.certifies:
+            shapes["fallbacks"] = (blocks,)
+        return shapes
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

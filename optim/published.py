@@ -58,6 +58,8 @@ class PublishedStep:
     decay_manifolds: bool = False
 
     keeps_dual: ClassVar[bool] = False
+    certifies: ClassVar[bool] = False
+    certificates: ClassVar[tuple[()]] = ()
 
     def polar(self, X: Tensor) -> Tensor:
         """The matrix sign (k, m, n) in the rule's dtype."""
@@ -78,10 +80,6 @@ class PublishedStep:
             return sign
         retraction = {"stiefel": sign, "dgram": 14 * m * n**2 + 8 * n**3}.get(manifold, 3 * m * n)
         return self.dual_steps * (sign + 4 * m * n**2) + retraction
-
-    def certified(self) -> tuple[list, list]:
-        """Nothing is certified."""
-        return [], []
 
     def __call__(self, stacks: list[Stack]) -> list[Tensor]:
         """New weights, one (k, m, n) for each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
