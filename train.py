@@ -201,7 +201,10 @@ class Run:
     def write_spectra(self, log: RunLog | NoLog) -> None:
         """All singular values of every matrix that the assignment speaks of."""
         if self.ranks.is_main:
-            matrices = {row.name: (self.params[row.name], row.manifold) for row in self.optimizers.rows if row.ruled}
+            groups = self.optimizers.muon.param_groups if self.optimizers.muon else []
+            blocks = {name: group["blocks"] for group in groups for name in group["names"]}
+            ruled = [row for row in self.optimizers.rows if row.ruled]
+            matrices = {row.name: (self.params[row.name], row.manifold, blocks.get(row.name, 1)) for row in ruled}
             for name, record in spectra(matrices):
                 log.write("spectra", self.step, name=name, **record)
 

@@ -11,13 +11,14 @@ from optim.manifolds import MANIFOLDS, tall
 
 
 @torch.no_grad()
-def spectrum(W: Tensor, manifold: str | None = None) -> dict[str, list[float] | float]:
+def spectrum(W: Tensor, manifold: str | None = None, blocks: int = 1) -> dict[str, list[float] | float]:
     """Spectrum of a matrix W (m, n), computed in float32 with one SVD.
 
     Returns:
         sigma: its min(m, n) singular values, descending. gram_diagonal: the squared column norms of the tall form.
-        off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. residual: distance from `manifold`, if one is named. Floats carry six
-        significant digits, which is what float32 singular values are worth.
+        off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. residual: distance from `manifold`, if one is named; with `blocks`, into
+        which the rows are cut, that of the block farthest from it. Floats carry six significant digits, which is what float32
+        singular values are worth.
     """
     T = tall(W.detach().float())
     gram = T.mT @ T
@@ -29,14 +30,15 @@ def spectrum(W: Tensor, manifold: str | None = None) -> dict[str, list[float] | 
         "off_diagonal": float(f"{off.item():.6g}"),
     }
     if manifold is not None:
-        record["residual"] = float(f"{MANIFOLDS[manifold].residual(W).item():.6g}")
+        residual = MANIFOLDS[manifold].residual(W.detach().unflatten(0, (blocks, -1))).max()
+        record["residual"] = float(f"{residual.item():.6g}")
     return record
 
 
-def spectra(matrices: dict[str, tuple[Tensor, str | None]]) -> Iterator[tuple[str, dict]]:
-    """`spectrum` of each named (matrix, manifold), in order."""
-    for name, (W, manifold) in matrices.items():
-        yield name, spectrum(W, manifold)
+def spectra(matrices: dict[str, tuple[Tensor, str | None, int]]) -> Iterator[tuple[str, dict]]:
+    """`spectrum` of each named (matrix, manifold, blocks), in order."""
+    for name, (W, manifold, blocks) in matrices.items():
+        yield name, spectrum(W, manifold, blocks)
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -10,6 +10,7 @@ from optim.gram_step import gram_kernel
 from optim.groups import AssignmentError, build_optimizers, step_rule
 from optim.manifold_muon import ManifoldMuon, Stack
 from optim.manifolds import MANIFOLDS, DGram
+from optim.spectra import spectrum
 from training.config import compose
 
 SHAPES = [(48, 16), (16, 48), (16, 16), (48, 16), (64, 16)]
@@ -199,6 +200,8 @@ def test_blocks_and_learning_rates_by_pattern():
     fused = model.transformer.h[0].attn.c_attn.weight.detach()
     for block in fused.split(8):  # query, key and value of each head: (8, 16) wide, orthonormal rows
         assert torch.allclose(block @ block.T, torch.eye(8), atol=1e-5)
+    whole, cut = (spectrum(fused, "stiefel", blocks)["residual"] for blocks in (1, 6))
+    assert cut < 1e-5 < whole  # what is on the manifold is each block
     rates = sorted({group["lr"].item() for group in optimizers.muon.param_groups})
     assert rates == pytest.approx([0.01, 0.02])
     for bad, message in (("{attn.c_attn: 5}", "divides its 48 rows"), ("{attn.x: 2}", "matches no matrix")):
