@@ -43,8 +43,8 @@ def float32_products(device: torch.device) -> Iterator[None]:
 class Gram(NamedTuple):
     """One batch of step problems, G scaled to Frobenius norm 1 and cleared where it is not finite.
 
-    GG = GᵀG, C = WᵀG, D = WᵀW for W on its manifold: (k, n, n) float32. d: (k, n), the diagonal of D. scale: (k, 1, 1), ‖G‖_F in the units of the
-    caller (1 where G is zero or broken). moving, finite: (k, 1, 1) bool: G is neither zero nor broken; G is not broken.
+    GG = GᵀG, C = WᵀG, D = WᵀW for W on its manifold: (k, n, n) float32. d: (k, n), the diagonal of D. scale: (k, 1, 1), ‖G‖_F in the
+    units of the caller (1 where G is zero or broken). moving, finite: (k, 1, 1) bool: G is neither zero nor broken; G is not broken.
     """
 
     GG: Tensor

@@ -291,7 +291,8 @@ class ManifoldMuon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of this rank's matrices; settings and learning rates stay the configuration's.
 
-        Takes what `state_dict` returned on any number of ranks.
+        Takes what `state_dict` returned on any number of ranks. Of another rule's state the momentum is taken; what that rule did not
+        keep starts at zero.
         """
         order = [p for group in self.param_groups for p in group["params"]]
         saved = state_dict["state"]
@@ -299,4 +300,4 @@ class ManifoldMuon(torch.optim.Optimizer):
             for p in bucket.params:
                 index = next(i for i, q in enumerate(order) if q is p)
                 for name, value in self.state[p].items():
-                    value.copy_(saved[index][name])
+                    value.copy_(saved[index].get(name, torch.zeros_like(value)))

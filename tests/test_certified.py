@@ -62,6 +62,20 @@ def test_gradients_of_low_rank_leave_no_weight_off_its_manifold(manifold):
         assert max(ON[manifold].residual(p.detach()).item() for p in params) < 1e-6
 
 
+def test_the_published_rules_state_can_be_gone_on_from():
+    params, optimizer = make("stiefel")
+    published = step_rule(compose(["optim=paper"])["optim"])
+    groups = [{"params": params, "manifold": "stiefel"}]
+    before = ManifoldMuon(groups, published, lr=0.05, momentum=0.95, nesterov=True, weight_decay=0.1)
+    for one in (optimizer, before):
+        set_gradients(params, 0)
+        one.step()
+    optimizer.load_state_dict(before.state_dict())
+    for p in params:
+        assert torch.equal(optimizer.state[p]["momentum"], before.state[p]["momentum"])
+        assert not optimizer.state[p]["fallbacks"].any()
+
+
 def test_fallbacks_are_counted_over_a_resume():
     """Columns shorter than the step: the retraction does not land, and the guard steps in. The count is state like any other."""
     params, optimizer = make("dgram", size=1e-3, lr=0.2)
