@@ -74,8 +74,13 @@ def weight_gram(W: Tensor, manifold: str) -> Tensor:
     if manifold == "oblique":
         return W.mT @ W
     if manifold == "dgram":
-        return torch.diag_embed(W.square().sum(-2))
+        return squared_lengths(W)
     return torch.eye(W.size(-1), dtype=W.dtype, device=W.device).expand(W.size(0), -1, -1)
+
+
+def squared_lengths(W: Tensor) -> Tensor:
+    """The diagonal part of WᵀW (k, n, n) for W (k, m, n), without a product."""
+    return torch.diag_embed(W.square().sum(-2))
 
 
 def diagonal(S: Tensor) -> Tensor:

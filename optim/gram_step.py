@@ -38,6 +38,7 @@ from optim.gram import (
     plus_transpose,
     ratio,
     spectral_norm,
+    squared_lengths,
 )
 from optim.lmo import (
     SKEW,
@@ -137,8 +138,7 @@ def retract(points: Sequence[Tensor], manifold: str, eta: Tensor, update: Update
     """V X (k_i, m_i, n) of each trial point V, and whether they landed, (k, 1, 1) bool of all together."""
     if manifold == "euclidean":
         return list(points), torch.cat([torch.isfinite(V.sum((-2, -1), keepdim=True)) for V in points])
-    diagonal_only = manifold == "oblique"
-    VV = torch.cat([torch.diag_embed(V.square().sum(-2)) if diagonal_only else V.mT @ V for V in points])
+    VV = torch.cat([squared_lengths(V) if manifold == "oblique" else V.mT @ V for V in points])
     X, landed = RETRACTIONS[manifold](VV, eta, update)
     back = (X - identity_like(X)).split([V.size(0) for V in points])
     return [torch.baddbmm(V, V, E) for V, E in zip(points, back)], landed
