@@ -35,7 +35,7 @@ from optim.spectra import spectra
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
-from training.log import NoLog, RunLog, WandbSink
+from training.log import NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
@@ -54,6 +54,7 @@ from training.validate import (
     problems_of_stability,
     problems_of_values,
 )
+from training.wandb_sink import WandbSink
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError)
 
@@ -89,7 +90,7 @@ class Run:
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         dataset = open_data(cfg)
-        self.data = dataset.fingerprint
+        self.data, self.val = dataset.fingerprint, dataset.val
         block, windows = cfg["model"]["block_size"], cfg["global_batch_tokens"] // cfg["model"]["block_size"]
         self.loader = Loader(dataset.train, block, cfg["seed"], windows, ranks.rank, ranks.world)
         self.held_out = validation_windows(dataset.val, block, cfg["eval_windows"])
@@ -110,7 +111,7 @@ class Run:
         self.resumed_at = self.step if resumed is not None else None
         self.params = dict(self.model.named_parameters())
         self.guard = FiniteGuard(list(self.params), self.device, skipped)
-        self.val_loss = math.nan
+        self.val_loss, self.full_val_loss = math.nan, None
         if ranks.is_main:
             print_start(self, resumed)
 
@@ -172,7 +173,9 @@ class Run:
                 if self.step % cfg["log"]["interval"] == 0 or self.step == cfg["max_steps"]:
                     self.read_back(log, loss, norm, multiplier, tokens)
                     tokens = 0
-            log.write("end", self.step, **summary(self.stability, self.seconds, self.device))
+            log.write(
+                "end", self.step, full_val_loss=self.full_val_loss, **summary(self.stability, self.seconds, self.device)
+            )
         finally:
             batches.close()
             log.close()
@@ -192,11 +195,16 @@ class Run:
         self.clock += time.perf_counter() - start
 
     def evaluate(self, log: RunLog | NoLog) -> None:
-        """The validation loss, and what it says of stability."""
-        self.val_loss = evaluate(self.compiled, self.held_out, self.cfg["micro_batch_size"], self.ranks, self.autocast)
+        """The validation loss, and what it says of stability; at the end, if asked for, that of the whole validation split."""
+        how = (self.cfg["micro_batch_size"], self.ranks, self.autocast)
+        self.val_loss = evaluate(self.compiled, self.held_out, *how)
         log.write("eval", self.step, loss=self.val_loss)
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
+        if self.finished and self.cfg["full_eval"]:
+            windows = validation_windows(self.val, self.cfg["model"]["block_size"])
+            self.full_val_loss = evaluate(self.compiled, windows, *how)
+            log.write("full_eval", self.step, loss=self.full_val_loss, tokens=windows[:, 1:].size)
 
     def write_spectra(self, log: RunLog | NoLog) -> None:
         """All singular values of every matrix that the assignment speaks of."""
@@ -266,9 +274,9 @@ class Run:
         (directory / "parameters.txt").write_text(parameter_table(self.optimizers.rows) + "\n")
         (directory / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
         mode, project, group = (cfg["logger"][key] for key in ("mode", "project", "group"))
-        about = {"project": project, "group": group or directory.parent.name, "name": name, "config": cfg}
+        about = {"project": project, "group": group or directory.parent.name, "name": directory.name, "config": cfg}
         wandb = WandbSink(mode=mode, directory=directory, resume=resumed, **about)
-        progress = ProgressSink(name, cfg["max_steps"], first_step=self.step)
+        progress = ProgressSink(name, cfg["max_steps"], eval_interval=cfg["eval_interval"], first_step=self.step)
         return RunLog(directory, [wandb, progress], resume_step=self.step if resumed else -1)
 
 

@@ -46,15 +46,16 @@ class Loader:
         return np.stack([self.split.read(int(offset), self.block_size + 1) for offset in self.offsets(step)])
 
 
-def validation_windows(split: Split, block_size: int, count: int) -> np.ndarray:
+def validation_windows(split: Split, block_size: int, count: int | None = None) -> np.ndarray:
     """At most `count` windows, evenly spaced and without overlap, the same for every run: (n, block_size + 1) uint16.
 
-    A split too short for `count` gives as many as fit; DataError if not even one does.
+    A split too short for `count` gives as many as fit, and None asks for these: the whole split. DataError if not even one fits.
     """
-    if count < 1:
+    if count is not None and count < 1:
         raise ValueError(f"{count} validation windows measure nothing; ask for at least 1")
     _require_window(split, block_size)
-    count = min(count, split.tokens // (block_size + 1))
+    fitting = split.tokens // (block_size + 1)
+    count = fitting if count is None else min(count, fitting)
     stride = split.tokens // count
     return np.stack([split.read(i * stride, block_size + 1) for i in range(count)])
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import os
 import resource
 import struct
-import sys
-import time
-import types
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from training.log import METRICS_FILE, WANDB_RUNS_FILE, RunLog, WandbSink, flatten, read_records
+from training.log import METRICS_FILE, RunLog, read_records
 from training.progress import ProgressSink
 
 
@@ -223,137 +219,6 @@ def test_a_failing_sink_costs_one_warning_and_nothing_else(tmp_path, caplog):
     assert (failing.closed, memory.closed) == (1, 1)
 
 
-def test_curves_come_from_the_records_alone():
-    sigma = [3.0, 2.0, 1.0]
-    spectrum = {
-        "kind": "spectra",
-        "step": 5,
-        "name": "h.0.attn",
-        "sigma": sigma,
-        "off": 0.5,
-        "why": None,
-        "rows": [[1.0]],
-    }
-    assert dict(flatten(spectrum)) == {
-        "spectra/h.0.attn/sigma": sigma,
-        "spectra/h.0.attn/sigma_max": 3.0,
-        "spectra/h.0.attn/sigma_min": 1.0,
-        "spectra/h.0.attn/stable_rank": pytest.approx(14 / 9),
-        "spectra/h.0.attn/off": 0.5,
-    }
-    assert dict(flatten({"kind": "train", "step": 1, "loss": 2.0, "lr": {"adamw": 0.1}})) == {
-        "train/loss": 2.0,
-        "train/lr/adamw": 0.1,
-    }
-    assert dict(flatten({"kind": "eval", "step": 1, "loss": 2.0})) == {"val/loss": 2.0}
-    assert dict(flatten({"kind": "spectra", "step": 1, "w": {"sigma": [0.0, 0.0]}}))["spectra/w/stable_rank"] == 0.0
-
-
-def wandb_sink(directory: Path, mode: str, resume: bool = False) -> WandbSink:
-    return WandbSink(
-        mode=mode, project="p", group="g", name="n", config={"seed": 1}, directory=directory, resume=resume
-    )
-
-
-class FakeWandb(types.ModuleType):
-    """Stands for the package: keeps what it is asked for; ``failure`` is raised by init."""
-
-    def __init__(self, failure: Exception | None = None):
-        super().__init__("wandb")
-        self.failure = failure
-        self.started: list[dict] = []
-        self.logged: list[dict] = []
-        self.metrics: dict[str, dict] = {}
-        self.finished = 0
-        self.Settings = self.Histogram = lambda *args, **kwargs: args or kwargs
-
-    def init(self, **arguments):
-        if self.failure:
-            raise self.failure
-        self.started.append(arguments)
-        return self
-
-    def define_metric(self, name, **arguments):
-        self.metrics[name] = arguments
-
-    def log(self, payload):
-        self.logged.append(payload)
-
-    def finish(self):
-        self.finished += 1
-
-
-@pytest.mark.parametrize("failure", [RuntimeError("no\nAPI key"), None], ids=repr)
-def test_wandb_that_cannot_start_gives_one_warning(tmp_path, monkeypatch, caplog, failure):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(failure) if failure else None)
-    log = RunLog(tmp_path, [wandb_sink(tmp_path, "online")])
-    for step in range(3):
-        log.write("train", step, loss=1.0)
-    log.close()
-    assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
-    assert "training goes on" in caplog.text and "logger.mode=offline" in caplog.text
-    assert len(list(read_records(tmp_path))) == 3
-
-
-def test_wandb_disabled_is_not_even_imported(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    sink = wandb_sink(tmp_path, "disabled")
-    sink.record({"kind": "train", "step": 1, "loss": 1.0})
-    sink.close()
-    assert not caplog.records and not os.listdir(tmp_path)
-
-
-def test_wandb_sees_our_step_and_no_number_that_it_cannot_draw(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    sink = wandb_sink(tmp_path, "offline")
-    sink.record({"kind": "spectra", "step": 4, "name": "w", "sigma": [2.0, math.nan], "dead": [math.nan]})
-    sink.close()
-    sink.close()
-    assert fake.metrics["*"] == {"step_metric": "step"} and fake.metrics["val/loss"]["summary"] == "min"
-    assert fake.logged[0]["step"] == 4 and fake.logged[0]["spectra/w/sigma"] == ([2.0],)
-    assert "spectra/w/dead" not in fake.logged[0]
-    assert fake.finished == 1
-
-
-def test_wandb_continues_online_and_links_offline(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for mode, resume in [("online", False), ("online", True), ("offline", True), ("offline", True), ("online", True)]:
-        wandb_sink(tmp_path, mode, resume).close()
-    online, again, offline, second, back = fake.started
-    assert again["id"] == back["id"] == online["id"] and again["resume"] == "allow"
-    assert len({online["id"], offline["id"], second["id"]}) == 3, "an offline run cannot be appended to"
-    assert {(run["group"], run["name"], run["project"]) for run in fake.started} == {("g", "n", "p")}
-    assert "continues" not in online["config"] and "continues" not in again["config"]
-    assert offline["config"]["continues"] == [online["id"]]
-    assert second["config"] == {"seed": 1, "continues": [online["id"], offline["id"]]}
-    wandb_sink(tmp_path, "online", resume=False).close()
-    assert fake.started[-1]["id"] not in {online["id"], offline["id"], second["id"]}
-
-
-def test_wandb_offline_for_real(tmp_path, caplog):
-    pytest.importorskip("wandb")
-    log = RunLog(tmp_path, [wandb_sink(tmp_path, "offline")])
-    log.write("train", 1, loss=2.0, lr=0.1, tokens_per_s=1000.0)
-    log.write("eval", 1, loss=math.nan)
-    log.write("spectra", 1, name="h.0.attn.c_attn.weight", sigma=torch.linspace(2, 0.5, 16))
-    log.write("event", 1, event="unstable", message="validation loss is nan")
-    log.close()
-    # W&B's own lines are its own affair.
-    ours = [record.message for record in caplog.records if record.name.startswith("training")]
-    assert not ours, "it started, took every record and finished"
-    (run,) = json.loads((tmp_path / WANDB_RUNS_FILE).read_text())
-    (written,) = (tmp_path / "wandb").glob(f"offline-run-*-{run['id']}/run-{run['id']}.wandb")
-    keys = ("train/loss", "train/tokens_per_s", "val/loss", "c_attn.weight/sigma_max", "stable_rank", "histogram")
-    for _ in range(100):  # W&B's own process writes the file, and may still be at it on a busy machine
-        content = written.read_bytes()
-        if all(key.encode() in content for key in keys):
-            return
-        time.sleep(0.2)
-    pytest.fail(f"{[key for key in keys if key.encode() not in content]} never reached {written}")
-
-
 # ---- progress ----
 
 
@@ -370,19 +235,22 @@ class Terminal(io.StringIO):
         return True
 
 
-def drive(sink: ProgressSink, clock: Clock, steps: int, eval_interval: int = 10**9) -> None:
-    """A run of one step a second."""
+NEVER = 10**9
+
+
+def drive(sink: ProgressSink, clock: Clock, steps: int) -> None:
+    """A run of one step a second, evaluated as the sink was told, in no time."""
     for step in range(1, steps + 1):
         clock.now += 1.0
         sink.record({"kind": "train", "step": step, "loss": 100.0 / step, "tokens_per_s": 41234.0})
         sink.record({"kind": "spectra", "step": step, "name": "w", "sigma": [1.0]})
-        if step % eval_interval == 0:
+        if step % sink.eval_interval == 0 or step == sink.total_steps:
             sink.record({"kind": "eval", "step": step, "loss": 200.0 / step})
 
 
 def test_elsewhere_than_on_a_terminal_a_line_at_evaluations_and_rarely_between():
     clock, stream = Clock(), io.StringIO()
-    drive(ProgressSink("hetero", 100, stream=stream, clock=clock), clock, 100, eval_interval=25)
+    drive(ProgressSink("hetero", 100, eval_interval=25, stream=stream, clock=clock), clock, 100)
     lines = stream.getvalue().splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [10, 20, 25, 35, 45, 50, 60, 70, 75, 85, 95, 100]
     assert lines[3].split() == ["hetero", "35/100", "train", "2.86", "val", "8.00", "41k", "tokens/s", "1:05", "left"]
@@ -390,9 +258,27 @@ def test_elsewhere_than_on_a_terminal_a_line_at_evaluations_and_rarely_between()
     assert "\x1b" not in stream.getvalue()
 
 
+@pytest.mark.parametrize("interval_s", [0.0, 10.0])
+def test_a_step_has_one_line_and_that_of_an_evaluated_step_has_its_loss(interval_s):
+    clock, stream = Clock(), io.StringIO()
+    drive(ProgressSink("run", 60, eval_interval=25, stream=stream, clock=clock, interval_s=interval_s), clock, 60)
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    steps = [int(line[1].split("/")[0]) for line in lines]
+    assert len(set(steps)) == len(steps) and {25, 50, 60} <= set(steps)
+    for step in (25, 50, 60):  # the loss of that step's evaluation, not of the one before
+        assert lines[steps.index(step)][5] == f"{200 / step:.2f}"
+
+
+def test_the_evaluation_of_the_whole_split_is_told():
+    stream = io.StringIO()
+    sink = ProgressSink("run", 10, eval_interval=5, stream=stream)
+    sink.record({"kind": "full_eval", "step": 10, "loss": 2.18765, "tokens": 100})
+    assert stream.getvalue().split(maxsplit=1)[1] == "step 10: loss on the whole validation split 2.1877\n"
+
+
 def test_a_resumed_run_tells_the_time_left_from_its_own_pace():
     clock, stream = Clock(), io.StringIO()
-    sink = ProgressSink("run", 1000, first_step=500, stream=stream, clock=clock, interval_s=0.0)
+    sink = ProgressSink("run", 1000, eval_interval=NEVER, first_step=500, stream=stream, clock=clock, interval_s=0.0)
     for step in range(501, 511):
         clock.now += 2.0
         sink.record({"kind": "train", "step": step, "loss": 1.0})
@@ -402,7 +288,7 @@ def test_a_resumed_run_tells_the_time_left_from_its_own_pace():
 
 def test_each_sort_of_event_is_told_once():
     clock, stream = Clock(), io.StringIO()
-    sink = ProgressSink("run", 10, stream=stream, clock=clock)
+    sink = ProgressSink("run", 10, eval_interval=NEVER, stream=stream, clock=clock)
     for step in range(1, 5):
         sink.record({"kind": "event", "step": step, "event": "nonfinite", "message": f"loss is nan [{step}]"})
     sink.record({"kind": "event", "step": 5, "event": "unstable", "message": "validation loss rose"})
@@ -416,8 +302,8 @@ def test_on_a_terminal_a_bar_shows_the_same(monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setenv("TERM", "xterm")
     clock, stream = Clock(), Terminal()
-    sink = ProgressSink("hetero", 100, stream=stream, clock=clock)
-    drive(sink, clock, 50, eval_interval=25)
+    sink = ProgressSink("hetero", 100, eval_interval=25, stream=stream, clock=clock)
+    drive(sink, clock, 50)
     sink.record({"kind": "event", "step": 50, "event": "unstable", "message": "loss [bold] rose"})
     sink.record({"kind": "eval", "step": 50, "loss": math.nan})
     sink.close()

@@ -1,12 +1,15 @@
 """The command line: a run ends, resumes bitwise, sweeps, and refuses bad input before it writes anything."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_train
 
-from train import USER_ERRORS, check, train
+from data.loader import validation_windows
+from scripts.runs import load_model
+from train import USER_ERRORS, check, open_data, train
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.config import compose
@@ -92,6 +95,54 @@ def test_gradient_accumulation_changes_nothing_but_rounding(tiny, tmp_path):
         )
         losses.append([r["loss"] for r in records(tmp_path / str(micro), "train")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_speed_is_that_of_training_alone(tiny, tmp_path, monkeypatch):
+    import train as module
+
+    clock = SimpleNamespace(now=0.0)
+
+    def taking(seconds, work):
+        def slow(*args, **kwargs):
+            clock.now += seconds
+            return work(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(module, "accumulate", taking(1.0, module.accumulate))
+    monkeypatch.setattr(module, "evaluate", taking(100.0, module.evaluate))
+    for pause in ("write_spectra", "probe", "save"):
+        monkeypatch.setattr(module.Run, pause, taking(30.0, getattr(module.Run, pause)))
+    train(compose([*tiny, "assignment=adamw", "log.interval=3"]))
+    assert [r["tokens_per_s"] for r in read_records(tmp_path / "run", "train")] == [128.0] * 7
+    assert next(read_records(tmp_path / "run", "end"))["train_seconds"] == 20.0
+
+
+def test_the_whole_validation_split_is_evaluated_once_at_the_end(tiny, tmp_path):
+    for full in ("true", "false"):
+        where = f"output_dir={tmp_path}/{full}"
+        train(compose([*tiny[:-1], "assignment=adamw", "max_steps=6", "eval_interval=3", f"full_eval={full}", where]))
+    [record], [end] = records(tmp_path / "true", "full_eval"), records(tmp_path / "true", "end")
+    model, cfg, _ = load_model(tmp_path / "true")
+    windows = torch.from_numpy(validation_windows(open_data(cfg).val, 16).astype("int64"))
+    assert len(windows) == open_data(cfg).val.tokens // 17 > cfg["eval_windows"]
+    with torch.no_grad():
+        losses = torch.stack([model(w[None, :-1], w[None, 1:])[1] for w in windows])
+    assert record["step"] == 6 and record["tokens"] == 16 * len(windows)
+    assert record["loss"] == end["full_val_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert end["full_val_loss"] != records(tmp_path / "true", "eval")[-1]["loss"]
+    # Nothing else knows of it: not the best loss, not training.
+    [plain] = records(tmp_path / "false", "end")
+    assert plain == {**end, "full_val_loss": None}
+    assert [r for r in records(tmp_path / "true") if r["kind"] not in ("end", "full_eval")] == [
+        r for r in records(tmp_path / "false") if r["kind"] != "end"
+    ]
+
+
+@pytest.mark.parametrize("experiment", ["paper", "one_gpu", "ngpt_124m", "instability_one_gpu"])
+def test_the_published_scale_evaluates_as_much_as_the_published_code(experiment):
+    assert compose([f"experiment={experiment}"])["eval_windows"] == 200 * 64
 
 
 def test_a_run_that_turns_non_finite_is_a_result(tiny, tmp_path, monkeypatch):

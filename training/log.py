@@ -1,4 +1,4 @@
-"""metrics.jsonl is the truth about a run; W&B and the progress bar show the same records.
+"""metrics.jsonl is the truth about a run; sinks, such as W&B and the progress bar, show what they can of the same records.
 
 One JSON record a line: ``{"kind": ..., "step": ..., <fields>}``. ``step`` counts the updates done when the record was
 written: 0 before the first, s after s of them. Floats are written in full precision; those JSON has no word for are the
@@ -7,15 +7,16 @@ consist of one of these three words).
 
 What the sinks look for, all of it optional:
 
-========  ================================================================================================
-kind      fields
-========  ================================================================================================
-train     ``loss``, ``lr``, ``tokens_per_s``
-eval      ``loss``
-spectra   ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
-probe     per layer and head what ``model.probes.probe`` lists, and its summary
-event     ``event``: what sort, such as "unstable" or "warning"; ``message``: one sentence for a person
-========  ================================================================================================
+=========  ================================================================================================
+kind       fields
+=========  ================================================================================================
+train      ``loss``, ``lr``, ``tokens_per_s``
+eval       ``loss``
+full_eval  ``loss``, ``tokens``: of the whole validation split, once, at the end
+spectra    ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
+probe      per layer and head what ``model.probes.probe`` lists, and its summary
+event      ``event``: what sort, such as "unstable" or "warning"; ``message``: one sentence for a person
+=========  ================================================================================================
 """
 
 from __future__ import annotations
@@ -24,13 +25,11 @@ import json
 import logging
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_RUNS_FILE = "wandb_runs.json"
 
 _WORD_OF_FLOAT = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FLOAT_OF_WORD = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -206,146 +205,3 @@ def _map(function: Any, value: Any) -> Any:
     if isinstance(value, list):
         return [function(item) for item in value]
     return value
-
-
-# ---- Weights & Biases ----
-
-# W&B sorts its panels by the part before the slash.
-_WANDB_SECTION = {"eval": "val", "certificate": "muon"}
-
-
-class WandbSink:
-    """Shows the records in Weights & Biases. Whatever keeps W&B from starting costs one warning and nothing else.
-
-    ``mode`` is "online", "offline" (needs no account) or "disabled". ``directory`` is that of the run; the ids of its
-    W&B runs stand there in ``wandb_runs.json``. With ``resume=True`` an online run is continued under its id; offline,
-    where W&B cannot append, a second one of the same group and name is begun and its config lists the earlier ids under
-    ``continues``. The x-axis is our ``step``: W&B's own counter starts again when a run is resumed.
-    """
-
-    def __init__(
-        self,
-        *,
-        mode: str,
-        project: str,
-        group: str | None,
-        name: str,
-        config: Mapping[str, Any],
-        directory: str | Path,
-        resume: bool = False,
-    ):
-        self._run: Any = None
-        if mode == "disabled":
-            return
-        try:
-            self._start(mode, project, group, name, config, Path(directory), resume)
-        except Exception as error:
-            _logger.warning(
-                "W&B did not start (%s); training goes on without it and %s holds everything. "
-                "Install wandb and run `wandb login`, or choose logger.mode=offline or logger.mode=disabled",
-                " ".join(str(error).split()) or type(error).__name__,
-                METRICS_FILE,
-            )
-
-    def _start(
-        self,
-        mode: str,
-        project: str,
-        group: str | None,
-        name: str,
-        config: Mapping[str, Any],
-        directory: Path,
-        resume: bool,
-    ) -> None:
-        import wandb  # here, because importing it takes a second and it may be absent
-
-        directory.mkdir(parents=True, exist_ok=True)
-        ids_file = directory / WANDB_RUNS_FILE
-        earlier = json.loads(ids_file.read_text()) if resume and ids_file.exists() else []
-        # An offline half is uploaded later under its own id; continuing it online would make two writers of one run.
-        online = [run["id"] for run in earlier if run["mode"] == "online"]
-        # An agent of `wandb sweep` has chosen the id, by which it finds the run's losses.
-        fresh_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        run_id = online[-1] if mode == "online" and online else fresh_id
-        links = [run["id"] for run in earlier if run["id"] != run_id]
-        self._run = wandb.init(
-            mode=mode,
-            project=project,
-            group=group,
-            name=name,
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            config={**config, "continues": links} if links else dict(config),
-            dir=str(directory),
-            reinit="create_new",
-            settings=_settings(wandb, mode),
-        )
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
-        self._run.define_metric("val/loss", step_metric="step", summary="min")
-        if not any(run["id"] == run_id for run in earlier):
-            temp = ids_file.with_suffix(".tmp")
-            temp.write_text(json.dumps([*earlier, {"id": run_id, "mode": mode}]))
-            os.replace(temp, ids_file)
-
-    def record(self, rec: dict[str, Any]) -> None:
-        """Log the numbers of a record under ``<kind>/<field>``, lists as histograms (see ``flatten``)."""
-        if self._run is None:
-            return
-        import wandb
-
-        payload: dict[str, Any] = {"step": rec["step"]}
-        for key, value in flatten(rec):
-            if not isinstance(value, list):
-                payload[key] = value
-            elif finite := [number for number in value if math.isfinite(number)]:
-                payload[key] = wandb.Histogram(finite)
-        self._run.log(payload)
-
-    def close(self) -> None:
-        """Finish the W&B run, which uploads or writes what is still buffered."""
-        if self._run is not None:
-            run, self._run = self._run, None
-            run.finish()
-
-
-def _settings(wandb: Any, mode: str) -> Any:
-    """W&B's settings; all times in seconds."""
-    return wandb.Settings(
-        console="off",  # the console belongs to the progress bar
-        silent=mode == "offline",
-        init_timeout=60,
-        login_timeout=30,  # an unattended terminal is not asked for a key for ever
-        finish_timeout=20,  # a run that is told to stop has half a minute; the rest waits on disk for `wandb sync`
-    )
-
-
-def flatten(rec: Mapping[str, Any]) -> Iterator[tuple[str, float | str | list[float]]]:
-    """Yield what a record shows as curves and histograms: ``("spectra/h.0.attn/sigma_max", 1.0)``.
-
-    A ``name`` in the record becomes part of the path, dicts become paths, a non-empty list of numbers stays a list;
-    other lists and None are left out. Beside a list ``sigma`` of singular values stand ``sigma_max``, ``sigma_min`` and
-    ``stable_rank`` = Σσ²/σ_max².
-    """
-    section = _WANDB_SECTION.get(rec["kind"], rec["kind"])
-    name = rec.get("name")
-    prefix = f"{section}/{name}" if isinstance(name, str) else section
-    yield from _flatten({key: value for key, value in rec.items() if key not in ("kind", "step", "name")}, prefix)
-
-
-def _flatten(fields: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float | str | list[float]]]:
-    for key, value in fields.items():
-        path = f"{prefix}/{key}"
-        if isinstance(value, Mapping):
-            yield from _flatten(value, path)
-        elif isinstance(value, list):
-            if not value or not all(isinstance(item, (int, float)) for item in value):
-                continue
-            yield path, value
-            if key == "sigma":
-                largest = max(value)
-                yield f"{path}_max", largest
-                yield f"{path}_min", min(value)
-                yield f"{prefix}/stable_rank", sum((s / largest) ** 2 for s in value) if largest > 0 else 0.0
-        elif value is not None:
-            yield path, value

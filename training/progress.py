@@ -14,12 +14,12 @@ from rich.table import Column
 
 class ProgressSink:
     """On a terminal a live bar; elsewhere a plain line at each evaluation, and between them at most one every
-    ``interval_s`` seconds.
+    ``interval_s`` seconds. A step has one line: a training record that an evaluation follows waits for it.
 
     ``hetero   ━━━━━━━━━━━━━━━━╸━━━━━━  182/250   train 2.31  val 2.40  41k tokens/s  0:18 left``
 
-    Of events (``event``, ``message``) the first of each sort is shown. ``first_step`` is where a resumed run begins.
-    ``clock`` gives seconds.
+    Of events (``event``, ``message``) the first of each sort is shown. ``eval_interval`` is the number of steps between
+    evaluations, the last step being evaluated too; ``first_step`` is where a resumed run begins. ``clock`` gives seconds.
     """
 
     def __init__(
@@ -27,6 +27,7 @@ class ProgressSink:
         name: str,
         total_steps: int,
         *,
+        eval_interval: int,
         first_step: int = 0,
         stream: TextIO | None = None,
         interval_s: float = 10.0,
@@ -34,6 +35,7 @@ class ProgressSink:
     ):
         self.name = name
         self.total_steps = total_steps
+        self.eval_interval = eval_interval
         self._stream = sys.stderr if stream is None else stream
         self._interval_s = interval_s
         self._clock = clock
@@ -51,12 +53,20 @@ class ProgressSink:
             self._open_bar()
 
     def record(self, rec: dict[str, Any]) -> None:
-        """Take over the numbers of a train or eval record and show them; other kinds only if they are events."""
+        """Take over the numbers of a train or eval record and show them; of other kinds, events and the last evaluation."""
         if rec["kind"] == "event":
             self._show_event(rec)
-            return
-        if rec["kind"] not in ("train", "eval"):
-            return
+        elif rec["kind"] == "full_eval":
+            self._print(f"{self.name:<14}step {rec['step']}: loss on the whole validation split {rec['loss']:.4f}")
+        elif rec["kind"] in ("train", "eval"):
+            self._show_numbers(rec)
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _show_numbers(self, rec: dict[str, Any]) -> None:
         self._step = rec["step"]
         if rec["kind"] == "eval":
             self._val = rec.get("loss", self._val)
@@ -67,14 +77,15 @@ class ProgressSink:
                 self._start = (self._step, self._clock())
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, status=self._status())
-        elif rec["kind"] == "eval" or self._clock() - self._last_line >= self._interval_s:
+        elif rec["kind"] == "eval" or (
+            not self._evaluated_next() and self._clock() - self._last_line >= self._interval_s
+        ):
             self._print(f"{self.name:<14}{self._step}/{self.total_steps}   {self._status()}")
             self._last_line = self._clock()
 
-    def close(self) -> None:
-        """Leave the last state of the bar on the screen."""
-        if self._bar is not None:
-            self._bar.stop()
+    def _evaluated_next(self) -> bool:
+        """Whether the next record of this step is its evaluation."""
+        return self._step % self.eval_interval == 0 or self._step == self.total_steps
 
     def _open_bar(self) -> None:
         self._bar = Progress(

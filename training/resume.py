@@ -23,6 +23,7 @@ HARMLESS = (
     "checkpoint",
     "log",
     "probe",
+    "full_eval",
     "name",
     "data.dir",
     "data.auto_prepare",
