@@ -2,8 +2,8 @@
 
 Angle: how fast tokens grow alike or apart. With q the mean square of a token's coordinates and p that of pairs of tokens,
 λ_a = log[(1 - c') / (1 - c)], c = p/q before and c' after a block; negative is collapse. Gradient: λ_g = log of the growth of the
-squared gradient through a block, backwards. Cowsik, Nebabu, Qi, Ganguli (arXiv 2403.02579) predict the final loss from both, and find it
-best where both vanish. They study attention without a causal mask; with one, tokens are no longer exchangeable, so c is taken over the
+squared gradient through a block, backwards. Cowsik, Nebabu, Qi, Ganguli (arXiv 2403.02579) report that both together predict the final
+loss, which is best where both vanish; in our runs the final loss followed |λ_a| alone (results/exponents). They study attention without a causal mask; with one, tokens are no longer exchangeable, so c is taken over the
 last half of the positions. [our reading]
 """
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.probes import evaluation_mode
+from model.residual import LerpJoint, SphereJoint
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -76,14 +77,23 @@ def embedded(model: GPT, x: Tensor) -> Tensor:
 def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> Iterator[Tensor]:
     """The stream x (B, T, d) and what every block makes of it, each branch multiplied by `strength` (α).
 
-    Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself.
+    Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself. Where a rule keeps the stream
+    on a sphere, so does this: what α and the skip make of a token gets the length that the rule gives it.
     """
     keep = 1.0 if skip == "one" else math.sqrt(1 - strength**2)
     yield x
     for block in model.transformer.h:
         for rule, sublayer in ((block.ln_1, block.attn), (block.ln_2, block.mlp)):
             joined = rule(x, sublayer)
-            x = joined if strength == keep == 1 else keep * x + strength * (joined - x)
+            if strength == keep == 1:
+                x = joined
+                continue
+            x = keep * x + strength * (joined - x)
+            if isinstance(rule, (SphereJoint, LerpJoint)):
+                x = x * (
+                    torch.linalg.vector_norm(joined, dim=-1, keepdim=True)
+                    / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+                )
         yield x
 
 

@@ -2,6 +2,7 @@
 
     python scripts/exponents.py                                           every assignment of the demonstration, a minute
     python scripts/exponents.py experiment=paper seeds=2                  GPT-2 124M
+    python scripts/exponents.py experiment=ngpt_demo assignments=adamw    nGPT, on its sphere
     python scripts/exponents.py scan=13 skip=normalised                   and a phase diagram of 13 x 13 models
     python scripts/exponents.py train=5 max_steps=200                     and the final loss of 5 x 5 trained models against |λ|
 
@@ -43,6 +44,7 @@ from scripts.runs import read_run
 from train import check, gpt_config, open_data
 from training.config import compose
 from training.run import environment
+from training.transfer import transferred
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {
@@ -80,11 +82,11 @@ class Estimate:
 
 
 def build(cfg: dict[str, Any], seed: int) -> GPT:
-    """The model of a configuration as training would begin with it, on its manifolds."""
+    """The model of a configuration as training would begin with it: its weights on their manifolds and, for nGPT, of unit length."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(gpt_config(cfg))
-    build_optimizers(model, cfg)
+    build_optimizers(model, transferred(cfg), model.unit_vectors())
     return model
 
 
@@ -190,7 +192,7 @@ def trained_grid(overrides: Sequence[str], options: dict[str, Any], outputs: Pat
         for scale in scales:
             settings = (f"init.residual_scale={residual:.4g}", f"init.weight_scale={scale:.4g}")
             directory = outputs / f"residual_{residual:.4g}_weight_{scale:.4g}"
-            jobs.append(Job((*overrides, "assignment=adamw", "logger.mode=disabled", *settings), directory))
+            jobs.append(Job(("logger.mode=disabled", *overrides, "assignment=adamw", *settings), directory))
             cells.append({"residual_scale": residual, "weight_scale": scale})
     run_grid(jobs, options["workers"])
     ended = [(job, cell) for job, cell in zip(jobs, cells) if job.ended]
@@ -241,7 +243,6 @@ def work(arguments: list[str]) -> int:
             f"correlation={options['correlation']} in (0, 1); change that"
         )
     results = Path(options["results"] or ROOT / "results" / "exponents")
-    results.mkdir(parents=True, exist_ok=True)
     header = ["| " + " | ".join(HEADINGS.values()) + " |", "|" + "---|" * len(HEADINGS)]
     print("\n".join(header))
     rows = exponent_table(overrides, options)
@@ -251,6 +252,7 @@ def work(arguments: list[str]) -> int:
     }
     facts["rows"] = [{k: asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()} for row in rows]
     text = "\n".join([*header, *map(line, rows)])
+    results.mkdir(parents=True, exist_ok=True)
     if options["scan"]:
         from scripts.probe_figures import phase_diagram
 

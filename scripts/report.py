@@ -50,6 +50,7 @@ COLUMNS = [
     Column("mlp", "mlp", lambda r: r.geometry("mlp")),
     Column("val loss, best", "val_loss_best", lambda r: r.best),
     Column("final", "val_loss_final", lambda r: r.final),
+    Column("full split", "full_val_loss", lambda r: r.full),
     Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
     Column("σ max mlp", "sigma_max_mlp", lambda r: r.sigma_max("mlp"), digits=2),
     Column("entropy", "least_entropy", lambda r: r.least_entropy, digits=2),
@@ -59,6 +60,17 @@ COLUMNS = [
     Column("paper", "paper_val_loss", lambda r: PUBLISHED.get(r.assignment)),
 ]
 """The table of one set of settings. A new measurement is a new line here."""
+
+LOSSES = (
+    "Losses are in nats a token: best and final of the evaluations on `eval_windows` windows, and full split, that of the whole "
+    "validation split after the last step."
+)
+"""What a table's foot says of its losses."""
+
+
+def told(columns: Sequence[Column], runs: Sequence[Run]) -> list[Column]:
+    """The columns in which at least one run has something to say."""
+    return [column for column in columns if any(column.value(r) is not None for r in runs)]
 
 
 # ---- runs that belong together ----
@@ -111,7 +123,8 @@ def report_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
     rule = Column("step rule", "step_rule", lambda r: _setting(r.config, "optim.muon.rule.kind"))
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
     status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
-    return [*COLUMNS[:3], rule, *settings_columns(groups), *COLUMNS[3:status], steps, *COLUMNS[status:]]
+    columns = [*COLUMNS[:3], rule, *settings_columns(groups), *COLUMNS[3:status], steps, *COLUMNS[status:]]
+    return told(columns, [r for group in groups for r in group])
 
 
 # ---- the table ----

@@ -1,16 +1,18 @@
 """The paper's table by real training: the five assignments one after the other, then the table and the pictures.
 
     python scripts/reproduce.py scale=demo                 minutes on two cores, no network
-    python scripts/reproduce.py scale=paper optim=paper    the published recipe (prepare the data first)
+    python scripts/reproduce.py scale=demo optim=paper     the same under the published step rule, beside it
+    python scripts/reproduce.py scale=paper                the published recipe (prepare the data first)
     python scripts/reproduce.py scale=demo seed=2 results=outputs/seed2 output_dir=outputs/seed2/runs
 
 `scale` is a recipe of configs/experiment; any override of train.py may follow and concerns all five runs. Options of this command:
 
-    output_dir=   where the runs are written (outputs/reproduce/<scale>), each in a directory named after its assignment
-    results=      where table.md, table.json, val_loss.png and spectra.png are written (results/<scale>)
+    output_dir=   where the runs are written (outputs/reproduce/<name>), each in a directory named after its assignment
+    results=      where table.md, table.json, val_loss.png and spectra.png are written (results/<name>)
 
-The same command again goes on where it stopped: finished runs are kept, an interrupted one continues from its last checkpoint. The
-demonstration runs with logger.mode=disabled unless told otherwise, since starting W&B would cost more than its curves are worth.
+<name> is the scale, and with optim= the scale and that: demo, demo_paper. The same command again goes on where it stopped: finished runs
+are kept, an interrupted one continues from its last checkpoint. The demonstration does not start W&B unless it is told to, by
+logger.mode=offline or logger.mode=online.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import UsageError, parse, run
-from scripts.report import COLUMNS, draw, make_table, rows_of
+from scripts.report import COLUMNS, LOSSES, draw, make_table, rows_of, told
 from scripts.runs import CONFIG_FILE, COST_FILE, Run, read_run, refuse_other_settings
 from train import check, open_data, train
 from training.config import compose
@@ -53,10 +55,14 @@ OWN_KEYS = {  # keys of train.py that this command decides, and what to do inste
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: `overrides` as typed; `runs` maps an assignment to its configuration and directory."""
+    """What is to be done: `overrides` as typed; `runs` maps an assignment to its configuration and directory.
+
+    name: of the table, by scale and step rule; None if the overrides make it another table.
+    """
 
     scale: str
     overrides: list[str]
+    name: str | None
     results: Path
     runs: dict[str, tuple[dict[str, Any], Path]]
 
@@ -78,7 +84,9 @@ def make_plan(arguments: Sequence[str]) -> Plan:
         if key in OWN_KEYS:
             raise UsageError(f"{override} cannot be given here: {OWN_KEYS[key]}")
     scale = options["scale"]
-    directory = Path(options["output_dir"] or f"outputs/reproduce/{scale}")
+    optims, others = name_parts(overrides)
+    name = "_".join([scale, *optims])
+    directory = Path(options["output_dir"] or f"outputs/reproduce/{name}")
     runs = {}
     for assignment in ASSIGNMENTS:
         settings = [f"experiment={scale}", f"assignment={assignment}", *SCALE_SETTINGS.get(scale, []), *overrides]
@@ -88,7 +96,14 @@ def make_plan(arguments: Sequence[str]) -> Plan:
         refuse_other_settings(cfg, where)
     first, _ = next(iter(runs.values()))
     open_data(first)
-    return Plan(scale, overrides, Path(options["results"] or ROOT / "results" / scale), runs)
+    return Plan(scale, overrides, None if others else name, Path(options["results"] or ROOT / "results" / name), runs)
+
+
+def name_parts(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The step rules that overrides choose, which are part of a table's name, and what else they change of its numbers."""
+    settings = [override for override in overrides if not override.startswith("logger.")]
+    optims = [override.removeprefix("optim=") for override in settings if override.startswith("optim=")]
+    return optims, [override for override in settings if not override.startswith("optim=")]
 
 
 # ---- training ----
@@ -159,13 +174,13 @@ def _cores() -> int:
 def write_results(plan: Plan) -> str:
     """Write the table and the pictures into `plan.results`; returns the table for a terminal.
 
-    The plain command also renews its table between the markers of the README.
+    A plain command, with nothing but a scale and a step rule, also renews its table between the markers of the README.
     """
     runs = [read_run(directory) for _, directory in plan.runs.values() if (directory / METRICS_FILE).exists()]
     if not runs:
         raise UsageError("no run has written anything, so there is no table; the errors above say why")
     groups = [[r] for r in runs]
-    table = make_table(groups, COLUMNS)
+    table = make_table(groups, told(COLUMNS, runs))
     plan.results.mkdir(parents=True, exist_ok=True)
     written = [plan.results / "table.md", plan.results / "table.json"]
     markdown = f"{table.markdown()}\n\n{footer(plan, runs)}\n"
@@ -180,8 +195,8 @@ def write_results(plan: Plan) -> str:
     }
     written[1].write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
     written += draw(groups, plan.results)
-    if not plan.overrides and plan.results == ROOT / "results" / plan.scale:
-        update_readme(ROOT / "README.md", plan.scale, markdown)
+    if plan.name is not None and plan.results == ROOT / "results" / plan.name:
+        update_readme(ROOT / "README.md", plan.name, markdown)
     names = ", ".join(path.name for path in written)
     return f"{table.text()}\n\n  written to {plan.results}: {names}   ({_cost_line(runs)})"
 
@@ -229,19 +244,31 @@ def footer(plan: Plan, runs: Sequence[Run]) -> str:
         f"{cfg['optim']['adamw']['lr']:g} (AdamW); seed {cfg['seed']}.",
         f"{_cost_line(runs)}; {env.get('device', platform.machine())}, Python {env.get('python')}, torch {env.get('torch')}, "
         f"{env.get('platform')}.",
-        "Losses are in nats a token; σ max is the largest singular value at the end; entropy is the least of a layer's attention "
+        f"{LOSSES} σ max is the largest singular value at the end; entropy is the least of a layer's attention "
         "over training, relative to log(position), and saturated the greatest share of its rows with a probability above .99. The last column is the paper's loss "
-        f"(arXiv 2606.13276: GPT-2 124M, 3.28B tokens of OpenWebText, one seed){other_scale}.",
+        f"(arXiv 2606.13276: GPT-2 124M, 3.28B tokens of OpenWebText, one seed){other_scale}. Weight decay {decay_of(cfg)}.",
     ]
     return "\n".join(lines)
 
 
-def update_readme(path: Path, scale: str, table: str) -> bool:
-    """Replace what stands between `<!-- table:<scale> -->` and `<!-- /table -->`; False if there is no such place."""
+def decay_of(cfg: dict[str, Any]) -> str:
+    """What Muon's weight decay acts on, in words: here the step rules differ."""
+    muon = cfg["optim"]["muon"]
+    free_norms = muon["rule"].get("decay_manifolds", True)  # the certified step always lets it
+    on = (
+        "unconstrained matrices and DGram's column norms"
+        if free_norms
+        else "unconstrained matrices only, as in the paper"
+    )
+    return f"{muon['weight_decay']:g} acts on {on}"
+
+
+def update_readme(path: Path, name: str, table: str) -> bool:
+    """Replace what stands between `<!-- table:<name> -->` and `<!-- /table -->`; False if there is no such place."""
     if not path.exists():
         return False
     text = path.read_text()
-    before, begin, rest = text.partition(f"<!-- table:{scale} -->\n")
+    before, begin, rest = text.partition(f"<!-- table:{name} -->\n")
     _, end, after = rest.partition("<!-- /table -->")
     if not end:
         return False

@@ -85,6 +85,11 @@ class Run:
         """Validation loss at the last evaluation, finite or not."""
         return next(reversed(self.curve("eval")[1]), None)
 
+    @property
+    def full(self) -> float | None:
+        """Loss on the whole validation split at the end, if it was evaluated."""
+        return next((record["loss"] for record in reversed(self.records.get("full_eval", []))), None)
+
     def spectra(self, sublayer: str) -> dict[str, list[dict[str, Any]]]:
         """The spectra records of every matrix of a sublayer ("attention" or "mlp"), by parameter name."""
         found: dict[str, list[dict[str, Any]]] = {}

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 
 from model.exponents import closed_form, embedded, gelu_moments, measure, misalignment, near_collapse, streams
 from model.gpt import GPT, GPTConfig
+from optim.groups import build_optimizers
 from scripts import exponents as command
 from scripts.exponents import build, correlations, rank_correlation
-from train import train
+from train import gpt_config, train
 from training.config import compose
+from training.transfer import transferred
 
 TOKENS, WIDTH = 32, 128
 SHAPE = {"block_size": TOKENS, "vocab_size": 64, "n_layer": 3, "n_head": 4, "n_embd": WIDTH}
@@ -88,6 +90,31 @@ def test_full_strength_is_the_model_itself():
     branches = x + 2 * block.attn(F.layer_norm(x, x.shape[-1:], block.ln_1.weight))
     branches = branches + 2 * block.mlp(F.layer_norm(branches, x.shape[-1:], block.ln_2.weight))
     assert torch.allclose(doubled, branches, atol=1e-6)
+
+
+@pytest.mark.parametrize("experiment", [["experiment=ngpt_demo"], ["experiment=nugpt_demo", "model.n_embd=64"]])
+def test_ngpt_is_measured_as_training_begins_with_it(experiment):
+    cfg = compose([*experiment, *(f"model.{k}={v}" for k, v in SHAPE.items() if k != "n_embd"), "device=cpu"])
+    model = build(cfg, 1337)
+    matrices, params = model.unit_vectors(), dict(model.named_parameters())
+    assert len(matrices) == 2 + 4 * SHAPE["n_layer"]
+    for name, dim in matrices.items():
+        lengths = torch.linalg.vector_norm(params[name], dim=dim)
+        assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-5), name
+    # The weights are those of a run of this seed at its start.
+    torch.manual_seed(1337)
+    fresh = GPT(gpt_config(cfg))
+    build_optimizers(fresh, transferred(cfg), fresh.unit_vectors())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters()))
+
+
+@pytest.mark.parametrize("rule", ["ngpt", "geonorm", "proj_sphere", "pre_norm"])
+def test_a_stream_on_a_sphere_stays_there_at_any_strength(rule):
+    model = random_gpt(0, residual=compose([f"residual={rule}"])["residual"])
+    x = near_collapse(model, 2, TOKENS, 0.9, torch.Generator().manual_seed(0))
+    for strength, skip in ((0.5, "normalised"), (2.0, "one")):
+        lengths = [torch.linalg.vector_norm(X, dim=-1) for X in streams(model, x, strength, skip)]
+        assert torch.allclose(lengths[-1], lengths[0], rtol=1e-4) == (rule != "pre_norm")
 
 
 def test_misalignment_of_planted_correlations():
