@@ -2,7 +2,8 @@
 
     rank in depth                   the tokens of a sequence grow alike: `depth`
     rank in width                   they use few of the directions they have: `depth`, its width_rank
-    head-channel identity           a head's output cannot be read from the sum over heads: `recovery`, `null_space`
+    head-channel identity           a head's output cannot be read from the sum over heads: `recovery` and `null_space` if the output
+                                    projection is known, `mixing_dimensions` if it is not
     entropy                         attention looks at one token: `model.probes.attention_record`
 
 The paper names the collapses; how they are measured here is standard, and ours to choose. [inference]
@@ -92,6 +93,30 @@ def null_space(W_o: Tensor) -> int:
     return W_o.size(1) - int((sigma > sigma[0] * max(W_o.shape) * torch.finfo(W_o.dtype).eps).sum())
 
 
+def mixing_dimensions(heads: Tensor) -> Tensor:
+    """Dimensions (H,) in which each head's output can change while the sum over heads stays, if the output projection is not known.
+
+    For every invertible M (H·w, H·w), the heads M o and the projection W_O M⁻¹ have the sum W_O o. Near M = 1, head h changes by
+    Σ_g M_hg o_g. What its own channels could make of it (g = h) only renames them; what is left is, for each of its w channels, a vector
+    of the span of the other heads' outputs, without that of its own: w times the rank of that span. Directions below a thousandth of the
+    largest are not counted. [our measure of what arXiv 2604.23681 counts]
+
+    Args:
+        heads: (N, H, w) outputs of the heads for N tokens.
+    """
+    o = heads.double()
+    _, H, w = o.shape
+    found = []
+    for h in range(H):
+        U, sigma, _ = torch.linalg.svd(o[:, h], full_matrices=False)
+        U = U[:, sigma > _WIDTH_TOLERANCE * sigma[0]]
+        others = torch.cat([o[:, :h], o[:, h + 1 :]], 1).flatten(1)  # (N, (H - 1)·w)
+        left = singular_values((others - U @ (U.mT @ others))[None])[0]
+        largest = torch.linalg.matrix_norm(others, 2) if others.numel() else left.new_zeros(())
+        found.append(w * (left > _WIDTH_TOLERANCE * largest).sum())
+    return torch.stack(found)
+
+
 def ambiguous_dimensions(tokens: int, n_head: int, width: int) -> int:
-    """n(H - 1)w: what the other heads may be, freely, when one head is to be told from the sum alone (arXiv 2604.23681)."""
+    """n(H - 1)w, the count of arXiv 2604.23681: the same if every token could be mixed by an M of its own."""
     return tokens * (n_head - 1) * width

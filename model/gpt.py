@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import HEAD_GATES, QK_CLIP_TARGETS
+from model.attention import HEAD_GATES, PG_OP_OVERHEAD, QK_CLIP_TARGETS
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import linear_cross_entropy
 from model.residual import ResidualRule, Stream, residual_problems, residual_rule
@@ -249,6 +249,8 @@ class GPT(nn.Module):
         if gates:
             added, beside = gates[0].weight.numel(), self.config.n_embd**2
             text += f", head gates among them: {added:,} a layer, {100 * added / beside:.2f}% of W_O"
+            if added >= PG_OP_OVERHEAD * beside:
+                text += f", which arXiv 2604.23681 states to be below {100 * PG_OP_OVERHEAD:g}%"
         return text
 
     def flops_per_token(self) -> int:

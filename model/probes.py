@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.attention import causal_logits
-from model.collapse import depth, recovery
+from model.collapse import depth, mixing_dimensions, recovery
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -88,13 +88,37 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def attention_record(attn: CausalSelfAttention, x: Tensor) -> dict[str, Tensor]:
-    """What attention does with its input x (B, T, d): statistics of each head, (H,) each."""
+@torch.no_grad()
+def head_mixing(model: GPT, x: Tensor) -> Tensor:
+    """`model.collapse.mixing_dimensions` of every layer and head (L, H) on the windows x (B, T) int64."""
+    found: list[Tensor] = []
+    hooks = [
+        block.attn.register_forward_pre_hook(
+            lambda attn, args: found.append(mixing_dimensions(explicit_attention(attn, args[0])[2]))
+        )
+        for block in model.transformer.h
+    ]
+    try:
+        with evaluation_mode(model):
+            model.features(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+def explicit_attention(attn: CausalSelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and probabilities (B, H, T, T) of attention on its input x (B, T, d), and what its heads return (B·T, H, w)."""
     q, k, v = attn.heads(x.float())
-    z = causal_logits(q, k, attn.logit_cap, attn.scale)  # (B, H, T, T)
+    z = causal_logits(q, k, attn.logit_cap, attn.scale)
     p = torch.softmax(z, dim=-1)
     y = p @ v if attn.head_gate is None else (p @ v) * attn.head_gate(x)
-    tokens = y.transpose(1, 2).flatten(0, 1)  # (B·T, H, w)
+    return z, p, y.transpose(1, 2).flatten(0, 1)
+
+
+def attention_record(attn: CausalSelfAttention, x: Tensor) -> dict[str, Tensor]:
+    """What attention does with its input x (B, T, d): statistics of each head, (H,) each."""
+    z, p, tokens = explicit_attention(attn, x)
     return {**logit_statistics(z), **row_statistics(p), "recovery": recovery(tokens, attn.c_proj.weight)}
 
 

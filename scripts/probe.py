@@ -13,8 +13,10 @@ run itself have written down (probe.interval). The columns:
     from mean          ‖X - 1x̄ᵀ‖/‖X‖ of the stream after the layer: 0 when all tokens are the same
     cosine, eff. rank  mean cosine of pairs of tokens; effective rank of 128 tokens
     width              share of directions in use
-    R²                 of the head that is hardest to read from the sum over heads
+    R²                 of the head that is hardest to read from the sum over heads by a linear reader, W_O being known
     hidden             dimensions a token of head outputs that W_O does not show at all
+    mixable            dimensions in which a head's output on these windows can change while the sum stays, W_O not being known
+                       (model/collapse.py, mixing_dimensions); of the head that has the fewest
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import validation_windows
 from model.collapse import ambiguous_dimensions, null_space
 from model.gpt import GPT
-from model.probes import probe
+from model.probes import head_mixing, probe
 from scripts.command import UsageError, parse, run
 from scripts.runs import read_run
 from train import gpt_config, open_data
@@ -39,7 +41,7 @@ from training.checkpoint import load
 
 HEADINGS = (
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
-    *("from mean", "cosine", "eff. rank", "width", "R²", "hidden"),
+    *("from mean", "cosine", "eff. rank", "width", "R²", "hidden", "mixable"),
 )
 
 
@@ -64,7 +66,7 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
 
 def layer_table(model: GPT, x: torch.Tensor) -> str:
     """The table of one model on the windows x (B, T), for a terminal."""
-    seen, lines = probe(model, x), [HEADINGS]
+    seen, lines, mixable = probe(model, x), [HEADINGS], head_mixing(model, x).amin(1).tolist()
     for i, block in enumerate(model.transformer.h):
         heads = [seen[key][i] for key in ("logit_max", "logit_p999", "entropy", "saturated", "jacobian", "recovery")]
         logit, high, entropy, saturated, jacobian, recovered = heads
@@ -79,7 +81,8 @@ def layer_table(model: GPT, x: torch.Tensor) -> str:
             *after,
             min(recovered),
         ]
-        lines.append((str(i), *(f"{n:.3g}" for n in numbers), str(null_space(block.attn.c_proj.weight.detach()))))
+        hidden = null_space(block.attn.c_proj.weight.detach())
+        lines.append((str(i), *(f"{n:.3g}" for n in numbers), str(hidden), f"{mixable[i]:,}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
 
@@ -98,11 +101,12 @@ def work(arguments: list[str]) -> int:
         windows = validation_windows(open_data(config).val, config["model"]["block_size"], options["windows"])
         x = torch.from_numpy(windows[:, :-1].astype("int64"))
         shape = model.config
-        free = ambiguous_dimensions(x.size(1), shape.n_head, shape.n_embd // shape.n_head)
+        count = ambiguous_dimensions(x.numel(), shape.n_head, shape.n_embd // shape.n_head)
         print(f"{directory}, step {step}: {model.describe()}")
         print(layer_table(model, x))
         print(
-            f"  To tell one head from the sum over {shape.n_head}, {free:,} numbers of the others are free in a window.\n"
+            f"  R² and hidden: with W_O known. mixable: with W_O unknown, one M for all {x.numel():,} tokens; with an M for each token it "
+            f"would be n(H-1)w = {count:,}, the count of arXiv 2604.23681.\n"
         )
     if options["figures"]:
         from scripts.probe_figures import curves

@@ -8,9 +8,25 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from model.attention import causal_logits
-from model.collapse import ambiguous_dimensions, depth, effective_rank, null_space, recovery, singular_values
+from model.collapse import (
+    ambiguous_dimensions,
+    depth,
+    effective_rank,
+    mixing_dimensions,
+    null_space,
+    recovery,
+    singular_values,
+)
 from model.gpt import GPT, GPTConfig
-from model.probes import logit_statistics, probe, product_norm, qk_norms, row_statistics
+from model.probes import (
+    explicit_attention,
+    head_mixing,
+    logit_statistics,
+    probe,
+    product_norm,
+    qk_norms,
+    row_statistics,
+)
 from scripts import probe as command
 from scripts.runs import read_run
 from train import train
@@ -152,6 +168,59 @@ def test_null_space_of_the_output_projection():
     assert ambiguous_dimensions(tokens=128, n_head=12, width=64) == 128 * 11 * 64
 
 
+def mixed(heads, W_o, seed, size=1e-3):
+    """The heads (N, H, w) and the projection after a random mixing near 1."""
+    N, H, w = heads.shape
+    generator = torch.Generator().manual_seed(seed)
+    M = torch.eye(H * w, dtype=torch.float64) + size * torch.randn(
+        H * w, H * w, generator=generator, dtype=torch.float64
+    )
+    return (heads.flatten(1) @ M.mT).view(N, H, w), W_o @ torch.linalg.inv(M)
+
+
+@pytest.mark.parametrize(("tokens", "rank"), [(40, None), (7, None), (40, 5)])
+def test_mixings_keep_the_sum_and_change_a_head_in_as_many_dimensions_as_are_counted(tokens, rank):
+    H, w = 3, 2
+    heads = torch.randn(tokens, H, w, dtype=torch.float64)
+    if rank is not None:  # heads that repeat each other
+        flat = heads.flatten(1)
+        heads = (flat[:, :rank] @ torch.randn(rank, H * w, dtype=torch.float64)).view(tokens, H, w)
+    W_o = torch.randn(6, H * w, dtype=torch.float64)
+    counted = mixing_dimensions(heads)
+    for h in range(H):
+        U = torch.linalg.qr(heads[:, h]).Q
+        changes = []
+        for seed in range(60):
+            others, W = mixed(heads, W_o, seed)
+            assert torch.allclose(others.flatten(1) @ W.mT, heads.flatten(1) @ W_o.mT)
+            change = others[:, h] - heads[:, h]
+            changes.append((change - U @ (U.mT @ change)).flatten())  # but for a new name of its own channels
+        assert torch.linalg.matrix_rank(torch.stack(changes), rtol=1e-9) == counted[h]
+    assert counted.tolist() == [w * (min(tokens, rank or H * w) - w)] * H
+
+
+def test_a_head_alone_cannot_be_mixed():
+    assert mixing_dimensions(torch.randn(20, 1, 4)).tolist() == [0]
+
+
+def test_the_mixing_of_a_model_is_measured_on_its_heads():
+    model, x = GPT(TINY), torch.randint(40, (2, 16))
+    seen, first = head_mixing(model, x), model.transformer.h[0]
+    heads = explicit_attention(first.attn, first.ln_1.forward(model.embed(x), lambda y: y) - model.embed(x))[2]
+    assert seen.shape == (2, 2) and torch.equal(seen[0], mixing_dimensions(heads))
+    assert (seen > 0).all() and (seen <= 8 * 8).all()  # w = 8, and the other head has at most 8 directions
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "tokens", "said"), [("position", 768, 1024, True), ("token", 768, 1024, False)]
+)
+def test_gates_larger_than_the_paper_states_say_so(kind, width, tokens, said):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=1, n_head=12, n_embd=width, block_size=tokens, head_gate=kind))
+    assert ("which arXiv 2604.23681 states to be below 1.6%" in model.describe()) == said
+    assert ("2.08% of W_O" if said else "1.56% of W_O") in model.describe()
+
+
 # ---- the probe ----
 
 
@@ -239,6 +308,7 @@ def test_the_command_prints_a_table_a_checkpoint_and_draws(tiny, tmp_path, capsy
     train(compose([*tiny, "assignment=adamw", "max_steps=10", "probe.interval=5", "checkpoint.keep=5"]))
     assert command.main([str(tmp_path / "run"), f"figures={tmp_path}"]) == 0
     printed = capsys.readouterr().out
+    assert printed.count("mixable") == 4 and "are free" not in printed
     assert printed.count("eff. rank") == 2 and "step 5:" in printed and "step 10:" in printed
     assert (tmp_path / "probes.png").stat().st_size > 1000
     assert command.main([str(ROOT / "configs")]) == 2 and "no checkpoint" in capsys.readouterr().err
