@@ -1,4 +1,5 @@
-# make reproduce   train the five assignments at demonstration scale and print the paper's table beside them
+# make reproduce   train the five assignments at demonstration scale and print the paper's table beside them;
+#                  OPTIONS are passed on: make reproduce OPTIONS="optim=paper logger.mode=offline"
 # make test        lint, then every test
 # Both create .venv and install requirements.lock into it when that has not been done yet.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ STAMP := .venv/installed.lock
 .PHONY: reproduce test lint lock
 
 reproduce: $(STAMP)
-	$(BIN)/python scripts/reproduce.py scale=demo
+	$(BIN)/python scripts/reproduce.py scale=demo $(OPTIONS)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

@@ -1,5 +1,7 @@
 """The crossing and the learning-rate transfer: what they run, what a cell amounts to, where an optimum lies, and what is written."""
 
+import contextlib
+import importlib
 import json
 import math
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from scripts import bench, bench_residual, crossing, lr_transfer
+from scripts import bench, bench_residual, crossing, exponents, failure, lr_transfer, solver_sweep
 from scripts.command import UsageError
 from scripts.grid import Job, run_grid
 from scripts.runs import Run
@@ -61,6 +63,30 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(tiny_data,
     assert run_grid([job], workers=2) == {} and "1 runs, 1 done before" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"holds a run with other settings(.|\n)*max_steps: 2 → 3"):
         run_grid([Job((*job.overrides, "max_steps=3"), job.directory)], workers=2)
+
+
+GRIDS = {
+    "crossing": (crossing, ["assignment=hetero", "residual=geonorm", "seed=1"]),
+    "lr_transfer": (lr_transfer, ["widths=16", "depths=1", "steps=2", "rates=0.01", "base=16,1,2", "head=8"]),
+    "solver_sweep": (solver_sweep, ["rates=0.02", "seeds=1"]),
+    "instability": (failure, ["rates=0.1", "optims=paper", "assignments=hetero"]),
+    "mechanism": (failure, ["remedies=none", "assignments=hetero"]),
+    "exponents": (exponents, ["train=2", "seeds=1", "assignments=adamw"]),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_an_option_of_the_logger_reaches_every_job_of_a_grid(name, tiny_data, tiny_grid, tmp_path, monkeypatch):
+    module, options = GRIDS[name]
+    seen = []
+    monkeypatch.setattr(module, "run_grid", lambda jobs, workers: seen.extend(jobs) or {})
+    shape = ["model.n_embd=16", "model.n_head=2", "model.n_layer=1"] if name != "lr_transfer" else []
+    command = [*tiny_grid, *shape, *options, f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
+    for setting, mode in (([], "disabled"), (["logger.mode=offline"], "offline")):
+        seen.clear()
+        with contextlib.suppress(UsageError):  # no run came to its end
+            importlib.import_module(f"scripts.{name}").work([*command, *setting])
+        assert seen and {compose(job.overrides)["logger"]["mode"] for job in seen} == {mode}
 
 
 # ---- crossing ----

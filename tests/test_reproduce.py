@@ -4,6 +4,8 @@ import json
 import platform
 import re
 import shutil
+import subprocess
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,6 +17,7 @@ from model.gpt import GPT, GPTConfig
 from scripts import export, figures, report, reproduce, sample
 from scripts.command import UsageError, parse
 from scripts.runs import load_model, read_run
+from training.config import compose
 from training.log import RunLog, read_records
 
 ASSIGNMENTS = ["unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv"]
@@ -83,6 +86,8 @@ def test_the_table_is_what_the_runs_wrote(finished):
         run = where / "runs" / assignment
         losses = [r["loss"] for r in read_records(run, "eval")]
         assert len(losses) == 3 and row["val_loss_best"] == min(losses) and row["val_loss_final"] == losses[-1]
+        [full] = read_records(run, "full_eval")
+        assert row["full_val_loss"] == full["loss"] == next(read_records(run, "end"))["full_val_loss"]
         for key, part in (("sigma_max_attention", ".attn."), ("sigma_max_mlp", ".mlp.")):
             last = [r for r in read_records(run, "spectra") if part in r["name"] and r["step"] == 4]
             assert row[key] == max(max(r["sigma"]) for r in last)
@@ -104,6 +109,8 @@ def test_the_table_says_what_wrote_it(finished):
         "5 runs",
         "GiB peak memory",
         "cores",
+        "full split, that of the whole validation split",
+        "Weight decay 0.1 acts on unconstrained matrices and DGram's column norms",
     ):
         assert said in text
     assert platform.python_version() in text and torch.__version__ in text
@@ -204,6 +211,60 @@ def test_runs_of_other_settings_are_not_overwritten(copied, capsys):
     err = capsys.readouterr().err
     assert "max_steps: 4 → 6" in err and "output_dir=" in err
     assert (where / "runs/unconstrained/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "directory"),
+    [
+        ([], "demo", "demo"),
+        (["optim=paper"], "demo_paper", "demo_paper"),
+        (["logger.mode=offline"], "demo", "demo"),
+        (["optim=paper", "logger.mode=offline"], "demo_paper", "demo_paper"),
+        (["seed=2"], None, "demo"),
+        (["optim=paper", "seed=2"], None, "demo_paper"),
+    ],
+)
+def test_a_table_is_named_after_scale_and_step_rule(overrides, name, directory, monkeypatch):
+    monkeypatch.setattr(reproduce, "open_data", lambda cfg: None)
+    plan = reproduce.make_plan(["scale=demo", *overrides])
+    assert plan.name == name and plan.results == ROOT / "results" / directory
+    for assignment, (cfg, where) in plan.runs.items():
+        assert str(where) == f"outputs/reproduce/{directory}/{assignment}"
+        assert cfg["optim"]["muon"]["rule"]["kind"] == ("published" if "optim=paper" in overrides else "certified")
+        assert cfg["logger"]["mode"] == ("offline" if "logger.mode=offline" in overrides else "disabled")
+
+
+def test_each_step_rule_fills_its_own_table_of_the_readme(finished, tmp_path, monkeypatch, no_pictures):
+    _, arguments = finished
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    old = {name: f"<!-- table:{name} -->\nold\n<!-- /table -->\n" for name in ("demo", "demo_paper")}
+    page = tmp_path / "README.md"
+    page.write_text("".join(old.values()))
+    plan = reproduce.make_plan(arguments)
+    reproduce.write_results(replace(plan, name="demo_paper", results=tmp_path / "results/demo_paper"))
+    table = (tmp_path / "results/demo_paper/table.md").read_text()
+    assert "| Hetero-Inv |" in table
+    assert page.read_text() == old["demo"] + old["demo_paper"].replace("old\n", table)
+    reproduce.write_results(plan)  # other settings: no table of the README is theirs
+    assert page.read_text() == old["demo"] + old["demo_paper"].replace("old\n", table)
+
+
+def test_the_foot_says_what_decays():
+    for optim, said in (("manifold_muon", "and DGram's column norms"), ("paper", "only, as in the paper")):
+        assert reproduce.decay_of(compose([f"optim={optim}"])).endswith(said)
+
+
+def test_a_column_that_no_run_fills_is_left_out(finished, tmp_path):
+    runs = [read_run(path) for path in sorted((finished[0] / "runs").iterdir())]
+    assert {c.key for c in report.told(report.COLUMNS, runs)} == {c.key for c in report.COLUMNS}
+    written_run(tmp_path / "run", runs[0].config, [5.0, 4.0])
+    assert "full_val_loss" not in {c.key for c in report.told(report.COLUMNS, [read_run(tmp_path / "run")])}
+
+
+def test_make_reproduce_passes_options_on():
+    words = ["make", "-n", "-o", ".venv/installed.lock", "reproduce", "OPTIONS=logger.mode=offline"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == ".venv/bin/python scripts/reproduce.py scale=demo logger.mode=offline"
 
 
 def test_only_the_place_of_the_scale_is_renewed_in_a_readme(tmp_path):
