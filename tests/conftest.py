@@ -42,6 +42,7 @@ def tiny(tiny_data, tmp_path):
             "micro_batch_size=4",
             "eval_interval=5",
             "eval_windows=4",
+            "full_eval=false",
             "schedule.warmup_steps=2",
         ),
         *("log.interval=1", "log.interval_spectra=10", "checkpoint.interval=5", "logger.mode=disabled", "device=cpu"),
