@@ -165,6 +165,7 @@ class Run:
                 # Gradient → geometry → weights, unless something is not finite; nobody waits for the answer.
                 self.step += 1
                 tokens += cfg["global_batch_tokens"]
+                self.optimizers.watch(self.due(cfg["log"]["interval_certificate"]))
                 self.optimizers.step(skip=self.guard.check(self.step, part, loss, norms))
                 self.model.clip_logits()
                 self.optimizers.zero_grad()

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from optim.certified import CertifiedStep
-from optim.lmo import Solver
 from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
@@ -287,6 +286,11 @@ class Optimizers:
             optimizer.step()
         self.unit_norm()
 
+    def watch(self, on: bool) -> None:
+        """Whether the next step of the matrices is kept for their certificates."""
+        if self.muon is not None:
+            self.muon.watched = on
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for optimizer in self.optimizers:
@@ -304,14 +308,13 @@ class Optimizers:
 
 def _published(rule: Mapping[str, Any]) -> StepRule:
     msign_dtype = getattr(torch, rule["msign_dtype"])
-    return PublishedStep(rule["dual_steps"], rule["alpha"], rule["msign_steps"], msign_dtype, rule["decay_manifolds"])
+    settings = {key: rule[key] for key in ("dual_steps", "alpha", "msign_steps", "decay_manifolds", "retraction")}
+    return PublishedStep(msign_dtype=msign_dtype, **settings)
 
 
 def _certified(rule: Mapping[str, Any]) -> StepRule:
-    common = {"name": rule["solver"], "cap": rule["cap"], "root_steps": rule["root_steps"]}
-    solvers = {name: Solver(calls=calls, **common) for name, calls in rule["calls"].items()}
-    settings = {k: rule[k] for k in ("length", "norm_cap", "warm_start")}
-    return CertifiedStep(solvers, compiled=rule["compile"], **settings)
+    settings = {key: rule[key] for key in ("quality", "products", "length", "norm_cap")}
+    return CertifiedStep(compiled=rule["compile"], **settings)
 
 
 STEP_RULES: dict[str, Callable[[Mapping[str, Any]], StepRule]] = {

@@ -13,12 +13,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim.certificate import certify
 from optim.manifolds import MANIFOLDS, is_wide, tall
 
 
@@ -28,7 +29,7 @@ class Stack:
 
     W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
     eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
-    dual: (k, n, n) float32 that the rule reads and overwrites for its next step, or None if it keeps none.
+    levels: for a rule that is `levelled`, what each matrix's last step asked for (k whole numbers, on the host).
     """
 
     W: Tensor
@@ -36,15 +37,26 @@ class Stack:
     manifold: str
     eta: Tensor
     weight_decay: float
-    dual: Tensor | None = None
+    levels: Sequence[int] = ()
+
+
+class Moved(NamedTuple):
+    """What a step rule returns of a stack.
+
+    W: new weights (k, m, n). T: the direction (k, m, n) that was taken, before it was made eta long. level: (k,) float, what the next
+    step of each matrix is to take. fallback: (k,) bool, whether this step was not the ordinary one, or kept the weight.
+    """
+
+    W: Tensor
+    T: Tensor
+    level: Tensor | None = None
+    fallback: Tensor | None = None
 
 
 class StepRule(Protocol):
-    """What ManifoldMuon needs of a rule. certificates: of the last step, one Certificate (optim/lmo.py) a stack, if it `certifies`."""
+    """What ManifoldMuon needs of a rule. levelled: whether it reads Stack.levels and returns Moved.level and Moved.fallback."""
 
-    keeps_dual: bool
-    certifies: bool
-    certificates: Sequence[Any]
+    levelled: bool
 
     def init(self, W: Tensor, manifold: str) -> Tensor:
         """W (..., m, n), any orientation, brought onto the manifold."""
@@ -52,20 +64,48 @@ class StepRule(Protocol):
     def flops(self, m: int, n: int, manifold: str) -> float:
         """Floating-point operations of one step of one tall (m, n) matrix."""
 
-    def __call__(self, stacks: list[Stack]) -> list[Tensor]:
-        """New weights, one (k, m, n) for each stack."""
+    def __call__(self, stacks: list[Stack]) -> list[Moved]:
+        """The step of each stack."""
+
+
+class OnHost:
+    """Small whole numbers (k,) of the device, on their way to the host.
+
+    Reading them waits for the copy. It is read a step after it was begun, when the device has long passed it: no stall, and what is
+    read never depends on how fast it came.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.event = None
+        self.numbers = numbers
+        if numbers.is_cuda:
+            self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.numbers.copy_(numbers, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> list[int]:
+        """The numbers."""
+        if self.event is not None:
+            self.event.synchronize()
+        return [int(x) for x in self.numbers.tolist()]
 
 
 @dataclass
 class Bucket:
-    """The matrices of one parameter group that have the same tall shape; `blocks` row blocks of each parameter stand in a row."""
+    """The matrices of one parameter group that have the same tall shape; `blocks` row blocks of each parameter stand in a row.
+
+    state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. Of a levelled rule also
+    level: (k,) float32, what the last step asked for, and fallbacks: (k,) float32, how many steps were not the ordinary one.
+    seen: W, G, T (k, m, n) of the last step, if it was watched.
+    """
 
     params: list[Tensor]
     blocks: int
-    momentum: Tensor  # (k, m, n) tall, float32; each parameter's state is a view into it
-    dual: Tensor | None  # (k, n, n) float32
-    fallbacks: Tensor | None  # (k,) float32: on how many steps so far the rule's guard refused its answer
     group: dict[str, Any]
+    state: dict[str, Tensor]
+    levels: OnHost | None = None
+    seen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def stack(self, tensors: Iterable[Tensor]) -> Tensor:
         """Parameters or gradients as one tall float32 (k, m, n) copy."""
@@ -103,7 +143,7 @@ class ManifoldMuon(torch.optim.Optimizer):
             construction, by the whole parameter on every rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
         momentum, nesterov: buf = momentum·buf + g;  G = g + momentum·buf with Nesterov, else buf.
-        weight_decay: decoupled, passed to the rule, which decides whom it concerns.
+        weight_decay: decoupled, passed to the rule, which decides whether it applies.
 
     Work is shared over the ranks of the default process group, if there is one.
 
@@ -125,6 +165,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.rule = rule
         self.found_inf: Tensor | None = None
+        self.watched = False
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         for group in self.param_groups:
@@ -166,21 +207,24 @@ class ManifoldMuon(torch.optim.Optimizer):
             if self.owners[p] == self.rank:
                 by_shape.setdefault(tall(row_blocks(p, group["blocks"])).shape[-2:], []).append(p)
         buckets = []
-        for (m, n), params in by_shape.items():
+        for shape, params in by_shape.items():
             k, device = len(params) * group["blocks"], params[0].device
-            momentum = torch.zeros(k, m, n, device=device)
-            dual = torch.zeros(k, n, n, device=device) if self.rule.keeps_dual else None
-            fallbacks = torch.zeros(k, device=device) if self.rule.certifies else None
-            buckets.append(Bucket(params, group["blocks"], momentum, dual, fallbacks, group))
+            state = {name: torch.zeros(k, *size, device=device) for name, size in self._state_sizes(shape).items()}
+            if self.rule.levelled:
+                state["level"].fill_(1)  # how far the first trial point will lie from the manifold, nobody knows
+            buckets.append(Bucket(params, group["blocks"], group, state))
         return buckets
+
+    def _state_sizes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        """Names of the state of a tall (m, n) matrix, and the size of each."""
+        return {"momentum": tuple(shape), **({"level": (), "fallbacks": ()} if self.rule.levelled else {})}
 
     def _link_state(self) -> None:
         """Every parameter's state is a view into its bucket: batched arithmetic, and an ordinary state_dict."""
         for bucket in self.buckets:
             for i, p in enumerate(bucket.params):
-                for name in ("momentum", "dual", "fallbacks"):
-                    if (whole := getattr(bucket, name)) is not None:
-                        self.state[p][name] = whole[bucket.rows_of(i)]
+                for name, whole in bucket.state.items():
+                    self.state[p][name] = whole[bucket.rows_of(i)]
 
     @torch.no_grad()
     def _init_on_manifold(self) -> None:
@@ -190,52 +234,64 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of every matrix. Gradients must all be there; nothing is read back to the host.
+        """One update of every matrix. Gradients must all be there; the host waits for nothing of this step.
 
-        Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are.
+        Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
+        what the step was is kept for `certificates`.
         """
         keep = None if self.found_inf is None else self.found_inf.bool()
         stacks = [self._advance(bucket, keep) for bucket in self.buckets]
-        for bucket, stack, W in zip(self.buckets, stacks, self.rule(stacks)):
-            W = W if keep is None else torch.where(keep, stack.W, W)
-            if bucket.dual is not None:
-                bucket.dual.copy_(stack.dual if keep is None else torch.where(keep, bucket.dual, stack.dual))
+        for bucket, stack, moved in zip(self.buckets, stacks, self.rule(stacks)):
+            W = moved.W if keep is None else torch.where(keep, stack.W, moved.W)
             targets = [W[bucket.rows_of(i)] for i in range(len(bucket.params))]
             targets = [
                 (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
                 for p, w in zip(bucket.params, targets)
             ]
             torch._foreach_copy_(bucket.params, targets)
-        for bucket, certificate in zip(self.buckets, self.rule.certificates):
-            bucket.fallbacks.add_(~certificate.ok if keep is None else ~certificate.ok & ~keep)
+            if self.rule.levelled:
+                level, fallbacks = bucket.state["level"], bucket.state["fallbacks"]
+                level.copy_(moved.level if keep is None else torch.where(keep, level, moved.level))
+                fallbacks.add_(moved.fallback if keep is None else moved.fallback & ~keep)
+                bucket.levels = OnHost(level)
+            bucket.seen = (stack.W, stack.G, moved.T) if self.watched else None
         if self.world > 1:
             self._exchange()
 
     def _advance(self, bucket: Bucket, keep: Tensor | None) -> Stack:
         """Take the gradients into the momenta and return what the step rule works on."""
-        group, momentum = bucket.group, bucket.group["momentum"]
+        group, momentum, factor = bucket.group, bucket.state["momentum"], bucket.group["momentum"]
         g = bucket.stack(p.grad for p in bucket.params)
-        if keep is not None:  # what is not finite must not reach the arithmetic: an SVD raises on it
+        if keep is not None:  # what is not finite must not reach the arithmetic
             g = torch.where(keep, torch.zeros_like(g), g)
-        advanced = torch.add(g, bucket.momentum, alpha=momentum)
-        bucket.momentum.copy_(advanced if keep is None else torch.where(keep, bucket.momentum, advanced))
-        G = torch.add(g, advanced, alpha=momentum) if group["nesterov"] else advanced
-        dual = None if bucket.dual is None else bucket.dual.clone()
-        return Stack(bucket.stack(bucket.params), G, group["manifold"], group["lr"], group["weight_decay"], dual)
+        advanced = torch.add(g, momentum, alpha=factor)
+        momentum.copy_(advanced if keep is None else torch.where(keep, momentum, advanced))
+        G = torch.add(g, advanced, alpha=factor) if group["nesterov"] else advanced
+        levels: Sequence[int] = ()
+        if self.rule.levelled:
+            bucket.levels = bucket.levels or OnHost(bucket.state["level"])
+            levels = bucket.levels.read()
+        return Stack(bucket.stack(bucket.params), G, group["manifold"], group["lr"], group["weight_decay"], levels)
 
     def certificates(self) -> dict[str, dict[str, float]]:
-        """What the rule certifies of this rank's matrices at the last step, by name; empty for a rule that certifies nothing.
+        """How good the last step of this rank's matrices was, by name (optim/certificate.py); empty unless it was `watched`.
 
-        Of a matrix in several blocks the worst. feas, eff: lower bounds of how near the step came to its optimum; frac: normal part of
-        the matrix sign it came from; fallbacks: steps so far on which the guard stepped in. Reads back from the device.
+        Of a matrix in several blocks the worst. fallbacks: steps so far that were not the ordinary one. Reads back from the device, and
+        lets go of what was kept.
         """
         found: dict[str, dict[str, float]] = {}
-        for bucket, certificate in zip(self.buckets, self.rule.certificates):
+        for bucket in self.buckets:
+            if bucket.seen is None:
+                continue
+            certificate = certify(*bucket.seen, bucket.group["manifold"])
+            bucket.seen = None
+            fields = {"feas": certificate.feas, "norm": -certificate.norm, "tangency": -certificate.tangency}
+            if self.rule.levelled:
+                fields["fallbacks"] = -bucket.state["fallbacks"]
+            numbers = {name: values.tolist() for name, values in fields.items()}
             names = dict(zip(bucket.group["params"], bucket.group["names"]))
-            fields = torch.stack([certificate.feas, certificate.eff, -certificate.frac, -bucket.fallbacks]).tolist()
             for i, p in enumerate(bucket.params):
-                feas, eff, frac, stepped_in = (min(field[bucket.rows_of(i)]) for field in fields)
-                found[names[p]] = {"feas": feas, "eff": eff, "frac": -frac, "fallbacks": -stepped_in}
+                found[names[p]] = {name: abs(min(values[bucket.rows_of(i)])) for name, values in numbers.items()}
         return found
 
     def _exchange(self) -> None:
@@ -279,20 +335,15 @@ class ManifoldMuon(torch.optim.Optimizer):
     def _state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a parameter's state."""
         blocks = next(g["blocks"] for g in self.param_groups if any(q is p for q in g["params"]))
-        m, n = tall(row_blocks(p, blocks)).shape[-2:]
-        shapes: dict[str, tuple[int, ...]] = {"momentum": (blocks, m, n)}
-        if self.rule.keeps_dual:
-            shapes["dual"] = (blocks, n, n)
-        if self.rule.certifies:
-            shapes["fallbacks"] = (blocks,)
-        return shapes
+        sizes = self._state_sizes(tall(row_blocks(p, blocks)).shape[-2:])
+        return {name: (blocks, *size) for name, size in sizes.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of this rank's matrices; settings and learning rates stay the configuration's.
 
         Takes what `state_dict` returned on any number of ranks. Of another rule's state the momentum is taken; what that rule did not
-        keep starts at zero.
+        keep stays as it is.
         """
         order = [p for group in self.param_groups for p in group["params"]]
         saved = state_dict["state"]
@@ -300,4 +351,5 @@ class ManifoldMuon(torch.optim.Optimizer):
             for p in bucket.params:
                 index = next(i for i, q in enumerate(order) if q is p)
                 for name, value in self.state[p].items():
-                    value.copy_(saved[index].get(name, torch.zeros_like(value)))
+                    value.copy_(saved[index].get(name, value))
+            bucket.levels = None

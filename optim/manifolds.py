@@ -1,28 +1,33 @@
-"""Manifolds of tall matrices, described by their Gram matrix WᵀW.
+"""Manifolds of tall matrices, described by their Gram matrix WᵀW: one class a manifold, which owns all its geometry.
 
-A Gram-space manifold is given by a linear self-adjoint projector P on symmetric matrices: the manifold fixes P(WᵀW), so A is tangent
-at W when P(WᵀA + AᵀW) = 0 and the normal space is {W K : K = P(K) symmetric}.
+A Gram-space manifold is given by a linear self-adjoint projector P on symmetric matrices and the value that it fixes, P(WᵀW) = target.
+A is tangent at W when P(WᵀA + AᵀW) = 0, and the normal space is {W K : K = P(K) symmetric}.
 
     euclidean   P = 0            every matrix
     stiefel     P = identity     WᵀW = I: orthonormal columns
     dgram       P = off-diagonal WᵀW diagonal: orthogonal columns of any length
     oblique     P = diagonal     diag(WᵀW) = 1: columns of unit length
 
-Source: Gram-space Manifold Muon (Keigwin, Pai, Chen; tilderesearch.com/vignettes/gram-space) and arXiv 2606.13276. Every method takes
-(..., m, n); a wide matrix is treated as its transpose, here and nowhere else.
+Source: Gram-space Manifold Muon (Keigwin, Pai, Chen; tilderesearch.com/vignettes/gram-space) and arXiv 2606.13276.
+
+Everything takes (..., m, n). The public methods take any orientation: a wide matrix is treated as its transpose, here and nowhere else.
+Both step rules know a manifold by this class alone. To add one, write its class and put an object of it into MANIFOLDS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from optim.linalg import column_norms, diagonal, ratio
+from optim.msign import msign
+
 Polar = Callable[[Tensor], Tensor]
 """A function (..., m, n) → (..., m, n), tall, that returns the polar factor of its argument to its own accuracy."""
-
-DGRAM_RETRACTIONS = ("sorted_svd", "column_norms")
 
 
 def is_wide(W: Tensor) -> bool:
@@ -41,26 +46,80 @@ def like(tall_result: Tensor, W: Tensor) -> Tensor:
 
 
 def polar(X: Tensor) -> Tensor:
-    """Exact polar factor U Vᵀ of every matrix of X (..., m, n), by SVD, in X's dtype (float32 at least)."""
-    U, _, Vh = torch.linalg.svd(X if X.dtype == torch.float64 else X.float(), full_matrices=False)
+    """Polar factor U Vᵀ of every matrix of X (..., m, n), in X's dtype, float32 at least.
+
+    By SVD on a CPU. An SVD takes tenths of a second on a GPU: there 16 Polar Express steps in float32, which leave singular values below
+    1e-6·‖X‖_F short of 1.
+    """
+    X = X if X.dtype == torch.float64 else X.float()
+    if X.is_cuda:
+        return msign(X, 16, X.dtype, lower=1e-6)
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
     return U @ Vh
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What the certified step (optim/certified.py) spends on a manifold, and how. Measured on recorded problems: `bench.py lmo`.
+
+    su: Su steps that improve the multiplier before the sign; they assume that the columns of W are orthogonal.
+    su_steps, su_lower: quintics and lower end of the smoothed inverse root inside a Su step.
+    conjugate_gradients, relaxation: how exactly a Su step is solved, and how much of it is taken.
+    stages, lower: of the matrix sign, see optim.linalg.matrix_sign.
+    caps, cap_degree, cap_relaxation: rounds that lower singular values above 1, the degree in TᵀT, and how far beyond 1 they aim.
+    """
+
+    su: int = 0
+    su_steps: int = 3
+    su_lower: float = 0.03
+    conjugate_gradients: int = 0
+    relaxation: float = 1.0
+    stages: tuple[int, ...] = (2, 3)
+    lower: float = 3e-3
+    caps: int = 1
+    cap_degree: int = 2
+    cap_relaxation: float = 1.4
+
+
 class Manifold:
-    """Euclidean space, and the base of the others. Stateless: methods are pure functions of their tensors."""
+    """What both step rules ask of a manifold. Stateless: methods are pure functions of their tensors.
 
-    name = "euclidean"
+    A subclass gives `project` and `normal`, and `_retract` unless the default does.
+    """
 
-    def gram_project(self, S: Tensor) -> Tensor:
+    name: ClassVar[str]
+    orthogonal: ClassVar[bool] = False  # WᵀW is diagonal at every point
+    unit_columns: ClassVar[bool] = False  # diag(WᵀW) = 1 at every point
+    rotations: ClassVar[bool] = False  # its square matrices are the orthogonal ones: tangents are W times a skew matrix
+    constrained: ClassVar[bool] = True  # P is not zero
+    free_lengths: ClassVar[bool] = False  # lengths of columns are free: weight decay and a cap act on them
+    efforts: ClassVar[Mapping[str, Effort]] = {"default": Effort(), "high": Effort(caps=2, cap_degree=4)}
+
+    def project(self, S: Tensor) -> Tensor:
         """P(S) of symmetric S (..., n, n): the part of the Gram matrix that the manifold fixes."""
-        return torch.zeros_like(S)
+        raise NotImplementedError
 
-    def target(self, gram: Tensor) -> Tensor:
-        """The value (..., n, n) that P(WᵀW) has on the manifold."""
-        return torch.zeros_like(gram)
+    def normal(self, H: Tensor, d: Tensor) -> Tensor:
+        """The K = P(K) (..., n, n) with P(DK + KD) = H, for H = P(H), D = WᵀW and d (..., n) its diagonal.
+
+        With H = P(WᵀA + AᵀW) the normal part of A is W K.
+        """
+        raise NotImplementedError
+
+    def target(self, S: Tensor) -> Tensor:
+        """The value of P(WᵀW) on the manifold, shaped like S (..., n, n): P(I), unless a subclass says otherwise."""
+        return self.project(torch.eye(S.size(-1), dtype=S.dtype, device=S.device).expand_as(S))
+
+    def defect(self, S: Tensor) -> Tensor:
+        """P(S) - target (..., n, n) of a Gram matrix S: zero on the manifold.
+
+        Near the manifold V (I + defect)^(-1/2) is a retraction of V: the retraction by a small factor. On a manifold with free lengths
+        it is applied to V with its columns at unit length, which then get their lengths back.
+        """
+        return self.project(S) - self.target(S)
 
     def retract(self, W: Tensor, polar: Polar = polar) -> Tensor:
-        """A point of the manifold near W (..., m, n), in W's dtype. `polar` decides accuracy and cost."""
+        """A point of the manifold near W (..., m, n), in W's dtype: exact as far as `polar` is, however far W is from the manifold."""
         return like(self._retract(tall(W), polar), W).to(W.dtype)
 
     def init(self, W: Tensor, polar: Polar = polar) -> Tensor:
@@ -71,13 +130,34 @@ class Manifold:
         """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F."""
         T = tall(W if W.dtype == torch.float64 else W.float())
         gram = T.mT @ T
-        gap = self.gram_project(gram) - self.target(gram)
-        return torch.linalg.matrix_norm(gap) / torch.linalg.matrix_norm(gram)
+        return torch.linalg.matrix_norm(self.defect(gram)) / torch.linalg.matrix_norm(gram)
 
     def tangency(self, W: Tensor, A: Tensor) -> Tensor:
         """H = P(WᵀA + AᵀW) (..., n, n), zero exactly when A is tangent at W."""
         C = tall(W).mT @ tall(A)
-        return self.gram_project(C + C.mT)
+        return self.project(C + C.mT)
+
+    def tangent(self, W: Tensor, A: Tensor) -> Tensor:
+        """The tangent part A - W K of A (..., m, n) at W, in the orientation of W."""
+        d = column_norms(tall(W)).squeeze(-2).square()
+        return A - like(tall(W) @ self.normal(self.tangency(W, A), d), W)
+
+    def _retract(self, W: Tensor, polar: Polar) -> Tensor:
+        """`retract` of a tall W."""
+        raise NotImplementedError
+
+
+class Euclidean(Manifold):
+    """Every matrix: the step is Muon's."""
+
+    name = "euclidean"
+    constrained = False
+
+    def project(self, S: Tensor) -> Tensor:
+        return torch.zeros_like(S)
+
+    def normal(self, H: Tensor, d: Tensor) -> Tensor:
+        return H
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
         return W
@@ -87,60 +167,63 @@ class Stiefel(Manifold):
     """WᵀW = I. The polar retraction is the nearest point."""
 
     name = "stiefel"
+    orthogonal = unit_columns = rotations = True
+    efforts: ClassVar = {
+        "default": Effort(su=1, su_steps=2, su_lower=0.05, conjugate_gradients=1, relaxation=0.9, cap_relaxation=1.3),
+        "high": Effort(su=2, su_steps=4, su_lower=0.02, conjugate_gradients=4, relaxation=0.9, caps=2, cap_degree=4),
+    }
 
-    def gram_project(self, S: Tensor) -> Tensor:
+    def project(self, S: Tensor) -> Tensor:
         return S
 
-    def target(self, gram: Tensor) -> Tensor:
-        return torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device).expand_as(gram)
+    def normal(self, H: Tensor, d: Tensor) -> Tensor:
+        return H / 2
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
         return polar(W)
 
 
 class DGram(Manifold):
-    """WᵀW diagonal.
+    """WᵀW diagonal. The retraction is polar(W/c)·c with c the lengths of the columns of W: the identity on the manifold. [ours]
 
-    `retraction` chooses between
-      sorted_svd    (U Vᵀ)·diag(S), as published: the singular values, in descending order, become the column norms. It moves a point
-                    of the manifold unless its column norms already descend.
-      column_norms  polar(W/c)·c with c the column norms of W: the identity on the manifold, and as accurate to first order. [ours]
+    The published retraction, which sorts the lengths, is a setting of the published rule (optim/published.py).
     """
 
     name = "dgram"
+    orthogonal = free_lengths = True
+    efforts: ClassVar = {
+        "default": Effort(su=1, conjugate_gradients=5, relaxation=1.3, stages=(2, 2), lower=1e-2),
+        "high": Effort(
+            su=2, su_steps=4, su_lower=0.015, conjugate_gradients=8, relaxation=1.35, lower=8e-3, caps=2, cap_degree=4
+        ),
+    }
 
-    def __init__(self, retraction: str = "sorted_svd") -> None:
-        if retraction not in DGRAM_RETRACTIONS:
-            raise ValueError(f"unknown DGram retraction {retraction!r}; choose one of {', '.join(DGRAM_RETRACTIONS)}")
-        self.retraction = retraction
+    def project(self, S: Tensor) -> Tensor:
+        return S - torch.diag_embed(diagonal(S))
 
-    def gram_project(self, S: Tensor) -> Tensor:
-        return S - torch.diag_embed(torch.diagonal(S, dim1=-2, dim2=-1))
+    def normal(self, H: Tensor, d: Tensor) -> Tensor:
+        return ratio(H, d[..., :, None] + d[..., None, :])
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
-        if self.retraction == "sorted_svd":
-            # The published code takes both factors from one SVD in float32, whatever msign's dtype.
-            U, S, Vh = torch.linalg.svd(W if W.dtype == torch.float64 else W.float(), full_matrices=False)
-            return (U @ Vh) * S.unsqueeze(-2)
-        c = torch.linalg.vector_norm(W, dim=-2, keepdim=True)
-        # A zero column has no direction: it stays zero instead of turning into NaN.
-        return polar(W / c.clamp_min(torch.finfo(W.dtype).tiny)) * c
+        c = column_norms(W)
+        return polar(ratio(W, c)) * c  # a zero column has no direction: it stays zero
 
 
 class Oblique(Manifold):
     """diag(WᵀW) = 1: columns of the tall form on the unit sphere."""
 
     name = "oblique"
+    unit_columns = True
 
-    def gram_project(self, S: Tensor) -> Tensor:
-        return torch.diag_embed(torch.diagonal(S, dim1=-2, dim2=-1))
+    def project(self, S: Tensor) -> Tensor:
+        return torch.diag_embed(diagonal(S))
 
-    def target(self, gram: Tensor) -> Tensor:
-        return torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device).expand_as(gram)
+    def normal(self, H: Tensor, d: Tensor) -> Tensor:
+        return H / 2
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
-        return W / torch.linalg.vector_norm(W, dim=-2, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
+        return ratio(W, column_norms(W))
 
 
-MANIFOLDS: dict[str, Manifold] = {m.name: m for m in (Manifold(), Stiefel(), DGram(), Oblique())}
-"""The manifolds by the name that an assignment uses; DGram here retracts as published."""
+MANIFOLDS: dict[str, Manifold] = {m.name: m for m in (Euclidean(), Stiefel(), DGram(), Oblique())}
+"""The manifolds by the name that an assignment uses."""

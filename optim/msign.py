@@ -65,13 +65,14 @@ def polar_express_coefficients(
     return tuple(coefficients)
 
 
-def msign(X: Tensor, steps: int = 10, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def msign(X: Tensor, steps: int = 10, dtype: torch.dtype = torch.bfloat16, lower: float = _LOWER) -> Tensor:
     """Polar factor of every matrix of X, by `steps` Polar Express iterations in `dtype`.
 
     Args:
         X: (..., m, n), any float dtype. Zero stays zero.
         steps: number of quintic iterations; ten bring singular values of [1e-3, 1]·‖X‖_F to 1 within the rounding of `dtype`.
         dtype: arithmetic of the iteration; the published setting is bfloat16.
+        lower: the smallest singular value, relative to ‖X‖_F, that the coefficients are made for.
 
     Returns:
         (..., m, n) in `dtype`.
@@ -83,7 +84,7 @@ def msign(X: Tensor, steps: int = 10, dtype: torch.dtype = torch.bfloat16) -> Te
     Y = (Y if wide else Y.mT).reshape(
         -1, *sorted(shape[-2:])
     )  # (k, n, m) with n <= m: the Gram matrix is the small one
-    for a, b, c in polar_express_coefficients(steps):
+    for a, b, c in polar_express_coefficients(steps, lower):
         A = Y @ Y.mT  # (k, n, n)
         # baddbmm adds inside the float32 accumulator: in bfloat16 this halves the error of the composed map.
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)

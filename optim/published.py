@@ -5,19 +5,20 @@
     W   = retract(W - eta A)
 
 The published loop stops early when the root mean square of H is below 1e-6. In bfloat16 that never happens, and asking costs a host
-sync a step, so the test is left out; everything else is as published, including what optim/lmo.py improves on.
+sync a step, so the test is left out; everything else is as published, including what optim/certified.py improves on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optim.manifold_muon import Stack
-from optim.manifolds import MANIFOLDS, Manifold, Polar
+from optim.manifold_muon import Moved, Stack
+from optim.manifolds import MANIFOLDS, Manifold, Polar, like, tall
 from optim.msign import msign
 
 
@@ -33,13 +34,29 @@ def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: flo
         A (k, m, n) float32.
     """
     C = W.mT @ G
-    Lam = -0.25 * manifold.gram_project(C + C.mT)
+    Lam = -0.25 * manifold.project(C + C.mT)
     A = G
     for k in range(steps):
         # Lam stays symmetric and in the range of P, so that sym and P of the published line leave it as it is.
         A = msign(torch.baddbmm(G, W, Lam, alpha=2)).float()
         Lam = Lam - alpha * (1 - k / steps) * manifold.tangency(W, A)
     return A
+
+
+def sorted_svd(W: Tensor) -> Tensor:
+    """The published retraction of DGram: (U Vᵀ)·diag(S) for W = U S Vᵀ (k, m, n) tall, S descending.
+
+    The singular values become the lengths of the columns. It moves a point of the manifold unless its lengths already descend.
+    From the eigenvalues of WᵀW in float64, since a GPU takes tenths of a second for an SVD: equal to 1e-5 for condition numbers up to 1e5.
+    """
+    values, V = torch.linalg.eigh(W.double().mT @ W.double())  # (k, n), ascending
+    S = values.clamp_min(0).sqrt()
+    inverse = (1 / S).where(S.gt(1e-7 * S[:, -1:]), 0)
+    polar = W.double() @ (V @ (inverse[:, :, None] * V.mT))  # (k, m, n) = U Vᵀ
+    return (polar * S.flip(-1)[:, None, :]).to(W.dtype)
+
+
+RETRACTIONS = ("sorted_svd", "manifold")
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,10 @@ class PublishedStep:
     dual_steps, alpha: see `dual_ascent`.  msign_steps, msign_dtype: the matrix sign, also inside the Stiefel retraction.
     decay_manifolds: whether weight decay also shrinks weights on a manifold, which the published code leaves out; it acts on DGram's
     column norms alone, the other retractions undo it. [ours, off]
+    retraction: of manifolds whose columns have free lengths (DGram): "sorted_svd", as published, or "manifold", the class's own. [ours]
+
+    Raises:
+        ValueError: an unknown retraction.
     """
 
     dual_steps: int
@@ -56,40 +77,51 @@ class PublishedStep:
     msign_steps: int
     msign_dtype: torch.dtype
     decay_manifolds: bool = False
+    retraction: str = "sorted_svd"
 
-    keeps_dual: ClassVar[bool] = False
-    certifies: ClassVar[bool] = False
-    certificates: ClassVar[tuple[()]] = ()
+    levelled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.retraction not in RETRACTIONS:
+            raise ValueError(f"unknown retraction {self.retraction!r}; choose one of {', '.join(RETRACTIONS)}")
 
     def polar(self, X: Tensor) -> Tensor:
         """The matrix sign (k, m, n) in the rule's dtype."""
         return msign(X, self.msign_steps, self.msign_dtype)
 
+    def retract(self, V: Tensor, manifold: Manifold) -> Tensor:
+        """The retraction of tall V (k, m, n) onto the manifold."""
+        if manifold.free_lengths and self.retraction == "sorted_svd":
+            return sorted_svd(V)
+        return manifold.retract(V, self.polar)
+
     def init(self, W: Tensor, manifold: str) -> Tensor:
-        """W (..., m, n) brought onto the manifold by the published retraction."""
-        return MANIFOLDS[manifold].init(W, self.polar)
+        """W (..., m, n), any orientation, brought onto the manifold by the same retraction."""
+        stack = tall(W).reshape(-1, *tall(W).shape[-2:])
+        return like(self.retract(stack, MANIFOLDS[manifold]).reshape(tall(W).shape), W).to(W.dtype)
 
     def flops(self, m: int, n: int, manifold: str) -> float:
         """Operations (two a multiply-add) of one step of one (m, n) matrix: matrix signs, the products between them, the retraction.
 
-        The sorted-SVD retraction is counted as 14 m n² + 8 n³ (Golub and Van Loan, Matrix Computations, 8.6, R-SVD), any other as
-        elementwise.
+        The eigendecomposition of the sorted retraction is counted as 9 n³ (Golub and Van Loan, Matrix Computations, 8.3), with the three
+        products beside it.
         """
-        sign = self.msign_steps * (4 * m * n**2 + 2 * n**3)
-        if manifold == "euclidean":
+        M, sign = MANIFOLDS[manifold], self.msign_steps * (4 * m * n**2 + 2 * n**3)
+        if not M.constrained:
             return sign
-        retraction = {"stiefel": sign, "dgram": 14 * m * n**2 + 8 * n**3}.get(manifold, 3 * m * n)
+        sorting = M.free_lengths and self.retraction == "sorted_svd"
+        retraction = 4 * m * n**2 + 11 * n**3 if sorting else sign if M.orthogonal else 3 * m * n
         return self.dual_steps * (sign + 4 * m * n**2) + retraction
 
-    def __call__(self, stacks: list[Stack]) -> list[Tensor]:
-        """New weights, one (k, m, n) for each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
-        return [self.update(s.W, s.G, s.manifold, s.eta, s.weight_decay) for s in stacks]
+    def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
+        """The step of each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
+        return [self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay) for s in stacks]
 
-    def update(self, W: Tensor, G: Tensor, manifold: str, eta: Tensor, weight_decay: float) -> Tensor:
-        """New weights (k, m, n) from tall W, G (k, m, n) float32 and the 0-d learning rate eta."""
-        if manifold == "euclidean":
-            return W * (1 - eta * weight_decay) - eta * self.polar(G).float()
-        M = MANIFOLDS[manifold]
-        A = dual_ascent(W, G, M, self.dual_steps, self.alpha, self.polar)
+    def update(self, W: Tensor, G: Tensor, manifold: Manifold, eta: Tensor, weight_decay: float) -> Moved:
+        """The step of tall W, G (k, m, n) float32 at the 0-d learning rate eta."""
+        if not manifold.constrained:
+            A = self.polar(G).float()
+            return Moved(W * (1 - eta * weight_decay) - eta * A, A)
+        A = dual_ascent(W, G, manifold, self.dual_steps, self.alpha, self.polar)
         kept = W * (1 - eta * weight_decay) if self.decay_manifolds else W
-        return M.retract(kept - eta * A, self.polar)
+        return Moved(self.retract(kept - eta * A, manifold), A)

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference_published import reference_msign
 
 from optim.msign import msign, polar_express_coefficients
-from optim.reference import reference_msign
 
 ORACLE = np.load(Path(__file__).parent / "oracles" / "published_step.npz")
 

@@ -1,0 +1,137 @@
+"""For those who study the step problem: its dual methods side by side, and its optimum. No run uses this; the step is optim/certified.py.
+
+Each method walks through multipliers L of
+
+    minimise ‖G + 2WL‖_*   over symmetric L = P(L),                                                    (dual of the step problem)
+
+and each of its calls costs one matrix sign. The answer at L is the tangent part of A = sign(G + 2WL). Everything is float64, by
+eigendecompositions in n × n, so that what is compared is the method. `python scripts/bench.py lmo` writes the table.
+
+    least_squares   the tangent projection of G; one call
+    su              the fixed point of Su (kexue.fm 11221), over-relaxed up to 1.6 [relaxation: our measurement]
+    su_anderson     the same with Anderson acceleration over the last three iterates
+    dual_ascent     as published: L -= alpha (1 - k/K) H in the units of G (arXiv 2606.13276)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim.certificate import StepProblem
+from optim.linalg import eye_like, inner
+from optim.manifolds import MANIFOLDS, like, tall
+
+History = tuple[tuple[Tensor, Tensor], ...]
+Advance = Callable[[StepProblem, Tensor, Tensor, Tensor, int, int, History], tuple[Tensor, History]]
+"""(problem, L, H, Z, call, calls, history) → the next L (k, n, n), and what the method remembers."""
+
+MEMORY = 3  # earlier iterates that Anderson's acceleration combines
+ALPHA = 0.1  # of the published dual ascent
+
+
+def _stay(
+    problem: StepProblem, L: Tensor, H: Tensor, Z: Tensor, k: int, calls: int, past: History
+) -> tuple[Tensor, History]:
+    return L, past
+
+
+def _ascend(
+    problem: StepProblem, L: Tensor, H: Tensor, Z: Tensor, k: int, calls: int, past: History
+) -> tuple[Tensor, History]:
+    return L - ALPHA * (1 - k / calls) / problem.scale * H, past
+
+
+def _su(
+    problem: StepProblem, L: Tensor, H: Tensor, Z: Tensor, k: int, calls: int, past: History
+) -> tuple[Tensor, History]:
+    return L + min(1.2 + 0.2 * k, 1.6) * problem.su_step(H, Z, 30), past
+
+
+def _anderson(
+    problem: StepProblem, L: Tensor, H: Tensor, Z: Tensor, k: int, calls: int, past: History
+) -> tuple[Tensor, History]:
+    """The combination of the last iterates whose combined Su steps are shortest (Anderson, type II)."""
+    f = problem.su_step(H, Z, 30)
+    new, older = L + f, past[-MEMORY:]
+    if older:
+        dF = torch.stack([(f - g).flatten(1) for _, g in older], dim=1)  # (k, memory, n²)
+        normal = dF @ dF.mT
+        normal = normal + (1e-10 * inner(normal, eye_like(normal)) + torch.finfo(normal.dtype).tiny) * eye_like(normal)
+        weights = torch.linalg.solve(normal, dF @ f.flatten(1)[:, :, None])
+        for j, (L_j, f_j) in enumerate(older):
+            new = new - weights[:, j, :, None] * (L + f - L_j - f_j)
+    return new, (*older, (L, f))
+
+
+METHODS: dict[str, Advance] = {"least_squares": _stay, "su": _su, "su_anderson": _anderson, "dual_ascent": _ascend}
+
+
+class Answer(NamedTuple):
+    """T / max(1, ‖T‖₂) like W, in float64; feas (k,), a lower bound of its share of the optimum; bound (k,), the least dual value."""
+
+    T: Tensor
+    feas: Tensor
+    bound: Tensor
+
+
+@torch.no_grad()
+def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", calls: int = 24) -> Answer:
+    """The best answer among `calls` multipliers of a method (of dual ascent, as published, the last).
+
+    Args:
+        W, G: (m, n) or (k, m, n), any orientation; W on the manifold, a name of MANIFOLDS.
+        method: a key of METHODS.
+
+    Raises:
+        ValueError: an unknown method, or no calls.
+    """
+    if method not in METHODS or calls < 1:
+        raise ValueError(f"choose a method among {', '.join(METHODS)}, and calls of 1 or more; got {method!r}, {calls}")
+    problem = StepProblem(*(tall(X).double().reshape(-1, *tall(X).shape[-2:]) for X in (W, G)), MANIFOLDS[manifold])
+    L = problem.least_squares()
+    if method == "dual_ascent":
+        L = -0.25 * problem.manifold.project(problem.C + problem.C.mT)
+    best, bound, past = None, None, ()
+    for k in range(calls):
+        value, H, Z = problem.sign_at(L)
+        bound = value if bound is None else torch.minimum(bound, value)
+        T = problem.tangent((problem.G + 2 * problem.W @ L) @ Z)
+        T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)
+        if best is None or method == "dual_ascent":
+            best = T
+        else:
+            best = torch.where(inner(problem.G, T) > inner(problem.G, best), T, best)
+        L, past = METHODS[method](problem, L, H, Z, k, calls, past)
+    feas = (inner(problem.G, best) / bound).flatten()
+    return Answer(like(best.reshape(tall(W).shape), W), feas, (bound * problem.scale).flatten())
+
+
+@torch.no_grad()
+def optimum(W: Tensor, G: Tensor, manifold: str, iterations: int = 500) -> tuple[float, float]:
+    """The optimum of the step problem of one tall W, G (m, n), from above: the least dual value found, and from below: a feasible value.
+
+    L-BFGS in float64 on the dual, then over-relaxed alternating projection between ‖T‖₂ ≤ 1 and the tangent space.
+    """
+    problem = StepProblem(W[None].double(), G[None].double(), MANIFOLDS[manifold])
+    L = problem.least_squares().clone().requires_grad_(True)
+    search = torch.optim.LBFGS([L], lr=1, max_iter=iterations, history_size=50, line_search_fn="strong_wolfe")
+
+    def dual() -> Tensor:
+        value, H, _ = problem.sign_at(problem.manifold.project(0.5 * (L.detach() + L.detach().mT)))
+        L.grad = H
+        return value.sum()
+
+    search.step(dual)
+    upper, _, Z = problem.sign_at(L.detach())
+    T = problem.tangent((problem.G + 2 * problem.W @ L.detach()) @ Z)
+    lower = torch.zeros_like(upper)
+    for _ in range(200):
+        U, s, Vh = torch.linalg.svd(T, full_matrices=False)
+        lower = torch.maximum(lower, inner(problem.G, T) / s[:, :1, None].clamp_min(1))
+        T = problem.tangent((U * (s - 1.5 * (s - 1).clamp_min(0))[:, None, :]) @ Vh)
+    scale = problem.scale.item()
+    return upper.item() * scale, lower.item() * scale

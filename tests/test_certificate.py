@@ -1,0 +1,105 @@
+"""Certificates and the solvers for study, against recorded optima and against the step problem's own definition.
+
+`oracles/lmo_problems.npz` holds three step problems taken from the training of a small GPT, rounded to float16: tall W and G, the
+optimum of ⟨G, T⟩, and [frac, eff, ‖T‖₂, feas] of three known answers.
+"""
+
+import pytest
+import torch
+from problems import DGRAM, SQUARE, STIEFEL, make, problem, true_feas
+
+from optim.certificate import certify
+from optim.certified import direction
+from optim.manifolds import MANIFOLDS, polar
+from optim.solvers import METHODS, optimum, solve
+
+
+@pytest.mark.parametrize("name", [STIEFEL, DGRAM])
+@pytest.mark.parametrize("answer", ["msign_G", "least_squares"])
+def test_certificates_of_known_answers(name, answer):
+    """Their feas was computed with the optimum; ours has a dual value instead, a little above it."""
+    W, G, manifold, best, known = problem(name)
+    X = G
+    if answer == "least_squares":
+        X = MANIFOLDS[manifold].tangent(W, G)
+    certificate = certify(W, G, polar(X), manifold)
+    frac, _, norm, feas = known[answer]
+    assert certificate.tangency.item() == pytest.approx(frac, abs=5e-3)
+    assert certificate.norm.item() == pytest.approx(norm, abs=5e-3)
+    assert certificate.feas.item() == pytest.approx(feas * best / certificate.bound.item(), abs=5e-3)
+
+
+@pytest.mark.parametrize("name", [STIEFEL, DGRAM, SQUARE])
+def test_feas_is_a_close_lower_bound(name):
+    W, G, manifold, best, _ = problem(name)
+    for quality in ("default", "high"):
+        T = direction(W, G, manifold, quality=quality)
+        certificate = certify(W, G, T, manifold)
+        true = true_feas(T, W, G, manifold, best)
+        assert true - 0.01 < certificate.feas.item() <= true + 1e-4
+        assert 0.9999 * best < certificate.bound.item() < 1.01 * best
+        assert certificate.tangency.item() < 1e-5
+
+
+@pytest.mark.parametrize("manifold", ["stiefel", "dgram", "oblique", "euclidean"])
+def test_no_direction_beats_the_dual_value(manifold):
+    W, G = make(manifold, k=3)
+    for method in METHODS:
+        answer = solve(W, G, manifold, method, 1 if method == "least_squares" else 8)
+        certificate = certify(W, G, answer.T, manifold)
+        assert ((certificate.feas > 0) & (certificate.feas <= 1 + 1e-9)).all()
+        assert (torch.linalg.matrix_norm(answer.T, 2) <= 1 + 1e-9).all()
+        assert (answer.feas <= 1 + 1e-9).all()
+
+
+def test_orientation_scale_and_units():
+    W, G = make("dgram")
+    T = direction(W, G, "dgram")
+    tall, wide, scaled = certify(W, G, T, "dgram"), certify(W.mT, G.mT, T.mT, "dgram"), certify(W, 1e12 * G, T, "dgram")
+    for field, other in zip(tall, wide):
+        torch.testing.assert_close(field, other)
+    torch.testing.assert_close(scaled.feas, tall.feas)
+    torch.testing.assert_close(scaled.bound, 1e12 * tall.bound)
+
+
+def test_what_is_not_tangent_is_seen():
+    W, G = make("stiefel")
+    certificate = certify(W, G, W, "stiefel")  # W itself is normal
+    assert (certificate.tangency > 0.999).all() and (certificate.feas.abs() < 1e-6).all()
+
+
+def test_zero_and_broken_gradients():
+    W, G = make("stiefel", k=3)
+    G[0], G[1, 2, 3] = 0, torch.nan
+    feas = certify(W, G, torch.where(G.isfinite(), G, 0), "stiefel").feas
+    assert feas[0] == 1 and feas[1].isnan() and 0 < feas[2] < 1
+
+
+@pytest.mark.parametrize(("name", "calls", "bar"), [(STIEFEL, 24, 0.995), (DGRAM, 24, 0.995), (SQUARE, 1, 0.9999)])
+def test_su_with_anderson_reaches_the_optimum(name, calls, bar):
+    W, G, manifold, best, _ = problem(name)
+    answer = solve(W, G, manifold, "su_anderson", calls)
+    assert true_feas(answer.T, W, G, manifold, best) > bar
+    assert answer.feas.item() <= true_feas(answer.T, W, G, manifold, best) + 1e-6
+
+
+def test_the_optimum_lies_between_its_bounds():
+    W, G = make("dgram", k=1)
+    upper, lower = optimum(W[0], G[0], "dgram", 200)
+    assert 0 < upper - lower < 2e-3 * upper
+    step = (direction(W[0], G[0], "dgram").double() * G[0].double()).sum()
+    assert step < upper
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda W, G: certify(W, G, W, "sphere"), "unknown manifold 'sphere'; choose one of"),
+        (lambda W, G: certify(W, G[0], W, "stiefel"), "must be equally shaped"),
+        (lambda W, G: solve(W, G, "stiefel", "newton"), "choose a method among least_squares"),
+        (lambda W, G: solve(W, G, "stiefel", "su", 0), "calls of 1 or more"),
+    ],
+)
+def test_refusals_name_the_remedy(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*make("stiefel"))

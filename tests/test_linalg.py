@@ -1,0 +1,138 @@
+"""Products at a named precision and what is made of them, against float64 and singular value decompositions."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from optim import linalg
+from optim.linalg import Products, exact_float32, gram_stage, largest_eigenvalue, matrix_sign, skew_sign
+
+EPS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def of_condition(k, m, n, condition, seed=0):
+    """k matrices with singular values from 1 down to 1 / condition."""
+    U, V = (torch.linalg.qr(random(k, size, n, seed=seed + i).double())[0] for i, size in enumerate((m, n)))
+    return (
+        (U * torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), n, dtype=torch.float64)) @ V.mT
+    ).float()
+
+
+@pytest.mark.parametrize("precision", EPS)
+def test_products_round_their_operands_and_nothing_else(precision):
+    X, Y, mm = random(2, 40, 30), random(2, 30, 20, seed=1), Products(precision)
+    exact = X.double() @ Y.double()
+    error = ((mm(X, Y) - exact).norm() / exact.norm()).item()
+    assert 0.05 * EPS[precision] < error < 2 * EPS[precision]
+    rounded = X.to(mm.dtype).double() @ Y.to(mm.dtype).double()  # what is left is float32's sum
+    assert (mm(X, Y) - rounded).norm() < 1e-6 * exact.norm()
+    C = random(2, 40, 20, seed=2)
+    torch.testing.assert_close(mm.add(C, 0.5, X, Y), 0.5 * C + mm(X, Y), rtol=0, atol=1e-5)
+
+
+def test_float16_keeps_entries_of_a_millionth():
+    X = 2e-6 * random(1, 30, 30)
+    exact = X.double() @ X.double()
+    assert (Products("float16")(X, X) - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("precision", EPS)
+def test_a_gram_matrix_is_exact_at_any_precision(precision):
+    X = random(2, 200, 30)
+    X = X / X.norm(dim=-2, keepdim=True)
+    error = (Products(precision).gram(X) - X.double().mT @ X.double()).abs().max().item()
+    assert error < (1e-5 if precision == "bfloat16" else 5e-7)  # two halves of bfloat16 have 16 bits between them
+
+
+@pytest.mark.parametrize("precision", EPS)
+def test_a_product_with_nearly_the_identity_is_as_exact_as_the_increment_is_small(precision):
+    X, Y = random(2, 50, 20), 1e-3 * random(2, 20, 20, seed=1)
+    exact = X.double() @ (torch.eye(20) + Y.double())
+    assert (Products(precision).times_near_identity(X, Y) - exact).norm() < 1e-2 * EPS[precision] * exact.norm() + 4e-6
+
+
+def test_gram_stage_is_the_polynomial_of_the_singular_values():
+    X = of_condition(2, 40, 16, 100.0).double()
+    coefficients = linalg.sign_coefficients(3, 1e-2)
+    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+    for a, b, c in coefficients:
+        s = a * s + b * s**3 + c * s**5
+    Q = gram_stage(X.mT @ X, coefficients, Products("float32"))
+    torch.testing.assert_close(X @ Q, (U * s[:, None, :]) @ Vh, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("stages", [(2, 2), (2, 3), (3, 3)])
+def test_matrix_sign_brings_the_singular_values_it_was_made_for_near_one(precision, stages):
+    mm, lower = Products(precision), 1e-2
+    X = 1e-3 * of_condition(2, 60, 20, 40.0)
+    A, gram_of_A = matrix_sign(X, stages, lower, mm)
+    sigma = torch.linalg.svdvals(A)
+    assert sigma.max() < 1.2 and sigma.min() > 0.8
+    torch.testing.assert_close(gram_of_A(), A.mT @ A, rtol=0, atol=5e-3 if precision == "float16" else 1e-5)
+    again, _ = matrix_sign(X, stages, lower, mm, X.mT @ X)
+    torch.testing.assert_close(again, A, rtol=0, atol=2e-2 if precision == "float16" else 1e-4)
+    assert matrix_sign(torch.zeros_like(X), stages, lower, mm)[0].abs().max() == 0
+
+
+def test_skew_sign_is_skew_and_orthogonal():
+    K = random(2, 16, 16)
+    K = K - K.mT
+    O = skew_sign(K, 9, 1e-4, Products("float32"))
+    assert torch.equal(O, -O.mT)
+    torch.testing.assert_close(O.mT @ O, torch.eye(16).expand(2, -1, -1), rtol=0, atol=1e-3)
+    assert ((K * O).sum((-2, -1)) > 0.999 * torch.linalg.svdvals(K).sum(-1)).all()
+
+
+def test_the_largest_eigenvalue_is_a_close_lower_bound():
+    X = random(3, 200, 100)
+    exact = torch.linalg.matrix_norm(X, 2)
+    for iterations, share in ((8, 0.97), (24, 0.995)):
+        ours = largest_eigenvalue(lambda v: X.mT @ (X @ v), X, iterations).sqrt().flatten()
+        assert (ours <= exact * (1 + 1e-5)).all() and (ours >= share * exact).all()
+    assert largest_eigenvalue(lambda v: 0 * v, X, 4).flatten().tolist() == [0, 0, 0]
+
+
+def test_su_step_solves_its_equation():
+    """Against the equation itself, for a diagonal metric, a mask as P, and enough iterations."""
+
+    def project(S):
+        return S - torch.diag_embed(torch.diagonal(S, dim1=-2, dim2=-1))
+
+    Z = random(2, 10, 10).double()
+    Z = Z @ Z.mT + torch.eye(10)
+    H = project(random(2, 10, 10, seed=1).double())
+    H = H + H.mT
+    d = 0.5 + torch.rand(2, 10, generator=torch.Generator().manual_seed(2)).double()
+    dL = linalg.su_step(project, lambda L: d[:, :, None] * L, H, Z, d, 200)
+    left = d[:, :, None] * dL @ Z
+    assert (project(left + left.mT) + 0.5 * H).norm() < 1e-8 * H.norm()
+
+
+def test_exact_float32_restores_the_setting():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16), exact_float32(torch.device("cpu")):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_unknown_precision_names_the_choices():
+    with pytest.raises(ValueError, match="choose one of float32, float16, bfloat16"):
+        Products("float8")
+
+
+def test_gram_stage_makes_the_products_it_says():
+    S = torch.eye(16)[None]
+    for steps in (1, 2, 3):
+        with FlopCounterMode(display=False) as counter:
+            gram_stage(S, linalg.sign_coefficients(steps, 1e-2), Products("float16"))
+        assert counter.get_total_flops() == (4 * steps - 3) * 2 * 16**3
