@@ -19,7 +19,10 @@ from conftest import ROOT
 import train
 from data import prepare as preparing
 from data.prepare import prepare
-from model.gpt import GPT
+from model.gpt import GPT, GPTConfig
+from optim.certificate import certify
+from optim.certified import direction
+from optim.groups import build_optimizers
 from optim.manifolds import MANIFOLDS
 from optim.msign import msign
 from scripts import crossing, exponents, failure, lr_transfer, solver_sweep
@@ -256,32 +259,55 @@ def test_commands_for_your_own_text_run(tmp_path, monkeypatch, capsys):
 
 
 def test_python_runs_as_it_stands(capsys):
+    before = set(MANIFOLDS)
     space = {"__name__": "readme"}
     try:
         for code in PYTHON:
             exec(compile(code, "README.md", "exec"), space)
-        check_worked_manifold(space)
+        assert "transformer.h.0-3.attn.c_attn.weight" in capsys.readouterr().out
+        added = set(MANIFOLDS) - before
+        assert added == {"frobenius", "stiefel_by_head"}
+        for name in added:
+            check_axioms(MANIFOLDS[name])
+        for rule in ("manifold_muon", "paper"):
+            check_training(space["rules"], rule, added)
     finally:
-        MANIFOLDS.pop("frobenius", None)
-    assert "transformer.h.0-3.attn.c_attn.weight" in capsys.readouterr().out
+        for name in set(MANIFOLDS) - before:
+            del MANIFOLDS[name]
 
 
-def check_worked_manifold(space):
-    """The README's manifold is one: P projects, the retraction lands and stays, a training step ends on it."""
-    M, W = MANIFOLDS["frobenius"], torch.randn(2, 5, 3, dtype=torch.float64)
+def check_axioms(M):
+    """P projects, the retraction lands and stays, tangent parts are tangent, directions are feasible and near the dual value."""
+    g = torch.Generator().manual_seed(0)
+    W, G = (torch.randn(2, 96, 64, generator=g, dtype=torch.float64) for _ in range(2))
     S = W.mT @ W
-    assert torch.allclose(M.gram_project(M.gram_project(S)), M.gram_project(S))
+    assert torch.allclose(M.project(M.project(S)), M.project(S))
     R = M.retract(W)
     assert M.residual(R).max() < 1e-12 and torch.allclose(M.retract(R), R)
-    assert torch.allclose(R.square().sum((-2, -1)), torch.full((2,), 3.0, dtype=torch.float64))
-    model, optimizers = space["model"], space["optimizers"]
-    assert isinstance(model, GPT)
-    before = model.transformer.h[0].mlp.c_fc.weight.clone()
-    x = torch.randint(0, 257, (2, 17))
-    model(x[:, :-1], x[:, 1:])[1].backward()
-    optimizers.step()
-    after = model.transformer.h[0].mlp.c_fc.weight
-    assert not torch.equal(before, after) and M.residual(after) < 1e-6
+    assert M.tangency(R, M.tangent(R, G)).abs().max() < 1e-10
+    certificate = certify(R, G, direction(R, G, M.name), M.name)
+    assert (certificate.feas > 0.9).all() and (certificate.feas <= 1).all() and (certificate.tangency < 1e-5).all()
+
+
+def check_training(rules, rule, added):
+    """Three steps of a model by either step rule: certified, and every weight on its manifold."""
+    cfg = compose(["model=demo", f"optim={rule}", "assignment=custom", f"assignment.rules={rules}"])
+    model = GPT(GPTConfig(**cfg["model"]))
+    optimizers = build_optimizers(model, cfg)
+    optimizers.watch(True)
+    for _ in range(3):
+        x = torch.randint(0, 257, (2, 17))
+        model(x[:, :-1], x[:, 1:])[1].backward()
+        optimizers.step()
+        optimizers.zero_grad()
+    found = optimizers.muon.certificates()
+    for row in optimizers.rows:
+        if row.manifold in added:
+            residual = MANIFOLDS[row.manifold].residual(model.get_parameter(row.name).detach())
+            assert residual < (
+                1e-6 if rule == "manifold_muon" or row.manifold == "frobenius" else 1e-2
+            )  # bfloat16 msign
+            assert 0 < found[row.name]["feas"] <= 1
 
 
 def test_every_file_the_readme_names_exists():
