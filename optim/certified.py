@@ -60,12 +60,10 @@ LENGTHS: dict[str, Callable[[int, int], float]] = {
 SKEW_STEPS, SKEW_LOWER = 7, 1e-3  # of a square Stiefel matrix; feas .997 and more on recorded problems
 CAP_FROM = 0.5  # the cap's polynomial is fitted on singular values in [CAP_FROM, 1]·‖T‖₂; smaller ones hardly exist
 NORM_STEPS = 8  # Lanczos iterations for ‖T‖₂: the top of the spectrum is flat, and a per cent is enough
-TANGENT_SHARE = 8.0  # a tangent part of G below so many rounding errors of the operands is taken for none
+TANGENT_SHARE = 4.0  # a tangent part of G below so many rounding errors of the operands is taken for none
 
-SECOND_ROUND, EXACT = (
-    0.01,
-    0.2,
-)  # ‖E‖ from which one round, and two, leave more than 3e-7 (the error of a round is 5/16·‖E‖³)
+# A round of the retraction leaves an error of 5/16·‖E‖³. From these ‖E‖ on one round, and two, would leave more than 3e-7:
+SECOND_ROUND, EXACT = 0.01, 0.2
 LANDS = (0.02, 0.4, torch.inf)  # ‖E‖ that a step of level 0, 1, 2 still brings onto the manifold to 5e-6
 
 
@@ -224,15 +222,11 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
     return mm.add(A, 1.0, frame.U, -(cK + frame.normal(N))), frobenius(X)
 
 
-class Direction(NamedTuple):
-    """T / max(1, ‖T‖₂) (k, m, n), and whether there was anything to step along (k, 1, 1); zero where there was not."""
+def unit_direction(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> tuple[Tensor, Tensor]:
+    """T / max(1, ‖T‖₂) (k, m, n) of tall W, G float32, G at any scale, and whether there is anything to step along (k, 1, 1) bool.
 
-    T: Tensor
-    moving: Tensor
-
-
-def unit_direction(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> Direction:
-    """The direction of tall W, G (k, m, n) float32, G at any scale; zero where G is zero, not finite, or normal to the manifold."""
+    There is nothing, and T is zero, where G is zero, not finite, or normal to the manifold.
+    """
     # By the largest entry first: squares of a gradient of size 1e-25 or 1e25 leave the range of float32.
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     moving = torch.isfinite(largest) & (largest > 0)
@@ -241,7 +235,7 @@ def unit_direction(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm:
     T, size = tangent_sign(W, G, manifold, effort, mm)
     moving = moving & (size > TANGENT_SHARE * torch.finfo(mm.dtype).eps)
     norm = largest_eigenvalue(lambda v: T.mT @ (T @ v), T, NORM_STEPS).sqrt()
-    return Direction(torch.where(moving, T / norm.clamp_min(1), 0), moving)
+    return torch.where(moving, T / norm.clamp_min(1), 0), moving
 
 
 # ---- 5. retract ----
@@ -292,7 +286,7 @@ def step(
         decay: decoupled, per unit of eta, of euclidean weights and of free lengths of columns; norm_cap: no free length grows longer.
 
     Returns:
-        Moved. Where there is nothing to step along, or V did not land (Moved.kept), the weight is kept bitwise.
+        Moved. Where there is nothing to step along, or V did not land, the weight is kept bitwise.
     """
     T, moving = unit_direction(W, G, manifold, effort, mm)
     shrink = 1 - eta * decay
@@ -418,7 +412,7 @@ def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, 
     M = MANIFOLDS[manifold]
     flat = [like_stack(X) for X in (W, G)]
     with torch.no_grad(), exact_float32(W.device):
-        T = unit_direction(*flat, M, effort_of(M, quality), products_for(W.device, products)).T
+        T, _ = unit_direction(*flat, M, effort_of(M, quality), products_for(W.device, products))
         norm = torch.linalg.eigvalsh((T.mT @ T).double())[
             :, -1
         ].sqrt()  # the step itself is content with Lanczos' estimate
