@@ -24,8 +24,12 @@ def prepare_command(settings: Mapping[str, Any], configs: Path = CONFIGS) -> str
         (g for g in groups if (configs / "data" / f"{Path(g).name}.yaml").exists()), groups[-1] if groups else ""
     )
     usual = _defaults(configs / "data" / f"{Path(group).name}.yaml", settings.get("name"))
-    changed = {key: value for key, value in settings.items() if key not in usual or usual[key] != value}
-    changed.pop("auto_prepare", None)
+    changed = {} if settings.get("name") == group else {"name": settings.get("name")}
+    changed |= {
+        key: value
+        for key, value in settings.items()
+        if key not in ("name", "auto_prepare") and usual.get(key, ...) != value
+    }
     words = [f"data={group}", *(f"data.{key}={_word(value)}" for key, value in changed.items())]
     if settings.get("source") == "text" and not settings.get("files"):
         words = [w for w in words if not w.startswith("data.files=")] + ["data.files=your/folder/*.txt"]
@@ -54,7 +58,7 @@ def _word(value: Any) -> str:
         return "[" + ",".join(map(_word, value)) + "]"
     if not isinstance(value, str) or (re.fullmatch(r"[A-Za-z_/.][\w/.*-]*", value) and not _is_keyword(value)):
         return str(value)
-    return "'" + value.replace("'", r"\'") + "'"
+    return '"' + value.replace('"', r"\"") + '"'
 
 
 def _is_keyword(text: str) -> bool:

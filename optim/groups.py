@@ -320,10 +320,10 @@ class Optimizers:
         missed = [line for optimizer in self.optimizers for line in _take_over(optimizer, state)]
         if self.muon is None:
             return missed
-        saved = state.get(type(self.muon).__name__, {"param_groups": []})["param_groups"]
-        before = {name: (g["manifold"], g["blocks"]) for g in saved for name in g.get("names", ())}
+        saved = [group for part in state.values() for group in part["param_groups"]]
+        before = {name: (g.get("manifold"), g.get("blocks")) for g in saved for name in g.get("names", ())}
         now = {name: (g["manifold"], g["blocks"]) for g in self.muon.param_groups for name in g["names"]}
-        moved = [name for name, place in now.items() if before.get(name) != place and place[0] != "euclidean"]
+        moved = [n for n, place in now.items() if n in before and before[n] != place and place[0] != "euclidean"]
         self.muon.bring_onto_manifold(moved)
         return missed + [f"{name}: brought onto its manifold" for name in folded(moved)]
 

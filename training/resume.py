@@ -218,15 +218,15 @@ def take_weights(model: nn.Module, loaded: Loaded, allow_changes: bool = False) 
         fitting = [name for name, t in own.items() if name in saved and saved[name].shape == t.shape]
         for name in fitting:
             own[name].copy_(saved[name])
-        left = {}
-        for name in own.keys() - set(fitting):
+        left: dict[str, list[str]] = {}
+        for name in (n for n in own if n not in fitting):
             there = _size(saved[name]) if name in saved else "not there"
             left.setdefault(f"starts anew ({there}, {_size(own[name])} here)", []).append(name)
-        used = {
-            name for name in whole.keys() - own.keys() if name in saved and torch.equal(whole[name].cpu(), saved[name])
-        }
-        left["in the checkpoint, but not in this model"] = [n for n in saved if n not in own and n not in used]
-        lines = [f"{name}: {what}" for what, names in left.items() for name in folded(sorted(names))]
+        for name in (n for n in saved if n not in own):
+            twin = whole.get(name)  # the second name of a tied weight: of another shape, it has been named above
+            if twin is None or (twin.shape == saved[name].shape and not _equal(twin, saved[name])):
+                left.setdefault("in the checkpoint, but not in this model", []).append(name)
+        lines = [f"{name}: {what}" for what, names in left.items() for name in folded(names)]
     if lines and not (allow_changes and any(own[name].ndim > 1 for name in fitting)):
         why = "none of its matrices fits" if allow_changes else "its weights do not fit"
         raise CheckpointError(
@@ -234,6 +234,10 @@ def take_weights(model: nn.Module, loaded: Loaded, allow_changes: bool = False) 
             "resume=never and another output_dir:" + "".join(f"\n  - {line}" for line in lines)
         )
     return lines
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
 
 
 def _size(t: torch.Tensor) -> str:
