@@ -21,7 +21,9 @@ def remedy(error: OSError) -> str:
     if error.errno in FULL_DISK:
         return "free space there or choose another output_dir"
     if error.errno in _IN_THE_WAY:
-        return f"{error.filename or 'something else'} is in the way: move it elsewhere or choose another output_dir"
+        path = Path(error.filename or "something else")
+        blocker = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), path)
+        return f"{blocker} is in the way: move it elsewhere or choose another output_dir"
     return "make that place writable or choose another output_dir"
 
 
