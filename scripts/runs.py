@@ -238,7 +238,7 @@ def refuse_other_settings(cfg: dict[str, Any], directory: Path) -> None:
         raise UsageError(f"{error}; mend that file, or give another output_dir=") from error
     if changed:
         raise UsageError(
-            f"{directory} holds a run with other settings; move {directory.parent} away, or give another output_dir=:"
+            f"{directory} holds a run with other settings; give another output_dir=:"
             + "".join(f"\n  - {change}" for change in changed)
         )
 

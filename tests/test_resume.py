@@ -409,7 +409,7 @@ def test_the_files_of_a_run_are_whole_or_as_before(tmp_path, monkeypatch):
     from training.files import write_whole
 
     write_whole(tmp_path / "config.yaml", "a: 1\n")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space.*config\.yaml"):
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         write_whole(tmp_path / "config.yaml", "b: 2\n" * 1000)
     assert files(tmp_path) == {tmp_path / "config.yaml": b"a: 1\n"}

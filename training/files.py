@@ -36,8 +36,9 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
-    except OSError:
+    except OSError as error:
         temp.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a full disk is met by a descriptor, which has no name
         raise
 
 

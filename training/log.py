@@ -200,8 +200,9 @@ def _rewrite(path: Path, last_step: int | None) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temp, path)
-    except OSError:
+    except OSError as error:
         temp.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
         raise
     if damaged:
         _logger.warning(
