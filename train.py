@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from optim.schedule import SCHEDULES, lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
 from training.checkpoint import CheckpointError
+from training.files import CONFIG_FILE, write_whole
 from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
+from training.limits import MachineError, machine_limits
 from training.log import NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
@@ -56,7 +58,7 @@ from training.validate import (
 )
 from training.wandb_sink import WandbSink
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, MachineError)
 
 
 def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
@@ -73,7 +75,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
     check(cfg, world_size())
     ranks = Ranks.init(cfg)
     try:
-        with ranks.explained(), StopSignal() as stop:
+        with ranks.explained(), machine_limits(cfg), StopSignal() as stop:
             run = Run(ranks, cfg, directory)
             if not run.finished:
                 run.train(stop)
@@ -104,16 +106,17 @@ class Run:
         self.stability = Stability(**cfg["stability"])
         if not ranks.is_main:
             torch.manual_seed(cfg["seed"] + ranks.rank)  # equal weights everywhere, but not equal dropout
-        self.step, self.seconds, skipped = 0, 0.0, 0
-        if resumed is not None:
-            state = resumed.state
-            self.step, self.seconds, skipped = restore(state, self.model, self.optimizers, self.stability, ranks.rank)
-        self.resumed_at = self.step if resumed is not None else None
         self.params = dict(self.model.named_parameters())
-        self.guard = FiniteGuard(list(self.params), self.device, skipped)
-        self.val_loss, self.full_val_loss = math.nan, None
+        self.guard = FiniteGuard(list(self.params), self.device)
+        self.step, self.seconds, notes = 0, 0.0, []
+        if resumed is not None:
+            parts = (self.model, self.optimizers, self.stability, self.guard)
+            self.step, self.seconds, notes = restore(resumed, cfg, *parts, ranks.rank)
+        self.resumed_at = self.step if resumed is not None else None
+        # Of these very weights; None while it is not known.
+        self.val_loss, self.full_val_loss = resumed.metric if resumed is not None else None, None
         if ranks.is_main:
-            print_start(self, resumed)
+            print_start(self, resumed, notes)
 
     @property
     def finished(self) -> bool:
@@ -163,7 +166,7 @@ class Run:
                 norm, norms = clip([p.grad for p in self.params.values()], cfg["grad_clip"])
 
                 # Gradient → geometry → weights, unless something is not finite; nobody waits for the answer.
-                self.step += 1
+                self.step, self.val_loss = self.step + 1, None
                 tokens += cfg["global_batch_tokens"]
                 self.optimizers.watch(self.due(cfg["log"]["interval_certificate"]))
                 self.optimizers.step(skip=self.guard.check(self.step, part, loss, norms))
@@ -236,11 +239,9 @@ class Run:
         """A checkpoint: a run resumed from it has written exactly what this one has."""
         log.sync()
         rng = self.ranks.gather_objects(rng_state())
-        parts = (self.cfg, self.data, self.model, self.optimizers, self.stability)
-        state = state_of(*parts, self.step, self.elapsed, self.guard.count, rng)
-        measured = self.step % self.cfg["eval_interval"] == 0 or self.finished
-        keep, metric = self.cfg["checkpoint"]["keep"], self.val_loss if measured else None
-        folder = self.directory / "checkpoints"
+        parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, self.guard.state_dict(self.ranks))
+        state = state_of(*parts, self.step, self.elapsed, rng)
+        keep, metric, folder = self.cfg["checkpoint"]["keep"], self.val_loss, self.directory / "checkpoints"
         self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
@@ -271,9 +272,9 @@ class Run:
             return NoLog()
         cfg, directory, name, resumed = self.cfg, self.directory, run_name(self.cfg), self.resumed_at is not None
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
-        (directory / "parameters.txt").write_text(parameter_table(self.optimizers.rows) + "\n")
-        (directory / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg, sort_keys=False))
+        write_whole(directory / "parameters.txt", parameter_table(self.optimizers.rows) + "\n")
+        write_whole(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
         mode, project, group = (cfg["logger"][key] for key in ("mode", "project", "group"))
         about = {"project": project, "group": group or directory.parent.name, "name": directory.name, "config": cfg}
         wandb = WandbSink(mode=mode, directory=directory, resume=resumed, **about)
@@ -312,7 +313,7 @@ def open_data(cfg: dict[str, Any]) -> Dataset:
     """The prepared data; the kind that takes seconds prepares itself."""
     if cfg["data"]["auto_prepare"]:
         prepare(cfg["data"])
-    dataset = open_dataset(cfg["data"]["dir"], name=cfg["data"]["name"])
+    dataset = open_dataset(cfg["data"]["dir"], settings=cfg["data"])
     if dataset.manifest.vocab_size > cfg["model"]["vocab_size"]:
         raise ConfigError(
             [
@@ -326,8 +327,8 @@ def open_data(cfg: dict[str, Any]) -> Dataset:
 # ---- the command line ----
 
 
-def print_start(run: Run, resumed: checkpoint.Loaded | None) -> None:
-    """The table of geometries, what was carried over from a base, and where the run goes."""
+def print_start(run: Run, resumed: checkpoint.Loaded | None, notes: list[str]) -> None:
+    """The table of geometries, what was carried over from a base, where the run goes, and what resuming did not take as it was."""
     print(
         parameter_table(
             run.optimizers.rows, {"transformer.wte.weight": "lm_head.weight"} if run.model.config.tied else {}
@@ -340,6 +341,8 @@ def print_start(run: Run, resumed: checkpoint.Loaded | None) -> None:
         for path, reason in resumed.skipped:
             print(f"skipped {path}: {reason}")
         print(f"resumed from {resumed.path}, step {resumed.step} of {run.cfg['max_steps']}")
+        for note in notes:
+            print(f"  - {note}")
     sys.stdout.flush()
 
 
@@ -382,7 +385,8 @@ def run_job(cfg: dict[str, Any], directory: Path) -> float:
         return report(launch(train, cfg, directory, USER_ERRORS))
     except Exception as error:
         print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
-        note_failure(directory, error)
+        with suppress(OSError):  # a full disk may be what went wrong
+            note_failure(directory, error)
         raise
 
 

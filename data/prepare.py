@@ -18,11 +18,21 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import FORMAT, TOKEN, DataError, Manifest, ShardWriter, SplitInfo, open_dataset, write_manifest
+from data.command import CONFIGS
+from data.shards import (
+    FORMAT,
+    TOKEN,
+    DataError,
+    Manifest,
+    ShardWriter,
+    SplitInfo,
+    open_dataset,
+    require_name,
+    write_manifest,
+)
 from data.sources import SOURCES, input_files
 from data.tokenizer import encode_documents, get_tokenizer
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NO_SETTINGS = ("dir", "auto_prepare")  # keys that decide where and when, not what
 
 log = logging.getLogger(__name__)
@@ -39,10 +49,15 @@ def prepare(cfg: Mapping[str, Any], progress: bool = True) -> Path:
     Raises DataError if the directory holds something else, the source or tokenizer cannot be read, or it cannot be
     written.
     """
+    require_name(cfg["name"])
     directory = Path(cfg["dir"]).expanduser()
     settings = json.loads(json.dumps({key: value for key, value in cfg.items() if key not in NO_SETTINGS}))
     if _holds(directory, settings):
         return directory
+    if directory.resolve() in (here := Path.cwd(), *here.parents):
+        raise DataError(
+            f"data.dir={directory} is where this runs; set it to a folder of its own, such as data/prepared/mine"
+        )
     if cfg["source"] not in SOURCES:
         raise DataError(f"there is no source {cfg['source']!r}; set data.source to one of {', '.join(sorted(SOURCES))}")
     written = 0
@@ -70,8 +85,8 @@ def _holds(directory: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the directory is prepared from `settings`; DataError if it holds anything else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    manifest = open_dataset(directory, verify=False, name=settings["name"]).manifest
-    remedy = f"delete {directory} to prepare it again, or set data.dir to another folder"
+    manifest = open_dataset(directory, verify=False, settings={**settings, "dir": str(directory)}).manifest
+    remedy = f"move {directory} elsewhere to prepare it again, or set data.dir to another folder"
     keys = sorted(settings.keys() | manifest.settings.keys())
     differing = [key for key in keys if settings.get(key) != manifest.settings.get(key)]
     if differing:
@@ -275,7 +290,7 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
                 compose("config", overrides=arguments).data, resolve=True, throw_on_missing=True
             )
         directory = prepare(cfg)
-        print(_summary(directory, cfg["name"]))
+        print(_summary(directory, cfg))
     except (HydraException, OmegaConfBaseException) as error:
         print(error, file=sys.stderr)
         return 1
@@ -288,10 +303,10 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
     return 0
 
 
-def _summary(directory: Path, name: str) -> str:
+def _summary(directory: Path, settings: Mapping[str, Any]) -> str:
     """What a prepared directory holds, for a person."""
-    manifest = open_dataset(directory, verify=False, name=name).manifest
-    lines = [f"{name} in {directory}: tokenizer {manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"]
+    manifest = open_dataset(directory, verify=False, settings=settings).manifest
+    lines = [f"{settings['name']} in {directory}: tokenizer {manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"]
     for split, info in manifest.splits.items():
         shards = f"{len(info.shards)} shard{'s' * (len(info.shards) != 1)}"
         lines.append(f"  {split:<5} {info.tokens:>14,} tokens {info.documents:>10,} documents  {shards}")

@@ -22,10 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from data.command import prepare_command
+
 FORMAT = 1
 TOKEN = np.dtype("<u2")
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
+_ANEW = "set data.dir to a folder that does not exist yet, and prepare the data there"
 
 
 class DataError(Exception):
@@ -197,7 +200,6 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a prepared directory; DataError if it is damaged, FileNotFoundError if there is none."""
     path = directory / MANIFEST
-    remedy = f"delete {directory} and prepare it again"
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -210,30 +212,69 @@ def read_manifest(directory: Path) -> Manifest:
         content = json.loads(raw)
         checksum = content.pop("checksum")
         if content["format"] != FORMAT:
-            raise DataError(f"{path} has format {content['format']}, this code reads format {FORMAT}; {remedy}")
+            raise DataError(f"{path} has format {content['format']!r}, this code reads format {FORMAT}; {_ANEW}")
         if checksum != _digest(content):
-            raise DataError(f"{path} is damaged: its checksum does not fit what it says; {remedy}")
+            raise DataError(f"{path} is damaged: its checksum does not fit what it says; {_ANEW}")
         splits = {
             name: SplitInfo(info["tokens"], info["documents"], tuple(Shard(**shard) for shard in info["shards"]))
             for name, info in content.pop("splits").items()
         }
-        return Manifest(splits=splits, **content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+        manifest = Manifest(splits=splits, **content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {_ANEW}") from error
+    if problem := _problem_of(manifest):
+        raise DataError(f"{path} cannot be trusted: {problem}; {_ANEW}")
+    return manifest
 
 
-def open_dataset(directory: str | Path, verify: bool = True, name: str | None = None) -> Dataset:
+def _problem_of(manifest: Manifest) -> str | None:
+    """What a manifest says that none can that was written by us, whatever its checksum: it comes from a file."""
+
+    def count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 1 << 62
+
+    texts = (manifest.name, manifest.source, manifest.tokenizer)
+    tables = (manifest.settings, manifest.inputs, manifest.expected, manifest.made_by)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+        return "a field is of another type"
+    if not (count(manifest.vocab_size) and 0 < manifest.vocab_size <= 1 << 16):
+        return f"a vocabulary of {manifest.vocab_size!r} tokens"
+    counts = [manifest.expected.get(key) for key in ("documents", "train_tokens", "val_tokens")]
+    if manifest.expected and not (all(map(count, counts)) and "met" in manifest.expected):
+        return "its published counts are no numbers"
+    if sorted(manifest.splits) != ["train", "val"]:
+        return f"its splits are {', '.join(sorted(manifest.splits)) or 'none'} instead of train and val"
+    for split, info in manifest.splits.items():
+        for shard in info.shards:
+            if (
+                not isinstance(shard.file, str)
+                or shard.file in ("", ".", "..")
+                or "\0" in shard.file
+                or "/" in shard.file
+            ):
+                return f"the shard {shard.file!r} is not a file of its own directory"
+            if not count(shard.tokens) or not isinstance(shard.sha256, str):
+                return f"the size or the SHA-256 of {shard.file} is none"
+        if not count(info.documents) or info.tokens != sum(shard.tokens for shard in info.shards):
+            return f"the counts of the split {split} do not agree"
+    return None
+
+
+def open_dataset(directory: str | Path, verify: bool = True, settings: Mapping[str, Any] | None = None) -> Dataset:
     """Open a prepared directory and check what its manifest promises.
 
-    The size of every shard is checked always. With `verify` its SHA-256 is checked too, once: shards found good are
-    noted with their size and modification time in verified.json, and hashed again only when one of the two has
-    changed (17 GB are not read at every start; a file altered behind an unchanged time stamp is not noticed).
-    `name` is the dataset's name in the command that a message recommends; by default the directory's own name.
+    The size of every shard is checked always. With `verify` its SHA-256 and its largest token are checked too, once:
+    shards found good are noted with their size and modification time in verified.json, and read again only when one of
+    these has changed (17 GB are not read at every start; a file altered behind an unchanged time stamp is not noticed).
+    `settings` is the `data` group of the configuration, from which a message makes the command that it recommends.
 
-    Raises DataError for a missing directory, a damaged manifest, and a missing, truncated or altered shard.
+    Raises DataError for a missing directory, a damaged manifest, a missing, truncated or altered shard, and a name that
+    would leave its folder.
     """
     directory = Path(directory)
-    command = _prepare_command(directory, name or directory.name)
+    if settings is not None:
+        require_name(settings["name"])
+    command = prepare_command(settings) if settings is not None else "python -m data.prepare"
     if directory.exists() and not directory.is_dir():
         raise DataError(f"{directory} is a file; set data.dir to a directory")
     if not directory.exists():
@@ -241,21 +282,24 @@ def open_dataset(directory: str | Path, verify: bool = True, name: str | None = 
     try:
         manifest = read_manifest(directory)
     except FileNotFoundError:
-        raise DataError(f"{directory} holds no {MANIFEST}; remove the directory and run: {command}") from None
-    remedy = f"delete {directory} and run: {command}"
+        raise DataError(
+            f"{directory} holds no {MANIFEST}, so it is not prepared data, and nothing in it was touched; set data.dir to "
+            "a folder that does not exist yet or is empty"
+        ) from None
+    remedy = f"move {directory} elsewhere and run: {command}"
     shards = [shard for info in manifest.splits.values() for shard in info.shards]
     for shard in shards:
         _check_size(directory / shard.file, shard, remedy)
     if verify:
-        _check_hashes(directory, shards, remedy)
+        _check_hashes(directory, shards, manifest.vocab_size, remedy)
     splits = {split: Split(directory, manifest.splits[split].shards) for split in ("train", "val")}
     return Dataset(directory, manifest, **splits)
 
 
-def _prepare_command(directory: Path, name: str) -> str:
-    command = f"python -m data.prepare data={name}"
-    usual = Path("data") / "prepared" / name  # what configs/data/*.yaml say
-    return command if directory.absolute() == usual.absolute() else f"{command} data.dir={directory}"
+def require_name(name: Any) -> None:
+    """Raise DataError unless a dataset's name is one folder's, which stays in the folder of all prepared data."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise DataError(f"data.name={name!r} is not the name of a folder; give one without '/', such as data.name=mine")
 
 
 def _check_size(path: Path, shard: Shard, remedy: str) -> None:
@@ -267,29 +311,30 @@ def _check_size(path: Path, shard: Shard, remedy: str) -> None:
         raise DataError(f"shard {path} is {how}: {size:,} bytes instead of {expected:,}; {remedy}")
 
 
-def _check_hashes(directory: Path, shards: list[Shard], remedy: str) -> None:
+def _check_hashes(directory: Path, shards: list[Shard], vocab_size: int, remedy: str) -> None:
     states = {}
     for shard in shards:
         stat = (directory / shard.file).stat()
-        states[shard.file] = [stat.st_size, stat.st_mtime_ns, shard.sha256]
+        states[shard.file] = [stat.st_size, stat.st_mtime_ns, shard.sha256, vocab_size]
     known = _read_verified(directory)
     fresh = [shard for shard in shards if known.get(shard.file) != states[shard.file]]
     if not fresh:
         return
     with ThreadPoolExecutor(min(len(fresh), 8)) as pool:  # hashing lets go of the GIL
-        digests = pool.map(_hash_file, [directory / shard.file for shard in fresh])
-        for shard, digest in zip(fresh, digests):
+        found = pool.map(_hash_file, [directory / shard.file for shard in fresh])
+        for shard, (digest, largest) in zip(fresh, found):
+            path = directory / shard.file
             if digest != shard.sha256:
-                raise DataError(
-                    f"shard {directory / shard.file} is altered: its SHA-256 is not the one noted; {remedy}"
-                )
+                raise DataError(f"shard {path} is altered: its SHA-256 is not the one noted; {remedy}")
+            if largest >= vocab_size:
+                raise DataError(f"shard {path} holds token {largest}, but its vocabulary is {vocab_size}; {remedy}")
     _write_verified(directory, states)
 
 
 def _read_verified(directory: Path) -> Mapping[str, list]:
     try:
         known = json.loads((directory / VERIFIED).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 
@@ -307,18 +352,22 @@ def _read_file(path: Path, offset: int, count: int) -> np.ndarray:
     try:
         tokens = np.fromfile(path, dtype=TOKEN, count=count, offset=offset * TOKEN.itemsize)
     except OSError as error:
-        raise DataError(f"cannot read shard {path} ({error}); prepare the data again") from error
+        raise DataError(
+            f"cannot read shard {path} ({error}); prepare the data again in another folder (data.dir)"
+        ) from error
     if len(tokens) != count:
-        raise DataError(f"shard {path} was truncated while in use; delete its directory and prepare the data again")
+        raise DataError(f"shard {path} was truncated while in use; prepare the data again in another folder (data.dir)")
     return tokens
 
 
-def _hash_file(path: Path) -> str:
-    sha = hashlib.sha256()
+def _hash_file(path: Path) -> tuple[str, int]:
+    """SHA-256 and largest token (-1: none) of a shard."""
+    sha, largest = hashlib.sha256(), -1
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             sha.update(block)
-    return sha.hexdigest()
+            largest = max(largest, int(np.frombuffer(block, TOKEN).max()))
+    return sha.hexdigest(), largest
 
 
 def _digest(content: Any) -> str:

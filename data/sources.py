@@ -199,7 +199,7 @@ def _read_rows(path: Path, kind: str, column: str) -> Iterator[str]:
                 columns = ", ".join(row)
                 raise DataError(
                     f"row {number} of {path} holds no text in the column {column!r} (columns: {columns}); set "
-                    "data.column to the column with the text, or remove such rows"
+                    "data.column to the column with the text, or give a copy of the file without such rows"
                 )
             yield document
     except DataError:

@@ -11,7 +11,7 @@ wherever it fits on whole components; a component may be a glob (`c_*`, `*`), al
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -245,6 +245,14 @@ def _ranges(layers: list[int]) -> str:
     return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
+def folded(names: Iterable[str]) -> list[str]:
+    """Names with those of equal layers drawn into one: transformer.h.0-3.attn.c_attn.weight."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        layers.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).extend(map(int, re.findall(r"\.(\d+)\.", name)[:1]))
+    return [name.replace("#", _ranges(found)) if found else name for name, found in layers.items()]
+
+
 class Optimizers:
     """ManifoldMuon (if any matrix has a manifold) and AdamW, stepped and scheduled as one; then unit vectors are brought to their length.
 
@@ -300,10 +308,52 @@ class Optimizers:
         """One state dict per optimizer, by class name."""
         return {type(o).__name__: o.state_dict() for o in self.optimizers}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned for the same assignment."""
-        for optimizer in self.optimizers:
-            optimizer.load_state_dict(state[type(optimizer).__name__])
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over what `state_dict` returned, where optimizer, name and shape are the same; all ranks must call.
+
+        Settings and learning rates stay the configuration's. What does not fit stays at its start, and a weight that was on no or another
+        manifold is brought onto its own. The parameters must hold their saved values already.
+
+        Returns:
+            One line for everything that was not taken as it was; empty for the same assignment.
+        """
+        missed = [line for optimizer in self.optimizers for line in _take_over(optimizer, state)]
+        if self.muon is None:
+            return missed
+        saved = [group for part in state.values() for group in part["param_groups"]]
+        before = {name: (g.get("manifold"), g.get("blocks")) for g in saved for name in g.get("names", ())}
+        now = {name: (g["manifold"], g["blocks"]) for g in self.muon.param_groups for name in g["names"]}
+        moved = [n for n, place in now.items() if n in before and before[n] != place and place[0] != "euclidean"]
+        self.muon.bring_onto_manifold(moved)
+        return missed + [f"{name}: brought onto its manifold" for name in folded(moved)]
+
+
+def _take_over(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
+    """Give an optimizer the saved state that fits, by the parameters' names; returns what was left at its start."""
+    kind, fresh = type(optimizer).__name__, optimizer.state_dict()
+    params = {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"])}
+    saved = _state_by_name(state.get(kind, {"state": {}, "param_groups": []}), list(params))
+    taken: dict[int, dict[str, Tensor]] = {}
+    missed: dict[str, list[str]] = {}
+    for index, (name, p) in enumerate(params.items()):
+        old, start = saved.get(name, {}), fresh["state"].get(index)
+        # AdamW makes its state in its first step: numbers, and tensors of the parameter's shape.
+        wanted = start or {key: value if value.ndim == 0 else p for key, value in old.items()}
+        fits = {key: old[key] for key, value in wanted.items() if key in old and old[key].shape == value.shape}
+        lost = [key for key in wanted if key not in fits]
+        if lost or name not in saved:
+            missed.setdefault(", ".join(lost) or "state", []).append(name)
+        taken[index] = fits if start or not lost else {}
+    optimizer.load_state_dict({"state": taken, "param_groups": fresh["param_groups"]})
+    return [f"{kind}'s {what} of {name}: starts anew" for what, names in missed.items() for name in folded(names)]
+
+
+def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+    """Parameter name → its state. A checkpoint from before names were saved is read in the order of these parameters."""
+    indices = [i for group in saved["param_groups"] for i in group["params"]]
+    if all("names" in group for group in saved["param_groups"]):
+        order = [name for group in saved["param_groups"] for name in group["names"]]
+    return {name: saved["state"].get(i, {}) for name, i in zip(order, indices)} if len(order) == len(indices) else {}
 
 
 def _published(rule: Mapping[str, Any]) -> StepRule:
@@ -378,7 +428,11 @@ def build_optimizers(
         common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
         optimizers.append(ManifoldMuon(groups, rule, **common))
     adamw = settings["adamw"]
-    if groups := [{"params": [params[n] for n in names], **group} for names, group in adamw_groups(rows, adamw)]:
+    groups = [
+        {"params": [params[name] for name in names], "names": names, **group}
+        for names, group in adamw_groups(rows, adamw)
+    ]
+    if groups:
         optimizers.append(
             torch.optim.AdamW(groups, lr=adamw["lr"], betas=tuple(adamw["betas"]), eps=adamw["eps"], fused=True)
         )

@@ -11,7 +11,7 @@ Gradients must be the same on all ranks (reduced and clipped), and so replicas s
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -174,7 +174,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         self.owners = self._choose_owners()
         self.buckets = [bucket for group in self.param_groups for bucket in self._buckets_of(group)]
         self._link_state()
-        self._init_on_manifold()
+        self.bring_onto_manifold()
 
     @staticmethod
     def _check(group: dict[str, Any]) -> None:
@@ -227,10 +227,12 @@ class ManifoldMuon(torch.optim.Optimizer):
                     self.state[p][name] = whole[bucket.rows_of(i)]
 
     @torch.no_grad()
-    def _init_on_manifold(self) -> None:
+    def bring_onto_manifold(self, names: Collection[str] | None = None) -> None:
+        """Put whole parameters onto their manifold, on every rank alike: all, or those of these names."""
         for group in self.param_groups:
-            for p in group["params"]:
-                p.copy_(self.rule.init(row_blocks(p, group["blocks"]), group["manifold"]).reshape(p.shape))
+            for i, p in enumerate(group["params"]):
+                if names is None or group["names"][i] in names:
+                    p.copy_(self.rule.init(row_blocks(p, group["blocks"]), group["manifold"]).reshape(p.shape))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -28,7 +28,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, as_code, parse, run
 from training.config import compose
 from training.run import device_name, environment
 
@@ -433,7 +433,7 @@ def work(arguments: list[str]) -> int:
     }
     (folder / f"bench_{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
     (folder / f"bench_{name}.md").write_text(
-        f"{text}\n\nWritten by `{facts['command']}` on {device_name()}, torch {torch.__version__}.\n"
+        f"{text}\n\nWritten by {as_code(facts['command'])} on {device_name()}, torch {torch.__version__}.\n"
     )
     print(f"\nwritten to {folder}: bench_{name}.md, bench_{name}.json")
     return 0

@@ -1,4 +1,4 @@
-"""What the commands share: `key=value` options, and a user's mistake as one message with exit code 2."""
+"""What the commands share: `key=value` options, names that are safe in Markdown, and a mistake as one message with exit code 2."""
 
 from __future__ import annotations
 
@@ -34,10 +34,20 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
     return others, options
 
 
+def as_cell(text: str) -> str:
+    """Text as a cell of a Markdown table, in which nothing of it ends the cell or becomes HTML."""
+    return " ".join(text.replace("|", "&#124;").replace("<", "&lt;").replace(">", "&gt;").split())
+
+
+def as_code(text: str) -> str:
+    """Text as a piece of code within a line of Markdown, which nothing of it ends."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
 def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, description: str) -> int:
     """Call `work` with the arguments (None: the process's own) and return its exit code.
 
-    Prints `description` for --help. What is the user's to mend becomes its message and exit code 2.
+    Prints `description` for --help. What is the user's to mend becomes its message and exit code 2, or the error's own.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -52,7 +62,7 @@ def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, descr
         return work(arguments)
     except (UsageError, *USER_ERRORS, HydraException, OmegaConfBaseException) as error:
         print(error, file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -24,7 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.residual import RESIDUAL_RULES
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, as_code, parse, run
 from scripts.grid import Job, exit_code, run_grid
 from scripts.report import Column, Table, make_table
 from scripts.runs import Run, read_run
@@ -160,8 +160,8 @@ def write_results(cells: dict[Cell, list[Run]], target: float, command: str, res
     table, first = table_of(cells, target), next(iter(cells.values()))[0]
     cfg, env = first.config, first.environment
     footer = (
-        f"Written by `{command}`: {cfg['model']['n_layer']} layers of width {cfg['model']['n_embd']}, {cfg['max_steps']:,} steps of "
-        f"{cfg['global_batch_tokens']:,} tokens of `{cfg['data']['name']}`; peak learning rates {cfg['optim']['muon']['lr']:g} (Muon, step "
+        f"Written by {as_code(command)}: {cfg['model']['n_layer']} layers of width {cfg['model']['n_embd']}, {cfg['max_steps']:,} steps of "
+        f"{cfg['global_batch_tokens']:,} tokens of {as_code(cfg['data']['name'])}; peak learning rates {cfg['optim']['muon']['lr']:g} (Muon, step "
         f"rule `{cfg['optim']['muon']['rule']['kind']}`) and {cfg['optim']['adamw']['lr']:g} (AdamW), the same in every cell; losses in nats "
         f"a token, mean ± standard error over seeds. {env.get('device')}, Python {env.get('python')}, torch {env.get('torch')}."
     )

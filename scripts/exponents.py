@@ -38,7 +38,7 @@ from data.loader import validation_windows
 from model.exponents import SKIPS, Exponents, closed_form, embedded, measure, near_collapse
 from model.gpt import GPT
 from optim.groups import build_optimizers
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, as_code, parse, run
 from scripts.grid import Job, run_grid
 from scripts.runs import read_run
 from train import check, gpt_config, open_data
@@ -269,7 +269,7 @@ def work(arguments: list[str]) -> int:
         print(f"written: {loss_against_exponents(facts['trained'], results / 'loss.png')}")
     (results / "exponents.json").write_text(json.dumps(facts, indent=2) + "\n")
     (results / "exponents.md").write_text(
-        f"{text}\n\nWritten by `{facts['command']}`: mean ± standard error over {options['seeds']} seeds, per block. λ_a < 0: tokens "
+        f"{text}\n\nWritten by {as_code(facts['command'])}: mean ± standard error over {options['seeds']} seeds, per block. λ_a < 0: tokens "
         "collapse; λ_g > 0: gradients grow towards the first block.\n"
     )
     print(f"written: {results / 'exponents.md'}, {results / 'exponents.json'}")

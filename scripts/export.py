@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,11 @@ def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
         torch.save(state, temporary)
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch answers a full disk with a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"{target} cannot be written ({error}); free space or name another file") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UsageError(
+            f"{target} cannot be written ({error}); name a file in another folder or on another disk"
+        ) from error
     return step, {key: config["model"][key] for key in NANOGPT}
 
 

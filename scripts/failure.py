@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scripts.command import UsageError
+from scripts.command import UsageError, as_code
 from scripts.grid import Job, run_grid
 from scripts.report import Column, make_table, rows_of
 from scripts.runs import Run, read_run
@@ -100,7 +100,7 @@ def write(
     words, seconds = shlex.join(command), sum(e["train_seconds"] for r in runs for e in r.records.get("end", []))
     env = runs[0].environment
     foot = (
-        f"Written by `{words}`: {len(runs)} runs of {runs[0].config['max_steps']} steps, {seconds / 60:.0f} minutes of training; "
+        f"Written by {as_code(words)}: {len(runs)} runs of {runs[0].config['max_steps']} steps, {seconds / 60:.0f} minutes of training; "
         f"{env.get('device')}, torch {env.get('torch')}. Logit, entropy (least layer, relative to log(position)) and saturated rows "
         f"are those of the last probe. {remark}"
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, as_code, parse, run
 from scripts.grid import Job, exit_code, run_grid
 from scripts.report import Table
 from scripts.runs import read_run
@@ -223,7 +223,7 @@ def work(arguments: list[str]) -> int:
     environment = next(read_run(job.directory).environment for job in jobs.values() if job.ended)
     command = shlex.join(["python", "scripts/lr_transfer.py", *arguments])
     results.mkdir(parents=True, exist_ok=True)
-    footer = f"Written by `{command}`. {environment.get('device')}, Python {environment.get('python')}, torch {environment.get('torch')}."
+    footer = f"Written by {as_code(command)}. {environment.get('device')}, Python {environment.get('python')}, torch {environment.get('torch')}."
     (results / "table.md").write_text(f"{table.markdown()}\n\n{footer}\n")
     data = [
         {"model": TRANSFERS[transfer], "width, depth, steps": astuple(size), "losses by rate": curve}

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, as_cell, parse, run
 from scripts.runs import Run, find_runs, same_settings
 
 PUBLISHED = {
@@ -148,7 +148,8 @@ class Table:
     def markdown(self) -> str:
         """For a README."""
         rule = ["---:" if right else "---" for right in self.numeric]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (self.headings, rule, *self.lines))
+        rows = [[as_cell(text) for text in row] for row in (self.headings, *self.lines)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
 
     def _pad(self, column: int, cell: str, width: int) -> str:
         return cell.rjust(width) if self.numeric[column] else cell.ljust(width)

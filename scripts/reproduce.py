@@ -36,11 +36,12 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, as_code, parse, run
 from scripts.report import COLUMNS, LOSSES, draw, make_table, rows_of, told
-from scripts.runs import CONFIG_FILE, COST_FILE, Run, read_run, refuse_other_settings
+from scripts.runs import COST_FILE, Run, read_run, refuse_other_settings
 from train import check, open_data, train
 from training.config import compose
+from training.files import CONFIG_FILE
 from training.log import METRICS_FILE, RunLog, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,11 +115,9 @@ def train_all(plan: Plan) -> dict[str, str]:
     failures = {}
     for assignment, (cfg, directory) in plan.runs.items():
         if _has_ended(directory):
-            print(f"{assignment}: done before; remove {directory} to run it again")
+            print(f"{assignment}: done before; give another output_dir= to run it again")
             continue
         print(f"\n{assignment}", flush=True)
-        if not any((directory / "checkpoints").glob("step_*")):
-            (directory / METRICS_FILE).unlink(missing_ok=True)  # stopped before its first checkpoint: it starts over
         started = time.perf_counter()
         try:
             train(cfg, directory)
@@ -238,8 +237,8 @@ def footer(plan: Plan, runs: Sequence[Run]) -> str:
     model, muon = cfg["model"], cfg["optim"]["muon"]
     other_scale = "" if plan.scale == "paper" else "; this is another scale: compare the order, not the numbers"
     lines = [
-        f"Written by `{plan.command}`: {model['n_layer']} layers of width {model['n_embd']}, context {model['block_size']}; "
-        f"{cfg['max_steps']:,} steps of {cfg['global_batch_tokens']:,} tokens; data `{cfg['data']['name']}` "
+        f"Written by {as_code(plan.command)}: {model['n_layer']} layers of width {model['n_embd']}, context {model['block_size']}; "
+        f"{cfg['max_steps']:,} steps of {cfg['global_batch_tokens']:,} tokens; data {as_code(cfg['data']['name'])} "
         f"({cfg['data']['tokenizer']} tokens); step rule `{muon['rule']['kind']}`, peak learning rates {muon['lr']:g} (Muon) and "
         f"{cfg['optim']['adamw']['lr']:g} (AdamW); seed {cfg['seed']}.",
         f"{_cost_line(runs)}; {env.get('device', platform.machine())}, Python {env.get('python')}, torch {env.get('torch')}, "

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from optim.groups import matches
 from scripts.command import UsageError
-from training.checkpoint import check_same
+from training.checkpoint import check_same, load_newest
+from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, read_records
-from training.resume import HARMLESS
+from training.resume import HARMLESS, check_parts, foreign, take_weights
+from training.validate import get
 
-CONFIG_FILE = "config.yaml"
 COST_FILE = "cost.json"
 
 SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
@@ -123,7 +123,7 @@ class Run:
 
     def geometry(self, sublayer: str) -> str:
         """The manifold of a sublayer's matrices, several joined by "+"; "-" for unconstrained Muon."""
-        rules = self.config["assignment"]["rules"]
+        rules = self.config["assignment"]["rules"] or {}
         chosen = [
             choice for name in self.spectra(sublayer) for pattern, choice in rules.items() if matches(pattern, name)
         ]
@@ -136,17 +136,57 @@ def read_run(directory: Path) -> Run:
     Raises:
         UsageError: it holds no run, or one of its files cannot be read.
     """
+    records: dict[str, list[dict[str, Any]]] = {}
+    foreign = 0
     try:
-        config = yaml.safe_load((directory / CONFIG_FILE).read_text())
-        records: dict[str, list[dict[str, Any]]] = {}
+        config = read_config(directory)
+        if lacking := [key for key, sound in _KEYS.items() if not sound(get(config, key))]:
+            raise ValueError(f"{CONFIG_FILE} has no proper {', '.join(lacking)}")
         for record in read_records(directory):
+            if not _FIELDS.get(record["kind"], lambda _: True)(record):
+                foreign += 1
+                continue
             records.setdefault(record["kind"], []).append(_without_bulk(record))
         cost, environment = (_read_json(directory / name) for name in (COST_FILE, "environment.json"))
     except FileNotFoundError as error:
         raise UsageError(f"{directory} holds no run (there is no {error.filename}); name a run's directory") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"the run in {directory} cannot be read ({error}); mend that file or leave it out") from error
+    if foreign:
+        print(f"{directory}: {foreign} records have not the fields of their kind; left out", file=sys.stderr)
     return Run(directory, config, records, cost, environment)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
+
+
+def _has_sigma(record: dict[str, Any]) -> bool:
+    sigma = record.get("sigma")
+    return (
+        isinstance(record.get("name"), str) and isinstance(sigma, list) and sigma != [] and all(map(_is_number, sigma))
+    )
+
+
+def _has_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for item in value.items() for text in item)
+
+
+# What a table needs of a configuration and of a record, whoever wrote them; other kinds of records are taken as they are.
+_KEYS: dict[str, Callable[[Any], bool]] = {
+    "assignment.name": lambda value: isinstance(value, str),
+    "assignment.rules": lambda value: value is None or _has_texts(value),
+    "max_steps": _is_number,
+    "seed": _is_number,
+}
+_FIELDS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "train": lambda r: _is_number(r.get("loss")),
+    "eval": lambda r: _is_number(r.get("loss")),
+    "spectra": _has_sigma,
+    "certificate": lambda r: _is_number(r.get("feas")),
+    "probe": lambda r: _is_number(r.get("least_entropy")) and _is_number(r.get("greatest_saturation")),
+    "event": lambda r: isinstance(r.get("event"), str),
+}
 
 
 def _without_bulk(record: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +199,10 @@ def _without_bulk(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds a {type(content).__name__}")
+    return content
 
 
 def find_runs(places: Iterable[str | Path]) -> list[Run]:
@@ -189,10 +232,13 @@ def refuse_other_settings(cfg: dict[str, Any], directory: Path) -> None:
     """Raise UsageError if the directory holds a run whose numbers would be others than the configuration's."""
     if not (directory / CONFIG_FILE).exists():
         return
-    changed = same_settings(yaml.safe_load((directory / CONFIG_FILE).read_text()), cfg)
+    try:
+        changed = same_settings(read_config(directory), cfg)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{error}; mend that file, or give another output_dir=") from error
     if changed:
         raise UsageError(
-            f"{directory} holds a run with other settings; move {directory.parent} away, or give another output_dir=:"
+            f"{directory} holds a run with other settings; give another output_dir=:"
             + "".join(f"\n  - {change}" for change in changed)
         )
 
@@ -201,11 +247,10 @@ def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
     """The model (on the CPU, in eval mode), configuration and step of a run's newest good checkpoint.
 
     Raises:
-        UsageError: no run, or no checkpoint yet. CheckpointError: none of its checkpoints is good.
+        UsageError: no run, or no checkpoint yet. CheckpointError: none of its checkpoints is good, or the newest is not of a run.
     """
     from model.gpt import GPT
     from train import gpt_config
-    from training.checkpoint import load_newest
 
     directory = Path(directory)
     if not directory.is_dir():
@@ -213,7 +258,11 @@ def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
     loaded = load_newest(directory / "checkpoints")
     if loaded is None:
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
+    check_parts(loaded)
     config = loaded.state["config"]
-    model = GPT(gpt_config(config))
-    model.load_state_dict(loaded.state["model"])
+    with foreign(loaded):
+        model = GPT(gpt_config(config))
+        if not isinstance(config["data"]["tokenizer"], str):
+            raise TypeError("its data has no tokenizer")
+    take_weights(model, loaded)
     return model.eval(), config, loaded.step

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import parse, run
+from scripts.command import as_code, parse, run
 from scripts.grid import Job, exit_code, run_grid
 from scripts.runs import Run, read_run
 from train import check
@@ -107,7 +107,7 @@ def tables(rows: list[dict[str, Any]], command: str, environment: dict[str, str]
                 f"| {ours['mean'] - theirs['mean']:+.3f} ± {error:.3f} |"
             )
     versions = ", ".join(f"{key} {value}" for key, value in environment.items() if key in ("torch", "python", "device"))
-    return "\n".join([*lines, "", f"Written by `{command}` ({versions}).", ""])
+    return "\n".join([*lines, "", f"Written by {as_code(command)} ({versions}).", ""])
 
 
 def cell(row: dict[str, Any] | None) -> str:

@@ -5,12 +5,12 @@
     python scripts/watch.py outputs/sweep interval_s=10 stalled_s=1800
 
 A job is waiting (nothing written yet), running, unstable (as the run itself decided), finished, failed, or stalled: unfinished, and
-silent for `stalled_s` seconds. It reads files only, so it may run anywhere that sees them, and it disturbs nobody.
+silent for `stalled_s` seconds. Lines that are no records are passed over and counted below the table. It reads files only, so it may run anywhere that sees them, and it disturbs nobody.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import sys
 import time
@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -27,10 +26,11 @@ from rich.text import Text
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import UsageError, parse, run
-from training.log import METRICS_FILE
-from training.sweep import CONFIG_FILE
+from training.files import CONFIG_FILE, read_config
+from training.log import METRICS_FILE, parse_record
 
 OPTIONS = {"once": "false", "interval_s": 2.0, "stalled_s": 300.0}
+_LONGEST_S = 1e9  # 30 years: a longer time is no forecast
 COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
 
 
@@ -49,13 +49,27 @@ class Job:
         self.unstable = False
         self.last_kind: str | None = None  # of the last record: its kind, or an event's sort
         self.written_at = 0.0  # seconds since the epoch
+        self.damaged = 0  # lines passed over
+        self.problem: str | None = None  # why a file could not be read when it was last tried
         self.max_steps: int | None = None
         self.tokens_per_step: int | None = None
         self._inode, self._read_bytes = 0, 0
 
     def update(self) -> None:
         """Read on; a resumed run has replaced its file, which then is read from its beginning."""
-        path = self.directory / METRICS_FILE
+        self.problem = None
+        try:
+            self._read_on(self.directory / METRICS_FILE)
+            if self.max_steps is None and self.last_kind is not None:
+                config = read_config(self.directory)
+                steps, tokens = config.get("max_steps"), config.get("global_batch_tokens")
+                if type(steps) is not int or type(tokens) is not int:
+                    raise ValueError(f"{self.directory / CONFIG_FILE} has no max_steps or no global_batch_tokens")
+                self.max_steps, self.tokens_per_step = steps, tokens
+        except (OSError, ValueError) as error:
+            self.problem = str(error)
+
+    def _read_on(self, path: Path) -> None:
         try:
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
@@ -68,30 +82,29 @@ class Job:
         whole = new[: new.rfind(b"\n") + 1]  # the last line may still be on its way
         self._inode, self.written_at = stat.st_ino, stat.st_mtime
         self._read_bytes += len(whole)
-        try:
-            for line in whole.splitlines():
+        for line in whole.splitlines():
+            try:
                 self._take(line)
-            if self.max_steps is None:
-                config = yaml.safe_load((self.directory / CONFIG_FILE).read_text())
-                self.max_steps, self.tokens_per_step = config["max_steps"], config["global_batch_tokens"]
-        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-            raise UsageError(
-                f"the run in {self.directory} cannot be read ({error}); mend it or move it away"
-            ) from error
+            except (ValueError, LookupError, TypeError, OverflowError):
+                self.damaged += 1
 
     def _take(self, line: bytes) -> None:
+        """What a line says; ValueError, LookupError, TypeError or OverflowError if it is no record or has not the fields of its kind."""
         if line.startswith(b'{"kind": "spectra"'):  # thousands of numbers that no table shows
             self.last_kind = "spectra"
             return
-        record = json.loads(line)
-        self.step, self.last_kind = record["step"], record["kind"]
-        if record["kind"] == "train":
+        record = parse_record(line)
+        if record is None:
+            raise ValueError("no record")
+        kind = record["kind"]
+        if kind == "train":
             self.train, self.tokens_per_s = float(record["loss"]), float(record["tokens_per_s"])
-        elif record["kind"] == "eval":
+        elif kind == "eval":
             self.val = float(record["loss"])
-        elif record["kind"] == "event":
-            self.last_kind = record["event"]
-            self.unstable |= record["event"] == "unstable"
+        elif kind == "event":
+            kind = str(record["event"])
+            self.unstable |= kind == "unstable"
+        self.step, self.last_kind = record["step"], kind
 
     def state(self, now: float, stalled_s: float) -> str:
         """One word; `now` in seconds since the epoch."""
@@ -109,7 +122,8 @@ class Job:
         """At the pace of the last training record; None where that is not known or nothing is left."""
         if self.max_steps is None or self.tokens_per_step is None or not self.tokens_per_s or self.last_kind == "end":
             return None
-        return (self.max_steps - self.step) * self.tokens_per_step / self.tokens_per_s
+        left = (self.max_steps - self.step) * self.tokens_per_step / self.tokens_per_s
+        return left if 0 <= left < _LONGEST_S else None
 
 
 def find_jobs(sweep: Path, known: dict[Path, Job]) -> dict[Path, Job]:
@@ -117,7 +131,10 @@ def find_jobs(sweep: Path, known: dict[Path, Job]) -> dict[Path, Job]:
     if (sweep / METRICS_FILE).exists():
         found = [sweep]
     else:
-        found = sorted(p for p in sweep.iterdir() if p.is_dir() and not p.name.startswith("."))
+        try:
+            found = sorted(p for p in sweep.iterdir() if p.is_dir() and not p.name.startswith("."))
+        except OSError as error:
+            raise UsageError(f"{sweep} cannot be read ({error.strerror}); name a sweep's directory") from error
     return {path: known.get(path) or Job(path) for path in found}
 
 
@@ -147,7 +164,14 @@ def table(jobs: dict[Path, Job], stalled_s: float) -> Table:
             "" if job.val is None else f"{job.val:.4f}",
             str(timedelta(seconds=round(left))) if left is not None and state in ("running", "unstable") else "",
         )
+    grid.caption, grid.caption_justify = Text("\n".join(remarks(jobs))), "left"
     return grid
+
+
+def remarks(jobs: dict[Path, Job]) -> list[str]:
+    """What could not be read, a line a job."""
+    found = [f"{path}: {job.damaged} lines are no records; passed over" for path, job in jobs.items() if job.damaged]
+    return found + [f"{path}: {job.problem}" for path, job in jobs.items() if job.problem]
 
 
 def work(arguments: list[str]) -> int:
@@ -158,6 +182,8 @@ def work(arguments: list[str]) -> int:
             "name one sweep and, if you like, once=true, interval_s= and stalled_s=, such as: "
             "python scripts/watch.py outputs/sweep once=true"
         )
+    if not 0 < options["interval_s"] < math.inf:
+        raise UsageError(f"interval_s={options['interval_s']} is no time to wait; give seconds above 0, such as 2")
     sweep, stalled_s = Path(others[0]), options["stalled_s"]
     if not sweep.is_dir():
         raise UsageError(f"there is no directory {sweep}; name a sweep's, such as outputs/sweep")

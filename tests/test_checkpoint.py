@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 from collections import OrderedDict
@@ -177,6 +178,70 @@ def test_only_damaged_ones_left_is_an_error_not_a_fresh_start(two):
     with pytest.raises(CheckpointError, match=r"none of the 2 .*start over") as error:
         load_newest(two.parent)
     assert "step_00000010" in str(error.value) and "step_00000020" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["step_99999999", "step_00000015", ".step_00000030.replaced"])
+def test_a_checkpoint_under_another_steps_name_is_not_taken_for_it(two, name):
+    shutil.copytree(two, two.with_name(name))
+    with pytest.raises(CheckpointError, match=r"holds the checkpoint of step 20: it was renamed"):
+        load(two.with_name(name))
+    assert holds(load_newest(two.parent), 20)
+    shutil.copytree(two, two.with_name("a_copy_with_a_name_of_its_own"))
+    assert holds(load(two.with_name("a_copy_with_a_name_of_its_own")), 20)
+    save(two.parent, 30, make_state(30), keep=1)
+    assert holds(load_newest(two.parent), 30)
+
+
+MANIFESTS = {
+    "nested": b"[" * 100_000,
+    "nested inside": b'{"checksum": "", "step": ' + b"[" * 100_000,
+    "empty": b"",
+    "text for a step": {"step": "20"},
+    "text for a size": {"size": "many"},
+    "text for a metric": {"metric": "low"},
+    "true for a step": {"step": True},
+}
+
+
+@pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
+def test_no_manifest_keeps_older_checkpoints_from_being_found(two, content):
+    if isinstance(content, dict):
+        fields = {k: v for k, v in json.loads((two / MANIFEST_FILE).read_bytes()).items() if k != "checksum"}
+        content = checkpoint._Manifest(**{**fields, **content}).render()
+    (two / MANIFEST_FILE).write_bytes(content)
+    assert_falls_back(two)
+    save(two.parent, 30, make_state(30), keep=2, metric=1.0)
+    assert holds(load_newest(two.parent), 30)
+
+
+@pytest.mark.parametrize("state", [[1, 2], torch.zeros(3), None], ids=lambda state: type(state).__name__)
+def test_a_state_that_is_no_dict_is_named(two, state):
+    torch.save(state, two / STATE_FILE)
+    raw = (two / STATE_FILE).read_bytes()
+    manifest = checkpoint._Manifest(20, None, len(raw), checkpoint.hashlib.sha256(raw).hexdigest())
+    (two / MANIFEST_FILE).write_bytes(manifest.render())
+    with pytest.raises(CheckpointError, match=rf"state\.pt holds a {type(state).__name__} instead of a run's state"):
+        load(two)
+    assert holds(load_newest(two.parent), 10)
+
+
+def test_files_at_our_hidden_names_do_not_stop_a_save(two):
+    for name in (".step_00000030.tmp", ".step_00000010.removed.tmp"):
+        (two.parent / name).write_text("left by something")
+    (two.parent / ".step_00000020.tmp").symlink_to(two.parent.parent)
+    save(two.parent, 30, make_state(30), keep=2)
+    assert names(two.parent) == ["step_00000020", "step_00000030"] and two.parent.parent.is_dir()
+
+
+@pytest.mark.parametrize("place", [".", "file", "file/checkpoints"])
+def test_a_file_in_the_way_is_named_and_left_alone(two, place):
+    blocker = two.parent / ("step_00000030" if place == "." else "file")
+    blocker.write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"{blocker} is in the way: move it elsewhere") as error:
+        save(two.parent / place, 30, make_state(30))
+    assert not re.search("free space|remove|delete", str(error.value))
+    save(two.parent, 25, make_state(25), keep=3)
+    assert blocker.read_text() == "mine" and holds(load_newest(two.parent), 25)
 
 
 def test_a_visibly_damaged_one_is_not_counted_as_kept(two):

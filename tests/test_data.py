@@ -9,6 +9,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,9 +21,11 @@ import pytest
 import yaml
 
 from data import shards, sources
-from data.prepare import CONFIGS, main, prepare
+from data.command import CONFIGS, prepare_command
+from data.prepare import main, prepare
 from data.shards import DataError, open_dataset
 from data.tokenizer import get_tokenizer
+from training.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = [f"Book {i}.\n\nÉtude — 文字 number {i}.\n" + "word " * i for i in range(40)]
@@ -98,7 +102,9 @@ def test_a_damaged_shard_is_named(prepared, damage, word, opened_before):
     if opened_before:
         open_dataset(prepared)  # leaves verified.json
     damage(prepared / "train_00001.bin")
-    with pytest.raises(DataError, match=rf"train_00001\.bin is {word}.*delete .* and run: python -m data\.prepare"):
+    with pytest.raises(
+        DataError, match=rf"train_00001\.bin is {word}.*move .* elsewhere and run: python -m data\.prepare"
+    ):
         open_dataset(prepared)
     with pytest.raises(DataError) if word != "altered" else contextlib.nullcontext():
         open_dataset(prepared, verify=False)
@@ -135,6 +141,7 @@ def test_shards_are_hashed_once(prepared, monkeypatch):
         lambda text: "",
         lambda text: text.replace('"vocab_size": 257', '"vocab_size": 256'),
         lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: "[" * 100_000,
     ],
 )
 def test_a_damaged_manifest_is_named(prepared, damage):
@@ -142,21 +149,119 @@ def test_a_damaged_manifest_is_named(prepared, damage):
     text = path.read_text()
     assert damage(text) != text
     path.write_text(damage(text))
-    with pytest.raises(DataError, match=r"manifest\.json .*; delete .* and prepare it again"):
+    with pytest.raises(DataError, match=r"manifest\.json .*; set data\.dir to a folder that does not exist yet"):
         open_dataset(prepared)
 
 
 def test_missing_data_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"python -m data\.prepare data=openwebtext$"):
-        open_dataset("data/prepared/openwebtext")
+        open_dataset("data/prepared/openwebtext", settings=compose(["data=openwebtext"])["data"])
     with pytest.raises(DataError, match=r"python -m data\.prepare data=books data\.dir=elsewhere$"):
-        open_dataset("elsewhere", name="books")
+        open_dataset("elsewhere", settings=compose(["data=books", "data.dir=elsewhere"])["data"])
     Path("elsewhere").mkdir()
-    with pytest.raises(
-        DataError, match=r"holds no manifest\.json; remove the directory and run: python -m data\.prepare"
-    ):
+    with pytest.raises(DataError, match=r"holds no manifest\.json, so it is not prepared data.* set data\.dir"):
         open_dataset("elsewhere")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data=openwebtext"],
+        ["data=books", "data.tokenizer=bytes"],
+        ["data=text", "data.name=mine", "data.files=corpus/**/*.txt", "data.val_files=[b.txt]"],
+        ["data=text", "data.name=1e3", "data.files=['a b.txt','c,d*.txt']", "data.separator=''", "data.column='null'"],
+        ["data=text", "data.name='a|b $x'", "data.files=x.txt", "data.separator=null", "data.dir=/nowhere"],
+        ["data=fineweb", "data.max_tokens=1000", "data.val_fraction=0.00001"],
+        ["data=stdlib", "data.dir=somewhere/else", "data.auto_prepare=false"],
+    ],
+    ids=lambda overrides: overrides[1] if len(overrides) > 1 else overrides[0],
+)
+def test_a_recommended_command_prepares_what_was_asked_for(overrides):
+    """Pasted into a shell, the command composes the very settings."""
+    asked = compose(overrides)["data"]
+    words = shlex.split(prepare_command(asked))
+    assert words[:3] == ["python", "-m", "data.prepare"]
+    assert {**compose(words[3:])["data"], "auto_prepare": None} == {**asked, "auto_prepare": None}
+
+
+def test_a_name_without_files_asks_for_them():
+    assert prepare_command(compose(["data=text", "data.name=mine"])["data"]) == (
+        "python -m data.prepare data=text data.name=mine 'data.files=your/folder/*.txt'"
+    )
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", None, 3])
+def test_a_name_stays_in_its_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    cfg = {**text_config(tmp_path), "name": name, "dir": f"data/prepared/{name}"}
+    before = sorted(tmp_path.rglob("*"))
+    for call in (lambda: prepare(cfg, progress=False), lambda: open_dataset(cfg["dir"], settings=cfg)):
+        with pytest.raises(DataError, match=r"data\.name=.* is not the name of a folder"):
+            call()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def forge(prepared: Path, change) -> None:
+    """Change what a manifest says, and give it the checksum that fits."""
+    content = json.loads((prepared / "manifest.json").read_text())
+    del content["checksum"]
+    change(content)
+    content["checksum"] = shards._digest(content)
+    (prepared / "manifest.json").write_text(json.dumps(content))
+
+
+def first_shard(content) -> dict:
+    return content["splits"]["train"]["shards"][0]
+
+
+FORGERIES = {
+    "outside": (lambda c: first_shard(c).update(file="../outside.bin"), "is not a file of its own directory"),
+    "absolute": (lambda c: first_shard(c).update(file="/etc/passwd"), "is not a file of its own directory"),
+    "no name": (lambda c: first_shard(c).update(file=3), "is not a file of its own directory"),
+    "text for a size": (lambda c: first_shard(c).update(tokens="many"), "size or the SHA-256"),
+    "negative": (lambda c: first_shard(c).update(tokens=-1), "size or the SHA-256"),
+    "sum": (lambda c: c["splits"]["train"].update(tokens=1), "do not agree"),
+    "no validation": (lambda c: c["splits"].pop("val"), "instead of train and val"),
+    "no splits": (lambda c: c.update(splits=[]), "damaged"),
+    "format": (lambda c: c.update(format={}), "format"),
+    "vocabulary": (lambda c: c.update(vocab_size="257"), "a vocabulary of"),
+    "small vocabulary": (lambda c: c.update(vocab_size=5), r"holds token \d+, but its vocabulary is 5"),
+    "settings": (lambda c: c.update(settings=3), "another type"),
+    "counts": (lambda c: c.update(expected={"met": True}), "published counts"),
+    "extra": (lambda c: c.update(more=3), "damaged"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_a_forged_manifest_is_refused_with_a_message(tmp_path, prepared, forgery, opened_before):
+    (prepared.parent / "outside.bin").write_bytes(b"\0" * 2000)
+    if opened_before:
+        open_dataset(prepared)
+    change, said = FORGERIES[forgery]
+    forge(prepared, change)
+    with pytest.raises(DataError, match=said) as caught:
+        open_dataset(prepared)
+    assert str(prepared) in str(caught.value)
+
+
+def test_an_honest_forgery_opens(prepared):
+    """What the test above does to a manifest is not in itself refused."""
+    forge(prepared, lambda content: None)
+    open_dataset(prepared)
+
+
+def test_the_place_where_one_stands_is_not_written_over(tmp_path, monkeypatch):
+    for place in (tmp_path / "empty", tmp_path / "work" / "sub"):
+        place.mkdir(parents=True)
+        monkeypatch.chdir(place)
+        for directory in (".", ".."):
+            before = sorted(tmp_path.rglob("*"))
+            with pytest.raises(DataError, match=r"data\.dir") as caught:
+                prepare(text_config(tmp_path, dir=directory), progress=False)
+            assert not re.search("remove|delete", str(caught.value))
+            assert set(tmp_path.rglob("*")) - set(before) <= {tmp_path / "books.txt"}
 
 
 def test_the_fingerprint_is_of_the_tokens(tmp_path, prepared):
@@ -179,7 +284,7 @@ def test_preparing_twice_does_nothing(tmp_path, prepared):
 
 def test_other_settings_are_refused(tmp_path, prepared):
     with pytest.raises(
-        DataError, match=r"other settings \(split_seed: 2357 there, 7 asked\); delete .* or set data\.dir"
+        DataError, match=r"other settings \(split_seed: 2357 there, 7 asked\); move .* elsewhere .* or set data\.dir"
     ):
         prepare(text_config(tmp_path, split_seed=7), progress=False)
 
@@ -187,7 +292,7 @@ def test_other_settings_are_refused(tmp_path, prepared):
 def test_changed_files_are_refused_and_removed_ones_are_not_needed(tmp_path, prepared):
     cfg = text_config(tmp_path)
     (tmp_path / "books.txt").write_text("something else")
-    with pytest.raises(DataError, match=r"files that .* was prepared from have changed \(.*books\.txt\); delete"):
+    with pytest.raises(DataError, match=r"files that .* was prepared from have changed \(.*books\.txt\); move"):
         prepare(cfg, progress=False)
     (tmp_path / "books.txt").unlink()
     assert prepare(cfg, progress=False) == prepared

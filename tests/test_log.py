@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 
-from training.log import METRICS_FILE, RunLog, read_records
+from training.log import DAMAGED_FILE, METRICS_FILE, RunLog, read_records
 from training.progress import ProgressSink
 
 
@@ -140,23 +140,56 @@ def test_zeros_that_a_power_failure_left_are_dropped(tmp_path):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("damage", [b'{"kind": "tra\n', b"3\n", b'{"kind": "train"}\n', b"\xff\n"])
-def test_damage_in_the_middle_is_named_not_passed_over(tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"kind": "tra\n',
+        b"3\n",
+        b'{"kind": "train"}\n',
+        b'{"step": 3}\n',
+        b'{"kind": "train", "step": -1}\n',
+        b"\xff\n",
+        b"\0" * 99 + b"\n",
+        b"[" * 100_000 + b"\n",
+        b'{"kind": "train", "step": 1, "NaN": "NaN", "deep": ' + b"[" * 700 + b"]" * 700 + b"}\n",
+    ],
+    ids=lambda damage: repr(damage[:20]),
+)
+def test_damage_in_the_middle_is_named_and_kept_and_the_run_goes_on(tmp_path, damage, caplog):
     path = write_run(tmp_path, 5)
+    whole = list(read_records(path))
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
-    with pytest.raises(ValueError, match=r"line 3 .*remove that line"):
-        list(read_records(path))
-    damaged = path.read_bytes()
-    with pytest.raises(ValueError, match="line 3"):
-        RunLog(tmp_path, resume_step=2)
-    assert path.read_bytes() == damaged
+    damaged = b"".join([*lines[:2], damage, *lines[2:]])
+    path.write_bytes(damaged)
+    assert list(read_records(path)) == whole
+    assert "line 3 is no record" in caplog.text and str(path) in caplog.text
+    assert path.read_bytes() == damaged, "a reader changes nothing"
+    caplog.clear()
+    RunLog(tmp_path, resume_step=2).close()
+    assert "line 3 is no record" in caplog.text and DAMAGED_FILE in caplog.text
+    assert (tmp_path / DAMAGED_FILE).read_bytes() == damage
+    caplog.clear()
+    assert list(read_records(path)) == [r for r in whole if r["step"] <= 2] and not caplog.records
+
+
+def test_an_earlier_start_is_moved_aside_never_erased(tmp_path, caplog):
+    first = write_run(tmp_path, 5).read_bytes()
+    for start in (1, 2):
+        log = RunLog(tmp_path, resume_step=-1)
+        assert list(read_records(tmp_path)) == [] and f"kept in {METRICS_FILE}.{start}.old" in caplog.text
+        log.write("train", start, loss=1.0)
+        log.close()
+    assert (tmp_path / f"{METRICS_FILE}.1.old").read_bytes() == first
+    assert [r["step"] for r in read_records(tmp_path / f"{METRICS_FILE}.2.old")] == [1]
+    (tmp_path / METRICS_FILE).write_bytes(b"")
+    RunLog(tmp_path, resume_step=-1).close()
+    assert sorted(os.listdir(tmp_path)) == [METRICS_FILE, f"{METRICS_FILE}.1.old", f"{METRICS_FILE}.2.old"]
 
 
 @pytest.mark.parametrize("resume_step", [-1, 0, 4, 5, 12, 20, 99])
 def test_resuming_leaves_one_curve(tmp_path, resume_step):
     """A run killed after step 20 and resumed from an earlier checkpoint reads like one that was never interrupted."""
-    straight = write_run(tmp_path / "straight", 25).read_bytes()
+    straight, moved = write_run(tmp_path / "straight", 25).read_bytes(), [f"{METRICS_FILE}.1.old"] * (resume_step < 0)
     path = write_run(tmp_path / "resumed", 20)
     path.write_bytes(path.read_bytes() + b'{"kind": "train", "st')
     log = RunLog(tmp_path / "resumed", resume_step=resume_step)
@@ -169,7 +202,7 @@ def test_resuming_leaves_one_curve(tmp_path, resume_step):
             log.write("eval", step, loss=2.0 / step)
     log.close()
     assert path.read_bytes() == straight
-    assert os.listdir(path.parent) == [METRICS_FILE]
+    assert sorted(os.listdir(path.parent)) == [METRICS_FILE, *moved]
 
 
 def test_a_truncation_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
@@ -192,7 +225,7 @@ def test_a_full_disk_leaves_whole_records_and_says_what_to_do(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(OSError, match=r"File too large.*free space"):
+        with pytest.raises(OSError, match=r"File too large: a record could not be written.*metrics\.jsonl"):
             log.write("spectra", 1, sigma=[1.0] * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 
 import pytest
@@ -90,9 +91,50 @@ def test_a_single_run_and_mistakes(tmp_path, capsys):
     ):
         assert watch.main(list(map(str, arguments))) == 2
         assert said in capsys.readouterr().err
-    (directory / "metrics.jsonl").write_text("what?\n")
-    assert watch.main([str(tmp_path), "once=true"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    for seconds in ("0", "-1", "nan"):
+        assert watch.main([str(tmp_path), f"interval_s={seconds}"]) == 2
+        assert "seconds above 0" in capsys.readouterr().err
+
+
+FOREIGN = [
+    "what?",
+    '{"kind": "train", "step": 12}',
+    '{"kind": "train", "step": 12, "loss": "much", "tokens_per_s": 1}',
+    '{"kind": "eval", "step": 12, "loss": [1]}',
+    '{"kind": "event", "step": 12}',
+    '{"kind": "eval", "step": 12, "loss": 1' + "0" * 400 + "}",
+    "[" * 100_000,
+]
+
+
+def test_damaged_lines_and_files_are_counted_and_cost_nothing_else(tmp_path, capsys):
+    write_job(tmp_path, "good", train(10))
+    records = write_job(tmp_path, "lines", train(10)) / "metrics.jsonl"
+    records.write_text(
+        records.read_text() + "\n".join(FOREIGN) + "\n" + json.dumps({"kind": "eval", "step": 20, "loss": 2}) + "\n"
+    )
+    configs = {
+        "python": "!!python/object/apply:os.mkdir [crater]",
+        "nested": "[" * 5000,
+        "list": "[1]",
+        "text": "max_steps: many",
+    }
+    for name, text in configs.items():
+        (write_job(tmp_path, name, train(10)) / "config.yaml").write_text(text)
+    (write_job(tmp_path, "none", train(10)) / "config.yaml").unlink()
+    (write_job(tmp_path, "folder") / "metrics.jsonl").mkdir()
+    never = ("train", 1, {"loss": 1.0, "lr": 1.0, "tokens_per_s": 1e-300})
+    write_job(tmp_path, "never", never)
+    write_job(tmp_path, "nan", ("train", 1, {"loss": 1.0, "lr": 1.0, "tokens_per_s": float("nan")}))
+    assert watch.main([str(tmp_path), "once=true"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"good running 10/100", said) and re.search(r"lines running 20/100 2.5000 2.0000", said)
+    assert f"{len(FOREIGN)} lines are no records" in said
+    for name in configs:
+        assert re.search(rf"{name} running 10 2.5000", said)
+    assert said.count("config.yaml") == len(configs) + 1 and "folder waiting" in said
+    assert re.search(r"never running 1/100 1.0000", said) and re.search(r"nan running 1/100 1.0000", said)
+    assert not (tmp_path / "crater").exists()
 
 
 @pytest.mark.timeout(60)

@@ -14,6 +14,7 @@ may read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -29,12 +30,15 @@ from typing import Any, BinaryIO
 
 import torch
 
+from training.files import remedy
+
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
 
 # A replaced checkpoint is readable under its hidden name until its successor is in place; a ".tmp" is never read.
 _CHECKPOINT_NAME = re.compile(r"(step_(?P<step>\d{8,})|\.step_(?P<hidden>\d{8,})\.replaced)")
 _CHUNK_BYTES = 1 << 22
+_OURS = "use a checkpoint that this program saved"
 _PLAIN_TYPES = (
     dict,
     OrderedDict,
@@ -75,6 +79,12 @@ class _Manifest:
     size: int
     sha256: str
 
+    @property
+    def typed(self) -> bool:
+        """Whether every field is of its type: a file may say anything."""
+        numbers = type(self.step) is type(self.size) is int and type(self.metric) in (float, type(None))
+        return numbers and isinstance(self.sha256, str)
+
     def render(self) -> bytes:
         """The only bytes this manifest may have on disk: canonical JSON with a checksum of its own."""
         fields = asdict(self)
@@ -89,9 +99,9 @@ class _Manifest:
             fields = json.loads(raw)
             del fields["checksum"]
             manifest = cls(**fields)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             manifest = None
-        if manifest is None or manifest.render() != raw:
+        if manifest is None or not manifest.typed or manifest.render() != raw:
             raise CheckpointError(f"{path} is damaged; use an older checkpoint (resume=auto finds the newest good one)")
         return manifest
 
@@ -126,10 +136,10 @@ def save(
         _publish(temp, final)
         _retire(directory, step, keep)
     except OSError as error:
-        shutil.rmtree(temp, ignore_errors=True)
+        _remove(temp)
         raise CheckpointError(
-            f"cannot save the checkpoint of step {step} in {directory}: {error.strerror or error}; "
-            "free space there or choose another output_dir, then resume from the older checkpoints, which are untouched"
+            f"cannot save the checkpoint of step {step} in {directory}: {error.strerror or error}; {remedy(error)}; "
+            "then resume from the older checkpoints, which are untouched"
         ) from error
     return final
 
@@ -196,6 +206,8 @@ def _write_files(temp: Path, step: int, state: dict[str, Any], metric: float | N
 
 def _publish(temp: Path, final: Path) -> None:
     """Give the finished checkpoint its name; an old one steps aside, as no call replaces a directory."""
+    if final.exists() and not final.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
     if final.exists():
         os.replace(final, final.with_name(f".{final.name}.replaced"))
     os.replace(temp, final)
@@ -223,13 +235,22 @@ def _discard(path: Path) -> None:
     """Remove a checkpoint; renamed first, so that a final name never stands for half of one."""
     doomed = path.with_name(f".{path.name.lstrip('.')}.removed.tmp")
     os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Remove what is at a hidden name of ours, a directory or a file; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _clear_interrupted(directory: Path) -> None:
     """Remove what a killed save left, and bring back a checkpoint that had stepped aside for one that never came."""
     for temp in directory.glob(".step_*.tmp"):
-        shutil.rmtree(temp, ignore_errors=True)
+        _remove(temp)
     for aside in directory.glob(".step_*.replaced"):
         final = directory / aside.name[1:].removesuffix(".replaced")
         if final.exists():
@@ -261,7 +282,7 @@ def _sync_directory(path: Path) -> None:
 def load(path: str | Path) -> Loaded:
     """Load one checkpoint directory after verifying every byte; tensors come to the CPU.
 
-    Raises CheckpointError if there is none at ``path``, if it is damaged, or if its state holds more than tensors and
+    Raises CheckpointError if there is none at ``path``, if it is damaged, or if its state is no dict of tensors and
     plain values.
     """
     path = Path(path)
@@ -272,9 +293,10 @@ def load(path: str | Path) -> Loaded:
         # The bytes are as written, so whatever torch raises, it says that it will not have this content.
         raise CheckpointError(
             f"{path / STATE_FILE} holds more than tensors and plain values or comes from another torch "
-            f"({type(error).__name__}), so it was not loaded and nothing in it was executed; "
-            "use a checkpoint that this program saved"
+            f"({type(error).__name__}), so it was not loaded and nothing in it was executed; {_OURS}"
         ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / STATE_FILE} holds a {type(state).__name__} instead of a run's state; {_OURS}")
     return Loaded(state, path, manifest.step, manifest.metric)
 
 
@@ -293,7 +315,7 @@ def load_newest(directory: str | Path) -> Loaded | None:
         reasons = "".join(f"\n  {reason}" for _, reason in skipped)
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {directory} can be used; "
-            f"restore one from a copy, or remove that directory to start over:{reasons}"
+            f"restore one from a copy, or choose another output_dir to start over:{reasons}"
         )
     return None
 
@@ -302,13 +324,13 @@ def _checkpoints(directory: Path) -> Iterator[Path]:
     """The checkpoints in ``directory``, newest first; one that stepped aside comes after its successor."""
     found = []
     for path in directory.glob("*step_*"):
-        if match := _CHECKPOINT_NAME.fullmatch(path.name):
+        if (match := _CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir():
             found.append((int(match["step"] or match["hidden"]), match["step"] is not None, path))
     return (path for _, _, path in sorted(found, reverse=True))
 
 
 def _check_size(path: Path) -> _Manifest:
-    """The manifest of ``path``, verified, and the size of its state: what can be checked without reading it all."""
+    """The manifest of ``path``, verified, with the size of its state and its name: what needs no reading of it all."""
     try:
         manifest = _Manifest.read(path / MANIFEST_FILE)
         size = (path / STATE_FILE).stat().st_size
@@ -321,6 +343,12 @@ def _check_size(path: Path) -> _Manifest:
         raise CheckpointError(
             f"{path / STATE_FILE} has {size} bytes instead of {manifest.size}: it was truncated or altered; "
             "use an older checkpoint"
+        )
+    named = _CHECKPOINT_NAME.fullmatch(path.name)
+    if named and int(named["step"] or named["hidden"]) != manifest.step:
+        raise CheckpointError(
+            f"{path} holds the checkpoint of step {manifest.step}: it was renamed or altered; "
+            f"name it step_{manifest.step:08d} if there is none of that name, or use an older checkpoint"
         )
     return manifest
 

@@ -54,7 +54,7 @@ def launch(
         worker: run by every rank with `cfg` and `directory`.
         cfg: plain configuration; `launcher.nproc` ranks are started unless this process is a rank already.
         directory: of the job, or None where the worker is to choose.
-        user_errors: exceptions whose message is all that a rank prints.
+        user_errors: exceptions whose message is all that a rank prints; with exit code 2, or their own `exit_code`.
 
     Raises:
         Stopped: a signal ended the run, which has saved. RankFailed: a rank that was started here failed. Whatever the worker
@@ -116,9 +116,9 @@ def run_rank(
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 1
     except user_errors as error:
-        code = USER_ERROR
+        code = getattr(error, "exit_code", USER_ERROR)
         _tell_parent(str(error))
-        if not parent_reports and os.environ.get("LOCAL_RANK", "0") == "0":
+        if code != USER_ERROR or (not parent_reports and os.environ.get("LOCAL_RANK", "0") == "0"):
             print(error, file=sys.stderr)
     except LostRanks as error:
         code = 1

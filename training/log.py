@@ -21,6 +21,7 @@ event      ``event``: what sort, such as "unstable" or "warning"; ``message``: o
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 METRICS_FILE = "metrics.jsonl"
+DAMAGED_FILE = "metrics.jsonl.damaged"
 
 _WORD_OF_FLOAT = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FLOAT_OF_WORD = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -51,15 +53,18 @@ class RunLog:
     """Appends records to ``directory/metrics.jsonl`` and hands each to the sinks.
 
     A record has reached the operating system when ``write`` returns, so it survives a kill of the process. Opening
-    drops a last line that was torn by one. With ``resume_step=s`` every record of a step later than s goes as well, so
-    that one curve results; the caller resumes from s finished steps and has written all records of step s before the
-    checkpoint of step s was saved. -1 drops all.
+    drops a last line that was torn by one, and moves damaged lines into ``metrics.jsonl.damaged``. With
+    ``resume_step=s`` every record of a step later than s goes as well, so that one curve results; the caller resumes
+    from s finished steps and has written all records of step s before the checkpoint of step s was saved. With -1 the
+    run starts anew: records of an earlier start are moved aside to ``metrics.jsonl.<n>.old``.
     """
 
     def __init__(self, directory: str | Path, sinks: Iterable[Sink] = (), resume_step: int | None = None):
         self.path = Path(directory) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
+        if resume_step == -1:
+            _set_aside(self.path)
+        elif self.path.exists():
             _rewrite(self.path, resume_step)
         self._sinks = list(sinks)
         self._file = self.path.open("ab", buffering=0)
@@ -68,7 +73,7 @@ class RunLog:
         """Append one record of numbers, strings, None, lists, dicts, NumPy arrays and tensors of any shape.
 
         Raises TypeError for any other value and OSError on a full disk; metrics.jsonl then ends with the last whole
-        record.
+        record, and the run can be resumed.
         """
         record = {"kind": kind, "step": int(step), **{name: _plain(value, name) for name, value in fields.items()}}
         try:
@@ -100,7 +105,7 @@ class RunLog:
             self._file.truncate(start)
             raise OSError(
                 error.errno,
-                f"{error.strerror}: a record could not be written; free space, then resume=auto",
+                f"{error.strerror}: a record could not be written",
                 str(self.path),
             ) from error
 
@@ -134,40 +139,84 @@ class NoLog:
 def read_records(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a run, of one kind or of all; ``path`` is a metrics.jsonl or the directory that holds it.
 
-    A torn last line (the run is being written, or was killed) is passed over; ValueError names any other line that is
-    no record.
+    A torn last line (the run is being written, or was killed) is passed over. So is any other line that is no record;
+    a warning then says which.
     """
     path = Path(path)
-    for _, record in _lines(path / METRICS_FILE if path.is_dir() else path):
-        if kind is None or record.get("kind") == kind:
+    path = path / METRICS_FILE if path.is_dir() else path
+    damaged = []
+    for number, _, record in _lines(path):
+        if record is None:
+            damaged.append(number)
+        elif kind is None or record["kind"] == kind:
             yield record
+    if damaged:
+        _logger.warning("%s: %s; what is read goes without", path, _named(damaged))
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line as it stands in the file, and its record."""
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record that a line of metrics.jsonl holds; None for a line that is none."""
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+            return None
+        step = record.get("step")
+        if not isinstance(step, int) or not 0 <= step < 1 << 63:
+            return None
+        return _unspell(record) if b'"NaN"' in line or b'Infinity"' in line else record
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Each whole line: its number, its bytes, and its record, None for a damaged one."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not a record ({error}); remove that line") from error
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f"{path}, line {number} has no step, so it is not a record; remove that line")
-            yield line, _unspell(record) if b'"NaN"' in line or b'Infinity"' in line else record
+            if line.endswith(b"\n"):
+                yield number, line, parse_record(line)
+
+
+def _named(lines: list[int]) -> str:
+    shown = ", ".join(map(str, lines[:5])) + (f" and {len(lines) - 5} more" if len(lines) > 5 else "")
+    return f"line {shown} is no record" if len(lines) == 1 else f"lines {shown} are no records"
 
 
 def _rewrite(path: Path, last_step: int | None) -> None:
-    """Keep the whole lines up to ``last_step``, in one atomic replacement."""
-    temp = path.with_name(f".{path.name}.tmp")
-    with temp.open("wb") as file:
-        for line, record in _lines(path):
-            if last_step is None or record["step"] <= last_step:
-                file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
+    """Keep the records up to ``last_step``, in one atomic replacement; damaged lines are kept in a file of their own."""
+    temp, aside = path.with_name(f".{path.name}.tmp"), path.with_name(DAMAGED_FILE)
+    damaged: list[tuple[int, bytes]] = []
+    try:
+        with temp.open("wb") as file:
+            for number, line, record in _lines(path):
+                if record is None:
+                    damaged.append((number, line))
+                elif last_step is None or record["step"] <= last_step:
+                    file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        if damaged:
+            with aside.open("ab") as file:
+                file.writelines(line for _, line in damaged)
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temp, path)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
+    if damaged:
+        _logger.warning(
+            "%s: %s; kept in %s, and the run goes on", path, _named([number for number, _ in damaged]), aside.name
+        )
+
+
+def _set_aside(path: Path) -> None:
+    """Give the records of an earlier start another name; nothing is lost."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}.old")).exists())
+    os.rename(path, aside)
+    _logger.warning("%s: the records of an earlier start are kept in %s", path, aside.name)
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from training.checkpoint import CheckpointError, Loaded, check_same, load, load_newest
-from training.ranks import Ranks
+from optim.groups import folded
+from training.checkpoint import STATE_FILE, CheckpointError, Loaded, check_same, load, load_newest
+from training.files import read_config
+from training.log import METRICS_FILE, read_records
+from training.ranks import LostRanks, Ranks
 from training.run import environment
 from training.stability import Stability
+from training.step import FiniteGuard
 
 # Settings that may differ between the two halves of a run without changing its numbers.
 HARMLESS = (
@@ -32,28 +38,41 @@ HARMLESS = (
 )
 
 
+# What a run's state holds, by type; "guard" is absent from the oldest, which have the number of updates left out in its place.
+_PARTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("config", "model", "optimizers", "stability", "environment"), (dict,)),
+    "data": (str,),
+    "rng": (list,),
+    "step": (int,),
+    "seconds": (float, int),
+}
+
+
 def state_of(
     cfg: dict[str, Any],
     data: str,
     model: nn.Module,
     optimizers: Any,
     stability: Stability,
+    guard: dict[str, Any],
     step: int,
     seconds: float,
-    skipped: int,
     rng: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Everything a run needs to go on as if it had not stopped; `rng` holds every rank's `rng_state()`. All ranks must call."""
+    """Everything a run needs to go on as if it had not stopped.
+
+    `guard` is FiniteGuard's state, `rng` every rank's `rng_state()`. All ranks must call.
+    """
     return {
         "config": cfg,
         "data": data,
         "model": model.state_dict(),
         "optimizers": optimizers.state_dict(),
         "stability": stability.state_dict(),
+        "guard": guard,
         "rng": rng,
         "step": step,
         "seconds": seconds,
-        "skipped": skipped,
         "environment": environment(),
     }
 
@@ -63,13 +82,28 @@ def rng_state() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
+# ---- which checkpoint ----
+
+
 def find_checkpoint(cfg: dict[str, Any], directory: Path, data: str) -> Loaded | None:
-    """The checkpoint to go on from, if `resume` asks for one and there is one; it must be of this model and data."""
+    """The checkpoint to go on from, if `resume` asks for one and there is one; it must be of this model and data.
+
+    Raises:
+        CheckpointError: it is not; or going on would drop records that belong to another run or to checkpoints that are gone.
+    """
     if cfg["resume"] == "never":
         return None
-    loaded = load_newest(directory / "checkpoints") if cfg["resume"] == "auto" else load(cfg["resume"])
+    own = directory / "checkpoints"
+    loaded = load_newest(own) if cfg["resume"] == "auto" else load(cfg["resume"])
     if loaded is None:
+        _require_no_lost_checkpoints(cfg, directory)
         return None
+    check_parts(loaded)
+    if loaded.path.resolve().parent != own.resolve() and (directory / METRICS_FILE).exists():
+        raise CheckpointError(
+            f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or go on "
+            "with the run there by resume=auto"
+        )
     changed = [] if cfg["allow_changes"] else check_same(loaded.state["config"], cfg, ignore=HARMLESS)
     if loaded.state["data"] != data:
         changed.append(f"data: the shards in {cfg['data']['dir']} are not those the run was trained on")
@@ -79,6 +113,40 @@ def find_checkpoint(cfg: dict[str, Any], directory: Path, data: str) -> Loaded |
             "resume=never and another output_dir:" + "".join(f"\n  - {c}" for c in changed)
         )
     return loaded
+
+
+def check_parts(loaded: Loaded) -> None:
+    """Raise CheckpointError unless the state is one that `state_of` returned, as far as its parts tell."""
+    wrong = [name for name, kinds in _PARTS.items() if not isinstance(loaded.state.get(name), kinds)]
+    if not wrong and loaded.state["step"] != loaded.step:
+        wrong = ["step"]
+    if wrong:
+        raise CheckpointError(
+            f"{loaded.path / STATE_FILE} is not the state of a run: {', '.join(wrong)} missing or of another kind; "
+            "use a checkpoint that this program saved"
+        )
+
+
+def _require_no_lost_checkpoints(cfg: dict[str, Any], directory: Path) -> None:
+    """Raise where records tell of checkpoints that are gone.
+
+    A run that was stopped before its first checkpoint starts anew; RunLog keeps its records under another name.
+    """
+    if not (directory / METRICS_FILE).exists():
+        return
+    try:
+        first = int(read_config(directory)["checkpoint"]["interval"])
+    except (OSError, ValueError, LookupError, TypeError):
+        first = cfg["checkpoint"]["interval"]
+    last, ended = 0, False
+    for record in read_records(directory):
+        last, ended = max(last, record["step"]), ended or record["kind"] == "end"
+    if ended or last > first:
+        raise CheckpointError(
+            f"{directory} holds the records of a run up to step {last}, but no checkpoint to go on from; nothing was changed. "
+            f"Put its checkpoints back into {directory / 'checkpoints'}, or choose another output_dir; to start anew in this one, "
+            f"move its {METRICS_FILE} elsewhere first"
+        )
 
 
 def agreed_checkpoint(ranks: Ranks, cfg: dict[str, Any], directory: Path, data: str) -> Loaded | None:
@@ -93,19 +161,99 @@ def agreed_checkpoint(ranks: Ranks, cfg: dict[str, Any], directory: Path, data: 
     return found[0] if ranks.is_main else load(path) if path else None
 
 
-def restore(
-    state: dict[str, Any], model: nn.Module, optimizers: Any, stability: Stability, rank: int = 0
-) -> tuple[int, float, int]:
-    """Put a checkpoint's state in place; returns the finished steps, the seconds they took, and the updates left out.
+# ---- putting it in place ----
 
-    A rank that did not exist when it was saved keeps its own random numbers; they serve dropout alone.
+
+def restore(
+    loaded: Loaded,
+    cfg: dict[str, Any],
+    model: nn.Module,
+    optimizers: Any,
+    stability: Stability,
+    guard: FiniteGuard,
+    rank: int = 0,
+) -> tuple[int, float, list[str]]:
+    """Put a checkpoint's state in place; all ranks must call.
+
+    With `allow_changes` what fits by name and shape is taken, and the rest stays at its start. A rank that did not exist when it was
+    saved keeps its own random numbers; they serve dropout alone.
+
+    Returns:
+        The finished steps, the seconds they took, and one line for everything that is not as it was.
+
+    Raises:
+        CheckpointError: the weights are another model's, or the state is not this program's.
     """
-    model.load_state_dict(state["model"])
-    optimizers.load_state_dict(state["optimizers"])
-    stability.load_state_dict(state["stability"])
-    if rank < len(state["rng"]):
-        rng = state["rng"][rank]
-        torch.set_rng_state(rng["cpu"])
-        if torch.cuda.is_available() and rng["cuda"] is not None:
-            torch.cuda.set_rng_state(rng["cuda"])
-    return state["step"], state["seconds"], state["skipped"]
+    state = loaded.state
+    with foreign(loaded):
+        changed = [f"changed: {change}" for change in check_same(state["config"], cfg, ignore=HARMLESS)]
+        missed = take_weights(model, loaded, allow_changes=cfg["allow_changes"])
+        missed += optimizers.load_state_dict(state["optimizers"])
+        stability.load_state_dict(state["stability"])
+        guard.load_state_dict(state["guard"] if "guard" in state else _guard_of_old(state))
+        if rank < len(state["rng"]):
+            rng = state["rng"][rank]
+            torch.set_rng_state(rng["cpu"])
+            if torch.cuda.is_available() and rng["cuda"] is not None:
+                torch.cuda.set_rng_state(rng["cuda"])
+        return state["step"], float(state["seconds"]), changed + missed
+
+
+def _guard_of_old(state: dict[str, Any]) -> dict[str, Any]:
+    first = [state["step"], "a loss or a gradient of an earlier session", 0] if state["skipped"] else None
+    return {"count": state["skipped"], "first": first}
+
+
+@torch.no_grad()
+def take_weights(model: nn.Module, loaded: Loaded, allow_changes: bool = False) -> list[str]:
+    """Copy a checkpoint's weights into a model, by name; returns what was not taken.
+
+    Raises:
+        CheckpointError: a weight is missing, left over or of another shape; with `allow_changes`, if not one matrix fits.
+    """
+    with foreign(loaded):
+        saved, whole = loaded.state["model"], model.state_dict()
+        # A tied weight has two names in `whole`; here it has the one under which the optimizer knows it.
+        own = {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if name in whole}
+        fitting = [name for name, t in own.items() if name in saved and saved[name].shape == t.shape]
+        for name in fitting:
+            own[name].copy_(saved[name])
+        left: dict[str, list[str]] = {}
+        for name in (n for n in own if n not in fitting):
+            there = _size(saved[name]) if name in saved else "not there"
+            left.setdefault(f"starts anew ({there}, {_size(own[name])} here)", []).append(name)
+        for name in (n for n in saved if n not in own):
+            twin = whole.get(name)  # the second name of a tied weight: of another shape, it has been named above
+            if twin is None or (twin.shape == saved[name].shape and not _equal(twin, saved[name])):
+                left.setdefault("in the checkpoint, but not in this model", []).append(name)
+        lines = [f"{name}: {what}" for what, names in left.items() for name in folded(names)]
+    if lines and not (allow_changes and any(own[name].ndim > 1 for name in fitting)):
+        why = "none of its matrices fits" if allow_changes else "its weights do not fit"
+        raise CheckpointError(
+            f"{loaded.path / STATE_FILE} is of another model: {why}; use the model it was saved from, or start anew with "
+            "resume=never and another output_dir:" + "".join(f"\n  - {line}" for line in lines)
+        )
+    return lines
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
+
+def _size(t: torch.Tensor) -> str:
+    return " x ".join(map(str, t.shape)) or "a number"
+
+
+@contextmanager
+def foreign(loaded: Loaded) -> Iterator[None]:
+    """What is raised here says that a state, whose bytes are as they were written, is not one of ours; but for want of memory."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError, LostRanks):
+        raise
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{loaded.path / STATE_FILE} is not the state of such a run ({type(error).__name__}: {cause}); use a checkpoint that "
+            "this program saved"
+        ) from error

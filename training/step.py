@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,9 +77,10 @@ class FiniteGuard:
     count: updates left out so far, those before a resume included.
     """
 
-    def __init__(self, names: list[str], device: torch.device, count: int = 0) -> None:
+    def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = names
-        self._count = torch.tensor(count, device=device)
+        self._before: tuple[int, str, int] | None = None  # the first failure, where that was before a resume
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._losses = torch.zeros(2, device=device)
         self._norms = torch.zeros(len(names), device=device)
@@ -100,6 +102,8 @@ class FiniteGuard:
 
     def first(self, ranks: Ranks) -> tuple[int, str, int]:
         """Step of the first update that was left out, what was not finite, and on which rank. All ranks must call."""
+        if self._before is not None:
+            return self._before
         here, mean = self._losses.tolist()
         broken = [rank for rank, fine in enumerate(ranks.gather_objects(math.isfinite(here))) if not fine]
         if broken:
@@ -107,3 +111,14 @@ class FiniteGuard:
         bad = (~self._norms.isfinite()).tolist()
         what = next((f"the gradient of {name}" for name, flag in zip(self.names, bad) if flag), "the loss")
         return int(self._step), what, ranks.rank if math.isfinite(mean) else 0
+
+    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
+        """How many updates were left out, and what `first` says of the first of them. All ranks must call."""
+        return {"count": self.count, "first": list(self.first(ranks)) if self.count else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned, whatever the ranks and parameters were."""
+        self._count.fill_(state["count"])
+        if state["first"] is not None:
+            step, what, rank = state["first"]
+            self._before = (int(step), str(what), int(rank))

@@ -8,15 +8,14 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 
 from training.checkpoint import check_same
+from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS
 from training.validate import ConfigError
 
-CONFIG_FILE = "config.yaml"
 _LONGEST_PART, _LONGEST_NAME = 40, 200  # characters; file systems stop at 255 bytes
 
 
@@ -53,7 +52,10 @@ def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], floa
         return cfg, None
     if not cfg["sweep"]["resume"]:
         raise ConfigError([f"{directory} already holds a run; set sweep.resume=true to go on with it, or a sweep.name"])
-    saved = yaml.safe_load((directory / CONFIG_FILE).read_text())
+    try:
+        saved = read_config(directory)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{error}; mend that file, or choose a sweep.name"]) from error
     changed = check_same(saved, cfg, ignore=[key for key in HARMLESS if key != "max_steps"])
     if changed:
         raise ConfigError([f"{directory} holds a run with other settings ({'; '.join(changed)}); choose a sweep.name"])

@@ -77,6 +77,37 @@ def test_killed_at_twenty_random_moments(run, tmp_path):
     assert records(tmp_path / "straight") == records(directory)
 
 
+@pytest.mark.campaign
+@pytest.mark.timeout(1800)
+def test_commands_killed_at_twenty_random_moments_start_up_included(tiny, tmp_path):
+    """kill -9 of `python train.py` itself, from before its first line to its end; then it ends like one that nobody killed."""
+    overrides = [*tiny[:-1], *CHEAP, "max_steps=1500", "checkpoint.interval=10", "log.interval=5", "eval_interval=50"]
+    words = [sys.executable, str(ROOT / "train.py"), *overrides]
+    since = time.monotonic()
+    with command(*words, f"output_dir={tmp_path}/straight", cwd=tmp_path) as process:
+        assert process.wait(600) == 0
+    whole, chance = time.monotonic() - since, random.Random(7)
+    killed, moments, steps = [*words, f"output_dir={tmp_path}/killed", "resume=auto"], [], []
+    for kill in range(20):
+        # Half of the kills fall into the start-up; the others find a run that has got further each time.
+        moment = chance.uniform(0, 0.5 * whole) if kill % 2 else chance.uniform(0.1, 0.7) * whole
+        with command(*killed, cwd=tmp_path) as process:
+            time.sleep(moment)
+            process.kill()
+            process.wait()
+        moments.append(moment)
+        steps.append(newest_step(tmp_path / "killed"))
+        if (tmp_path / "killed/checkpoints").is_dir():
+            loaded = checkpoint.load_newest(tmp_path / "killed/checkpoints")
+            assert loaded is None or not loaded.skipped
+    assert steps[-1] > 0 and sorted(steps) == steps, list(zip(moments, steps))
+    with command(*killed, cwd=tmp_path) as process:
+        assert process.wait(600) == 0
+    assert "Traceback" not in (tmp_path / "output.txt").read_text()
+    assert same(final_state(tmp_path / "straight"), final_state(tmp_path / "killed"))
+    assert records(tmp_path / "straight") == records(tmp_path / "killed")
+
+
 def signalled(cfg, step, signum, rank):
     """A rank of a run; `rank` sends itself the signal while it computes the gradient after `step` steps."""
     import train as module
