@@ -37,7 +37,7 @@ from training import checkpoint
 from training.batch import micro_batch_size
 from training.checkpoint import CheckpointError
 from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
-from training.log import NoLog, RunLog
+from training.log import METRICS_FILE, NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
@@ -420,8 +420,10 @@ def run_job(cfg: dict[str, Any], directory: Path) -> float:
     try:
         check(cfg)
         cfg, best = plan_job(cfg, directory)
-    except USER_ERRORS as error:  # not noted in the directory: it may hold another run
+    except USER_ERRORS as error:
         print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
+        if not (directory / METRICS_FILE).exists():  # it may hold another run
+            note_failure(directory, error)
         raise
     if best is not None:
         print(f"{directory} is finished")

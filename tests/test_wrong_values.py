@@ -45,7 +45,6 @@ VALUES = {
 
 # What is legal, and why. Everything else must be refused.
 TEXT = {"no", "off", "yes", "word"}  # these words are names like any other
-LONG_TEXT = {*TEXT, "long"}  # no length is too long for it
 POSITIVE = {"0.5", "1.5"}
 NOT_NEGATIVE = {"0", *POSITIVE}
 SHARE = {"0", "0.5"}
@@ -54,46 +53,40 @@ OFF = {"null"}  # switches it off, or leaves the choice to the program
 POWER = {"-1", "0", "0.5", "1.5"}
 NOTHING: set[str] = set()  # whole numbers above 0, choices and sections
 
-LEGAL = {
-    **dict.fromkeys(("model.bias", "model.rope", "model.tied", "model.unit_weights"), FLAG),
-    **{"model.dropout": SHARE, "model.storage": POSITIVE | OFF, "model.logit_scale": POSITIVE},
-    **{"attention.qk_norm": FLAG, "attention.qk_clip": POSITIVE | OFF, "attention.logit_cap": POSITIVE | OFF},
-    **{"residual.alpha": POSITIVE, "residual.p": POSITIVE, "residual.learn_p": FLAG},
-    **{"residual.storage": POSITIVE | OFF, "init.weight_scale": POSITIVE, "init.residual_scale": POSITIVE},
-    **{"assignment.name": TEXT, "optim.muon.lr": NOT_NEGATIVE, "optim.muon.momentum": SHARE},
-    **{"optim.muon.nesterov": FLAG, "optim.muon.weight_decay": NOT_NEGATIVE},
-    # A mapping may be empty. A rate of 0 leaves its matrices as they are.
-    **dict.fromkeys(("optim.muon.lr_scale", "optim.muon.blocks", "optim.adamw.lr_scale"), {"null", "{}"}),
-    "optim.muon.lr_scale.attn": NOT_NEGATIVE,
-    **{"optim.muon.rule.alpha": POSITIVE, "optim.muon.rule.decay_manifolds": FLAG},
-    **{"optim.muon.rule.cap": {"0"}, "optim.muon.rule.norm_cap": POSITIVE | OFF},
-    **{"optim.muon.rule.warm_start": FLAG, "optim.muon.rule.compile": FLAG},
-    "optim.muon.rule.calls": {"{}"},  # asked for when a manifold that occurs is not in it
-    **dict.fromkeys(("optim.adamw.lr", "optim.adamw.weight_decay", "optim.adamw.eps"), NOT_NEGATIVE),
-    **dict.fromkeys(("schedule.warmup_steps", "schedule.floor"), SHARE),
-    "schedule.decay": {"0.5"},
-    **dict.fromkeys(("transfer.horizon", "transfer.alpha_depth", "transfer.logit_width"), POWER),
-    **dict.fromkeys(("transfer.width.embedding", "transfer.width.hidden", "transfer.width.head"), POWER),
-    **{"transfer.head_factor": POSITIVE, "transfer.storage": POSITIVE},
-    **{f"transfer.base.{name}": FLAG for name in ("bias", "rope", "tied", "unit_weights")},
-    **{"transfer.base.dropout": SHARE, "transfer.base.storage": POSITIVE | OFF, "transfer.base.logit_scale": POSITIVE},
-    **{"data.name": TEXT, "data.dir": TEXT, "data.auto_prepare": FLAG, "data.max_tokens": OFF},
-    "data.val_fraction": {"0.5"},
-    **dict.fromkeys(("data.split_seed", "seed", "stability.max_skipped"), {"0"}),
-    **dict.fromkeys(("data.column", "data.repository", "data.subset"), TEXT),
-    # A list of files may be empty; data.prepare then asks for one.
-    **{"data.files": {*TEXT, "[]"}, "data.val_files": {*TEXT, "[]", "null"}, "data.separator": TEXT | OFF},
-    **{"data.revisions": {"[]"}, "data.expected": OFF},
-    **{"logger.project": TEXT, "logger.group": TEXT | OFF, "launcher.timeout_s": {"1.5"}},
-    **dict.fromkeys(("launcher.checksum_interval", "log.interval_spectra", "log.interval_certificate"), OFF),
-    **dict.fromkeys(("probe.interval", "checkpoint.interval", "stability.warning"), OFF),
-    **{"stability.max_rise": POSITIVE, "stability.z_threshold": POSITIVE | OFF, "stability.warning.logit": POSITIVE},
-    **{"stability.warning.entropy": SHARE, "sweep.name": TEXT, "sweep.resume": FLAG, "name": TEXT | OFF},
-    **{"grad_clip": POSITIVE | OFF, "compile": FLAG, "output_dir": TEXT | OFF, "allow_changes": FLAG},
-    "resume": {"word"},  # the path of a checkpoint; no, off and yes are meant otherwise
-}
-LEGAL["stability.max_skipped"] = {"0", "null"}
-LEGAL["stability.warning.logit"] = POSITIVE | OFF
+RATES = "optim.adamw.lr optim.adamw.weight_decay optim.adamw.eps optim.muon.lr optim.muon.weight_decay"
+BASE = ("bias", "rope", "tied", "unit_weights")
+GROUPS = [
+    (
+        FLAG,
+        "model.bias model.rope model.tied model.unit_weights attention.qk_norm residual.learn_p optim.muon.nesterov",
+    ),
+    (FLAG, "optim.muon.rule.decay_manifolds optim.muon.rule.compile data.auto_prepare full_eval"),
+    (FLAG, "sweep.resume allow_changes compile " + " ".join(f"transfer.base.{name}" for name in BASE)),
+    (SHARE, "model.dropout transfer.base.dropout optim.muon.momentum schedule.warmup_steps schedule.floor"),
+    (SHARE, "stability.warning.entropy"),
+    ({"0.5"}, "schedule.decay data.val_fraction"),
+    (POSITIVE, "model.logit_scale residual.alpha residual.p init.weight_scale init.residual_scale"),
+    (POSITIVE, "optim.muon.rule.alpha transfer.head_factor transfer.storage transfer.base.logit_scale"),
+    (POSITIVE, "stability.max_rise"),
+    (POSITIVE | OFF, "model.storage transfer.base.storage residual.storage attention.qk_clip attention.logit_cap"),
+    (POSITIVE | OFF, "optim.muon.rule.norm_cap stability.z_threshold stability.warning.logit grad_clip"),
+    (NOT_NEGATIVE, f"{RATES} optim.muon.lr_scale.attn"),  # a rate of 0 leaves its matrices as they are
+    (POWER, "transfer.horizon transfer.alpha_depth transfer.logit_width"),
+    (POWER, "transfer.width.embedding transfer.width.hidden transfer.width.head"),
+    ({"1.5"}, "launcher.timeout_s"),
+    ({"0"}, "data.split_seed seed"),
+    ({"0", "null"}, "stability.max_skipped"),  # 0: the first update that is left out ends the run
+    (TEXT, "assignment.name data.name data.dir data.column data.repository data.subset logger.project sweep.name"),
+    (TEXT | OFF, "data.separator logger.group name output_dir"),
+    ({"word"}, "resume"),  # the path of a checkpoint; no, off and yes are meant otherwise
+    ({"null", "{}"}, "optim.muon.lr_scale optim.muon.blocks optim.adamw.lr_scale"),  # a mapping may be empty
+    ({*TEXT, "[]"}, "data.files"),  # data.prepare asks for one if there is none
+    ({*TEXT, "[]", "null"}, "data.val_files"),
+    ({"[]"}, "data.revisions"),
+    (OFF, "launcher.checksum_interval log.interval_spectra log.interval_certificate probe.interval"),
+    (OFF, "optim.muon.rule.products checkpoint.interval stability.warning data.max_tokens data.expected"),
+]
+LEGAL = {key: labels for labels, names in GROUPS for key in names.split()}
 
 
 def keys(cfg, prefix=""):
@@ -127,8 +120,8 @@ def verdicts(configurations):
 
     def build_once(cfg):
         """A model that has been tried is not built again: most changes do not concern it."""
-        keys = ("model", "attention", "init", "residual", "transfer", "assignment", "optim", "max_steps")
-        part = repr([cfg[key] for key in keys])
+        names = ("model", "attention", "init", "residual", "transfer", "assignment", "optim", "max_steps")
+        part = repr([cfg[name] for name in names])
         if part not in known:
             known[part] = build(cfg)
         return known[part]
@@ -136,7 +129,8 @@ def verdicts(configurations):
     patch = pytest.MonkeyPatch()
     patch.setattr(train, "problems_of_model", build_once)
     for name, cfg in configurations.items():
-        for key in keys(cfg):
+        tried = {key for _, key, _ in found if not key.startswith("model.")}
+        for key in (key for key in keys(cfg) if key not in tried):
             for label, value in VALUES.items():
                 try:
                     train.check(changed(cfg, key, value))
@@ -152,9 +146,8 @@ def test_what_is_not_legal_is_refused_and_named(verdicts):
     assert accepted == []
 
     def named(key, message):
-        # The rules of an assignment, and AdamW's patterns, are refused by what they do to a parameter.
-        first, _, rest = key.partition(".")
-        return key in message or (first == "assignment" and "assignment: " in message) or rest == "always_adamw"
+        # Rules of an assignment and patterns of AdamW may be refused for what they do to a parameter.
+        return key in message or (key in ("assignment.rules", "optim.always_adamw") and "assignment: " in message)
 
     unnamed = [case for case, message in verdicts.items() if message is not None and not named(case[1], message)]
     # A value that is legal by itself may be refused beside others, such as unit weights beside another manifold.
@@ -196,7 +189,7 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
             for name in path:
                 place = place[name]
             del place[last]
-            in_mapping = any(part in key for part in ("rules.", "calls.", "lr_scale."))
+            in_mapping = any(part in key for part in ("rules.", "lr_scale."))
             found = [problem.key for problem in problems(without)]
             assert in_mapping or key in found
     [problem] = problems({**configurations["default"], "grad_clipp": 1.0})
@@ -218,7 +211,7 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
         ("max_steps=1e16", "give a whole number of at least 1, and at most 1e+15"),
         ("name=5", """give text of 1 to 200 bytes (null means the assignment's); as text it is written '"5"'"""),
         ("log=null", "log is null; give a section with the keys interval, interval_spectra, interval_certificate"),
-        ("optim.muon.rule.calls.dgram=0", "optim.muon.rule.calls.dgram is 0; give a whole number of at least 1"),
+        ("optim.muon.blocks={attn: 0}", "optim.muon.blocks.attn is 0; give a whole number of at least 1"),
         (f"name={'x' * 300}", "... (302 characters); give text of 1 to 200 bytes"),
         ("schedule.decay_steps=${nope}", "'nope' not found"),
     ],
@@ -267,7 +260,7 @@ LINES = [
     (["output_dir=file"], "file is a file"),
     ([f"output_dir={'x' * 300}"], "each name of it up to 255"),
     (["~log"], "log is missing"),
-    (["global_batch_tokens=100"], "use global_batch_tokens=128"),
+    (["global_batch_tokens=2000", "launcher.nproc=3"], "use global_batch_tokens=1920 or 2304"),
 ]
 
 
@@ -283,7 +276,7 @@ def test_a_wrong_command_line_ends_with_code_2(line, message, tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-REAL = [pytest.param(*case, marks=[] if i < 3 else pytest.mark.campaign) for i, case in enumerate(LINES)]
+REAL = [pytest.param(*case, marks=[] if i < 2 else pytest.mark.campaign) for i, case in enumerate(LINES)]
 
 
 @pytest.mark.parametrize(("line", "message"), REAL)
@@ -301,4 +294,5 @@ def test_a_sweep_says_what_is_wrong_with_each_job(tmp_path, monkeypatch, capsys)
         train.main()
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.count(" failed: the configuration has") == 2 and "Traceback" not in said
-    assert not list(tmp_path.rglob("*.jsonl"))
+    written = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert written == {"metrics.jsonl", "multirun.yaml"}  # that both failed, and Hydra's own record of the sweep

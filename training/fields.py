@@ -23,7 +23,14 @@ from typing import Any
 MISSING = "???"  # OmegaConf's word for a value that must still be given
 _KIND = "kind"  # of a field's metadata
 _MOST = 10**15  # no number of a configuration is larger
-_YAML_WORDS = {"no": False, "off": False, "n": False, "yes": True, "on": True, "y": True}  # YAML 1.1's booleans, text here
+_YAML_WORDS = {
+    "no": False,
+    "off": False,
+    "n": False,
+    "yes": True,
+    "on": True,
+    "y": True,
+}  # YAML 1.1's booleans, text here
 
 
 @dataclass(frozen=True)

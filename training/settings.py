@@ -14,10 +14,11 @@ from data.tokenizer import TOKENIZERS
 from model.attention import HEAD_GATES, QK_CLIP_TARGETS
 from model.layers import MLPS
 from model.residual import ResidualRule, residual_problems, residual_rule
-from optim.gram_step import LENGTHS
+from optim.certified import LENGTHS
 from optim.groups import ADAMW
-from optim.lmo import SOLVERS
+from optim.linalg import PRECISIONS
 from optim.manifolds import MANIFOLDS
+from optim.published import RETRACTIONS
 from optim.schedule import SCHEDULES
 from training.fields import (
     Choice,
@@ -95,7 +96,9 @@ class Residual(Kind):
     def wrong(self, key: str, value: Any) -> list[Problem]:
         if not isinstance(value, Mapping):
             return super().wrong(key, value)
-        return [Problem(message.split()[0], message) for message in residual_problems(value)]  # each begins with its key
+        return [
+            Problem(message.split()[0], message) for message in residual_problems(value)
+        ]  # each begins with its key
 
     def read(self, value: Any) -> ResidualRule:
         return residual_rule(value)
@@ -123,6 +126,7 @@ class PublishedRule:
     alpha: float = number(above=0)
     msign_steps: int = whole(low=1)
     msign_dtype: str = choice("float32", "bfloat16")
+    retraction: str = choice(*RETRACTIONS)
     decay_manifolds: bool = flag()
 
 
@@ -131,13 +135,10 @@ class CertifiedRule:
     """The certified step rule."""
 
     kind: str = choice("certified")
-    solver: str = choice(*SOLVERS)
-    calls: Mapping[str, int] = patterns(whole(low=1))
-    cap: int = whole(low=0)
-    root_steps: int = whole(low=1)
+    quality: str = choice("default", "high")
+    products: str | None = optional(choice(*PRECISIONS), null="means float16 on CUDA, float32 on a CPU")
     length: str = choice(*LENGTHS)
     norm_cap: float | None = optional(number(above=0))
-    warm_start: bool = flag()
     compile: bool = flag()
 
 
@@ -367,6 +368,7 @@ class Settings:
     grad_clip: float | None = optional(number(above=0))
     eval_interval: int = whole(low=1)
     eval_windows: int = whole(low=1)
+    full_eval: bool = flag()
     device: str = choice("auto", "cpu", "cuda")
     dtype: str = choice("auto", "float32", "bfloat16")
     compile: str | bool = choice("auto", True, False)

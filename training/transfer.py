@@ -38,7 +38,9 @@ def problems_of_transfer(cfg: Mapping[str, Any]) -> list[str]:
     if any(choice != "adamw" for choice in (cfg["assignment"]["rules"] or {}).values()):
         found.append("transfer=nu was measured for Adam on every matrix; choose assignment=adamw, or transfer=none")
     if not cfg["optim"]["adamw"]["lr"] > 0:
-        found.append("transfer=nu multiplies optim.adamw.lr, which is 0; give a number above 0, or choose transfer=none")
+        found.append(
+            "transfer=nu multiplies optim.adamw.lr, which is 0; give a number above 0, or choose transfer=none"
+        )
     heads = [shape["n_embd"] / shape["n_head"] for shape in (transfer["base"], model)]
     if heads[0] != heads[1]:
         found.append(

@@ -57,9 +57,9 @@ def problems_of_batch(cfg: Mapping[str, Any], world: int) -> list[str]:
     if tokens % share == 0:
         return []
     near = sorted({max(share, tokens // share * share), (tokens // share + 1) * share})
-    ranks = f" x {world} ranks" if world > 1 else ""
+    ranks = f" x {world} ranks = {share}" if world > 1 else ""
     return [
-        f"global_batch_tokens={tokens} is not a multiple of block_size {block}{ranks} = {share}; "
+        f"global_batch_tokens={tokens} is not a multiple of block_size {block}{ranks}; "
         f"use global_batch_tokens={' or '.join(map(str, near))}"
     ]
 
@@ -73,7 +73,7 @@ def notes(cfg: Mapping[str, Any], world: int) -> list[str]:
         found.append(f"micro_batch_size={wanted}: a rank has {windows} windows an update and takes {size} at once")
     wanted, updates = cfg["schedule"]["warmup_steps"], cfg["schedule"]["decay_steps"]
     steps = warmup_updates(wanted, updates)
-    if 1 <= wanted and steps < wanted:
+    if wanted >= 1 and steps < wanted:
         found.append(f"schedule.warmup_steps={wanted} does not fit into {updates} updates; {steps} of them are warm-up")
     return found
 
