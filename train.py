@@ -50,10 +50,10 @@ from training.sweep import note_failure, plan_job
 from training.transfer import problems_of_transfer, transfer_table, transferred
 from training.validate import (
     ConfigError,
-    notes,
     problems_of_batch,
     problems_of_clip,
     problems_of_machine,
+    shortened,
 )
 from training.wandb_sink import WandbSink
 
@@ -363,8 +363,8 @@ def print_start(run: Run, resumed: checkpoint.Loaded | None) -> None:
     if carried_over := transfer_table(run.cfg):
         print(carried_over)
     print(f"{run.model.describe()} → {run.directory}")
-    for note in [*notes(run.cfg, run.ranks.world), *run.cut]:
-        print(note)
+    for line in [*shortened(run.cfg, run.ranks.world), *run.cut]:
+        print(line)
     if resumed is not None:
         for path, reason in resumed.skipped:
             print(f"skipped {path}: {reason}")

@@ -11,7 +11,7 @@ from train import check
 from training.batch import micro_batch_size
 from training.config import compose
 from training.step import accumulate
-from training.validate import ConfigError, notes
+from training.validate import ConfigError, shortened
 
 
 def test_the_micro_batch_is_what_fits():
@@ -58,10 +58,10 @@ def test_only_an_impossible_batch_is_refused():
 
 
 def test_what_is_cut_is_said_in_one_line():
-    assert notes(compose([]), 1) == []
-    assert notes(compose(["experiment=paper"]), 8) == [
+    assert shortened(compose([]), 1) == []
+    assert shortened(compose(["experiment=paper"]), 8) == [
         "micro_batch_size=64: a rank has 8 windows an update and takes 8 at once"
     ]
-    assert notes(compose(["max_steps=10"]), 1) == [
+    assert shortened(compose(["max_steps=10"]), 1) == [
         "schedule.warmup_steps=30 does not fit into 10 updates; 7 of them are warm-up"
     ]

@@ -393,9 +393,17 @@ def problems(cfg: Mapping[str, Any]) -> list[Problem]:
     return Section(Settings).problems("", cfg)
 
 
-def problems_of_data(cfg: Mapping[str, Any]) -> list[Problem]:
-    """The same for the section `data` alone, as `data.prepare` receives it."""
-    return Section(Settings).kinds["data"].problems("data", cfg)
+def data_settings(cfg: Any) -> dict[str, Any]:
+    """The plain section `data` alone, as `data.prepare` receives it, with its whole numbers as such.
+
+    Raises:
+        ConfigError: listing everything that is wrong with its values.
+    """
+    kind = Section(Settings).kinds["data"]
+    cfg = kind.plain(cfg)
+    if found := kind.problems("data", cfg):
+        raise ConfigError(map(str, found))
+    return cfg
 
 
 def with_whole_numbers(cfg: Mapping[str, Any]) -> dict[str, Any]:

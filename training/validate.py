@@ -64,7 +64,7 @@ def problems_of_batch(cfg: Mapping[str, Any], world: int) -> list[str]:
     ]
 
 
-def notes(cfg: Mapping[str, Any], world: int) -> list[str]:
+def shortened(cfg: Mapping[str, Any], world: int) -> list[str]:
     """What a run does otherwise than its configuration says, because there is not more of something; one line each."""
     found = []
     windows, wanted = cfg["global_batch_tokens"] // cfg["model"]["block_size"] // world, cfg["micro_batch_size"]
