@@ -56,7 +56,7 @@ class GPTConfig:
     residual_scale: float = 1.0
 
     def problems(self) -> list[str]:
-        """What does not fit together, each with its remedy; empty if nothing. The range of a single value is training/settings.py's concern."""
+        """What does not fit together, each with its remedy; empty if nothing. Ranges of single values: training/settings.py."""
         found = residual_problems(self.residual)
         if self.n_embd % self.n_head:
             found.append(

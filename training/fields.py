@@ -22,8 +22,8 @@ from typing import Any
 
 MISSING = "???"  # OmegaConf's word for a value that must still be given
 _KIND = "kind"  # of a field's metadata
-_MOST = 10**15  # no number of a configuration is larger
-_YAML_WORDS = {
+MOST = 10**15  # no number of a configuration is larger
+YAML_WORDS = {
     "no": False,
     "off": False,
     "n": False,
@@ -99,7 +99,7 @@ class Number(Kind):
         return f"give {noun} {' and '.join(limits)}".rstrip()
 
     def fits(self, value: Any) -> bool:
-        if not is_number(value) or abs(value) > _MOST or (self.whole and not isinstance(value, int)):
+        if not is_number(value) or abs(value) > MOST or (self.whole and not isinstance(value, int)):
             return False
         return (
             (self.low is None or value >= self.low)
@@ -109,23 +109,10 @@ class Number(Kind):
         )
 
     def hint(self, value: Any) -> str:
-        return f", and at most {_MOST:.0e}" if is_number(value) and value > _MOST else ""
+        return f", and at most {MOST:.0e}" if is_number(value) and value > MOST else ""
 
     def plain(self, value: Any) -> Any:
         return int(value) if self.whole and isinstance(value, float) and value.is_integer() else value
-
-
-@dataclass(frozen=True)
-class StepsOrShare(Kind):
-    """A number of updates; or, below 1, a share of all of them."""
-
-    remedy = "give a whole number of updates, 0 or more, or a share of them below 1"
-
-    def fits(self, value: Any) -> bool:
-        return is_number(value) and 0 <= value <= _MOST and (isinstance(value, int) or value < 1)
-
-    def plain(self, value: Any) -> Any:
-        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True)
@@ -148,7 +135,7 @@ class Choice(Kind):
         return any(type(value) is type(choice) and value == choice for choice in self.choices)
 
     def hint(self, value: Any) -> str:
-        meant = _YAML_WORDS.get(value.lower()) if isinstance(value, str) else None
+        meant = YAML_WORDS.get(value.lower()) if isinstance(value, str) else None
         if meant is not None and self.fits(meant):
             return f" ({value} is text here; write {shown(meant)})"
         return _did_you_mean(value, [choice for choice in self.choices if isinstance(choice, str)])
@@ -187,19 +174,6 @@ class PathText(Text):
 
     def fits(self, value: Any) -> bool:
         return super().fits(value) and all(len(name.encode(errors="replace")) <= self.part for name in value.split("/"))
-
-
-@dataclass(frozen=True)
-class Resume(PathText):
-    """`never`, `auto` or the path of a checkpoint."""
-
-    remedy = "choose never or auto, or give the path of a checkpoint"
-
-    def fits(self, value: Any) -> bool:
-        return super().fits(value) and value.lower() not in (*_YAML_WORDS, "true", "false", "none")
-
-    def hint(self, value: Any) -> str:
-        return ""
 
 
 @dataclass(frozen=True)

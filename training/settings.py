@@ -21,15 +21,17 @@ from optim.manifolds import MANIFOLDS
 from optim.published import RETRACTIONS
 from optim.schedule import SCHEDULES
 from training.fields import (
+    MOST,
+    YAML_WORDS,
     Choice,
     Kind,
+    PathText,
     Problem,
-    Resume,
     Section,
-    StepsOrShare,
     choice,
     either,
     flag,
+    is_number,
     number,
     of,
     optional,
@@ -173,6 +175,19 @@ class Optim:
     muon: Muon = section(Muon)
     adamw: AdamW = section(AdamW)
     always_adamw: tuple[str, ...] = several(text())
+
+
+@dataclass(frozen=True)
+class StepsOrShare(Kind):
+    """A number of updates; or, below 1, a share of all of them."""
+
+    remedy = "give a whole number of updates, 0 or more, or a share of them below 1"
+
+    def fits(self, value: Any) -> bool:
+        return is_number(value) and 0 <= value <= MOST and (isinstance(value, int) or value < 1)
+
+    def plain(self, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True)
@@ -337,6 +352,19 @@ class Sweep:
 
     name: str = text(longest=200)
     resume: bool = flag()
+
+
+@dataclass(frozen=True)
+class Resume(PathText):
+    """`never`, `auto` or the path of a checkpoint."""
+
+    remedy = "choose never or auto, or give the path of a checkpoint"
+
+    def fits(self, value: Any) -> bool:
+        return super().fits(value) and value.lower() not in (*YAML_WORDS, "true", "false", "none")
+
+    def hint(self, value: Any) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
