@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -30,18 +31,20 @@ from data.shards import DataError, Dataset, open_dataset
 from model.gpt import GPT, GPTConfig
 from model.probes import probe
 from optim.groups import build_optimizers, parameter_table, rehearse
-from optim.schedule import SCHEDULES, lr_multiplier
+from optim.schedule import lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
+from training.batch import micro_batch_size
 from training.checkpoint import CheckpointError
 from training.files import CONFIG_FILE, write_whole
 from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
 from training.limits import MachineError, machine_limits
-from training.log import NoLog, RunLog
+from training.log import METRICS_FILE, NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
 from training.run import environment, resolve_device, run_directory, run_name, summary, use_compile
+from training.settings import problems
 from training.signals import StopSignal
 from training.stability import Stability
 from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
@@ -49,12 +52,10 @@ from training.sweep import note_failure, plan_job
 from training.transfer import problems_of_transfer, transfer_table, transferred
 from training.validate import (
     ConfigError,
-    missing,
     problems_of_batch,
     problems_of_clip,
-    problems_of_schedule,
-    problems_of_stability,
-    problems_of_values,
+    problems_of_machine,
+    shortened,
 )
 from training.wandb_sink import WandbSink
 
@@ -95,8 +96,17 @@ class Run:
         self.data, self.val = dataset.fingerprint, dataset.val
         block, windows = cfg["model"]["block_size"], cfg["global_batch_tokens"] // cfg["model"]["block_size"]
         self.loader = Loader(dataset.train, block, cfg["seed"], windows, ranks.rank, ranks.world)
+        self.micro_batch = micro_batch_size(windows // ranks.world, cfg["micro_batch_size"])
         self.held_out = validation_windows(dataset.val, block, cfg["eval_windows"])
         self.watched, _ = next(micro_batches(self.held_out, cfg["probe"]["windows"], self.device))
+        self.cut = [
+            f"{key}={wanted}: the data has {have} validation windows of {block} tokens, and all are used"
+            for key, wanted, have in (
+                ("eval_windows", cfg["eval_windows"], len(self.held_out)),
+                ("probe.windows", cfg["probe"]["windows"], len(self.watched)),
+            )
+            if have < wanted
+        ]
         self.directory = ranks.from_main(lambda: directory or run_directory(cfg))
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
@@ -145,13 +155,13 @@ class Run:
                         self.write_certificates(log)
 
                     # Once in a while: look inside the model.
-                    if cfg["probe"]["interval"] and self.due(cfg["probe"]["interval"]):
+                    if self.due(cfg["probe"]["interval"]):
                         self.probe(log)
 
                     # Once in a while: make sure that the replicas are one model, and save.
                     if self.due(cfg["launcher"]["checksum_interval"]):
                         ranks.require_equal(self.params)
-                    if self.step > 0 and (self.due(cfg["checkpoint"]["interval"]) or stopping):
+                    if self.step > 0 and (self.due(cfg["checkpoint"]["interval"] or cfg["max_steps"]) or stopping):
                         self.save(log)
                 if self.finished:
                     break
@@ -161,7 +171,7 @@ class Run:
                 # Batch → loss → gradient.
                 multiplier = lr_multiplier(self.step, **cfg["schedule"])
                 self.optimizers.set_lr(multiplier)
-                part = accumulate(replica, batches.next(self.step), cfg["micro_batch_size"], self.device, self.autocast)
+                part = accumulate(replica, batches.next(self.step), self.micro_batch, self.device, self.autocast)
                 loss = ranks.all_reduce_mean(part.clone())
                 norm, norms = clip([p.grad for p in self.params.values()], cfg["grad_clip"])
 
@@ -186,9 +196,10 @@ class Run:
 
     # ---- once in a while ----
 
-    def due(self, interval: int) -> bool:
-        """Whether it is time for what happens every `interval` steps and at the end; what a checkpoint holds was done before it."""
-        return self.step != self.resumed_at and (self.step % interval == 0 or self.finished)
+    def due(self, interval: int | None) -> bool:
+        """Whether it is time for what happens every `interval` steps and at the end (None: never); what a checkpoint holds was done before it."""
+        now = interval is not None and (self.step % interval == 0 or self.finished)
+        return now and self.step != self.resumed_at
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -285,22 +296,38 @@ class Run:
 # ---- what a run is made of ----
 
 
-def check(cfg: dict[str, Any], world: int = 1) -> None:
-    """Raise ConfigError with every problem of the configuration."""
-    problems = [f"{key} is missing; give it, or choose an experiment" for key in missing(cfg)]
-    if problems := problems or problems_of_transfer(cfg):
-        raise ConfigError(problems)
+def check(cfg: dict[str, Any], world: int | None = None) -> None:
+    """Raise ConfigError with every problem of the configuration: of single values, and of the relations whose values are sound.
+
+    `world` is the number of ranks; None for those that `launcher.nproc` starts.
+    """
+    wrong = problems(cfg)
+    unsound = {problem.key.partition(".")[0] for problem in wrong}
+
+    def sound(*keys: str) -> bool:
+        return unsound.isdisjoint(keys)
+
+    found = [str(problem) for problem in wrong]
+    found += problems_of_machine(cfg) if sound("device", "output_dir") else []
+    if sound("global_batch_tokens", "model", "launcher"):
+        found += problems_of_batch(cfg, world or cfg["launcher"]["nproc"])
+    if sound("transfer", "model", "residual", "assignment", "optim", "max_steps"):
+        refused = problems_of_transfer(cfg)
+        found += refused or (problems_of_model(cfg) if sound("attention", "init") else [])
+    if found:
+        raise ConfigError(found)
+
+
+def problems_of_model(cfg: dict[str, Any]) -> list[str]:
+    """Whether the model can be built, and every parameter gets exactly one optimizer."""
     shape = gpt_config(cfg)
-    problems = problems_of_values(cfg) + problems_of_schedule(cfg, SCHEDULES) + problems_of_batch(cfg, world)
-    problems += problems_of_stability(cfg) + shape.problems()
-    if not shape.problems():
-        with torch.device("meta"):
-            model = GPT(shape)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        rows, refused = rehearse(shapes, cfg, model.unit_vectors())
-        problems += refused + problems_of_clip(cfg, rows)
-    if problems:
-        raise ConfigError(problems)
+    if found := shape.problems():
+        return found
+    with torch.device("meta"):
+        model = GPT(shape)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    rows, refused = rehearse(shapes, cfg, model.unit_vectors())
+    return refused + problems_of_clip(cfg, rows)
 
 
 def gpt_config(cfg: dict[str, Any]) -> GPTConfig:
@@ -328,7 +355,7 @@ def open_data(cfg: dict[str, Any]) -> Dataset:
 
 
 def print_start(run: Run, resumed: checkpoint.Loaded | None, notes: list[str]) -> None:
-    """The table of geometries, what was carried over from a base, where the run goes, and what resuming did not take as it was."""
+    """The table of geometries, what was carried over from a base, where the run goes, what it cuts short, and what resuming did not take."""
     print(
         parameter_table(
             run.optimizers.rows, {"transformer.wte.weight": "lm_head.weight"} if run.model.config.tied else {}
@@ -337,6 +364,8 @@ def print_start(run: Run, resumed: checkpoint.Loaded | None, notes: list[str]) -
     if carried_over := transfer_table(run.cfg):
         print(carried_over)
     print(f"{run.model.describe()} → {run.directory}")
+    for line in [*shortened(run.cfg, run.ranks.world), *run.cut]:
+        print(line)
     if resumed is not None:
         for path, reason in resumed.skipped:
             print(f"skipped {path}: {reason}")
@@ -350,16 +379,26 @@ def main() -> None:
     """The command line: Hydra composes, the launcher starts the ranks; a user's mistake ends with exit code 2 and its remedy."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException
     from hydra.types import RunMode
 
     from training.config import CONFIGS, plain
 
+    composed = False
+
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def run(config: Any) -> float:
-        job, cfg = HydraConfig.get(), plain(config)
+        nonlocal composed
+        job, composed = HydraConfig.get(), True
         if job.mode == RunMode.MULTIRUN:
-            return run_job(cfg, Path(job.runtime.output_dir))
+            try:
+                return run_job(plain(config), Path(job.runtime.output_dir))
+            except (*USER_ERRORS, RankFailed) as error:
+                raise CompactHydraException(str(error)) from None  # which Hydra prints without a traceback
         try:
+            cfg = plain(config)
+            if "RANK" not in os.environ:  # a rank's own check is the one whose message is printed once
+                check(cfg)
             return report(launch(train, cfg, None, USER_ERRORS))
         except (*USER_ERRORS, RankFailed) as error:
             print(error, file=sys.stderr)
@@ -372,12 +411,23 @@ def main() -> None:
         raise SystemExit(USER_ERROR)
     # Our settings of a plugin stand under its own name, where Hydra checks them against its schema and would rather not.
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
-    run()
+    try:
+        run()
+    except SystemExit as ended:
+        # Hydra refuses a misspelt key or group with a message of its own, and exit code 1.
+        raise SystemExit(ended.code if composed or ended.code != 1 else USER_ERROR) from None
 
 
 def run_job(cfg: dict[str, Any], directory: Path) -> float:
     """One job of a sweep. After one that fails, whatever the reason, the others go on, and the sweep ends with exit code 1."""
-    cfg, best = plan_job(cfg, directory)
+    try:
+        check(cfg)
+        cfg, best = plan_job(cfg, directory)
+    except USER_ERRORS as error:
+        print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
+        if not (directory / METRICS_FILE).exists():  # it may hold another run
+            note_failure(directory, error)
+        raise
     if best is not None:
         print(f"{directory} is finished")
         return report(best)

@@ -277,23 +277,24 @@ def _size(size: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int:
-    """The command; its exit code is 1 where Hydra refuses the configuration, 2 for a problem with the data."""
+    """The command; its exit code is 2 where the configuration or the data has a problem."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from training.settings import data_settings
+    from training.validate import ConfigError
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
-            cfg = OmegaConf.to_container(
-                compose("config", overrides=arguments).data, resolve=True, throw_on_missing=True
-            )
+            cfg = data_settings(OmegaConf.to_container(compose("config", overrides=arguments).data, resolve=True))
         directory = prepare(cfg)
         print(_summary(directory, cfg))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ConfigError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

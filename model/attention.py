@@ -20,10 +20,10 @@ QK_CLIP_TARGETS = ("weights", "gain")
 _CLIP_ROWS = 512
 
 
-def causal_logits(q: Tensor, k: Tensor, cap: float = 0.0, scale: float | None = None) -> Tensor:
+def causal_logits(q: Tensor, k: Tensor, cap: float | None = None, scale: float | None = None) -> Tensor:
     """scale·q·k for q, k (B, H, T, w) as float32 (B, H, T, T), -inf above the diagonal.
 
-    scale: None for 1/√w.  cap: above 0, cap·tanh(z/cap) stands for every logit z (soft-cap; Gemma 2, arXiv 2408.00118).
+    scale: None for 1/√w.  cap: unless None, cap·tanh(z/cap) stands for every logit z (soft-cap; Gemma 2, arXiv 2408.00118).
     """
     z = (q @ k.mT).float() * (q.size(-1) ** -0.5 if scale is None else scale)
     if cap:

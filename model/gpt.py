@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import HEAD_GATES, PG_OP_OVERHEAD, QK_CLIP_TARGETS
+from model.attention import PG_OP_OVERHEAD
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import linear_cross_entropy
 from model.residual import ResidualRule, Stream, residual_problems, residual_rule
@@ -28,7 +28,7 @@ class GPTConfig:
         `GPT.unit_vectors`, with the learned scales s_qk, s_uv and s_z that this needs.
     storage: the size at which s_qk and s_z are stored, see StoredScale; None for 1/√d. logit_scale: s_z at the start.
     residual: the residual rule and its settings, see model.residual.
-    qk_norm, qk_clip (threshold of a logit; 0: off), qk_clip_on, logit_cap (0: off), head_gate: see model/attention.py.
+    qk_norm, qk_clip (threshold of a logit; None: off), qk_clip_on, logit_cap (None: off), head_gate: see model/attention.py.
     weight_scale: multiplies GPT-2's initial c_fc (σ_w of arXiv 2403.02579); residual_scale: its initial c_proj, which write into
     the stream.
     """
@@ -48,47 +48,24 @@ class GPTConfig:
     logit_scale: float = 1.0
     residual: Mapping[str, Any] = field(default_factory=lambda: {"rule": "pre_norm"})
     qk_norm: bool = False
-    qk_clip: float = 0.0
+    qk_clip: float | None = None
     qk_clip_on: str = "gain"
-    logit_cap: float = 0.0
+    logit_cap: float | None = None
     head_gate: str = "none"
     weight_scale: float = 1.0
     residual_scale: float = 1.0
 
     def problems(self) -> list[str]:
-        """What is wrong with these numbers, each with its remedy; empty if nothing is."""
-        found = [
-            f"model.{name} is {getattr(self, name)}; it must be a positive whole number"
-            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
-        ]
-        if not found and self.n_embd % self.n_head:
+        """What does not fit together, each with its remedy; empty if nothing. Ranges of single values: training/settings.py."""
+        found = residual_problems(self.residual)
+        if self.n_embd % self.n_head:
             found.append(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them"
             )
-        elif not found and self.rope and self.n_embd // self.n_head % 2:
+        elif self.rope and self.n_embd // self.n_head % 2:
             found.append(
                 f"model.rope turns pairs of channels, and a head has {self.n_embd // self.n_head}; make it even"
             )
-        if not 0 <= self.dropout < 1:
-            found.append(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
-        if self.mlp not in MLPS:
-            found.append(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
-        if self.storage is not None and not self.storage > 0:
-            found.append(f"model.storage is {self.storage}; it must be a number above 0, or null")
-        return found + residual_problems(self.residual) + self._problems_of_switches()
-
-    def _problems_of_switches(self) -> list[str]:
-        found = []
-        for key, choices in (("head_gate", HEAD_GATES), ("qk_clip_on", QK_CLIP_TARGETS)):
-            if getattr(self, key) not in choices:
-                found.append(f"attention.{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}")
-        for key, name in (("qk_clip", "attention.qk_clip"), ("logit_cap", "attention.logit_cap")):
-            if not getattr(self, key) >= 0:
-                found.append(f"{name} is {getattr(self, key)}; give a positive logit, or 0 to switch it off")
-        for key in ("weight_scale", "residual_scale"):
-            if not getattr(self, key) > 0:
-                found.append(f"init.{key} is {getattr(self, key)}; give a positive factor, 1 for GPT-2's")
         norm = "attention.qk_norm=true" if self.qk_norm else "model.unit_weights=true" if self.unit_weights else None
         if norm and self.qk_clip and self.qk_clip_on == "weights":
             found.append(

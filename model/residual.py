@@ -76,12 +76,14 @@ class ResidualRule:
         for name, kind in ((field.name, field.type) for field in fields(self)):
             value, allowed = getattr(self, name), self.choices.get(name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if allowed is not None and value not in allowed:
+            if allowed is not None and not (isinstance(value, str) and value in allowed):
                 found.append(f"residual.{name} is {value!r}; choose one of {', '.join(allowed)}")
             if kind == "bool" and not isinstance(value, bool):
                 found.append(f"residual.{name} is {value!r}; choose true or false")
-            if kind.startswith("float") and not (number and value > 0) and not ("None" in kind and value is None):
-                found.append(f"residual.{name} is {value!r}; it must be a number above 0")
+            optional = "None" in kind
+            if kind.startswith("float") and not (number and 0 < value <= 1e15) and not (optional and value is None):
+                remedy = "give a number above 0" + " (or null)" * optional
+                found.append(f"residual.{name} is {value!r}; {remedy}")
         return found
 
 
@@ -386,9 +388,10 @@ RESIDUAL_RULES: dict[str, type[ResidualRule]] = {
 
 def residual_problems(settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with a rule and its settings, each with its remedy; empty if nothing is."""
-    rule = RESIDUAL_RULES.get(settings.get("rule"))
+    name = settings.get("rule")
+    rule = RESIDUAL_RULES.get(name) if isinstance(name, str) else None
     if rule is None:
-        return [f"residual rule '{settings.get('rule')}' is unknown; choose one of {', '.join(RESIDUAL_RULES)}"]
+        return [f"residual.rule is {name!r}; choose one of {', '.join(RESIDUAL_RULES)}"]
     wanted, given = {field.name for field in fields(rule)}, settings.keys() - {"rule"}
     found = [f"residual.{name} is missing; give it, or choose residual={settings['rule']}" for name in wanted - given]
     found += [

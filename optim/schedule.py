@@ -38,20 +38,39 @@ SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
 }
 
 
+def warmup_updates(warmup_steps: float, decay_steps: int) -> int:
+    """How many of the first `decay_steps` updates are warm-up.
+
+    Args:
+        warmup_steps: a whole number of updates; or, below 1, a share of `decay_steps`, rounded. A number that leaves no update for the
+            decay is shortened: warm-up and decay shrink in proportion, so that of w + d updates that were asked for d are left.
+        decay_steps: the step at which the schedule reaches its floor.
+
+    >>> warmup_updates(30, 200), warmup_updates(0.15, 200), warmup_updates(30, 10)
+    (30, 30, 7)
+    """
+    if warmup_steps < 1:
+        return min(round(warmup_steps * decay_steps), decay_steps - 1)
+    if warmup_steps < decay_steps:
+        return int(warmup_steps)
+    return int(decay_steps * warmup_steps / (warmup_steps + decay_steps))
+
+
 def lr_multiplier(
-    step: int, *, kind: str, warmup_steps: int, decay_steps: int, floor: float, decay: float = 0.2
+    step: int, *, kind: str, warmup_steps: float, decay_steps: int, floor: float, decay: float = 0.2
 ) -> float:
     """Multiplier of every peak learning rate for the update that follows `step` finished updates.
 
     Args:
         step: finished updates, from 0.
         kind: a key of SCHEDULES.
-        warmup_steps: updates of linear warm-up.
+        warmup_steps: updates of linear warm-up, or a share of `decay_steps`; see `warmup_updates`.
         decay_steps: the step at which the schedule reaches `floor`; it stays there.
         floor: last multiplier (the published recipe: 6e-5 / 6e-4 = 0.1).
         decay: for `wsd` only, the fraction of the steps after warm-up that decay.
     """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+    warmup = warmup_updates(warmup_steps, decay_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, decay_steps - warmup))
     return SCHEDULES[kind](progress, floor, decay)

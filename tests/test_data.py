@@ -481,11 +481,12 @@ def test_the_command_prepares_and_summarises(tmp_path, configs, capsys):
     [
         (["data=text"], 2, "data.files names no file"),
         (["data=text", "data.files=none/*.txt"], 2, "no file matches 'none/*.txt'; correct data.files"),
-        (["data=text", "data.tokenizer=char"], 2, "set data.tokenizer to one of bytes, gpt2"),
-        (["data=text", "data.source=web"], 2, "set data.source to one of fineweb, openwebtext, stdlib, text"),
-        (["data=text", "data.shard_tokens=0"], 2, "data.shard_tokens=0"),
-        (["data=nowhere"], 1, "openwebtext"),
-        (["data.kolumn=x"], 1, "kolumn"),
+        (["data=text", "data.tokenizer=char"], 2, "data.tokenizer is 'char'; choose bytes or gpt2"),
+        (["data=text", "data.source=web"], 2, "data.source is 'web'; choose one of stdlib, text, openwebtext, fineweb"),
+        (["data=text", "data.shard_tokens=0"], 2, "data.shard_tokens is 0; give a whole number of at least 1"),
+        (["data=stdlib", "data.max_tokens=-5"], 2, "data.max_tokens is -5"),
+        (["data=nowhere"], 2, "openwebtext"),
+        (["data.kolumn=x"], 2, "kolumn"),
     ],
 )
 def test_the_command_refuses_in_one_message(tmp_path, configs, capsys, overrides, code, message):

@@ -176,9 +176,9 @@ def test_ranks_of_torchrun_and_of_the_command_line_are_the_same_run(tiny, tmp_pa
 
 
 def test_a_mistake_that_only_ranks_can_see_is_said_once(tiny, tmp_path):
-    done = run_train(*tiny, "launcher.nproc=2", "global_batch_tokens=64", cwd=tmp_path)
+    done = run_train(*tiny, "launcher.nproc=2", "data.dir=nowhere", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.count("not a multiple of block_size 16 x micro_batch_size 4 x 2 ranks = 128") == 1
+    assert done.stderr.count("python -m data.prepare data=text") == 1
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 

@@ -136,7 +136,7 @@ def test_generate(model, tokens):
 
 def test_impossible_shapes_are_refused_with_every_reason():
     with pytest.raises(ValueError, match=r"n_embd=30 is not divisible by model.n_head=4") as caught:
-        GPT(GPTConfig(n_embd=30, n_head=4, dropout=1.5))
-    assert "dropout" in str(caught.value)
+        GPT(GPTConfig(n_embd=30, n_head=4, residual={"rule": "none"}))
+    assert "residual.rule" in str(caught.value)
     with pytest.raises(ValueError, match="exceeds"):
         GPT(TINY)(torch.zeros(1, 17, dtype=torch.long))

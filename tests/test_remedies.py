@@ -217,19 +217,19 @@ def test_blocks_put_every_head_on_the_manifold_by_itself():
     ("overrides", "message"),
     [
         (["attention.head_gate=sigmoid"], "attention.head_gate is 'sigmoid'; choose one of none, token, position"),
-        (["attention.qk_clip=-1"], "attention.qk_clip is -1; give a positive logit, or 0"),
+        (["attention.qk_clip=-1"], "attention.qk_clip is -1; give a number above 0 (null switches it off)"),
         (["attention=qk_clip", "attention.qk_clip_on=weights"], "off their manifold; use attention.qk_clip_on=gain"),
         (["attention.qk_norm=true", "attention.qk_clip=5", "attention.qk_clip_on=weights"], "switch one off"),
         (
             ["experiment=ngpt_demo", "attention.qk_clip=5", "attention.qk_clip_on=weights"],
             "model.unit_weights=true undoes what attention.qk_clip does",
         ),
-        (["init.weight_scale=0"], "init.weight_scale is 0; give a positive factor"),
+        (["init.weight_scale=0"], "init.weight_scale is 0; give a number above 0"),
         (["optim.muon.lr_scale={attention: 0.5}"], "'attention' matches no matrix"),
         (["optim.muon.lr_scale={attn: 0.5, c_attn: 0.2}"], "matched by several patterns"),
         (["optim.muon.blocks={c_attn: 7}"], "whole number that divides its 384 rows"),
-        (["stability.on_unstable=halt"], "on_unstable is 'halt'; give one of mark, stop"),
-        (["stability.warning.probes=1"], "warning.probes is 1; give 3 or more"),
+        (["stability.on_unstable=halt"], "on_unstable is 'halt'; choose mark or stop"),
+        (["stability.warning.probes=1"], "warning.probes is 1; give a whole number of at least 3"),
         (["probe.windows=0"], "probe.windows is 0"),
     ],
 )

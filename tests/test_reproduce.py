@@ -152,7 +152,7 @@ def test_an_interrupted_run_ends_like_the_others(copied, no_pictures):
 
 
 def test_an_unstable_run_is_a_row(tiny_runs, tmp_path, no_pictures, capsys):
-    wild = ["optim.adamw.lr=30", "grad_clip=0", f"results={tmp_path}/results", f"output_dir={tmp_path}/runs"]
+    wild = ["optim.adamw.lr=30", "grad_clip=null", f"results={tmp_path}/results", f"output_dir={tmp_path}/runs"]
     assert reproduce.main([*tiny_runs, *wild]) == 0
     table = rows(tmp_path)
     for name in NAMES:

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from optim.schedule import SCHEDULES, lr_multiplier
+from optim.schedule import SCHEDULES, lr_multiplier, warmup_updates
+from training.config import CONFIGS, compose
 
 
 def multiplier(step, kind="cosine", warmup=10, decay_steps=100, floor=0.1):
@@ -40,3 +41,22 @@ def test_wsd_is_stable_until_the_last_fifth():
 
 def test_no_warm_up_starts_at_the_peak():
     assert multiplier(0, warmup=0) == 1
+
+
+def test_warm_up_may_be_a_share_and_shrinks_where_it_does_not_fit():
+    assert warmup_updates(30, 200) == warmup_updates(0.15, 200) == 30
+    assert warmup_updates(199, 200) == 199 and warmup_updates(0, 5) == warmup_updates(0.01, 5) == 0
+    assert warmup_updates(0.29, 100) == 29  # rounded: 0.29 x 100 is a little less
+    # Of w + d updates that were asked for there are d.
+    assert warmup_updates(30, 10) == 7 and warmup_updates(200, 200) == 100
+    for wanted in (1, 7, 0.999, 1000):
+        for updates in (1, 2, 3, 10, 100):
+            assert 0 <= warmup_updates(wanted, updates) < updates
+    assert multiplier(0, warmup=0.1) == multiplier(0, warmup=10)
+    assert multiplier(2, warmup=6, decay_steps=4) == 1 and multiplier(4, warmup=6, decay_steps=4) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml")))
+def test_every_recipe_keeps_the_warm_up_it_states(experiment):
+    schedule = compose([f"experiment={experiment}"])["schedule"]
+    assert warmup_updates(schedule["warmup_steps"], schedule["decay_steps"]) == schedule["warmup_steps"]

@@ -13,7 +13,8 @@ from training.stability import Stability
 
 
 def make(**changes) -> Stability:
-    return Stability(**{"max_rise": 0.5, "z_threshold": 6.0, "z_steps": 3, **changes})
+    rest = {"on_unstable": "mark", "max_skipped": None, "warning": None}
+    return Stability(**{"max_rise": 0.5, "z_threshold": 6.0, "z_steps": 3, **rest, **changes})
 
 
 def healthy_loss(step: int, rng: random.Random) -> float:
@@ -165,7 +166,7 @@ def test_the_record_is_plain_and_complete():
 
 
 @pytest.mark.parametrize(
-    "key, value", [("max_rise", 0), ("max_rise", math.nan), ("z_threshold", -1.0), ("z_steps", 0), ("decay", 1.0)]
+    "key, value", [("max_rise", 0), ("max_rise", math.nan), ("z_threshold", -1.0), ("z_steps", 0), ("max_skipped", -1)]
 )
 def test_a_senseless_setting_names_itself_and_what_to_give(key, value):
     with pytest.raises(ValueError, match=rf"{key} is .*; give"):

@@ -15,6 +15,11 @@ from training.warning import EarlyWarning, crossing
 SETTINGS = {"logit": 100.0, "horizon": 100, "probes": 5, "entropy": 0.1}
 
 
+def stability(**changes):
+    rest = {"on_unstable": "mark", "max_skipped": None, "warning": None}
+    return Stability(**{"max_rise": 0.5, "z_threshold": None, "z_steps": 5, **rest, **changes})
+
+
 def seen(logit, norm=None, entropy=0.9):
     return {"largest_logit": logit, "largest_qk_norm": logit / 10 if norm is None else norm, "least_entropy": entropy}
 
@@ -82,7 +87,7 @@ def test_a_warning_taken_over_goes_on_as_if_never_interrupted():
         return seen((10 * step / 500) ** 2)
 
     for cut in range(0, 600, 70):
-        first, second = (Stability(0.5, None, 5, warning=SETTINGS) for _ in range(2))
+        first, second = (stability(warning=SETTINGS) for _ in range(2))
         told = []
         for step in range(0, 600, 10):
             current = first if step < cut else second
@@ -102,27 +107,27 @@ def test_a_senseless_setting_names_itself_and_what_to_give(key, value):
 
 
 def test_the_lead_is_told_when_both_came_in_this_order():
-    early = Stability(0.5, None, 5, warning=SETTINGS)
+    early = stability(warning=SETTINGS)
     assert early.lead is None
     early.probe(0, seen(500.0))
     assert early.lead is None
     early.validation(10, 2.0)
     early.validation(120, 3.0)
     assert early.lead == 120
-    late = Stability(0.5, None, 5, warning=SETTINGS)
+    late = stability(warning=SETTINGS)
     late.nonfinite(5, "loss")
     late.probe(10, seen(500.0))
     assert late.lead is None
 
 
 def test_on_unstable():
-    marked, stopped = Stability(0.5, None, 5, on_unstable="mark"), Stability(0.5, None, 5, on_unstable="stop")
+    marked, stopped = stability(on_unstable="mark"), stability(on_unstable="stop")
     for record in (marked, stopped):
         assert not record.stopped
         record.nonfinite(5, "loss")
     assert stopped.stopped and not marked.stopped
-    with pytest.raises(ValueError, match="on_unstable is 'halt'; give one of mark, stop"):
-        Stability(0.5, None, 5, on_unstable="halt")
+    with pytest.raises(ValueError, match="on_unstable is 'halt'; choose mark or stop"):
+        stability(on_unstable="halt")
 
 
 # ---- in training ----

@@ -23,7 +23,18 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """An OmegaConf configuration as plain Python, references resolved; a missing value stays the string "???"."""
-    from omegaconf import OmegaConf
+    """An OmegaConf configuration as plain Python, references resolved; a missing value stays the string "???".
 
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    Raises:
+        ConfigError: a reference leads nowhere.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from training.settings import with_whole_numbers
+    from training.validate import ConfigError
+
+    try:
+        return with_whole_numbers(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise ConfigError([" ".join(str(error).split()) + "; give a value instead"]) from None

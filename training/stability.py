@@ -19,11 +19,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from training.fields import Section, choice, number, optional, section, whole
 from training.warning import Alarm, EarlyWarning
-
-ON_UNSTABLE = ("mark", "stop")
 
 # A spread below this share of the mean is taken for this share: a loss that hardly moves must not raise an alarm when
 # it moves a little.
@@ -37,17 +36,18 @@ class Stability:
     ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``decay`` is that of the exponential
     moving mean and variance of the training loss; until 1/(1 - decay) losses were seen they are plain averages, and the
     third rule waits. ``on_unstable``: "mark" trains on, "stop" ends the run; ``max_skipped`` ends it once more updates than
-    that were left out because something was not finite (None: never). ``warning``: settings of EarlyWarning; None for none.
+    that were left out because something was not finite (None: never). ``warning``: an EarlyWarning or its settings;
+    None for none.
     """
 
-    max_rise: float
-    z_threshold: float | None
-    z_steps: int
-    on_unstable: str = "mark"
-    max_skipped: int | None = None
-    warning: Mapping[str, Any] | None = None
-    decay: float = 0.98
+    max_rise: float = number(above=0)
+    z_threshold: float | None = optional(number(above=0))
+    z_steps: int = whole(low=1)
+    on_unstable: str = choice("mark", "stop")
+    max_skipped: int | None = optional(whole(low=0), null="means no limit")
+    warning: EarlyWarning | Mapping[str, Any] | None = optional(section(EarlyWarning))
 
+    decay: ClassVar[float] = 0.98
     unstable_step: int | None = field(default=None, init=False)
     reason: str | None = field(default=None, init=False)
     best: float = field(default=math.inf, init=False)
@@ -60,21 +60,13 @@ class Stability:
     _early: EarlyWarning | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not self.max_rise > 0:
-            raise ValueError(f"stability.max_rise is {self.max_rise}; give a rise in nats above 0")
-        if self.z_threshold is not None and not self.z_threshold > 0:
-            raise ValueError(
-                f"stability.z_threshold is {self.z_threshold}; give a number above 0, or null to switch it off"
-            )
-        if self.z_steps < 1:
-            raise ValueError(f"stability.z_steps is {self.z_steps}; give 1 or more")
-        if self.on_unstable not in ON_UNSTABLE:
-            raise ValueError(f"stability.on_unstable is {self.on_unstable!r}; give one of {', '.join(ON_UNSTABLE)}")
-        if self.max_skipped is not None and self.max_skipped < 0:
-            raise ValueError(f"stability.max_skipped is {self.max_skipped}; give 0 or more, or null for no limit")
-        if not 0 < self.decay < 1:
-            raise ValueError(f"stability.decay is {self.decay}; give a number between 0 and 1")
-        self._early = None if self.warning is None else EarlyWarning(**self.warning)
+        settings = {name: getattr(self, name) for name in Section(Stability).kinds}
+        early = self.warning
+        if isinstance(early, EarlyWarning):
+            settings["warning"] = None  # checked when it was made
+        if found := Section(Stability).problems("stability", settings):
+            raise ValueError("; ".join(map(str, found)))
+        self._early = EarlyWarning(**early) if isinstance(early, Mapping) else early
 
     @property
     def lead(self) -> int | None:

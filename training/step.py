@@ -40,8 +40,8 @@ def accumulate(
     return total
 
 
-def clip(gradients: list[Tensor], largest: float) -> tuple[Tensor, Tensor]:
-    """Scale the gradients, in place, to a global norm of at most `largest`; 0 leaves them alone.
+def clip(gradients: list[Tensor], largest: float | None) -> tuple[Tensor, Tensor]:
+    """Scale the gradients, in place, to a global norm of at most `largest`; None leaves them alone.
 
     Returns:
         The global norm before (0-d) and the norm of each gradient (N,), on the device. The arithmetic is that of
@@ -49,7 +49,7 @@ def clip(gradients: list[Tensor], largest: float) -> tuple[Tensor, Tensor]:
     """
     norms = torch.stack(torch._foreach_norm(gradients))
     total = torch.linalg.vector_norm(norms)
-    if largest > 0:
+    if largest is not None:
         torch._foreach_mul_(gradients, (largest / (total + 1e-6)).clamp_max(1.0))
     return total, norms
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TRANSFERS = ("none", "nu")
 _INPUT, _HIDDEN, _HEAD = "wte", "c_attn|c_fc|c_proj", "lm_head"  # patterns of parameter names
 
 
@@ -27,10 +26,8 @@ class Change:
 
 
 def problems_of_transfer(cfg: Mapping[str, Any]) -> list[str]:
-    """Whether the transfer rule exists and the model is one it was measured for."""
+    """Whether the model is one that the transfer rule was measured for, and there is something to carry over."""
     transfer, model = cfg["transfer"], cfg["model"]
-    if transfer["rule"] not in TRANSFERS:
-        return [f"transfer.rule is {transfer['rule']!r}; choose one of {', '.join(TRANSFERS)}"]
     if transfer["rule"] == "none":
         return []
     found = []
@@ -40,6 +37,10 @@ def problems_of_transfer(cfg: Mapping[str, Any]) -> list[str]:
         )
     if any(choice != "adamw" for choice in (cfg["assignment"]["rules"] or {}).values()):
         found.append("transfer=nu was measured for Adam on every matrix; choose assignment=adamw, or transfer=none")
+    if not cfg["optim"]["adamw"]["lr"] > 0:
+        found.append(
+            "transfer=nu multiplies optim.adamw.lr, which is 0; give a number above 0, or choose transfer=none"
+        )
     heads = [shape["n_embd"] / shape["n_head"] for shape in (transfer["base"], model)]
     if heads[0] != heads[1]:
         found.append(

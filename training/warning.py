@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from training.fields import Section, number, optional, whole
+
 # Below this share of the limit nothing is forecast: every run's logits grow quickly at first, and most level off.
 _LEAST_SHARE = 0.25
 
@@ -35,10 +37,10 @@ class EarlyWarning:
     there is no forecast. entropy: a layer whose mean entropy, relative to log(position), is below this is warned of at once.
     """
 
-    logit: float | None
-    horizon: int
-    probes: int
-    entropy: float
+    logit: float | None = optional(number(above=0), null="switches the forecast off")
+    horizon: int = whole(low=1)
+    probes: int = whole(low=3)
+    entropy: float = number(low=0, below=1)
 
     steps: list[int] = field(default_factory=list, init=False)
     logits: list[float] = field(default_factory=list, init=False)
@@ -46,14 +48,9 @@ class EarlyWarning:
     warned_step: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.logit is not None and not self.logit > 0:
-            raise ValueError(f"stability.warning.logit is {self.logit}; give a logit above 0, or null to switch it off")
-        if self.probes < 3:
-            raise ValueError(f"stability.warning.probes is {self.probes}; give 3 or more, a line needs them")
-        if self.horizon < 1:
-            raise ValueError(f"stability.warning.horizon is {self.horizon}; give a number of steps, 1 or more")
-        if not 0 <= self.entropy < 1:
-            raise ValueError(f"stability.warning.entropy is {self.entropy}; give a share of the maximum in [0, 1)")
+        settings = {name: getattr(self, name) for name in Section(EarlyWarning).kinds}
+        if found := Section(EarlyWarning).problems("stability.warning", settings):
+            raise ValueError("; ".join(map(str, found)))
 
     def observe(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
         """Take the summary of a probe (`largest_logit`, `largest_qk_norm`, `least_entropy`); the alarm, once."""

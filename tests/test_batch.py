@@ -1,0 +1,67 @@
+"""A batch is cut into micro-batches of any size: what fits is taken, and the gradient is the same."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from model.gpt import GPT, GPTConfig
+from train import check
+from training.batch import micro_batch_size
+from training.config import compose
+from training.step import accumulate
+from training.validate import ConfigError, shortened
+
+
+def test_the_micro_batch_is_what_fits():
+    assert micro_batch_size(64, 64) == 64 and micro_batch_size(16, 5) == 4
+    assert micro_batch_size(8, 64) == 8  # at most what a rank has
+    assert micro_batch_size(7, 4) == 4  # 4 and 3: the divisor 1 would be far less than was asked for
+    assert micro_batch_size(9, 6) == 3  # half of it is near enough, and all are alike
+    for windows in range(1, 40):
+        for wanted in range(1, 50):
+            size = micro_batch_size(windows, wanted)
+            most = min(windows, wanted)
+            assert most / 2 <= size <= most
+            if windows % size:
+                assert size == most and not any(windows % s == 0 for s in range(-(-most // 2), most + 1))
+
+
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_a_smaller_last_micro_batch_counts_by_its_windows(size):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=16)).double()
+    windows = np.random.default_rng(0).integers(0, 32, (7, 9)).astype(np.uint16)
+    found = []
+    for micro in (7, size):
+        model.zero_grad()
+        loss = accumulate(model, windows, micro, torch.device("cpu"), contextlib.nullcontext())
+        found.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+    (loss, gradients), (other, others) = found
+    assert other == pytest.approx(loss, abs=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradients, others))
+
+
+@pytest.mark.parametrize("experiment", ["demo", "paper", "one_gpu", "ngpt_124m", "instability_one_gpu"])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_documented_recipes_run_on_any_usual_number_of_ranks(experiment, world):
+    check(compose([f"experiment={experiment}"]), world)
+    check(compose([f"experiment={experiment}", f"launcher.nproc={world}"]))
+
+
+def test_only_an_impossible_batch_is_refused():
+    with pytest.raises(ConfigError, match=r"block_size 1024 x 3 ranks = 3072; use global_batch_tokens=64512 or 67584"):
+        check(compose(["experiment=paper"]), 3)
+    with pytest.raises(ConfigError, match=r"use global_batch_tokens=128$"):
+        check(compose(["global_batch_tokens=1"]))
+
+
+def test_what_is_cut_is_said_in_one_line():
+    assert shortened(compose([]), 1) == []
+    assert shortened(compose(["experiment=paper"]), 8) == [
+        "micro_batch_size=64: a rank has 8 windows an update and takes 8 at once"
+    ]
+    assert shortened(compose(["max_steps=10"]), 1) == [
+        "schedule.warmup_steps=30 does not fit into 10 updates; 7 of them are warm-up"
+    ]
