@@ -9,6 +9,11 @@ A run is a configuration; a step is batch → loss → gradient → geometry →
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from training.signals import leave_at_once
+
+    leave_at_once()
+
 import json
 import math
 import sys
@@ -39,7 +44,7 @@ from training.log import NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
-from training.run import environment, resolve_device, run_directory, run_name, summary, use_compile
+from training.run import claimed, environment, problems_of_names, resolve_device, run_name, summary, use_compile
 from training.signals import StopSignal
 from training.stability import Stability
 from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
@@ -67,15 +72,17 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
         directory: where the run is written; None for the configuration's own choice.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before anything is written. LostRanks: another rank is gone. Stopped: a signal came,
-        and the run has saved.
+        ConfigError, DataError, CheckpointError: before anything is written; InUse among them, where another process is writing this
+        run. LostRanks: another rank is gone. Stopped: a signal came, and the run has saved.
     """
     check(cfg, world_size())
     ranks = Ranks.init(cfg)
     try:
-        with ranks.explained(), StopSignal() as stop:
-            run = Run(ranks, cfg, directory)
+        with ranks.explained(), StopSignal() as stop, claimed(ranks, cfg, directory) as claim:
+            run = Run(ranks, cfg, claim)
             if not run.finished:
+                if stop.requested(ranks):
+                    stop.leave(ranks, run.step)
                 run.train(stop)
             return run.stability.best
     finally:
@@ -85,8 +92,8 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
 class Run:
     """A configuration being trained, by one of the ranks: all do the same on their part of each batch, and rank 0 alone writes."""
 
-    def __init__(self, ranks: Ranks, cfg: dict[str, Any], directory: Path | None) -> None:
-        self.ranks, self.cfg = ranks, cfg
+    def __init__(self, ranks: Ranks, cfg: dict[str, Any], directory: Path) -> None:
+        self.ranks, self.cfg, self.directory = ranks, cfg, directory
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         dataset = open_data(cfg)
@@ -95,7 +102,6 @@ class Run:
         self.loader = Loader(dataset.train, block, cfg["seed"], windows, ranks.rank, ranks.world)
         self.held_out = validation_windows(dataset.val, block, cfg["eval_windows"])
         self.watched, _ = next(micro_batches(self.held_out, cfg["probe"]["windows"], self.device))
-        self.directory = ranks.from_main(lambda: directory or run_directory(cfg))
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
         torch.manual_seed(cfg["seed"])
@@ -291,7 +297,7 @@ def check(cfg: dict[str, Any], world: int = 1) -> None:
         raise ConfigError(problems)
     shape = gpt_config(cfg)
     problems = problems_of_values(cfg) + problems_of_schedule(cfg, SCHEDULES) + problems_of_batch(cfg, world)
-    problems += problems_of_stability(cfg) + shape.problems()
+    problems += problems_of_stability(cfg) + shape.problems() + problems_of_names(cfg)
     if not shape.problems():
         with torch.device("meta"):
             model = GPT(shape)

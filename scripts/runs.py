@@ -16,8 +16,8 @@ from scripts.command import UsageError
 from training.checkpoint import check_same
 from training.log import METRICS_FILE, read_records
 from training.resume import HARMLESS
+from training.run import CONFIG_FILE
 
-CONFIG_FILE = "config.yaml"
 COST_FILE = "cost.json"
 
 SUBLAYERS = {"attention": "attn", "mlp": "mlp"}

@@ -12,11 +12,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from training.checkpoint import check_same
+from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS
+from training.run import CONFIG_FILE
 from training.validate import ConfigError
 
-CONFIG_FILE = "config.yaml"
 _LONGEST_PART, _LONGEST_NAME = 40, 200  # characters; file systems stop at 255 bytes
 
 
@@ -49,10 +50,12 @@ def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], floa
     Raises:
         ConfigError: the directory holds another run, or `sweep.resume` is false and it holds any.
     """
+    if cfg["sweep"]["resume"]:
+        cfg = {**cfg, "resume": "auto"}
+    elif (directory / METRICS_FILE).exists():
+        raise ConfigError([f"{directory} already holds a run; set sweep.resume=true to go on with it, or a sweep.name"])
     if not (directory / METRICS_FILE).exists() or not (directory / CONFIG_FILE).exists():
         return cfg, None
-    if not cfg["sweep"]["resume"]:
-        raise ConfigError([f"{directory} already holds a run; set sweep.resume=true to go on with it, or a sweep.name"])
     saved = yaml.safe_load((directory / CONFIG_FILE).read_text())
     changed = check_same(saved, cfg, ignore=[key for key in HARMLESS if key != "max_steps"])
     if changed:
@@ -60,16 +63,23 @@ def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], floa
     last = _last_record(directory)
     if last is not None and last["kind"] == "end":
         return cfg, last["best_val_loss"]
-    return {**cfg, "resume": "auto"}, None
+    return cfg, None
 
 
 def note_failure(directory: Path, error: BaseException) -> None:
-    """Write into a job's records that it failed, for whoever watches the sweep."""
-    last = _last_record(directory) if (directory / METRICS_FILE).exists() else None
-    message = " ".join(str(error).split()) or type(error).__name__
-    log = RunLog(directory)
-    log.write("event", 0 if last is None else last["step"], event="failed", message=message)
-    log.close()
+    """Write into a job's records that it failed, for whoever watches the sweep; not where another process goes on with it."""
+    try:
+        lock = DirectoryLock(directory)
+    except InUse:
+        return
+    try:
+        last = _last_record(directory) if (directory / METRICS_FILE).exists() else None
+        message = " ".join(str(error).split()) or type(error).__name__
+        log = RunLog(directory)
+        log.write("event", 0 if last is None else last["step"], event="failed", message=message)
+        log.close()
+    finally:
+        lock.release()
 
 
 def _last_record(directory: Path) -> dict[str, Any] | None:
