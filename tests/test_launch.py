@@ -105,14 +105,14 @@ class Lone:
         pass
 
 
-def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost(capsys):
+def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost():
     before, ranks = signal.getsignal(signal.SIGUSR1), Lone()
     with pytest.raises(Stopped) as caught, StopSignal() as stop:
         assert not stop.requested(ranks)
         assert stop.requested(ranks)
         stop.leave(ranks, 12)
     assert caught.value.code == 138 and signal.getsignal(signal.SIGUSR1) is before
-    assert "SIGUSR1: stopped at step 12" in capsys.readouterr().err
+    assert caught.value.message == "SIGUSR1: stopped at step 12; go on with resume=auto"
     with StopSignal() as stop:
         assert not stop.requested(ranks)  # and it is over
 
@@ -242,11 +242,11 @@ def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fa
 
 def test_a_job_whose_directory_holds_another_run_is_refused(tiny, tmp_path):
     cfg = compose([*tiny, "assignment=adamw", "max_steps=5"])
-    run = tmp_path / "run"
-    assert plan_job(cfg, run) == (cfg, None)
+    run, going_on = tmp_path / "run", {**cfg, "resume": "auto"}
+    assert plan_job(cfg, run) == (going_on, None)
     assert finish(start_ranks(1, train_in_process, cfg)) == [0]
     planned, best = plan_job(cfg, run)
-    assert planned == cfg and best == records(run)[-1]["best_val_loss"]
+    assert planned == going_on and best == records(run)[-1]["best_val_loss"]
     with pytest.raises(ConfigError, match=r"grad_clip: 1.0 → 2.0.*choose a sweep.name"):
         plan_job({**cfg, "grad_clip": 2.0}, run)
     with pytest.raises(ConfigError, match=r"sweep.resume=true"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,12 @@ def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], floa
 
 def note_failure(directory: Path, error: BaseException) -> None:
     """Write into a job's records that it failed, for whoever watches the sweep; not where another process goes on with it."""
-    try:
-        lock = DirectoryLock(directory)
-    except InUse:
-        return
-    try:
+    with suppress(InUse), DirectoryLock(directory):
         last = _last_record(directory) if (directory / METRICS_FILE).exists() else None
         message = " ".join(str(error).split()) or type(error).__name__
         log = RunLog(directory)
         log.write("event", 0 if last is None else last["step"], event="failed", message=message)
         log.close()
-    finally:
-        lock.release()
 
 
 def _last_record(directory: Path) -> dict[str, Any] | None:
