@@ -88,7 +88,7 @@ class _Worker:
 
     def __init__(self, job: Job, threads: int) -> None:
         self.job = job
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115: open as long as the process runs
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "training.engine"],
