@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -203,8 +204,9 @@ def _start_ranks(
         max_restarts=0,
         start_method="spawn",
     )
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say, the ranks and we say
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing.spawn")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say, the ranks and we say
     ear, mouth = multiprocessing.get_context("spawn").Pipe(duplex=False)
     ending: BaseException
     with ear, mouth:
@@ -253,6 +255,7 @@ def _signals_passed_on() -> Iterator[None]:
     before = {s: signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
     for signum in STOP_SIGNALS:
         signal.signal(signum, pass_on)
+    resource_tracker.ensure_running()  # which would open this thread's ears again if it started later
     over = threading.Event()
     threading.Thread(target=over.wait, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
