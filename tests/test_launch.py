@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -185,7 +186,28 @@ def test_a_mistake_that_only_ranks_can_see_is_said_once(tiny, tmp_path):
 # ---- sweeps ----
 
 
-def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("others_are_installed", [True, False])
+def test_a_plugin_that_is_not_installed_is_named(tmp_path, monkeypatch, others_are_installed):
+    for name in [n for n in sys.modules if n.split(".")[0] == "hydra_plugins"]:
+        monkeypatch.delitem(sys.modules, name)
+    if others_are_installed:
+        (tmp_path / "hydra_plugins" / "something_else").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    assert (importlib.util.find_spec("hydra_plugins") is not None) == others_are_installed
+    assert "pip install -e '.[slurm]'" in launch.refusal(["-m", "hydra/launcher=submitit_slurm"])
+    assert "pip install -e '.[hpo]'" in launch.refusal(["-m", "hydra/sweeper=optuna"])
+    assert launch.refusal(["-m", "seed=1,2"]) is None
+
+
+def test_endings_cross_between_processes():
+    for error in (Stopped(signal.SIGTERM, "stopped at step 7"), launch.RankFailed("rank 1 failed", 2)):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error) and vars(copy) == vars(error) and str(copy) == str(error)
+    assert copy.exit_code == 2
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path):
     assert launch.refusal(["-m", "seed=1,2"]) is None
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     words = [sys.executable, str(ROOT / "train.py"), "-m", "seed=1,2", "assignment.rules={attn: stiefel}"]
@@ -193,9 +215,6 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch):
     assert done.returncode == 2
     assert "python train.py -m launcher.nproc=2 seed=1,2 'assignment.rules={attn: stiefel}'" in done.stderr
     assert not any(tmp_path.iterdir())
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    assert "pip install -e '.[slurm]'" in launch.refusal(["-m", "hydra/launcher=submitit_slurm"])
-    assert "pip install -e '.[hpo]'" in launch.refusal(["-m", "hydra/sweeper=optuna"])
 
 
 def test_directory_names():
