@@ -9,7 +9,10 @@ A run is a configuration; a step is batch → loss → gradient → geometry →
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports that take seconds
+if __name__ in (
+    "__main__",
+    "__mp_main__",
+):  # a command, or a rank that it started; before the imports, which take seconds
     from training.signals import leave_at_once
 
     leave_at_once()

@@ -5,8 +5,8 @@ import importlib
 import json
 import math
 import os
-import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +26,6 @@ from scripts.grid import Job, run_grid
 from scripts.runs import Run
 from train import train
 from training.config import compose
-from training.engine import Outcome, run_jobs
 
 PNG = b"\x89PNG\r\n"
 
@@ -101,28 +100,23 @@ def test_an_option_of_the_logger_reaches_every_job_of_a_grid(name, tiny_data, ti
         assert seen and {compose(job.overrides)["logger"]["mode"] for job in seen} == {mode}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-def test_a_worker_that_is_killed_is_one_failed_job(tiny_grid, tmp_path, capsys, signum):
+def test_a_worker_that_is_killed_is_one_failed_job(tiny_grid, tmp_path, capsys):
     small = (*tiny_grid, "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "schedule.warmup_steps=1")
     long, short = (Job((*small, f"max_steps={n}", "logger.mode=disabled"), tmp_path / str(n)) for n in (100_000, 4))
-    bad = Job(("max_steps=-1",), tmp_path / "bad")
-    assert pickle.loads(pickle.dumps(Outcome(bad, "why"))) == Outcome(bad, "why")
+    bad, before = Job(("max_steps=-1",), tmp_path / "bad"), children(os.getpid())
 
     def kill_one():
         wait_until(lambda: last_step(long.directory) > 2, 120, "two steps")
-        os.kill(worker_of(os.getpid(), long), signum)
+        os.kill(worker_of(os.getpid(), long), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     failures = run_grid([long, short, bad], workers=2)
     killer.join()
     assert set(failures) == {long.directory, bad.directory} and short.ended
-    name = signum.name
-    assert f"by {name}" in failures[long.directory] and "the same command goes on with it" in failures[long.directory]
+    assert re.search("killed by SIGKILL .*the same command goes on with it", failures[long.directory])
     assert "max_steps is -1" in failures[bad.directory]
-    assert "3/3" in capsys.readouterr().out and not children(os.getpid())
-    again = Job((*long.overrides, f"max_steps={last_step(long.directory) + 2}", "allow_changes=true"), long.directory)
-    assert [outcome.failure for outcome in run_jobs([again], 1)] == [None] and again.ended
+    assert "3/3" in capsys.readouterr().out and children(os.getpid()) == before
 
 
 def worker_of(parent, job):

@@ -28,7 +28,7 @@ from typing import Any
 
 from training.ranks import LostRanks
 from training.run import refused_name
-from training.signals import STOP_SIGNALS, Stopped, leave
+from training.signals import STOP_SIGNALS, Stopped, leave, leave_at_once
 
 Worker = Callable[[dict[str, Any], "Path | None"], float]
 """What a rank does: a configuration and a directory become the best validation loss. Importable by name, for spawned ranks."""
@@ -146,10 +146,7 @@ def run_rank(
     from rank 0 where a signal stopped it, and of a user's mistake, which all ranks make, from the first that leaves.
     """
     if parent is not None:
-        # The parent started us deaf to signals. Until a run handles them, they end this process without a word.
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        leave_at_once()
     try:
         return worker(cfg, directory)
     except Stopped as stopped:
@@ -203,6 +200,7 @@ def _start_ranks(
         rdzv_configs={"timeout": cfg["launcher"]["timeout_s"], **meeting},
         max_restarts=0,
         start_method="spawn",
+        signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours
     )
     for name in list(logging.root.manager.loggerDict):  # each has a level of its own
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing.spawn")):
@@ -211,7 +209,7 @@ def _start_ranks(
     ending: BaseException
     with ear, mouth:
         try:
-            with _no_rank_left_behind(), _signals_passed_on(), _cores_shared(nproc):
+            with _signals_passed_on(), _cores_shared(nproc):
                 results = elastic_launch(config, run_rank)(worker, cfg, directory, user_errors, mouth)
             return next(iter(results.values()))  # the same on every rank; rank 0's where it is among this node's
         except SignalException as caught:
@@ -241,15 +239,24 @@ def _ending(rank: int, code: int, message: str) -> BaseException:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """Let every stop signal reach the ranks, and give the handlers back that were there before.
+    """Let a stop signal reach the ranks, and give the handlers back that were there before.
 
-    The launcher sends on what is raised as SignalException, and waits for the ranks to save. By itself it knows only some signals.
-    A rank inherits which signals this thread is deaf to, and stays so until it can handle them (`run_rank`): it neither dies with a
-    traceback while Python starts nor misses one. Another thread hears them meanwhile; Python runs the handlers in this one all the same.
+    The launcher sends on what is raised as SignalException, and waits for the ranks to save; a second signal does not hurry it.
+    A rank inherits which signals this thread is deaf to, and stays so until it can handle them (`leave_at_once`): it neither dies
+    with a traceback while Python starts nor misses one. Another thread hears them meanwhile; Python runs the handlers in this one all the same.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    def pass_on(signum: int, _: FrameType | None) -> None:
+    passed_on = False
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        nonlocal passed_on
+        if passed_on:
+            return
+        if _starts_ranks(frame):  # one that is half started could not be told; ask again soon
+            threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
+            return
+        passed_on = True
         raise SignalException(f"signal {signum}", sigval=signal.Signals(signum))
 
     before = {s: signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
@@ -268,17 +275,11 @@ def _signals_passed_on() -> Iterator[None]:
         over.set()
 
 
-@contextmanager
-def _no_rank_left_behind() -> Iterator[None]:
-    """Kill the ranks that torch's launcher has started and forgotten, as it does when a signal comes while it starts them."""
-    before = multiprocessing.active_children()
-    try:
-        yield
-    finally:
-        for child in multiprocessing.active_children():
-            if child not in before:
-                child.kill()
-                child.join()
+def _starts_ranks(frame: FrameType | None) -> bool:
+    """Whether torch's launcher is starting processes in this frame or in one that called it."""
+    while frame is not None and frame.f_code.co_name != "_start_workers":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ save what is spread over ranks nor leave without hanging the others.
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 import threading
@@ -43,11 +44,16 @@ class Stopped(SystemExit):
 def leave_at_once() -> None:
     """From now on a stop signal ends this process at once, with one message and 128 + its number; for while no run is under way.
 
-    A run handles them by a StopSignal. Once the process has done its work and Python is taken down, they are ignored.
+    A run handles them by a StopSignal. Once the process has done its work and Python is taken down, they are ignored. A rank leaves
+    without a word, since its parent speaks; the parent has started it deaf to signals, and here it begins to hear them.
     """
+    is_child = multiprocessing.parent_process() is not None
     for signum in STOP_SIGNALS:
-        signal.signal(signum, leave)
-    atexit.register(_ignore)
+        signal.signal(signum, signal.SIG_DFL if is_child else leave)
+    if is_child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    else:
+        atexit.register(_ignore)
 
 
 def leave(signum: int, _: FrameType | None) -> NoReturn:
