@@ -9,10 +9,8 @@ A run is a configuration; a step is batch → loss → gradient → geometry →
 
 from __future__ import annotations
 
-if __name__ in (
-    "__main__",
-    "__mp_main__",
-):  # a command, or a rank that it started; before the imports, which take seconds
+# A command, or a rank that it started: before the imports, which take seconds.
+if __name__ in ("__main__", "__mp_main__"):
     from training.signals import leave_at_once
 
     leave_at_once()
