@@ -9,6 +9,12 @@ A run is a configuration; a step is batch → loss → gradient → geometry →
 
 from __future__ import annotations
 
+# A command, or a rank that it started: before the imports, which take seconds.
+if __name__ in ("__main__", "__mp_main__"):
+    from training.signals import leave_at_once
+
+    leave_at_once()
+
 import json
 import math
 import os
@@ -43,7 +49,7 @@ from training.log import METRICS_FILE, NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
-from training.run import environment, resolve_device, run_directory, run_name, summary, use_compile
+from training.run import claimed, environment, problems_of_names, resolve_device, run_name, summary, use_compile
 from training.settings import problems
 from training.signals import StopSignal
 from training.stability import Stability
@@ -70,15 +76,17 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
         directory: where the run is written; None for the configuration's own choice.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before anything is written. LostRanks: another rank is gone. Stopped: a signal came,
-        and the run has saved.
+        ConfigError, DataError, CheckpointError: before anything is written; InUse among them, where another process is writing this
+        run. LostRanks: another rank is gone. Stopped: a signal came, and the run has saved.
     """
     check(cfg, world_size())
     ranks = Ranks.init(cfg)
     try:
-        with ranks.explained(), machine_limits(cfg), StopSignal() as stop:
-            run = Run(ranks, cfg, directory)
+        with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as claim:
+            run = Run(ranks, cfg, claim)
             if not run.finished:
+                if stop.requested(ranks):
+                    stop.leave(ranks, run.step)
                 run.train(stop)
             return run.stability.best
     finally:
@@ -88,8 +96,8 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
 class Run:
     """A configuration being trained, by one of the ranks: all do the same on their part of each batch, and rank 0 alone writes."""
 
-    def __init__(self, ranks: Ranks, cfg: dict[str, Any], directory: Path | None) -> None:
-        self.ranks, self.cfg = ranks, cfg
+    def __init__(self, ranks: Ranks, cfg: dict[str, Any], directory: Path) -> None:
+        self.ranks, self.cfg, self.directory = ranks, cfg, directory
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         dataset = open_data(cfg)
@@ -107,7 +115,6 @@ class Run:
             )
             if have < wanted
         ]
-        self.directory = ranks.from_main(lambda: directory or run_directory(cfg))
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
         torch.manual_seed(cfg["seed"])
@@ -309,6 +316,7 @@ def check(cfg: dict[str, Any], world: int | None = None) -> None:
 
     found = [str(problem) for problem in wrong]
     found += problems_of_machine(cfg) if sound("device", "output_dir") else []
+    found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
     if sound("global_batch_tokens", "model", "launcher"):
         found += problems_of_batch(cfg, world or cfg["launcher"]["nproc"])
     if sound("transfer", "model", "residual", "assignment", "optim", "max_steps"):

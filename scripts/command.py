@@ -53,6 +53,7 @@ def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, descr
     from omegaconf.errors import OmegaConfBaseException
 
     from train import USER_ERRORS
+    from training.signals import Stopped
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "-h" in arguments or "--help" in arguments:
@@ -63,6 +64,9 @@ def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, descr
     except (UsageError, *USER_ERRORS, HydraException, OmegaConfBaseException) as error:
         print(error, file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    except Stopped as stopped:
+        print(stopped.message, file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

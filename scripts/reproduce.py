@@ -42,6 +42,7 @@ from scripts.runs import COST_FILE, Run, read_run, refuse_other_settings
 from train import check, open_data, train
 from training.config import compose
 from training.files import CONFIG_FILE
+from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,13 +122,15 @@ def train_all(plan: Plan) -> dict[str, str]:
         started = time.perf_counter()
         try:
             train(cfg, directory)
+        except InUse:
+            raise
         except Exception as error:  # whatever it is, the other runs are worth having, and the table tells
             failures[assignment] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-            with contextlib.suppress(OSError):  # a full disk may be what went wrong
+            with contextlib.suppress(OSError, InUse):  # a full disk may be what went wrong
                 _record_failure(cfg, directory, failures[assignment])
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, InUse):
                 _add_cost(directory, time.perf_counter() - started)
     return failures
 
@@ -138,18 +141,20 @@ def _has_ended(directory: Path) -> bool:
 
 def _record_failure(cfg: dict[str, Any], directory: Path, message: str) -> None:
     """Write the failure where a run's events stand, so that every later table knows of it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / CONFIG_FILE).exists():
-        (directory / CONFIG_FILE).write_text(yaml.safe_dump(cfg, sort_keys=False))
-    exists = (directory / METRICS_FILE).exists()
-    last = max((record["step"] for record in read_records(directory)), default=0) if exists else 0
-    log = RunLog(directory)
-    log.write("event", last, event="failed", message=message)
-    log.close()
+    with DirectoryLock(directory):
+        if not (directory / CONFIG_FILE).exists():
+            (directory / CONFIG_FILE).write_text(yaml.safe_dump(cfg, sort_keys=False))
+        exists = (directory / METRICS_FILE).exists()
+        last = max((record["step"] for record in read_records(directory)), default=0) if exists else 0
+        log = RunLog(directory)
+        log.write("event", last, event="failed", message=message)
+        log.close()
 
 
 def _add_cost(directory: Path, seconds: float) -> None:
     """Add this process's time to what the run has cost so far, and note the largest memory (bytes) any process needed."""
+    if not directory.exists():
+        return  # it ended before it began
     path = directory / COST_FILE
     before = json.loads(path.read_text()) if path.exists() else {"wall_seconds": 0.0, "peak_bytes": 0}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
@@ -160,7 +165,8 @@ def _add_cost(directory: Path, seconds: float) -> None:
         "cores": _cores(),
         "threads": torch.get_num_threads(),
     }
-    path.write_text(json.dumps(cost) + "\n")
+    with DirectoryLock(directory):
+        path.write_text(json.dumps(cost) + "\n")
 
 
 def _cores() -> int:

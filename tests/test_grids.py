@@ -4,10 +4,21 @@ import contextlib
 import importlib
 import json
 import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+from harness import children, command, last_step, records, wait_until
 
 from scripts import bench, bench_residual, crossing, exponents, failure, lr_transfer, solver_sweep
 from scripts.command import UsageError
@@ -87,6 +98,85 @@ def test_an_option_of_the_logger_reaches_every_job_of_a_grid(name, tiny_data, ti
         with contextlib.suppress(UsageError):  # no run came to its end
             importlib.import_module(f"scripts.{name}").work([*command, *setting])
         assert seen and {compose(job.overrides)["logger"]["mode"] for job in seen} == {mode}
+
+
+def test_a_worker_that_is_killed_is_one_failed_job(tiny_grid, tmp_path, capsys):
+    small = (*tiny_grid, "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "schedule.warmup_steps=1")
+    long, short = (Job((*small, f"max_steps={n}", "logger.mode=disabled"), tmp_path / str(n)) for n in (100_000, 4))
+    bad, before = Job(("max_steps=-1",), tmp_path / "bad"), children(os.getpid())
+
+    def kill_one():
+        wait_until(lambda: last_step(long.directory) > 2, 120, "two steps")
+        os.kill(worker_of(os.getpid(), long), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    failures = run_grid([long, short, bad], workers=2)
+    killer.join()
+    assert set(failures) == {long.directory, bad.directory} and short.ended
+    assert re.search("killed by SIGKILL .*the same command goes on with it", failures[long.directory])
+    assert "max_steps is -1" in failures[bad.directory]
+    assert "3/3" in capsys.readouterr().out and children(os.getpid()) == before
+
+
+def worker_of(parent, job):
+    """The process that runs a job: it has the job's lock."""
+    pid = json.loads((job.directory / ".lock").read_text())["pid"]
+    assert pid in children(parent)
+    return pid
+
+
+GRID = ["assignment=adamw,unconstrained", "residual=pre_norm", "seed=1,2", "target=100", "workers=2"]
+
+
+@pytest.fixture(scope="module")
+def crossing_command(tiny_grid):
+    """The words of a grid of four runs that take some seconds each."""
+    small = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "max_steps=300", "schedule.warmup_steps=1"]
+    spent = ["logger.mode=disabled", "output_dir=runs", "results=results"]
+    return [sys.executable, str(ROOT / "scripts/crossing.py"), *GRID, *tiny_grid, *small, *spent]
+
+
+@pytest.fixture(scope="module")
+def straight(crossing_command, tmp_path_factory):
+    """What the runs of the grid write when nobody interrupts them."""
+    where = tmp_path_factory.mktemp("straight")
+    subprocess.run(crossing_command, cwd=where, check=True, capture_output=True)
+    return {p.name: records(p) for p in (where / "runs").iterdir()}
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGKILL", "SIGTERM of a worker", "SIGKILL of a worker"])
+def test_interrupted_grids_end_and_go_on(crossing_command, straight, tmp_path, how, attempt):
+    chance, runs = random.Random(f"{how} {attempt}"), tmp_path / "runs"
+    with command(*crossing_command, cwd=tmp_path) as process:
+        after = chance.randint(1, 200) if attempt else 0  # steps; 0: while the workers start
+        begun = lambda: len(children(process.pid)) >= 2 and max(map(last_step, runs.glob("*")), default=0) >= after  # noqa: E731
+        wait_until(begun, 200, "workers")
+        time.sleep(chance.uniform(0, 3))
+        workers, since = children(process.pid), time.monotonic()
+        if how == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(workers[0] if "worker" in how else process.pid, signal.Signals[how.split()[0]])
+        if "worker" not in how:
+            assert process.wait(30) == {"Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -9}[how]
+            wait_until(lambda: not any(map(alive, workers)), 30 - (time.monotonic() - since), "the end of the workers")
+        else:
+            assert process.wait(250) == 1
+    text = (tmp_path / "output.txt").read_text()
+    assert "Traceback" not in text and text.count(f"by {how.split()[0]}") == (2 if "worker" in how else 0), text
+    assert subprocess.run(crossing_command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    assert {p.name: records(p) for p in runs.iterdir()} == straight
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 # ---- crossing ----

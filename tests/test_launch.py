@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -105,14 +106,14 @@ class Lone:
         pass
 
 
-def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost(capsys):
+def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost():
     before, ranks = signal.getsignal(signal.SIGUSR1), Lone()
     with pytest.raises(Stopped) as caught, StopSignal() as stop:
         assert not stop.requested(ranks)
         assert stop.requested(ranks)
         stop.leave(ranks, 12)
     assert caught.value.code == 138 and signal.getsignal(signal.SIGUSR1) is before
-    assert "SIGUSR1: stopped at step 12" in capsys.readouterr().err
+    assert caught.value.message == "SIGUSR1: stopped at step 12; go on with resume=auto"
     with StopSignal() as stop:
         assert not stop.requested(ranks)  # and it is over
 
@@ -185,7 +186,28 @@ def test_a_mistake_that_only_ranks_can_see_is_said_once(tiny, tmp_path):
 # ---- sweeps ----
 
 
-def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("others_are_installed", [True, False])
+def test_a_plugin_that_is_not_installed_is_named(tmp_path, monkeypatch, others_are_installed):
+    for name in [n for n in sys.modules if n.split(".")[0] == "hydra_plugins"]:
+        monkeypatch.delitem(sys.modules, name)
+    if others_are_installed:
+        (tmp_path / "hydra_plugins" / "something_else").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    assert (importlib.util.find_spec("hydra_plugins") is not None) == others_are_installed
+    assert "pip install -e '.[slurm]'" in launch.refusal(["-m", "hydra/launcher=submitit_slurm"])
+    assert "pip install -e '.[hpo]'" in launch.refusal(["-m", "hydra/sweeper=optuna"])
+    assert launch.refusal(["-m", "seed=1,2"]) is None
+
+
+def test_endings_cross_between_processes():
+    for error in (Stopped(signal.SIGTERM, "stopped at step 7"), launch.RankFailed("rank 1 failed", 2)):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error) and vars(copy) == vars(error) and str(copy) == str(error)
+    assert copy.exit_code == 2
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path):
     assert launch.refusal(["-m", "seed=1,2"]) is None
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     words = [sys.executable, str(ROOT / "train.py"), "-m", "seed=1,2", "assignment.rules={attn: stiefel}"]
@@ -193,9 +215,6 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch):
     assert done.returncode == 2
     assert "python train.py -m launcher.nproc=2 seed=1,2 'assignment.rules={attn: stiefel}'" in done.stderr
     assert not any(tmp_path.iterdir())
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    assert "pip install -e '.[slurm]'" in launch.refusal(["-m", "hydra/launcher=submitit_slurm"])
-    assert "pip install -e '.[hpo]'" in launch.refusal(["-m", "hydra/sweeper=optuna"])
 
 
 def test_directory_names():
@@ -242,11 +261,11 @@ def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fa
 
 def test_a_job_whose_directory_holds_another_run_is_refused(tiny, tmp_path):
     cfg = compose([*tiny, "assignment=adamw", "max_steps=5"])
-    run = tmp_path / "run"
-    assert plan_job(cfg, run) == (cfg, None)
+    run, going_on = tmp_path / "run", {**cfg, "resume": "auto"}
+    assert plan_job(cfg, run) == (going_on, None)
     assert finish(start_ranks(1, train_in_process, cfg)) == [0]
     planned, best = plan_job(cfg, run)
-    assert planned == cfg and best == records(run)[-1]["best_val_loss"]
+    assert planned == going_on and best == records(run)[-1]["best_val_loss"]
     with pytest.raises(ConfigError, match=r"grad_clip: 1.0 → 2.0.*choose a sweep.name"):
         plan_job({**cfg, "grad_clip": 2.0}, run)
     with pytest.raises(ConfigError, match=r"sweep.resume=true"):

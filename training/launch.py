@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from training.ranks import LostRanks
-from training.signals import STOP_SIGNALS, Stopped
+from training.run import refused_name
+from training.signals import STOP_SIGNALS, Stopped, leave, leave_at_once
 
 Worker = Callable[[dict[str, Any], "Path | None"], float]
 """What a rank does: a configuration and a directory become the best validation loss. Importable by name, for spawned ranks."""
@@ -43,6 +48,9 @@ class RankFailed(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.exit_code)
 
 
 def launch(
@@ -67,9 +75,10 @@ def launch(
             return worker(cfg, directory)
         return _start_ranks(worker, cfg, directory, user_errors)
     except Stopped as stopped:
+        print(stopped.message, file=sys.stderr, flush=True)
         # Who handled this signal before us learns of it now that the run has saved: submitit requeues the job.
         handler = signal.getsignal(stopped.signal)
-        if callable(handler) and handler is not signal.default_int_handler:
+        if callable(handler) and handler not in (signal.default_int_handler, leave):
             handler(stopped.signal, None)
         raise
 
@@ -77,8 +86,13 @@ def launch(
 def refusal(arguments: Sequence[str]) -> str | None:
     """Why this command line cannot run here, and what to do instead; None if it can."""
     for word, plugin, extra in EXTRAS:
-        if any(a.startswith(word) for a in arguments) and find_spec(f"hydra_plugins.{plugin}") is None:
+        if any(a.startswith(word) for a in arguments) and not _is_installed(plugin):
             return f"{word}... needs a plugin that is not installed; get it with: pip install -e '.[{extra}]'"
+    for name in _values(
+        "sweep.name", arguments
+    ):  # of a directory that Hydra makes before any job could look at the name
+        if why := refused_name(name):
+            return f"sweep.name {why}"
     flags = {"-m", "--multirun"}
     if "RANK" not in os.environ or not flags & set(arguments):
         return None
@@ -88,6 +102,26 @@ def refusal(arguments: Sequence[str]) -> str | None:
     return "a sweep cannot run under torchrun, since each of its jobs starts its own ranks; use: " + shlex.join(
         ["python", "train.py", "-m", f"launcher.nproc={nproc}", *wanted]
     )
+
+
+def _is_installed(plugin: str) -> bool:
+    try:
+        return find_spec(f"hydra_plugins.{plugin}") is not None
+    except ModuleNotFoundError:  # not a single plugin is
+        return False
+
+
+def _values(key: str, arguments: Sequence[str]) -> Iterator[Any]:
+    """What the command line gives a key, read as Hydra reads it; what Hydra cannot read, it will say itself."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    for argument in arguments:
+        if argument.lstrip("+").startswith(f"{key}="):
+            with suppress(OverrideParseException):
+                override = OverridesParser.create().parse_override(argument)
+                if not override.is_sweep_override():
+                    yield override.value()
 
 
 def is_main_process() -> bool:
@@ -103,22 +137,28 @@ def run_rank(
     cfg: dict[str, Any],
     directory: Path | None,
     user_errors: tuple[type[Exception], ...],
-    parent_reports: bool = False,
+    parent: Connection | None = None,
 ) -> float:
     """Run the worker as one of several ranks. Anything but success leaves the process at once, by its exit code.
 
     At once, because a rank that lingers after a signal is killed after 30 s, and one that unwinds after an error may wait forever
-    in the destructor of a process group whose other ranks are gone. With `parent_reports` a user's mistake is left to the parent
-    to print, once: all ranks make it, and the first that leaves takes the others with it.
+    in the destructor of a process group whose other ranks are gone. A `parent` that started this rank is left to speak: it hears
+    from rank 0 where a signal stopped it, and of a user's mistake, which all ranks make, from the first that leaves.
     """
+    if parent is not None:
+        leave_at_once()
     try:
         return worker(cfg, directory)
-    except SystemExit as stopped:
-        code = stopped.code if isinstance(stopped.code, int) else 1
+    except Stopped as stopped:
+        code = stopped.code
+        if is_main_process():
+            print(stopped.message, file=sys.stderr) if parent is None else parent.send(stopped.what)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
     except user_errors as error:
         code = getattr(error, "exit_code", USER_ERROR)
         _tell_parent(str(error))
-        if code != USER_ERROR or (not parent_reports and os.environ.get("LOCAL_RANK", "0") == "0"):
+        if code != USER_ERROR or (parent is None and os.environ.get("LOCAL_RANK", "0") == "0"):
             print(error, file=sys.stderr)
     except LostRanks as error:
         code = 1
@@ -160,18 +200,26 @@ def _start_ranks(
         rdzv_configs={"timeout": cfg["launcher"]["timeout_s"], **meeting},
         max_restarts=0,
         start_method="spawn",
+        signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours
     )
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say, the ranks and we say
-    with _signals_passed_on(), _cores_shared(nproc):
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing.spawn")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say, the ranks and we say
+    ear, mouth = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    ending: BaseException
+    with ear, mouth:
         try:
-            results = elastic_launch(config, run_rank)(worker, cfg, directory, user_errors, True)
+            with _signals_passed_on(), _cores_shared(nproc):
+                results = elastic_launch(config, run_rank)(worker, cfg, directory, user_errors, mouth)
+            return next(iter(results.values()))  # the same on every rank; rank 0's where it is among this node's
         except SignalException as caught:
-            raise Stopped(caught.sigval) from None
+            ending = Stopped(caught.sigval)
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
-            raise _ending(rank, failure.exitcode, failure.message) from None
-    return next(iter(results.values()))  # the same on every rank; rank 0's where it is among this node's
+            ending = _ending(rank, failure.exitcode, failure.message)
+        if isinstance(ending, Stopped) and ear.poll():
+            ending = Stopped(ending.signal, ear.recv())  # in the words of rank 0
+        raise ending
 
 
 def _ending(rank: int, code: int, message: str) -> BaseException:
@@ -191,23 +239,47 @@ def _ending(rank: int, code: int, message: str) -> BaseException:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """Let every stop signal reach the ranks, and give the handlers back that were there before.
+    """Let a stop signal reach the ranks, and give the handlers back that were there before.
 
-    The launcher sends on what is raised as SignalException, and waits for the ranks to save. By itself it knows only some signals.
+    The launcher sends on what is raised as SignalException, and waits for the ranks to save; a second signal does not hurry it.
+    A rank inherits which signals this thread is deaf to, and stays so until it can handle them (`leave_at_once`): it neither dies
+    with a traceback while Python starts nor misses one. Another thread hears them meanwhile; Python runs the handlers in this one all the same.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    def pass_on(signum: int, _: FrameType | None) -> None:
+    passed_on = False
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        nonlocal passed_on
+        if passed_on:
+            return
+        if _starts_ranks(frame):  # one that is half started could not be told; ask again soon
+            threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
+            return
+        passed_on = True
         raise SignalException(f"signal {signum}", sigval=signal.Signals(signum))
 
     before = {s: signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
     for signum in STOP_SIGNALS:
         signal.signal(signum, pass_on)
+    resource_tracker.ensure_running()  # which would open this thread's ears again if it started later
+    over = threading.Event()
+    threading.Thread(target=over.wait, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        over.set()
+
+
+def _starts_ranks(frame: FrameType | None) -> bool:
+    """Whether torch's launcher is starting processes in this frame or in one that called it."""
+    while frame is not None and frame.f_code.co_name != "_start_workers":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from training.files import CONFIG_FILE, read_config
+from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import METRICS_FILE
 from training.stability import Stability
 from training.validate import ConfigError
+
+if TYPE_CHECKING:
+    from training.ranks import Ranks
+
+LONGEST_NAME = 250  # bytes; a file system's 255 less a dot and a number
 
 
 def resolve_device(cfg: dict[str, Any]) -> tuple[torch.device, torch.dtype]:
@@ -29,26 +40,118 @@ def use_compile(cfg: dict[str, Any], device: torch.device) -> bool:
 
 def run_name(cfg: dict[str, Any]) -> str:
     """The configured name, or the assignment's as one lower-case word."""
-    return cfg["name"] or cfg["assignment"]["name"].lower().replace("-", "_")
+    return str(cfg["assignment"]["name"]).lower().replace("-", "_") if cfg["name"] is None else str(cfg["name"])
 
 
-def run_directory(cfg: dict[str, Any]) -> Path:
-    """Where this run is written. Resuming without a directory takes the newest run of the same name."""
-    if cfg["output_dir"]:
-        directory = Path(cfg["output_dir"])
-        if cfg["resume"] == "never" and (directory / METRICS_FILE).exists():
-            raise ConfigError(
-                [f"output_dir={directory} already holds a run; add resume=auto to continue it, or choose another"]
-            )
-        return directory
-    name = run_name(cfg)
-    if cfg["resume"] == "auto":
-        runs = [p for p in Path("outputs").glob(f"*-*-*/{name}*") if p.name.partition(".")[0] == name]
-        if runs:
-            return max(runs, key=lambda p: p.stat().st_mtime)
+def problems_of_names(cfg: dict[str, Any]) -> list[str]:
+    """Whether the names of the run and of its sweep can be names of directories."""
+    run = "assignment.name" if cfg["name"] is None else "name"
+    names = {run: run_name(cfg), "sweep.name": cfg["sweep"]["name"]}
+    return [f"{key} {why}" for key, name in names.items() if (why := refused_name(name))]
+
+
+def refused_name(name: Any) -> str | None:
+    """Why a word cannot be the name of one directory; None if it can."""
+    name = str(name)
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        return f'is {name!r}, which does not name one directory; leave out what leads elsewhere ("/", "..")'
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        return f"has {len(os.fsencode(name))} bytes; file systems allow {LONGEST_NAME} beside a number"
+    return None
+
+
+# ---- the directory ----
+
+
+@contextmanager
+def claimed(ranks: Ranks, cfg: dict[str, Any], directory: Path | None) -> Iterator[Path]:
+    """The directory of this run, the same on all ranks; inside, rank 0 holds its lock.
+
+    Args:
+        directory: where the run is to be written; None for the configuration's own choice.
+
+    Raises:
+        ConfigError: as `claim`, on every rank.
+    """
+    lock = None
+
+    def by_main() -> Path:
+        nonlocal lock
+        lock = claim(cfg, directory)
+        return lock.directory
+
+    try:
+        yield ranks.from_main(by_main)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def claim(cfg: dict[str, Any], directory: Path | None = None) -> DirectoryLock:
+    """Choose where a run is written and lock it. Resuming without a directory takes the newest run of the same name.
+
+    Raises:
+        InUse: another process is writing there. ConfigError: a run is there, and `resume` does not ask to go on with it; the
+        directory cannot be written to.
+    """
+    given = directory or (Path(cfg["output_dir"]) if cfg["output_dir"] else None)
+    try:
+        if given is None:
+            return (_claim_newest(run_name(cfg)) if cfg["resume"] == "auto" else None) or _claim_new(run_name(cfg))
+        lock = DirectoryLock(given)
+    except OSError as error:
+        where = given or error.filename
+        raise ConfigError([f"{where} cannot be written to ({error.strerror}); choose another output_dir"]) from error
+    if cfg["resume"] == "never" and (given / METRICS_FILE).exists():
+        lock.release()
+        raise ConfigError(
+            [f"{given} already holds a run; add resume=auto to continue it, or choose another output_dir"]
+        )
+    return lock
+
+
+def _claim_new(name: str) -> DirectoryLock:
     first = Path("outputs") / date.today().isoformat() / name
-    taken = (p for n in range(1, 10_000) if not (p := first if n == 1 else first.with_name(f"{name}.{n}")).exists())
-    return next(taken)
+    for number in count(1):
+        with suppress(FileExistsError, InUse):
+            return DirectoryLock(first if number == 1 else first.with_name(f"{name}.{number}"), new=True)
+    raise AssertionError  # there are more numbers than directories
+
+
+def _claim_newest(name: str) -> DirectoryLock | None:
+    """The lock of the newest run of this name; None if there is none. A run that another process has just begun is one too."""
+    found = []
+    for path in Path("outputs").glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]/*"):
+        if _is_named(path, name) and (time := _time(path / METRICS_FILE) or _time(path / LOCK_FILE)):
+            found.append((time, path))
+    for _, path in sorted(found, reverse=True):
+        lock = DirectoryLock(path)
+        if (path / METRICS_FILE).exists():
+            return lock
+        lock.release()  # of a process that was killed before it wrote anything
+    return None
+
+
+def _time(path: Path) -> float | None:
+    """When a file was last written (seconds); None where there is none."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_named(directory: Path, name: str) -> bool:
+    """Whether a run of this name, numbered or not, is or could be in the directory: "a.2" is the second of "a", or one of "a.2"."""
+    if directory.name != name and not re.fullmatch(re.escape(name) + r"\.[1-9][0-9]*", directory.name):
+        return False
+    config = directory / CONFIG_FILE
+    try:
+        return run_name(read_config(directory)) == name if config.exists() else True
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+# ---- what it runs on ----
 
 
 def environment() -> dict[str, str]:

@@ -6,27 +6,66 @@ save what is spread over ranks nor leave without hanging the others.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import signal
-import sys
 import threading
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from training.ranks import Ranks
+if TYPE_CHECKING:  # torch takes seconds to import, and a signal may come before
+    from training.ranks import Ranks
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers and people send; SIGUSR2 is what submitit sends before a job's time is up."""
 
 
 class Stopped(SystemExit):
-    """A run has saved and ends because of a signal: with 128 + its number, as a shell reports it.
+    """A run has saved and ends because of a signal: with 128 + its number, as a shell reports it; `message` says so in words.
 
     No Exception: whoever goes on to the next job after one that failed must not go on after this.
     """
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, what: str = "stopped; resume=auto goes on from the last checkpoint") -> None:
         super().__init__(128 + signum)
         self.signal = signal.Signals(signum)
+        self.what = what
+
+    @property
+    def message(self) -> str:
+        """One line for a person."""
+        return f"{self.signal.name}: {self.what}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (int(self.signal), self.what)
+
+
+def leave_at_once() -> None:
+    """From now on a stop signal ends this process at once, with one message and 128 + its number; for while no run is under way.
+
+    A run handles them by a StopSignal. Once the process has done its work and Python is taken down, they are ignored. A rank leaves
+    without a word, since its parent speaks; the parent has started it deaf to signals, and here it begins to hear them.
+    """
+    is_child = multiprocessing.parent_process() is not None
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_DFL if is_child else leave)
+    if is_child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    else:
+        atexit.register(_ignore)
+
+
+def leave(signum: int, _: FrameType | None) -> NoReturn:
+    """The handler of `leave_at_once`. Not by an exception, which whatever is being imported could swallow or decorate."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{signal.Signals(signum).name}: stopped while no run was under way\n".encode())
+    os._exit(128 + signum)
+
+
+def _ignore() -> None:
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class StopSignal:
@@ -51,10 +90,15 @@ class StopSignal:
         self._previous = {}
         late = self._agreed or self._noted
         if kind is None and late:  # too late to interrupt the run, but what follows is to stop too
-            raise Stopped(late)
+            raise Stopped(late, "stopped; the run had come to its end")
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self._noted = signum
+
+    @property
+    def noted(self) -> int:
+        """The last signal that this process received; 0 for none."""
+        return self._noted
 
     def requested(self, ranks: Ranks) -> bool:
         """Whether any rank was asked to stop. All ranks call it at the same step, and all get the same answer.
@@ -73,7 +117,4 @@ class StopSignal:
             Stopped: always.
         """
         ranks.barrier()
-        stopped = Stopped(self._agreed)
-        if ranks.is_main:
-            print(f"{stopped.signal.name}: stopped at step {step}; go on with resume=auto", file=sys.stderr, flush=True)
-        raise stopped
+        raise Stopped(self._agreed, f"stopped at step {step}; go on with resume=auto")

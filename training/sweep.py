@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 
 from training.checkpoint import check_same
 from training.files import CONFIG_FILE, read_config
+from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS
 from training.validate import ConfigError
@@ -48,10 +50,12 @@ def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], floa
     Raises:
         ConfigError: the directory holds another run, or `sweep.resume` is false and it holds any.
     """
+    if cfg["sweep"]["resume"]:
+        cfg = {**cfg, "resume": "auto"}
+    elif (directory / METRICS_FILE).exists():
+        raise ConfigError([f"{directory} already holds a run; set sweep.resume=true to go on with it, or a sweep.name"])
     if not (directory / METRICS_FILE).exists() or not (directory / CONFIG_FILE).exists():
         return cfg, None
-    if not cfg["sweep"]["resume"]:
-        raise ConfigError([f"{directory} already holds a run; set sweep.resume=true to go on with it, or a sweep.name"])
     try:
         saved = read_config(directory)
     except (OSError, ValueError) as error:
@@ -62,16 +66,17 @@ def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], floa
     last = _last_record(directory)
     if last is not None and last["kind"] == "end":
         return cfg, last["best_val_loss"]
-    return {**cfg, "resume": "auto"}, None
+    return cfg, None
 
 
 def note_failure(directory: Path, error: BaseException) -> None:
-    """Write into a job's records that it failed, for whoever watches the sweep."""
-    last = _last_record(directory) if (directory / METRICS_FILE).exists() else None
-    message = " ".join(str(error).split()) or type(error).__name__
-    log = RunLog(directory)
-    log.write("event", 0 if last is None else last["step"], event="failed", message=message)
-    log.close()
+    """Write into a job's records that it failed, for whoever watches the sweep; not where another process goes on with it."""
+    with suppress(InUse), DirectoryLock(directory):
+        last = _last_record(directory) if (directory / METRICS_FILE).exists() else None
+        message = " ".join(str(error).split()) or type(error).__name__
+        log = RunLog(directory)
+        log.write("event", 0 if last is None else last["step"], event="failed", message=message)
+        log.close()
 
 
 def _last_record(directory: Path) -> dict[str, Any] | None:

@@ -1,10 +1,14 @@
 """However often a run is interrupted, it ends as if it had not been."""
 
+import contextlib
 import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from harness import (
@@ -170,6 +174,77 @@ def test_a_sweep_stops_with_its_job(tiny, tmp_path):
     assert [p for p in sweep.iterdir() if p.is_dir()] == [first]
     assert newest_step(first) == last_step(first)
     assert not children(process.pid)
+
+
+def begin(*words, cwd):
+    """A command line of train.py in a process group of its own; what it says on stderr is kept."""
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], **pipes, start_new_session=True)
+
+
+def said(process, signum):
+    """What a process said that was sent a signal, without the progress of the run; it has ended as it should."""
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + signum, err
+    lines = [line for line in err.splitlines() if not re.match(r"\S+ +\d+/\d+ ", line)]
+    assert len(lines) == 1 and lines[0].startswith(f"{signum.name}: stopped"), err
+    return lines[0]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_during_the_imports_is_one_message(tiny, tmp_path, signum):
+    process = begin(*tiny, "launcher.nproc=2", cwd=tmp_path)
+    wait_until(lambda: listens(process), what="the first line of train.py", poll=0.001)
+    process.send_signal(signum)
+    assert "while no run was under way" in said(process, signum)
+    assert not any(tmp_path.iterdir())
+
+
+def listens(process):
+    """Whether a process has handlers of its own for the stop signals: Python itself has one for SIGINT alone."""
+    [mask] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return "train.py" in words_of(process.pid) and bool(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1)
+
+
+def test_ctrl_c_while_ranks_start_is_one_message(tiny, tmp_path):
+    process = begin(*tiny, "launcher.nproc=2", cwd=tmp_path)
+    ranks = wait_until(lambda: [p for p in children(process.pid) if "spawn_main" in words_of(p)], 120, "a rank", 0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    said(process, signal.SIGINT)
+    assert not any(tmp_path.iterdir())
+    wait_until(lambda: not any(Path(f"/proc/{p}").exists() for p in ranks), what="the end of the ranks")
+
+
+def words_of(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("how", ["one process", "two ranks", "sweep", "sweep of two ranks"])
+def test_ten_signals_at_random_moments(tiny, tmp_path, how):
+    words = [*tiny[:-1], *CHEAP, "max_steps=20000", "checkpoint.interval=100000"]
+    words += ["launcher.nproc=2"] if "two ranks" in how else []
+    words += ["-m", "seed=1,2"] if "sweep" in how else ["output_dir=run"]
+    chance, before_the_first_step = random.Random(how), 0
+    for attempt in range(10):
+        where, signum = tmp_path / str(attempt), (signal.SIGTERM, signal.SIGINT)[attempt % 2]
+        where.mkdir()
+        process = begin(*words, cwd=where)
+        wait_until(lambda process=process: listens(process), what="the first line of train.py", poll=0.001)
+        time.sleep(chance.uniform(0, 20 if "two ranks" in how else 8))
+        to_all = chance.random() < 0.5  # as Ctrl-C reaches them
+        os.killpg(process.pid, signum) if to_all else process.send_signal(signum)
+        line = said(process, signum)
+        assert not [p for p in where.rglob("*") if p.suffix == ".tmp" or p.name == ".lock"]
+        found = [p.parent for p in where.rglob("metrics.jsonl")]
+        before_the_first_step += not found
+        for directory in found:
+            assert newest_step(directory) == last_step(directory)
+            assert f"stopped at step {last_step(directory)};" in line
+    assert before_the_first_step > 0
 
 
 def test_torchrun_passes_a_signal_on(run, tiny, tmp_path):

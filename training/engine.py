@@ -1,0 +1,183 @@
+"""Many runs, each in a process of its own, so many at a time: jobs in, outcomes out.
+
+One that fails or is killed is an outcome; the others go on. None outlives the process that started it: a worker is told its job on
+its standard input, which then stays open, and whose end says that the parent is gone, whatever ended it.
+
+    python -m training.engine        a worker, which is for `run_jobs` alone to start
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.log import METRICS_FILE, read_records
+from training.signals import STOP_SIGNALS, Stopped, StopSignal, leave_at_once
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_S = 0.05
+GRACE_S = 20.0
+"""How long a worker that was told to stop may take to save (seconds); then it is killed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: overrides of train.py, and the directory it is written to. What is in it already is gone on with."""
+
+    overrides: tuple[str, ...]
+    directory: Path
+
+    @property
+    def best(self) -> float | None:
+        """The best validation loss (nats a token) of a run that has come to its end; None before."""
+        file = self.directory / METRICS_FILE
+        end = next(read_records(file, "end"), None) if file.exists() else None
+        return None if end is None else end["best_val_loss"]
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has come to its end."""
+        return self.best is not None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job went: `failure` is None where it came to its end, else the reason."""
+
+    job: Job
+    failure: str | None
+
+
+def run_jobs(jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
+    """Run jobs, `workers` at a time, each with its share of the cores; yields their outcomes as they end.
+
+    Raises:
+        Stopped: a signal came; all workers have saved and ended, or were killed after GRACE_S.
+    """
+    waiting, running = deque(jobs), list[_Worker]()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with StopSignal() as stop:
+        try:
+            while (waiting or running) and not stop.noted:
+                while waiting and len(running) < workers:
+                    running.append(_Worker(waiting.popleft(), threads))
+                time.sleep(POLL_S)
+                for worker in [w for w in running if w.ended]:
+                    running.remove(worker)
+                    yield worker.outcome()
+        finally:
+            _stop(running)
+        if stop.noted:
+            left = sum(not worker.job.ended for worker in running) + len(waiting)
+            raise Stopped(stop.noted, f"stopped; {left} runs are left, and the same command goes on with them")
+
+
+class _Worker:
+    """A process that runs one job."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        self.job = job
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "training.engine"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._words,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the parent, which tells the workers
+        )
+        task = {"overrides": job.overrides, "directory": str(job.directory), "threads": threads}
+        with contextlib.suppress(BrokenPipeError):  # it was killed already
+            self._process.stdin.write(json.dumps(task).encode() + b"\n")
+            self._process.stdin.flush()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def outcome(self) -> Outcome:
+        """Of a process that has ended; lets go of it."""
+        self._words.seek(0)
+        lines = self._words.read().decode(errors="replace").strip().splitlines()
+        self._words.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        code, go_on = self._process.returncode, "the same command goes on with it"
+        signum = code - 128 if code > 128 else -code
+        if code == 0:
+            return Outcome(self.job, None)
+        if signum in STOP_SIGNALS:
+            return Outcome(self.job, f"stopped by {signal.Signals(signum).name}; {go_on}")
+        if code < 0:
+            name = signal.Signals(signum).name
+            return Outcome(self.job, f"killed by {name} (for SIGKILL, look for want of memory); {go_on}")
+        return Outcome(self.job, lines[-1] if lines else f"ended with exit code {code}")
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def end_by(self, moment: float) -> None:
+        """Wait until a moment of time.monotonic(), then kill."""
+        try:
+            self._process.wait(max(0.0, moment - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.terminate()
+    moment = time.monotonic() + GRACE_S
+    for worker in workers:
+        worker.end_by(moment)
+        worker.outcome()
+
+
+# ---- the worker ----
+
+
+def work() -> None:
+    """Run the job that standard input tells of. Its last words, one line on stderr, are the reason if it fails."""
+    leave_at_once()
+    task = json.loads(sys.stdin.buffer.readline() or "null")
+    if task is None:
+        return  # the parent was gone before it could say
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+    import torch
+
+    from train import USER_ERRORS, train
+    from training.config import compose
+    from training.launch import USER_ERROR, launch
+
+    torch.set_num_threads(task["threads"])
+    try:
+        launch(train, compose([*task["overrides"], "resume=auto"]), Path(task["directory"]), USER_ERRORS)
+    except Exception as error:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(USER_ERROR if isinstance(error, USER_ERRORS) else 1) from None
+
+
+def _stop_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os._exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    work()

@@ -1,0 +1,124 @@
+"""One process at a time writes into a run's directory: it holds a lock on a file in it for as long as it lives.
+
+The kernel gives the lock back when the process ends, whatever ends it, so the lock file of a killed process refuses nobody. The
+file says who holds the lock; who gives it back removes the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from training.validate import ConfigError
+
+LOCK_FILE = ".lock"
+
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems are mounted without them
+
+
+class InUse(ConfigError):
+    """Another process is writing into the directory; the message says which, and what to do."""
+
+
+class DirectoryLock:
+    """The right to write into `directory`, which is made if need be; `release` gives it back.
+
+    With `new` the directory must not be there yet: of many processes that ask for it one gets it.
+
+    Raises:
+        InUse: another process holds it; nothing in the directory was touched. FileExistsError: it is not new. OSError: it cannot
+        be made or written to.
+    """
+
+    def __init__(self, directory: Path, new: bool = False) -> None:
+        self.directory, self._path = directory, directory / LOCK_FILE
+        self._made: list[Path] = []
+        self._descriptor: int | None = None
+        while self._descriptor is None:
+            try:
+                self._made += _make(directory, new)
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # who held it left at this moment, and took its empty directory along
+            try:
+                _lock(descriptor, directory)
+                if self._is(descriptor):
+                    self._descriptor = descriptor
+            finally:
+                if self._descriptor is None:
+                    os.close(descriptor)
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(about).encode(), 0)
+
+    def __enter__(self) -> DirectoryLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back; directories that were made for it and are empty go too. A second call does nothing."""
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._is(self._descriptor):
+                self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for made in reversed(self._made):
+                made.rmdir()
+
+    def _is(self, descriptor: int) -> bool:
+        """Whether the open file is the one that has the lock file's name: who leaves removes it, and another may be there."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+
+def _make(directory: Path, new: bool) -> list[Path]:
+    """Make a directory and those above it; returns those that were not there."""
+    made = []
+    for path in (*reversed(directory.parents), directory):
+        try:
+            if not path.is_dir():
+                path.mkdir()
+                made.append(path)
+            elif new and path == directory:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        except FileExistsError:
+            if path == directory and new:
+                raise
+            if not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    return made
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUse([_who(os.pread(descriptor, 4096, 0), directory)]) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        print(f"{directory} is on a file system without locks: start no second run in it", file=sys.stderr)
+
+
+def _who(content: bytes, directory: Path) -> str:
+    remedy = "or choose another directory for this one"
+    try:
+        about = json.loads(content)
+        who = f"process {about['pid']} on {about['host']}, since {about['since']}"
+        return f"{directory} is in use by {who}; wait until it ends, or stop it (kill {about['pid']}), {remedy}"
+    except (ValueError, KeyError, TypeError):
+        return f"{directory} is in use by another process; wait until it ends, {remedy}"
