@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,6 +155,12 @@ def attention(B: int, H: int, T: int, w: int, random: Callable[..., Tensor]) -> 
             yield Ceiling(what, make, forward * (3.5 if backward else 1), "TFLOP/s")
 
 
+def several(call: Callable[[], object], times: int) -> None:
+    """Call it so many times in a row."""
+    for _ in range(times):
+        call()
+
+
 def measure(repeats: int, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """One row a ceiling: median seconds of a call, work a second."""
     where, rows = device(), []
@@ -163,7 +170,7 @@ def measure(repeats: int, sizes: dict[str, Any] | None = None) -> list[dict[str,
             call = ceiling.make()
             call()
             together = min(_MOST_TOGETHER, 1 + int(_SAMPLE_S / seconds_of(call)))
-            seconds = [seconds_of(lambda: [call() for _ in range(together)]) / together for _ in range(repeats)]  # noqa: B023
+            seconds = [seconds_of(partial(several, call, together)) / together for _ in range(repeats)]
             row |= {"median s": statistics.median(seconds), "all s": seconds}
             if ceiling.work:
                 row |= {"rate": ceiling.work / row["median s"], "unit": ceiling.unit}
