@@ -9,7 +9,7 @@
     python scripts/bench.py probes         a probe's share of training time at its interval in experiment=paper
     python scripts/bench.py scaling        work and bytes a rank, counted, for 1 to 64 ranks (nothing is timed)
 
-Options (key=value): layers=, repeats=, problems= (lmo), model=, micro_batch_size=, tokens=, assignments= and optims= (lists; train and
+Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=, assignments= and optims= (lists; train and
 profile), limit_s= (train: no further turn after so many seconds), traces= (profile: a folder for the traces), results= (a folder), file=
 (bench_<name>). Contestants alternate, medians are reported, and what was printed is kept as JSON in results/<device>/. The same command
 serves CPU and CUDA.
@@ -18,7 +18,6 @@ serves CPU and CUDA.
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import UsageError, parse, run
-from scripts.timing import device, measure
+from scripts.timing import device, device_folder, measure
 from training.config import compose
 from training.run import device_name, environment
 
@@ -43,14 +42,14 @@ Rows = list[dict[str, Any]]
 # ---- optimizer ----
 
 
-def matrices(layers: int, where: torch.device) -> nn.Module:
-    """A GPT-2 of width 768 with hardly a vocabulary, and gradients in its matrices.
+def matrices(layers: int, width: int, where: torch.device) -> nn.Module:
+    """A GPT-2 of some width with hardly a vocabulary, and gradients in its matrices.
 
     The gradients decay over their singular directions as trained ones do; isotropic ones would be too easy.
     """
     from model.gpt import GPT, GPTConfig
 
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers)).to(where)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers, n_embd=width)).to(where)
     for p in model.parameters():
         if p.ndim == 2:
             p.grad = torch.randn_like(p) * torch.logspace(0, -3, p.size(1), device=where) * (1e-3 / p.size(0) ** 0.5)
@@ -72,10 +71,10 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
     from optim.groups import build_optimizers
 
     where = device()
-    layers = options["layers"] or (12 if where.type == "cuda" else 1)
+    layers, width = options["layers"] or (12 if where.type == "cuda" else 1), options["width"] or 768
     contestants, flops = {}, {}
     for name, overrides in SETTINGS.items():
-        optimizers = build_optimizers(matrices(layers, where), compose([*overrides, "assignment=hetero"]))
+        optimizers = build_optimizers(matrices(layers, width, where), compose([*overrides, "assignment=hetero"]))
         muon = optimizers.muon
         contestants[name] = muon.step
         flops[name] = sum(
@@ -83,7 +82,7 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
             for group in muon.param_groups
             for p in group["params"]
         )
-    mine = [p for p in matrices(layers, where).transformer.h.parameters() if p.ndim == 2]
+    mine = [p for p in matrices(layers, width, where).transformer.h.parameters() if p.ndim == 2]
     contestants["AdamW (fused)"] = torch.optim.AdamW(mine, lr=1e-3, fused=True).step
     flops["AdamW (fused)"] = 16.0 * sum(p.numel() for p in mine)
     times = measure(contestants, options["repeats"] or 3)
@@ -95,6 +94,7 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
             {
                 "step": name,
                 "layers": layers,
+                "width": width,
                 "counted GFLOP": flops[name] / 1e9,
                 "median s": median,
                 "GFLOP/s": flops[name] / median / 1e9,
@@ -218,7 +218,7 @@ def bench_residual(options: dict[str, Any]) -> Rows:
     """A training step under every residual rule, at GPT-2 124M's width; see scripts/bench_residual.py."""
     from scripts.bench_residual import measure
 
-    chosen = {"layers": options["layers"], "micro": options["micro_batch_size"]}
+    chosen = {"layers": options["layers"], "width": options["width"], "micro": options["micro_batch_size"]}
     return measure({key: value for key, value in chosen.items() if value}, options["repeats"] or 7)
 
 
@@ -296,6 +296,7 @@ def work(arguments: list[str]) -> int:
     """The command; see the module's docstring."""
     defaults = {
         "layers": 0,
+        "width": 0,
         "repeats": 0,
         "problems": "",
         "model": "",
@@ -318,8 +319,7 @@ def work(arguments: list[str]) -> int:
     if name == "lmo":
         text += "\n\n" + table(calls_needed(rows))
         print("\n" + table(calls_needed(rows)))
-    slug = "counted" if name == "scaling" else re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    folder = Path(options["results"] or ROOT / "results" / slug)
+    folder = Path(options["results"] or ROOT / "results" / ("counted" if name == "scaling" else device_folder()))
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": " ".join(["python scripts/bench.py", *arguments]),

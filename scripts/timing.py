@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from training.run import device_name
 
 # Dense bfloat16 peak of one device, in FLOP/s, by a part of its name (vendors' data sheets).
 PEAK = {
@@ -28,6 +31,11 @@ NOT_MEASURED = "not measured"
 def device() -> torch.device:
     """CUDA where there is one."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_folder() -> str:
+    """The name of the device as that of a folder of results."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
 def synchronize() -> None:
