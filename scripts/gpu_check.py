@@ -9,7 +9,8 @@
     scripts/gpu_check.sh c d data=books 'data.files=books_train.txt.gz' 'data.val_files=books_val.txt.gz' data.dir=/tmp/books
     scripts/gpu_check.sh tiny=true         all of it in small, on a CPU, in two minutes
 
-Started again, a stage passes over the steps that are done and goes on with the others. Options (key=value):
+Started again, a stage passes over the steps that are done and goes on with the others. Options (key=value; paths are relative to the
+repository, or absolute):
 
     seconds=            of a stage (560); a step that does not fit is ended, and runs save before they end
     work=               where everything is written (outputs/gpu_check_work)
@@ -86,7 +87,7 @@ def options_of(arguments: Sequence[str]) -> tuple[list[str], Options]:
     if min(given["seconds"], given["micro_batch_size"]) < 1:
         raise UsageError("seconds= and micro_batch_size= must be positive whole numbers; the defaults are 560 and 64")
     data = [word for word in words if word.startswith(("data=", "data."))]
-    results = Path(given["results"] or ROOT / "results" / device_folder())
+    results = Path(given["results"] or f"results/{device_folder()}")
     where = (Path(given["work"]), Path(given["out"]), results)
     tiny = given["tiny"] == "true"
     rest = [word for word in words if word not in data]
@@ -174,9 +175,7 @@ def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
     start, note = time.monotonic(), "done"
     left = [f"seconds={most:.0f}"] if step.name == "runs" else []
     with (folder / f"{step.name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*step.command, *left], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen([*step.command, *left], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code: int = process.wait(most)
             note = "done" if code == 0 else f"failed with exit code {code}"
@@ -255,6 +254,7 @@ def work(arguments: list[str]) -> int:
     if len(words) != 1 or words[0] not in (*STAGES, "pack", "environment"):
         raise UsageError(f"name one of {', '.join(STAGES)}, pack, environment, not '{' '.join(words)}'; see --help")
     [what] = words
+    os.chdir(ROOT)
     if what == "environment":
         describe()
     elif what == "pack":

@@ -4,8 +4,7 @@
 # However a stage ends, what it wrote is packed into a few small files under out= ($OUT, or outputs/gpu_check).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-[ -x .venv/bin/python ] && python=.venv/bin/python
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONUNBUFFERED=1
 
 stages=() options=() seconds=560

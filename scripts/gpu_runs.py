@@ -54,7 +54,8 @@ class Race:
     first: int
     most: int
     end: float
-    costs: dict[str, tuple[float, float]] = field(default_factory=dict)  # seconds a step, seconds beside the steps
+    costs: dict[str, tuple[float, float]] = field(default_factory=dict)  # seconds a step, most seconds beside the steps
+    compiled: bool = False  # whether this process has trained one of them
 
     def config(self, name: str, steps: int) -> dict[str, Any]:
         """The configuration of a run up to so many steps."""
@@ -73,23 +74,25 @@ class Race:
             if before >= steps:
                 continue
             print(f"\n{name}: {before} → {steps}", flush=True)
-            start = time.monotonic()
-            train(self.config(name, steps), self.folder / name)
-            self.note(name, steps - before, time.monotonic() - start)
+            cfg, start = self.config(name, steps), time.monotonic()
+            train(cfg, self.folder / name)
+            self.note(name, cfg, steps - before, time.monotonic() - start)
             gc.collect()  # of this model, before the next one is made
 
-    def note(self, name: str, steps: int, seconds: float) -> None:
+    def note(self, name: str, cfg: dict[str, Any], steps: int, seconds: float) -> None:
         """Keep what a run cost: seconds a step by its last record, and the rest."""
         last = list(read_records(self.folder / name, "train"))[-1]
-        a_step = self.config(name, steps)["global_batch_tokens"] / last["tokens_per_s"]
-        self.costs[name] = (a_step, max(0.0, seconds - a_step * steps))
+        a_step = cfg["global_batch_tokens"] / last["tokens_per_s"]
+        _, before = self.costs.get(name, (0.0, 0.0))
+        self.costs[name], self.compiled = (a_step, max(before, seconds - a_step * steps)), True
         (self.folder / "costs.json").write_text(json.dumps(self.costs, indent=2) + "\n")
 
     def affordable(self) -> int:
         """The number of steps that all runs can reach in the time left; what they have reached where there is no more time."""
         here = min(map(self.reached, RUNS))
         a_step = sum(cost for cost, _ in self.costs.values())
-        beside = statistics.median(rest for _, rest in self.costs.values()) * len(RUNS)
+        rest = [seconds for _, seconds in self.costs.values()]  # the first run's includes compiling
+        beside = statistics.median(rest) * len(RUNS) if self.compiled else sum(rest)
         left = _PLANNED * (self.end - time.monotonic()) - beside
         return min(self.most, here + max(0, int(left / a_step)))
 
@@ -116,7 +119,8 @@ def write_results(race: Race, results: Path, arguments: Sequence[str]) -> str:
     foot = (
         f"Written by `{command}`: {cfg['model']['n_layer']} layers of width {cfg['model']['n_embd']}, context "
         f"{cfg['model']['block_size']}; {min(r.step for r in runs):,} of the schedule's {race.most:,} steps of "
-        f"{cfg['global_batch_tokens']:,} tokens; data `{cfg['data']['name']}`; one seed.\n"
+        f"{cfg['global_batch_tokens']:,} tokens; data `{cfg['data']['name']}`; one seed. The last column is the paper's loss after "
+        "50,000 steps on other text: no number here compares with it.\n"
         f"{env['device']}, Python {env['python']}, torch {env['torch']}, {env['platform']}."
     )
     results.mkdir(parents=True, exist_ok=True)
