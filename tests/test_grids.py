@@ -190,6 +190,12 @@ def test_bench_measures_every_rule():
         ("residual", ["layers=1", "micro_batch_size=1", "repeats=1"], ["geonorm", "nGPT", "time ratio"]),
         ("probes", ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"], ["share of training"]),
         ("train", ["model=demo", "tokens=256", "assignments=hetero", "repeats=1"], ["hetero", "optimizer share"]),
+        ("ceilings", ["repeats=1"], ["copy, bytes read and written", "svdvals", "cuDNN, forward"]),
+        (
+            "profile",
+            ["model=demo", "tokens=256", "micro_batch_size=1", "assignments=adamw"],
+            ["aten::mm", "calls a step"],
+        ),
         ("scaling", [], ["gpt2_774m", "received MiB a rank"]),
     ],
 )
@@ -205,7 +211,10 @@ def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch,
 
 def test_bench_names_its_benchmarks(capsys):
     assert bench.main([]) == bench.main(["speed"]) == 2
-    assert "name one benchmark: optimizer, lmo, train, residual, probes, scaling" in capsys.readouterr().err
+    assert (
+        "name one benchmark: ceilings, optimizer, lmo, train, profile, residual, probes, scaling"
+        in capsys.readouterr().err
+    )
 
 
 def test_scripts_say_how_they_are_used(capsys):
