@@ -142,7 +142,7 @@ class Training:
         """One update; `poison` puts a NaN into the gradient, so that the update must be left out."""
         batch = windows(8, seed=self.step)[self.rank :: self.world]
         self.optimizers.set_lr(1.0 / (1 + self.step))
-        loss = accumulate(self.replica, batch, 4, self.device, self.autocast)
+        loss = accumulate(self.replica, batch, 2, self.device, self.autocast)
         if poison:
             next(iter(self.params.values())).grad.mul_(torch.nan)
         norm, norms = clip([p.grad for p in self.params.values()], 1.0)
