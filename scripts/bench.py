@@ -2,17 +2,17 @@
 
     python scripts/bench.py ceilings       what the device can do: copies, products, decompositions, attention kernels
     python scripts/bench.py optimizer      our step, the published step and AdamW at GPT-2 124M's shapes
-    python scripts/bench.py lmo            matrix signs and seconds until the step problem is solved to .95, .99, .999
+    python scripts/bench.py lmo            how well, and how fast, the step and other methods solve recorded step problems
     python scripts/bench.py train          tokens/s, MFU, memory and the optimizer's share, by assignment
     python scripts/bench.py profile        the operations in which a step of each assignment spends its time
     python scripts/bench.py residual       a training step and its memory under every residual rule, as ratios to pre-norm
     python scripts/bench.py probes         a probe's share of training time at its interval in experiment=paper
     python scripts/bench.py scaling        work and bytes a rank, counted, for 1 to 64 ranks (nothing is timed)
 
-Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=, assignments= and optims= (lists; train and
-profile), limit_s= (train: no further turn after so many seconds), traces= (profile: a folder for the traces), results= (a folder), file=
-(bench_<name>). Contestants alternate, medians are reported, and what was printed is kept as JSON in results/<device>/. The same command
-serves CPU and CUDA.
+Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
+assignments= and optims= (lists; train and profile), limit_s= (train: no further turn after so many seconds), traces= (profile: a folder
+for the traces), results= (a folder), file= (bench_<name>). Contestants alternate, medians are reported, and what was printed is kept as
+JSON in results/<device>/. The same command serves CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,8 @@ def matrices(layers: int, width: int, where: torch.device) -> nn.Module:
 SETTINGS = {
     "published (bfloat16)": ["optim=paper"],
     "ours": ["optim=manifold_muon"],
-    "ours, one call": [
-        "optim=manifold_muon",
-        *(f"optim.muon.rule.{key}" for key in ("calls={dgram: 1}", "cap=0", "root_steps=6")),
-    ],
+    "ours, high quality": ["optim=manifold_muon", "optim.muon.rule.quality=high"],
+    "ours, float32": ["optim=manifold_muon", "optim.muon.rule.products=float32"],
 }
 
 
@@ -123,10 +122,14 @@ def check_no_sync(contestants: Mapping[str, Callable[[], object]]) -> None:
 
 
 def bench_lmo(options: dict[str, Any]) -> Rows:
-    """How good each number of calls is on given problems, and how long it takes."""
+    """How good the step and every method of optim/solvers.py are on given problems, by their certificate, and how long they take."""
     import numpy as np
 
-    from optim.lmo import SOLVERS, solve
+    from optim.certificate import certify
+    from optim.certified import direction
+    from optim.linalg import PRECISIONS
+    from optim.manifolds import MANIFOLDS
+    from optim.solvers import METHODS, solve
 
     path = Path(options["problems"] or ROOT / "tests" / "oracles" / "lmo_problems.npz")
     if not path.exists():
@@ -137,35 +140,20 @@ def bench_lmo(options: dict[str, Any]) -> Rows:
     for key in sorted({k.rpartition("/")[0] for k in data.files}):
         W, G = (torch.from_numpy(data[f"{key}/{x}"]).float().to(device()) for x in "WG")
         manifold = key.partition("_")[0]
-        for solver in SOLVERS:
-            for calls in (1, 3, 6, 12, 24):
-
-                def call(
-                    solver: str = solver,
-                    calls: int = calls,
-                    W: torch.Tensor = W,
-                    G: torch.Tensor = G,
-                    manifold: str = manifold,
-                ):
-                    return solve(W, G, manifold, solver=solver, calls=calls)
-
-                step = call()
-                seconds = statistics.median(measure({"": call}, 3, warmup=0)[""])
-                T = step.direction.double()
-                value = (T * G.double()).sum().item() / float(data[f"{key}/optimum"])
-                certified = step.certificate.feas.item()
-                rows.append(
-                    {
-                        "problem": key,
-                        "solver": solver,
-                        "calls": calls,
-                        "⟨G,A⟩/optimum": value,
-                        "certified feas": certified,
-                        "seconds": seconds,
-                    }
-                )
-                if solver == "least_squares":
-                    break
+        W = MANIFOLDS[manifold].retract(W)  # the file is rounded to float16
+        contestants: dict[tuple[str, int], Callable[[], torch.Tensor]] = {
+            (f"step, {quality}, {precision}", 1): partial(direction, W, G, manifold, precision, quality)
+            for quality in MANIFOLDS[manifold].efforts
+            for precision in PRECISIONS
+        }
+        for method in METHODS:
+            for calls in (1,) if method == "least_squares" else (1, 3, 6, 12, 24):
+                contestants[method, calls] = lambda m=method, c=calls, W=W, G=G, on=manifold: solve(W, G, on, m, c).T
+        for (solver, calls), call in contestants.items():
+            T, seconds = call(), statistics.median(measure({"": call}, 3, warmup=0)[""])
+            value = (T.double() * G.double()).sum().item() / float(data[f"{key}/optimum"])
+            row = {"problem": key, "solver": solver, "calls": calls, "⟨G,A⟩/optimum": value}
+            rows.append({**row, "certified feas": certify(W, G, T, manifold).feas.item(), "seconds": seconds})
     return rows
 
 

@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from scripts import bench, bench_residual, crossing, exponents, failure, lr_transfer, solver_sweep
@@ -222,3 +224,16 @@ def test_scripts_say_how_they_are_used(capsys):
         assert module.main(["--help"]) == 0
         name = Path(module.__file__).relative_to(ROOT)
         assert f"python {name}" in capsys.readouterr().out
+
+
+def test_bench_lmo_measures_the_step_and_every_method(tmp_path, capsys):
+    torch.manual_seed(0)
+    W = torch.linalg.qr(torch.randn(12, 6))[0]
+    np.savez(
+        tmp_path / "p.npz", **{"stiefel_x/W": W.numpy(), "stiefel_x/G": torch.randn(12, 6), "stiefel_x/optimum": 1}
+    )
+    assert bench.main(["lmo", f"problems={tmp_path}/p.npz", f"results={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "bench_lmo.json").read_text())["rows"]
+    assert {"step, default, float32", "step, high, float16", "su", "dual_ascent"} <= {row["solver"] for row in rows}
+    assert all(0.5 < row["certified feas"] < 1.01 for row in rows if row["solver"].startswith("step"))
+    assert bench.main(["lmo", "problems=none.npz"]) == 2 and "no problems in none.npz" in capsys.readouterr().err
