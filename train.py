@@ -49,7 +49,7 @@ from training.log import METRICS_FILE, NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
-from training.run import claimed, environment, problems_of_names, resolve_device, run_name, summary, use_compile
+from training.run import claimed, compiled, environment, problems_of_names, resolve_device, run_name, summary
 from training.settings import problems
 from training.signals import StopSignal
 from training.stability import Stability
@@ -99,6 +99,8 @@ class Run:
     def __init__(self, ranks: Ranks, cfg: dict[str, Any], directory: Path) -> None:
         self.ranks, self.cfg, self.directory = ranks, cfg, directory
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # of this run, not of one before it in the same process
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         dataset = open_data(cfg)
         self.data, self.val = dataset.fingerprint, dataset.val
@@ -143,8 +145,9 @@ class Run:
     def train(self, stop: StopSignal) -> None:
         """The loop: once in a while look, write down and save; always batch → loss → gradient → geometry → weights."""
         cfg, ranks, log = self.cfg, self.ranks, self.open_log()
-        self.compiled = torch.compile(self.model) if use_compile(cfg, self.device) else self.model
-        replica = DistributedDataParallel(self.compiled) if ranks.world > 1 else self.compiled
+        # DDP is compiled with the model, not around it: only so does its communication overlap with the backward pass.
+        self.compiled = compiled(self.model, cfg, self.device)
+        replica = compiled(DistributedDataParallel(self.model), cfg, self.device) if ranks.world > 1 else self.compiled
         batches = Prefetcher(self.loader, self.step)
         self.clock, tokens = time.perf_counter(), 0
         try:
@@ -218,14 +221,14 @@ class Run:
 
     def evaluate(self, log: RunLog | NoLog) -> None:
         """The validation loss, and what it says of stability; at the end, if asked for, that of the whole validation split."""
-        how = (self.cfg["micro_batch_size"], self.ranks, self.autocast)
-        self.val_loss = evaluate(self.compiled, self.held_out, *how)
+        models, how = (self.compiled, self.model), (self.cfg["micro_batch_size"], self.ranks, self.autocast)
+        self.val_loss = evaluate(*models, self.held_out, *how)
         log.write("eval", self.step, loss=self.val_loss)
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
         if self.finished and self.cfg["full_eval"]:
             windows = validation_windows(self.val, self.cfg["model"]["block_size"])
-            self.full_val_loss = evaluate(self.compiled, windows, *how)
+            self.full_val_loss = evaluate(*models, windows, *how)
             log.write("full_eval", self.step, loss=self.full_val_loss, tokens=windows[:, 1:].size)
 
     def write_spectra(self, log: RunLog | NoLog) -> None:

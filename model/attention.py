@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optim.casts import cast
+
 HEAD_GATES = ("none", "token", "position")
 PG_OP_OVERHEAD = 0.016
 """Parameters of head gates, as a share of W_O, below which arXiv 2604.23681 states that PG-OP stays."""
@@ -25,7 +27,7 @@ def causal_logits(q: Tensor, k: Tensor, cap: float | None = None, scale: float |
 
     scale: None for 1/√w.  cap: unless None, cap·tanh(z/cap) stands for every logit z (soft-cap; Gemma 2, arXiv 2408.00118).
     """
-    z = (q @ k.mT).float() * (q.size(-1) ** -0.5 if scale is None else scale)
+    z = cast(q @ k.mT, torch.float32) * (q.size(-1) ** -0.5 if scale is None else scale)
     if cap:
         z = cap * torch.tanh(z / cap)
     future = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1)
@@ -38,7 +40,7 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, dropout: float
     Fused kernels take no function of the logits, so all B·H·T² of them are computed and kept for the backward pass: at GPT-2's
     1024 tokens about six numbers a logit, 4.5 GiB a layer for 16 windows in float32. Choose micro_batch_size accordingly.
     """
-    p = torch.softmax(causal_logits(q, k, cap, scale), dim=-1).to(v.dtype)
+    p = cast(torch.softmax(causal_logits(q, k, cap, scale), dim=-1), v.dtype)
     return F.dropout(p, dropout) @ v
 
 
@@ -65,7 +67,7 @@ class HeadGate(nn.Module):
         if self.kind == "token":
             return 2 * torch.sigmoid(x @ self.weight.view(self.n_head, -1).T).mT.unsqueeze(-1)
         table = self.weight.view(-1, self.n_head)[: x.size(1)]  # (T, H)
-        return 2 * torch.sigmoid(table).T[None, :, :, None].to(x.dtype)
+        return cast(2 * torch.sigmoid(table).T[None, :, :, None], x.dtype)
 
 
 class QKClip(nn.Module):
@@ -91,7 +93,7 @@ class QKClip(nn.Module):
         T = q.size(-2)
         for start in range(0, T, _CLIP_ROWS):
             stop = min(start + _CLIP_ROWS, T)
-            z = (q[..., start:stop, :] @ k[..., :stop, :].mT).float() * scale
+            z = cast(q[..., start:stop, :] @ k[..., :stop, :].mT, torch.float32) * scale
             future = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1 + start)
             z = z.masked_fill(future, -torch.inf)
             self.largest.copy_(torch.maximum(self.largest, z.amax((0, 2, 3))))

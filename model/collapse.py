@@ -14,22 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optim.spectra import singular_values
+
 # Singular values below this share of the largest are not counted as a direction in use.
 _WIDTH_TOLERANCE = 1e-3
 # Tokens whose Gram matrix is decomposed: enough for a rank, few enough for a probe during training.
 _GRAM_TOKENS = 128
 # The sum over heads is read with this relative error (1% in amplitude): what needs more than that is not recovered.
 _READING_NOISE = 1e-4
-
-
-def singular_values(X: Tensor) -> Tensor:
-    """Singular values (B, min(n, d)) of X (B, n, d), descending, float64, through the smaller Gram matrix; NaN if X is not finite."""
-    X = X.double()
-    gram = X @ X.mT if X.size(-2) <= X.size(-1) else X.mT @ X
-    sound = gram.isfinite().all(-1).all(-1)[:, None]  # the decomposition raises on what is not
-    gram = torch.where(sound[..., None], gram, torch.zeros_like(gram))
-    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
-    return torch.where(sound, sigma, torch.full_like(sigma, torch.nan))
 
 
 def effective_rank(sigma: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from model.layers import MLPS, CausalSelfAttention
 from model.loss import linear_cross_entropy
 from model.residual import ResidualRule, Stream, residual_problems, residual_rule
 from model.scale import StoredScale
+from optim.casts import cast
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class GPT(nn.Module):
             return F.linear(h, self.head_weight()), None
         # Under autocast the norm returns float32; the head's product belongs in the autocast dtype.
         if torch.is_autocast_enabled(h.device.type):
-            h = h.to(torch.get_autocast_dtype(h.device.type))
+            h = cast(h, torch.get_autocast_dtype(h.device.type))
         return None, linear_cross_entropy(h.flatten(0, 1), self.head_weight(), y.flatten())
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.attention import HeadGate, QKClip, capped_attention, clip_head_weights
 from model.scale import StoredScale
+from optim.casts import cast
 from optim.geonorm import to_sphere
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, T, D) → the same, in x's dtype."""
-        a, b = x.float().chunk(2, -1)
+        a, b = cast(x, torch.float32).chunk(2, -1)
         cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+        return cast(torch.cat([a * cos - b * sin, a * sin + b * cos], -1), x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -68,14 +69,14 @@ class CausalSelfAttention(nn.Module):
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         if self.q_norm is not None:  # unit root mean square, times a learned gain (Henry et al., arXiv 2010.04245)
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+            q, k = (cast(norm(cast(u, torch.float32)), v.dtype) for norm, u in ((self.q_norm, q), (self.k_norm, k)))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         if self.s_qk is not None:
             s = self.s_qk().view(self.n_head, 1, -1)
-            q, k = ((s * to_sphere(u)).to(v.dtype) for u in (q, k))
+            q, k = (cast(s * to_sphere(u), v.dtype) for u in (q, k))
         if self.qk_clip is not None and self.qk_clip.gain is not None:
-            q = q * self.qk_clip.gain.to(v.dtype)
+            q = q * cast(self.qk_clip.gain, v.dtype)
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:

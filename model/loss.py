@@ -1,7 +1,7 @@
-"""Cross entropy of a linear head without the full matrix of logits.
+"""Cross entropy of a linear head without the full matrix of logits, where that matrix would be too large.
 
 At 124M parameters the logits of 16 windows of 1024 tokens are 3.3 GB in float32, more than all weights and activations of a small
-run; they are only ever needed a few rows at a time.
+run; they are only ever needed a few rows at a time. A compiled loop, on the other hand, is unrolled: every chunk makes the graph longer.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Above this many logits (256 MiB in float32) the head is computed in chunks; below, one product is faster.
+from optim.casts import cast
+
+# Up to this many logits (256 MiB in float32) one product is faster than chunks of _CHUNK_LOGITS.
 _FULL_LOGITS = 2**26
 _CHUNK_LOGITS = 2**25
+# On CUDA a chunk has this many rows: enough to fill the device, few enough chunks to compile (8 for 65,536 tokens).
+_CUDA_ROWS = 8192
+# A compiled head keeps a 16-bit logit and its gradient, and no float32 copy. Full logits may take this share of the device's memory.
+_COMPILED_BYTES = 4
+_SHARE = 0.25
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -26,22 +33,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_W = torch.zeros_like(W, dtype=torch.float32) if need else None
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
-            logits = (h[part] @ W.T).float()
+            logits = cast(h[part] @ W.T, torch.float32)
             loss += F.cross_entropy(logits, y[part], reduction="sum")
             if need:
                 probs = torch.softmax(logits, dim=-1)
                 probs.scatter_add_(1, y[part, None], torch.full_like(probs[:, :1], -1.0))
-                probs = (probs / h.size(0)).to(h.dtype)
+                probs = cast(probs / h.size(0), h.dtype)
                 grad_h[part] = probs @ W
                 grad_W += probs.T @ h[part]
         if need:
-            ctx.save_for_backward(grad_h, grad_W.to(W.dtype))
+            ctx.save_for_backward(grad_h, cast(grad_W, W.dtype))
         return loss / h.size(0)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_W = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), grad_W * grad.to(grad_W.dtype), None, None
+        return grad_h * cast(grad, grad_h.dtype), grad_W * cast(grad, grad_W.dtype), None, None
+
+
+@torch.compiler.assume_constant_result
+def _device_bytes(index: int) -> int:
+    """All memory of a CUDA device: a constant to torch.compile."""
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+def rows_at_once(rows: int, vocab: int, device: torch.device) -> int:
+    """How many of the rows of h go through the head together; `rows` means full logits."""
+    if rows * vocab <= _FULL_LOGITS:
+        return rows
+    if device.type != "cuda":
+        return max(1, _CHUNK_LOGITS // vocab)
+    # Eagerly the float32 logits, their softmax and its gradient would be kept as well: five times as much.
+    fits = torch.compiler.is_compiling() and rows * vocab * _COMPILED_BYTES <= _SHARE * _device_bytes(device.index)
+    return rows if fits else _CUDA_ROWS
 
 
 def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
@@ -52,7 +76,10 @@ def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
         W: (V, d), any float dtype; cast to h's.
         y: (N,) int64.
     """
-    W = W.to(h.dtype)
-    if h.size(0) * W.size(0) <= _FULL_LOGITS:
-        return F.cross_entropy((h @ W.T).float(), y)
-    return _ChunkedCrossEntropy.apply(h, W, y, max(1, _CHUNK_LOGITS // W.size(0)))
+    W = cast(W, h.dtype)
+    if not torch.is_grad_enabled():
+        h, W = h.detach(), W.detach()  # the gradient comes with the forward, for whatever asks for one
+    rows = rows_at_once(h.size(0), W.size(0), h.device)
+    if rows >= h.size(0):
+        return F.cross_entropy(cast(h @ W.T, torch.float32), y)
+    return _ChunkedCrossEntropy.apply(h, W, y, rows)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.scale import StoredScale
+from optim.casts import cast
 from optim.geonorm import DECAYS, geonorm_angle, retraction_angle, rotate, to_sphere
 
 
@@ -351,8 +352,8 @@ class LerpJoint(nn.Module):
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         # nGPT norms x once more; it is normed already, by the joint before or the entry.
-        target = to_sphere(sublayer(self.norm(x)).to(x.dtype), self.radius)
-        return to_sphere(torch.lerp(x, target, self.alpha().abs().to(x.dtype)), self.radius)
+        target = to_sphere(cast(sublayer(self.norm(x)), x.dtype), self.radius)
+        return to_sphere(torch.lerp(x, target, cast(self.alpha().abs(), x.dtype)), self.radius)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from optim.casts import at_least_float32, cast
+
 MAX_ANGLE = math.pi / 4
 """GeoNorm's clamp, radians."""
 
@@ -64,11 +66,6 @@ def _square_length(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is where it is finer."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class _ToSphere(torch.autograd.Function):
     """to_sphere, by hand: its gradient needs only what it returns, which the next layer keeps anyhow, so nothing else is stored."""
 
@@ -78,7 +75,7 @@ class _ToSphere(torch.autograd.Function):
         length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         has_direction = length > _SMALLEST_RADIUS
         factor = torch.where(has_direction, radius / length.clamp_min(_SMALLEST_RADIUS), 1.0)
-        out = (y * factor).to(x.dtype)
+        out = cast(y * factor, x.dtype)
         ctx.save_for_backward(out, factor, torch.where(has_direction, factor / radius**2, 0.0))
         return out
 
@@ -87,7 +84,7 @@ class _ToSphere(torch.autograd.Function):
         out, factor, inward = ctx.saved_tensors
         y, g = at_least_float32(out), at_least_float32(grad)
         along = (y * g).sum(-1, keepdim=True)
-        return torch.addcmul(factor * g, y, inward * along, value=-1).to(grad.dtype), None
+        return cast(torch.addcmul(factor * g, y, inward * along, value=-1), grad.dtype), None
 
 
 def to_sphere(x: Tensor, radius: float = 1.0) -> Tensor:
@@ -123,7 +120,7 @@ def rotate(x: Tensor, g: Tensor, angle: Callable[[Tensor], Tensor], radius: floa
     has_direction = own_xx > _SMALLEST_RADIUS**2
     along, across = torch.where(has_direction, along, 1.0), torch.where(has_direction, across, 0.0)
     # x cos φ + v sin φ/t, with v written out: one pass over x and g.
-    return torch.addcmul((along - across * xg / xx) * point, across, update).to(x.dtype)
+    return cast(torch.addcmul((along - across * xg / xx) * point, across, update), x.dtype)
 
 
 def geonorm_angle(t: Tensor, scale: Tensor | float, offset: Tensor | float, decay: float) -> Tensor:

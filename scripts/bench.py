@@ -1,25 +1,27 @@
 """What a step costs: measured ratios in one process, beside the operations counted from the shapes.
 
+    python scripts/bench.py ceilings       what the device can do: copies, products, decompositions, attention kernels
     python scripts/bench.py optimizer      our step, the published step and AdamW at GPT-2 124M's shapes
-    python scripts/bench.py lmo            matrix signs and seconds until the step problem is solved to .95, .99, .999
+    python scripts/bench.py lmo            how well, and how fast, the step and other methods solve recorded step problems
     python scripts/bench.py train          tokens/s, MFU, memory and the optimizer's share, by assignment
+    python scripts/bench.py profile        the operations in which a step of each assignment spends its time
     python scripts/bench.py residual       a training step and its memory under every residual rule, as ratios to pre-norm
     python scripts/bench.py probes         a probe's share of training time at its interval in experiment=paper
     python scripts/bench.py scaling        work and bytes a rank, counted, for 1 to 64 ranks (nothing is timed)
 
-Options (key=value): layers=, repeats=, problems= (lmo), model=, micro_batch_size=, assignments= (train), results=. Contestants alternate,
-medians are reported, and what was printed is kept as JSON in results/<device>/. The same command serves CPU and CUDA.
+Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
+assignments= and optims= (lists; train and profile), limit_s= (train: no further turn after so many seconds), traces= (profile: a folder
+for the traces), results= (a folder), file= (bench_<name>). Contestants alternate, medians are reported, and what was printed is kept as
+JSON in results/<device>/. The same command serves CPU and CUDA.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,61 +31,26 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import UsageError, as_code, parse, run
+from scripts.timing import device, device_folder, measure
 from training.config import compose
 from training.run import device_name, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Dense bfloat16 peak of one device, in FLOP/s, by a part of its name (vendors' data sheets).
-PEAK = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
 Rows = list[dict[str, Any]]
-
-
-def device() -> torch.device:
-    """CUDA where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def measure(contestants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call, contestants taking turns so that a drifting machine is fair to all."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(warmup + repeats):
-        for name, call in contestants.items():
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 # ---- optimizer ----
 
 
-def matrices(layers: int, where: torch.device) -> nn.Module:
-    """A GPT-2 of width 768 with hardly a vocabulary, and gradients in its matrices.
+def matrices(layers: int, width: int, where: torch.device) -> nn.Module:
+    """A GPT-2 of some width with hardly a vocabulary, and gradients in its matrices.
 
     The gradients decay over their singular directions as trained ones do; isotropic ones would be too easy.
     """
     from model.gpt import GPT, GPTConfig
 
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers)).to(where)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers, n_embd=width)).to(where)
     for p in model.parameters():
         if p.ndim == 2:
             p.grad = torch.randn_like(p) * torch.logspace(0, -3, p.size(1), device=where) * (1e-3 / p.size(0) ** 0.5)
@@ -93,10 +60,8 @@ def matrices(layers: int, where: torch.device) -> nn.Module:
 SETTINGS = {
     "published (bfloat16)": ["optim=paper"],
     "ours": ["optim=manifold_muon"],
-    "ours, one call": [
-        "optim=manifold_muon",
-        *(f"optim.muon.rule.{key}" for key in ("calls={dgram: 1}", "cap=0", "root_steps=6")),
-    ],
+    "ours, high quality": ["optim=manifold_muon", "optim.muon.rule.quality=high"],
+    "ours, float32": ["optim=manifold_muon", "optim.muon.rule.products=float32"],
 }
 
 
@@ -105,10 +70,10 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
     from optim.groups import build_optimizers
 
     where = device()
-    layers = options["layers"] or (12 if where.type == "cuda" else 1)
+    layers, width = options["layers"] or (12 if where.type == "cuda" else 1), options["width"] or 768
     contestants, flops = {}, {}
     for name, overrides in SETTINGS.items():
-        optimizers = build_optimizers(matrices(layers, where), compose([*overrides, "assignment=hetero"]))
+        optimizers = build_optimizers(matrices(layers, width, where), compose([*overrides, "assignment=hetero"]))
         muon = optimizers.muon
         contestants[name] = muon.step
         flops[name] = sum(
@@ -116,7 +81,7 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
             for group in muon.param_groups
             for p in group["params"]
         )
-    mine = [p for p in matrices(layers, where).transformer.h.parameters() if p.ndim == 2]
+    mine = [p for p in matrices(layers, width, where).transformer.h.parameters() if p.ndim == 2]
     contestants["AdamW (fused)"] = torch.optim.AdamW(mine, lr=1e-3, fused=True).step
     flops["AdamW (fused)"] = 16.0 * sum(p.numel() for p in mine)
     times = measure(contestants, options["repeats"] or 3)
@@ -128,6 +93,7 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
             {
                 "step": name,
                 "layers": layers,
+                "width": width,
                 "counted GFLOP": flops[name] / 1e9,
                 "median s": median,
                 "GFLOP/s": flops[name] / median / 1e9,
@@ -156,10 +122,14 @@ def check_no_sync(contestants: Mapping[str, Callable[[], object]]) -> None:
 
 
 def bench_lmo(options: dict[str, Any]) -> Rows:
-    """How good each number of calls is on given problems, and how long it takes."""
+    """How good the step and every method of optim/solvers.py are on given problems, by their certificate, and how long they take."""
     import numpy as np
 
-    from optim.lmo import SOLVERS, solve
+    from optim.certificate import certify
+    from optim.certified import direction
+    from optim.linalg import PRECISIONS
+    from optim.manifolds import MANIFOLDS
+    from optim.solvers import METHODS, solve
 
     path = Path(options["problems"] or ROOT / "tests" / "oracles" / "lmo_problems.npz")
     if not path.exists():
@@ -170,35 +140,20 @@ def bench_lmo(options: dict[str, Any]) -> Rows:
     for key in sorted({k.rpartition("/")[0] for k in data.files}):
         W, G = (torch.from_numpy(data[f"{key}/{x}"]).float().to(device()) for x in "WG")
         manifold = key.partition("_")[0]
-        for solver in SOLVERS:
-            for calls in (1, 3, 6, 12, 24):
-
-                def call(
-                    solver: str = solver,
-                    calls: int = calls,
-                    W: torch.Tensor = W,
-                    G: torch.Tensor = G,
-                    manifold: str = manifold,
-                ):
-                    return solve(W, G, manifold, solver=solver, calls=calls)
-
-                step = call()
-                seconds = statistics.median(measure({"": call}, 3, warmup=0)[""])
-                T = step.direction.double()
-                value = (T * G.double()).sum().item() / float(data[f"{key}/optimum"])
-                certified = step.certificate.feas.item()
-                rows.append(
-                    {
-                        "problem": key,
-                        "solver": solver,
-                        "calls": calls,
-                        "⟨G,A⟩/optimum": value,
-                        "certified feas": certified,
-                        "seconds": seconds,
-                    }
-                )
-                if solver == "least_squares":
-                    break
+        W = MANIFOLDS[manifold].retract(W)  # the file is rounded to float16
+        contestants: dict[tuple[str, int], Callable[[], torch.Tensor]] = {
+            (f"step, {quality}, {precision}", 1): partial(direction, W, G, manifold, precision, quality)
+            for quality in MANIFOLDS[manifold].efforts
+            for precision in PRECISIONS
+        }
+        for method in METHODS:
+            for calls in (1,) if method == "least_squares" else (1, 3, 6, 12, 24):
+                contestants[method, calls] = lambda m=method, c=calls, W=W, G=G, on=manifold: solve(W, G, on, m, c).T
+        for (solver, calls), call in contestants.items():
+            T, seconds = call(), statistics.median(measure({"": call}, 3, warmup=0)[""])
+            value = (T.double() * G.double()).sum().item() / float(data[f"{key}/optimum"])
+            row = {"problem": key, "solver": solver, "calls": calls, "⟨G,A⟩/optimum": value}
+            rows.append({**row, "certified feas": certify(W, G, T, manifold).feas.item(), "seconds": seconds})
     return rows
 
 
@@ -216,122 +171,43 @@ def calls_needed(rows: Rows) -> Rows:
     return found
 
 
-# ---- training ----
+# ---- in files of their own ----
 
 
-def gradients_of(cfg: dict[str, Any], options: dict[str, Any]) -> tuple[nn.Module, int, Callable[[], torch.Tensor]]:
-    """A configuration's model, the tokens of a step, and what computes and clips the gradients of random text and returns their norm."""
-    from model.gpt import GPT
-    from train import gpt_config
-    from training.run import resolve_device, use_compile
-    from training.step import accumulate, clip
+def bench_ceilings(options: dict[str, Any]) -> Rows:
+    """What the device can do; see scripts/bench_ceilings.py."""
+    from scripts.bench_ceilings import measure
 
-    where, block = device(), cfg["model"]["block_size"]
-    micro = options["micro_batch_size"] or (32 if where.type == "cuda" else 2)
-    windows = max(1, options["tokens"] // block // micro) * micro
-    model = GPT(gpt_config(cfg)).to(where)
-    _, dtype = resolve_device(cfg)
-    autocast = torch.autocast(where.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-    compiled = torch.compile(model) if use_compile(cfg, where) else model
-    batch = torch.randint(cfg["model"]["vocab_size"], (windows, block + 1)).numpy().astype("uint16")
-
-    def gradients() -> torch.Tensor:
-        accumulate(compiled, batch, micro, where, autocast)
-        return clip([p.grad for p in model.parameters()], 1.0)[0]
-
-    return model, windows * block, gradients
+    return measure(options["repeats"] or 10)
 
 
 def bench_train(options: dict[str, Any]) -> Rows:
-    """Forward, backward, clipping and update on random tokens; every assignment a few steps, taking turns."""
-    from optim.groups import build_optimizers
+    """Tokens a second and memory by assignment; see scripts/bench_train.py."""
+    from scripts.bench_train import bench_train
 
-    rows, contestants, facts = [], {}, {}
-    size = options["model"] or ("gpt2_124m" if torch.cuda.is_available() else "mini")
-    for name in options["assignments"].split(","):
-        cfg = compose([f"model={size}", f"assignment={name}"])
-        model, tokens, gradients = gradients_of(cfg, options)
-        optimizers = build_optimizers(model, cfg)
-        spent: list[float] = []
-
-        def step(gradients=gradients, optimizers=optimizers, spent=spent) -> None:
-            norm = gradients()
-            synchronize()
-            start = time.perf_counter()
-            optimizers.step(skip=~norm.isfinite())
-            synchronize()
-            spent.append(time.perf_counter() - start)
-            optimizers.zero_grad()
-
-        contestants[name] = step
-        facts[name] = (tokens, model.flops_per_token(), spent)
-    times = measure(contestants, options["repeats"] or 5, warmup=2)
-    peak = next((flops for part, flops in PEAK.items() if part in device_name()), None)
-    for name, seconds in times.items():
-        tokens, flops, spent = facts[name]
-        median, optimizer = statistics.median(seconds), statistics.median(spent[-len(seconds) :])
-        rate = tokens / median
-        rows.append(
-            {
-                "assignment": name,
-                "model": size,
-                "tokens a step": tokens,
-                "tokens/s": rate,
-                "MFU": rate * flops / peak if peak else "n/a",
-            }
-            | {
-                "optimizer s": optimizer,
-                "optimizer share": optimizer / median,
-                "step s": median,
-                "peak GiB": peak_gib(),
-                "all s": seconds,
-            }
-        )
-    return rows
+    return bench_train(options)
 
 
-def peak_gib() -> float:
-    """Most memory so far: of the device, or of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def bench_profile(options: dict[str, Any]) -> Rows:
+    """The operations a step spends its time in; see scripts/bench_train.py."""
+    from scripts.bench_train import bench_profile
+
+    return bench_profile(options)
 
 
-# ---- residual rules ----
+def bench_probes(options: dict[str, Any]) -> Rows:
+    """A probe beside training; see scripts/bench_train.py."""
+    from scripts.bench_train import bench_probes
+
+    return bench_probes(options)
 
 
 def bench_residual(options: dict[str, Any]) -> Rows:
     """A training step under every residual rule, at GPT-2 124M's width; see scripts/bench_residual.py."""
     from scripts.bench_residual import measure
 
-    chosen = {"layers": options["layers"], "micro": options["micro_batch_size"]}
+    chosen = {"layers": options["layers"], "width": options["width"], "micro": options["micro_batch_size"]}
     return measure({key: value for key, value in chosen.items() if value}, options["repeats"] or 7)
-
-
-# ---- probes ----
-
-
-def bench_probes(options: dict[str, Any]) -> Rows:
-    """One probe beside forward, backward and clipping of some tokens, scaled to a step of the recipe; the update is left out.
-
-    Leaving the update out overstates the probe's share.
-    """
-    from model.probes import probe
-
-    cfg = compose(["experiment=paper", *([f"model={options['model']}"] if options["model"] else [])])
-    model, tokens, gradients = gradients_of(cfg, options)
-    shape = cfg["probe"]["windows"], cfg["model"]["block_size"]
-    watched = torch.randint(cfg["model"]["vocab_size"], shape, device=device())
-
-    def step() -> None:
-        gradients()
-        model.zero_grad(set_to_none=True)
-
-    times = measure({"step": step, "probe": lambda: probe(model, watched)}, options["repeats"] or 3)
-    whole = statistics.median(times["step"]) * cfg["global_batch_tokens"] / tokens
-    seconds, interval = statistics.median(times["probe"]), cfg["probe"]["interval"]
-    row = {"probe s": seconds, "step s": whole, "measured tokens": tokens, "probe.interval": interval}
-    return [{**row, "share of training": f"{100 * seconds / (interval * whole):.3f}%", "all probe s": times["probe"]}]
 
 
 # ---- scaling, on paper ----
@@ -393,9 +269,11 @@ def _format(value: object) -> str:
 
 
 BENCHES = {
+    "ceilings": bench_ceilings,
     "optimizer": bench_optimizer,
     "lmo": bench_lmo,
     "train": bench_train,
+    "profile": bench_profile,
     "residual": bench_residual,
     "probes": bench_probes,
     "scaling": bench_scaling,
@@ -406,13 +284,20 @@ def work(arguments: list[str]) -> int:
     """The command; see the module's docstring."""
     defaults = {
         "layers": 0,
+        "width": 0,
         "repeats": 0,
         "problems": "",
         "model": "",
         "micro_batch_size": 0,
         "tokens": 65536 if torch.cuda.is_available() else 4096,
+        "assignments": "adamw,unconstrained,hetero",
+        "optims": "manifold_muon",
+        "limit_s": 0,
+        "traces": "",
+        "results": "",
+        "file": "",
     }
-    others, options = parse(arguments, {**defaults, "assignments": "adamw,unconstrained,hetero", "results": ""})
+    others, options = parse(arguments, defaults)
     if len(others) != 1 or others[0] not in BENCHES:
         raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")
     [name] = others
@@ -422,8 +307,7 @@ def work(arguments: list[str]) -> int:
     if name == "lmo":
         text += "\n\n" + table(calls_needed(rows))
         print("\n" + table(calls_needed(rows)))
-    slug = "counted" if name == "scaling" else re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    folder = Path(options["results"] or ROOT / "results" / slug)
+    folder = Path(options["results"] or ROOT / "results" / ("counted" if name == "scaling" else device_folder()))
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": " ".join(["python scripts/bench.py", *arguments]),
@@ -431,11 +315,12 @@ def work(arguments: list[str]) -> int:
         "environment": environment(),
         "rows": rows,
     }
-    (folder / f"bench_{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / f"bench_{name}.md").write_text(
+    file = options["file"] or f"bench_{name}"
+    (folder / f"{file}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / f"{file}.md").write_text(
         f"{text}\n\nWritten by {as_code(facts['command'])} on {device_name()}, torch {torch.__version__}.\n"
     )
-    print(f"\nwritten to {folder}: bench_{name}.md, bench_{name}.json")
+    print(f"\nwritten to {folder}: {file}.md, {file}.json")
     return 0
 
 

@@ -22,6 +22,7 @@ from model.residual import RESIDUAL_RULES
 from optim.groups import build_optimizers
 from train import gpt_config
 from training.config import compose
+from training.run import compiled
 
 NGPT_PARTS = ["model.rope=true", "model.mlp=swiglu", "model.tied=false"]
 CPU_SIZES = {"layers": 2, "width": 768, "heads": 12, "block": 512, "vocab": 512, "micro": 2, "tokens": 2048}
@@ -50,13 +51,13 @@ def training_step(
     model = GPT(gpt_config(cfg)).to(device)
     optimizers = build_optimizers(model, cfg, model.unit_vectors())
     on_cuda = device.type == "cuda"
-    compiled = torch.compile(model) if on_cuda else model
+    replica = compiled(model, cfg, device)
     windows = torch.randint(sizes["vocab"], (sizes["tokens"] // sizes["block"], sizes["block"] + 1), device=device)
 
     def step() -> None:
         for part in windows.split(sizes["micro"]):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_cuda):
-                _, loss = compiled(part[:, :-1], part[:, 1:])
+                _, loss = replica(part[:, :-1], part[:, 1:])
             loss.backward()
         optimizers.step()
         optimizers.zero_grad()
@@ -65,7 +66,7 @@ def training_step(
 
     def forward() -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_cuda):
-            return compiled(windows[: sizes["micro"], :-1], windows[: sizes["micro"], 1:])[1]
+            return replica(windows[: sizes["micro"], :-1], windows[: sizes["micro"], 1:])[1]
 
     return step, lambda: kept_bytes(forward, model)
 

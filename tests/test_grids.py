@@ -14,7 +14,9 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))
@@ -280,6 +282,12 @@ def test_bench_measures_every_rule():
         ("residual", ["layers=1", "micro_batch_size=1", "repeats=1"], ["geonorm", "nGPT", "time ratio"]),
         ("probes", ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"], ["share of training"]),
         ("train", ["model=demo", "tokens=256", "assignments=hetero", "repeats=1"], ["hetero", "optimizer share"]),
+        ("ceilings", ["repeats=1"], ["copy, bytes read and written", "svdvals", "cuDNN, forward"]),
+        (
+            "profile",
+            ["model=demo", "tokens=256", "micro_batch_size=1", "assignments=adamw"],
+            ["aten::mm", "calls a step"],
+        ),
         ("scaling", [], ["gpt2_774m", "received MiB a rank"]),
     ],
 )
@@ -295,7 +303,10 @@ def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch,
 
 def test_bench_names_its_benchmarks(capsys):
     assert bench.main([]) == bench.main(["speed"]) == 2
-    assert "name one benchmark: optimizer, lmo, train, residual, probes, scaling" in capsys.readouterr().err
+    assert (
+        "name one benchmark: ceilings, optimizer, lmo, train, profile, residual, probes, scaling"
+        in capsys.readouterr().err
+    )
 
 
 def test_scripts_say_how_they_are_used(capsys):
@@ -303,3 +314,16 @@ def test_scripts_say_how_they_are_used(capsys):
         assert module.main(["--help"]) == 0
         name = Path(module.__file__).relative_to(ROOT)
         assert f"python {name}" in capsys.readouterr().out
+
+
+def test_bench_lmo_measures_the_step_and_every_method(tmp_path, capsys):
+    torch.manual_seed(0)
+    W = torch.linalg.qr(torch.randn(12, 6))[0]
+    np.savez(
+        tmp_path / "p.npz", **{"stiefel_x/W": W.numpy(), "stiefel_x/G": torch.randn(12, 6), "stiefel_x/optimum": 1}
+    )
+    assert bench.main(["lmo", f"problems={tmp_path}/p.npz", f"results={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "bench_lmo.json").read_text())["rows"]
+    assert {"step, default, float32", "step, high, float16", "su", "dual_ascent"} <= {row["solver"] for row in rows}
+    assert all(0.5 < row["certified feas"] < 1.01 for row in rows if row["solver"].startswith("step"))
+    assert bench.main(["lmo", "problems=none.npz"]) == 2 and "no problems in none.npz" in capsys.readouterr().err

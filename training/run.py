@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from training.files import CONFIG_FILE, read_config
 from training.lock import LOCK_FILE, DirectoryLock, InUse
@@ -33,9 +34,23 @@ def resolve_device(cfg: dict[str, Any]) -> tuple[torch.device, torch.dtype]:
     return torch.device(name), getattr(torch, automatic if cfg["dtype"] == "auto" else cfg["dtype"])
 
 
-def use_compile(cfg: dict[str, Any], device: torch.device) -> bool:
-    """`auto` compiles on CUDA, where it pays within a minute."""
-    return device.type == "cuda" if cfg["compile"] == "auto" else cfg["compile"]
+# Programs that torch keeps of one function before it gives up compiling it, which it does not say: a table compares a dozen models.
+_PROGRAMS = 64
+
+
+def compiled(module: nn.Module, cfg: dict[str, Any], device: torch.device) -> nn.Module:
+    """The module through torch.compile where the configuration asks for it: `auto` does on CUDA, where it pays within a minute.
+
+    Shapes and numbers are constants of a program. The default makes them variables once a second value is seen, and so the last, smaller
+    batch of an evaluation would make the program of training a slower one.
+    """
+    if not (device.type == "cuda" if cfg["compile"] == "auto" else cfg["compile"]):
+        return module
+    import torch._dynamo  # here, because it takes seconds
+
+    torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.recompile_limit = _PROGRAMS
+    return torch.compile(module, dynamic=False)
 
 
 def run_name(cfg: dict[str, Any]) -> str:

@@ -26,12 +26,13 @@ def micro_batches(windows: np.ndarray, size: int, device: torch.device) -> Itera
 def accumulate(
     model: nn.Module, windows: np.ndarray, size: int, device: torch.device, autocast: AbstractContextManager
 ) -> Tensor:
-    """Gradient of the mean loss over all windows (N, T+1), `size` at a time; returns that mean (0-d, on the device)."""
+    """Gradient of the mean loss over all windows (N, T+1), `size` at a time, the last part what is left; returns that mean (0-d)."""
     total, seen = torch.zeros((), device=device), 0
+    replica = getattr(model, "_orig_mod", model)  # inside torch.compile
     for x, y in micro_batches(windows, size, device):
         seen += len(x)
-        waits = isinstance(model, DistributedDataParallel) and seen < len(windows)  # ranks exchange gradients once
-        with model.no_sync() if waits else nullcontext():
+        waits = isinstance(replica, DistributedDataParallel) and seen < len(windows)  # ranks exchange gradients once
+        with replica.no_sync() if waits else nullcontext():
             with autocast:
                 _, loss = model(x, y)
             share = loss * (len(x) / len(windows))
@@ -55,17 +56,25 @@ def clip(gradients: list[Tensor], largest: float | None) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: np.ndarray, size: int, ranks: Ranks, autocast: AbstractContextManager) -> float:
+def evaluate(
+    model: nn.Module,
+    plain: nn.Module,
+    windows: np.ndarray,
+    size: int,
+    ranks: Ranks,
+    autocast: AbstractContextManager,
+) -> float:
     """Mean loss over the windows (N, T+1), in nats a token: the same bits on every rank, and on any number of ranks.
 
-    Ranks take whole micro-batches in turn, and the sum runs over all of them in one order.
+    Ranks take whole micro-batches in turn, and the sum runs over all of them in one order. `plain` is `model` before torch.compile, and
+    computes the last micro-batch where it is smaller: one more shape would be one more program.
     """
     model.eval()
     sums = torch.zeros(-(-len(windows) // size), dtype=torch.float64, device=ranks.device)
     for i in range(ranks.rank, len(sums), ranks.world):
         for x, y in micro_batches(windows[i * size : (i + 1) * size], size, ranks.device):
             with autocast:
-                _, loss = model(x, y)
+                _, loss = (model if len(x) == size else plain)(x, y)
             sums[i] = loss.double() * len(x)
     model.train()
     return ranks.sum(sums).sum().item() / len(windows)

@@ -1,0 +1,275 @@
+"""Everything that a GPU has to show, in stages of under ten minutes; `scripts/gpu_check.sh [a] [b] [c] [d]` runs them, all by default.
+
+    a    environment, ceilings of the device, the optimizer step, tests/cuda
+    b    training steps by assignment under both step rules, where their time goes, every residual rule
+    c    AdamW and the five assignments at 124M: equal steps, as many as the time allows, with spectra and probes
+    d    the same runs continued
+
+    scripts/gpu_check.sh a b
+    scripts/gpu_check.sh c d data=books 'data.files=books_train.txt.gz' 'data.val_files=books_val.txt.gz' data.dir=/tmp/books
+    scripts/gpu_check.sh tiny=true         all of it in small, on a CPU, in two minutes
+
+Started again, a stage passes over the steps that are done and goes on with the others. Options (key=value; paths are relative to the
+repository, or absolute):
+
+    seconds=            of a stage (560); a step that does not fit is ended, and runs save before they end
+    work=               where everything is written (outputs/gpu_check_work)
+    out=                where it is packed: summary.txt and an archive each stage ($OUT, or outputs/gpu_check)
+    results=            tables, in the format of results/ (results/<device>)
+    micro_batch_size=   windows at once (64)
+    tiny=true           small models and few steps
+    data=, data.key=    the data of c and d, as in train.py (data=books); prepared there if it is not yet
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.command import UsageError, parse, run
+from scripts.timing import device_folder
+from training.run import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("a", "b", "c", "d")
+ALL = "adamw,unconstrained,all_stiefel,all_dgram,hetero,hetero_inv"
+
+# Seconds kept for ending the last step of a stage, in which a run saves.
+_TO_END = 25
+# Lines of a step's output that the summary shows.
+_TAIL = 30
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a stage and the most seconds it may take; 0: what is left of the stage."""
+
+    name: str
+    command: list[str]
+    most: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command line; `data` are overrides of train.py."""
+
+    seconds: int
+    work: Path
+    out: Path
+    results: Path
+    micro: int
+    tiny: bool
+    data: list[str]
+
+
+def options_of(arguments: Sequence[str]) -> tuple[list[str], Options]:
+    """The words that are no options, and the options.
+
+    Raises:
+        UsageError: a value is impossible.
+    """
+    defaults = {"seconds": 560, "work": "outputs/gpu_check_work", "out": os.environ.get("OUT") or "outputs/gpu_check"}
+    words, given = parse(arguments, {**defaults, "results": "", "micro_batch_size": 64, "tiny": "false"})
+    if given["tiny"] not in ("true", "false"):
+        raise UsageError(f"tiny={given['tiny']} is neither true nor false; give one of them")
+    if min(given["seconds"], given["micro_batch_size"]) < 1:
+        raise UsageError("seconds= and micro_batch_size= must be positive whole numbers; the defaults are 560 and 64")
+    data = [word for word in words if word.startswith(("data=", "data."))]
+    results = Path(given["results"] or f"results/{device_folder()}")
+    where = (Path(given["work"]), Path(given["out"]), results)
+    tiny = given["tiny"] == "true"
+    rest = [word for word in words if word not in data]
+    return rest, Options(given["seconds"], *where, given["micro_batch_size"], tiny, data)
+
+
+# ---- what is done ----
+
+
+def steps_of(stage: str, o: Options) -> list[Step]:
+    """The commands of a stage."""
+    python, results = sys.executable, f"results={o.results}"
+
+    def bench(name: str, *words: str, most: int = 0, tiny: Sequence[str] = (), file: str = "") -> Step:
+        chosen = [*words, *(tiny if o.tiny else ()), *([f"file={file}"] if file else ())]
+        return Step(file or name, [python, "scripts/bench.py", name, results, *chosen], most)
+
+    small = ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"]
+    micro = f"micro_batch_size={o.micro}"
+    if stage == "a":
+        return [
+            Step("environment", [python, "scripts/gpu_check.py", "environment"], 60),
+            bench("ceilings", "repeats=10", most=120, tiny=["repeats=1"]),
+            bench("optimizer", "repeats=5", most=150, tiny=["layers=1", "width=24", "repeats=1"]),
+            Step("tests", [python, "-m", "pytest", "tests/cuda", "-q", "-ra", "-p", "no:cacheprovider"]),
+        ]
+    if stage == "b":
+        few = [*small, "assignments=adamw,hetero"]
+        profile = ["assignments=adamw,hetero", f"traces={o.work / 'b'}", micro]
+        return [
+            bench("train", micro, f"assignments={ALL}", "limit_s=90", most=180, tiny=few),
+            bench("profile", *profile, most=100, tiny=small),
+            bench(
+                "train",
+                micro,
+                f"assignments={ALL}",
+                "optims=paper",
+                "limit_s=60",
+                most=150,
+                tiny=few,
+                file="bench_train_published",
+            ),
+            bench("residual", "layers=4", "repeats=5", tiny=["layers=1", "width=96", "repeats=1"]),
+        ]
+    runs = [python, "scripts/gpu_runs.py", f"folder={o.work / 'runs'}", f"results={o.results / 'assignments'}"]
+    data = o.data or (["data=stdlib"] if o.tiny else ["data=books"])
+    tiny = ["tiny=true"] if o.tiny else [micro]
+    prepare = Step("data", [python, "-m", "data.prepare", *data])
+    return [*([prepare] if stage == "c" else []), Step("runs", [*runs, *tiny, *data])]
+
+
+def run_stage(stage: str, o: Options) -> int:
+    """Run the steps that are not done; 0 if now all are."""
+    end = time.monotonic() + o.seconds - _TO_END
+    folder = o.work / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    states = states_of(folder)
+    for step in steps_of(stage, o):
+        if states.get(step.name, {}).get("code") == 0:
+            print(f"{stage} {step.name}: done before", flush=True)
+            continue
+        left = end - time.monotonic()
+        if left < 1:
+            states[step.name] = {"code": None, "seconds": 0.0, "note": "not reached"}
+        else:
+            print(f"{stage} {step.name} ...", flush=True)
+            states[step.name] = run_step(step, folder, min(left, step.most or left))
+        state = states[step.name]
+        print(f"{stage} {step.name}: {state['note']}, {state['seconds']:.0f} s", flush=True)
+        (folder / "steps.json").write_text(json.dumps(states, indent=2) + "\n")
+        pack(o)
+    return 0 if all(state["code"] == 0 for state in states.values()) else 1
+
+
+def states_of(folder: Path) -> dict[str, Any]:
+    """How the steps of a stage ended, by name."""
+    file = folder / "steps.json"
+    with suppress(ValueError):
+        return json.loads(file.read_text()) if file.exists() else {}
+    return {}
+
+
+def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
+    """Run a command, what it prints into a file, for at most so many seconds; whatever ends this process ends the command too."""
+    start, note = time.monotonic(), "done"
+    left = [f"seconds={most:.0f}"] if step.name == "runs" else []
+    with (folder / f"{step.name}.log").open("ab") as log:
+        process = subprocess.Popen([*step.command, *left], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code: int = process.wait(most)
+            note = "done" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, note = 124, "out of time"
+        finally:
+            _end(process)
+    return {"code": code, "seconds": time.monotonic() - start, "note": note}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ask a process and those it started to end, and see that they do."""
+    for signum, patience in ((signal.SIGTERM, _TO_END - 10), (signal.SIGKILL, 5)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            if signum == signal.SIGKILL:
+                return
+
+
+# ---- what is kept ----
+
+
+def pack(o: Options) -> None:
+    """Write summary.txt, one archive for each stage, one of the runs' records and one of the tables into `out`."""
+    o.out.mkdir(parents=True, exist_ok=True)
+    (o.out / "summary.txt").write_text(summary(o))
+    for name in (*STAGES, "runs"):
+        if (folder := o.work / name).is_dir():
+            _archive(o.out / f"{name}.tar.gz", folder, name)
+    if o.results.is_dir():
+        _archive(o.out / "results.tar.gz", o.results, f"results/{device_folder()}")
+
+
+def _archive(path: Path, folder: Path, name: str) -> None:
+    """A folder without checkpoints, under a name; the old archive stays until the new one is whole."""
+    partial = path.with_suffix(".partial")
+    with tarfile.open(partial, "w:gz") as archive:
+        archive.add(folder, name, filter=lambda info: None if "checkpoints" in Path(info.name).parts else info)
+    partial.replace(path)
+
+
+def summary(o: Options) -> str:
+    """Device and versions, how every step ended, and the end of what each printed."""
+    facts = environment()
+    lines = [f"{facts['device']}, torch {facts['torch']}, Python {facts['python']}, {facts['platform']}", ""]
+    for stage in STAGES:
+        for name, state in states_of(o.work / stage).items():
+            lines.append(f"{stage} {name}: {state['note']}, {state['seconds']:.0f} s")
+    for stage in STAGES:
+        for name in states_of(o.work / stage):
+            log = o.work / stage / f"{name}.log"
+            text = log.read_text(errors="replace").splitlines() if log.exists() else []
+            lines += ["", f"==== {stage} {name} ====", *text[-_TAIL:]]
+    return "\n".join(lines) + "\n"
+
+
+def describe() -> None:
+    """Print versions, devices and the driver's own table."""
+    import torch
+
+    print(json.dumps({**environment(), "cuda": torch.version.cuda, "devices": torch.cuda.device_count()}, indent=2))
+    if torch.cuda.is_available():
+        print(torch.cuda.get_device_properties(0))
+        with suppress(OSError):
+            subprocess.run(["nvidia-smi"], check=False, timeout=30)
+
+
+# ---- the command ----
+
+
+def work(arguments: list[str]) -> int:
+    """One stage, or `pack`, or `environment`."""
+    words, options = options_of(arguments)
+    if len(words) != 1 or words[0] not in (*STAGES, "pack", "environment"):
+        raise UsageError(f"name one of {', '.join(STAGES)}, pack, environment, not '{' '.join(words)}'; see --help")
+    [what] = words
+    os.chdir(ROOT)
+    if what == "environment":
+        describe()
+    elif what == "pack":
+        pack(options)
+        print(f"packed into {options.out}")
+    else:
+        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # so that what was started is ended
+        return run_stage(what, options)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run(work, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What only a GPU can show. Without one everything here is skipped; the same checks run on the CPU in tests/test_compiled.py."""
+
+import pytest
+import torch
+from device_checks import (
+    MODELS,
+    check_compiled_gradients,
+    check_manifolds_hold,
+    check_no_low_precision_in_steps,
+    check_no_sync,
+    check_programs,
+    check_ranks,
+    check_step_equals_the_cpus,
+)
+
+from optim.spectra import spectrum
+from train import train
+from training.config import compose
+from training.log import read_records
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+
+ASSIGNMENTS = ["adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero"]
+RULES = ["manifold_muon", "paper"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_gradients_equal_eager_ones(name):
+    check_compiled_gradients(name, "cuda", autocast=True, backend="inductor")
+
+
+@pytest.mark.parametrize("name", ["pre_norm", "geonorm", "nGPT"])
+def test_no_program_is_compiled_twice(name):
+    check_programs("cuda", MODELS[name])
+
+
+@pytest.mark.parametrize("optim", RULES)
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_a_step_does_not_wait_for_the_device(assignment, optim):
+    check_no_sync(f"assignment={assignment}", f"optim={optim}", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["nGPT", "all switches"])
+def test_a_step_of_other_models_does_not_wait_either(name):
+    check_no_sync("assignment=adamw", *MODELS[name], device="cuda")
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_a_switch_for_tf32_changes_no_update(assignment):
+    check_no_low_precision_in_steps(f"assignment={assignment}", device="cuda")
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_a_step_equals_that_of_the_cpu(assignment):
+    check_step_equals_the_cpus(f"assignment={assignment}", device="cuda")
+
+
+@pytest.mark.parametrize("assignment", ["all_stiefel", "all_dgram", "hetero"])
+def test_matrices_stay_on_their_manifolds_for_50_steps(assignment):
+    check_manifolds_hold(f"assignment={assignment}", "optim.muon.lr=0.05", device="cuda")
+
+
+@pytest.mark.parametrize("compile", ["false", "true"])
+def test_two_ranks_on_one_device_agree_with_one(tmp_path, compile):
+    """Within the rounding of bfloat16 products, which batches of another size change."""
+    options = ("assignment=hetero", f"compile={compile}")
+    check_ranks(2, *options, device="cuda", folder=tmp_path, tolerance=2e-2)
+
+
+def test_a_resumed_run_agrees_with_an_undisturbed_one(tiny, tmp_path):
+    """Not to the bit as on the CPU: atomic additions come in any order. Losses agree to 1e-2 after ten more steps."""
+    common = [o for o in tiny if not o.startswith(("output_dir=", "device="))] + ["device=cuda"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(compose([*common, f"output_dir={straight}"]))
+    halfway = compose([*common, f"output_dir={stopped}"])
+    train({**halfway, "max_steps": 10, "schedule": {**halfway["schedule"], "decay_steps": 20}})
+    train(compose([*common, f"output_dir={stopped}", "resume=auto"]))
+    for kind in ("train", "eval"):
+        a, b = ([r["loss"] for r in read_records(d, kind)] for d in (straight, stopped))
+        assert a == pytest.approx(b, abs=1e-2)
+
+
+def test_a_spectrum_equals_that_of_an_svd_on_the_cpu():
+    torch.manual_seed(0)
+    W = torch.randn(96, 64)
+    found = spectrum(W.cuda(), "stiefel")
+    assert found["sigma"] == pytest.approx(torch.linalg.svdvals(W.double()).tolist(), rel=2e-6)
+    assert found["residual"] == pytest.approx(spectrum(W, "stiefel")["residual"], rel=1e-4)
+
+
+def test_the_peak_of_a_run_is_its_own(tiny, tmp_path):
+    """A run does not report the memory of what the same process did before it."""
+    before = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    del before
+    common = [o for o in tiny if not o.startswith(("output_dir=", "device="))]
+    train(compose([*common, "device=cuda", f"output_dir={tmp_path}/run", "max_steps=2", "schedule.warmup_steps=1"]))
+    [end] = read_records(tmp_path / "run", "end")
+    assert 0 < end["peak_device_bytes"] < 2**29

@@ -1,0 +1,264 @@
+"""What must hold on every device: the tests of this folder check it on the CPU, those of tests/cuda on a GPU."""
+
+import contextlib
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from model import loss as loss_module
+from model.gpt import GPT
+from model.probes import probe
+from model.residual import RESIDUAL_RULES
+from optim.groups import build_optimizers
+from optim.manifolds import MANIFOLDS
+from train import gpt_config
+from training.config import compose
+from training.ranks import Ranks
+from training.run import compiled
+from training.step import FiniteGuard, accumulate, clip, evaluate
+
+SHAPE = ["model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=16", "model.vocab_size=64"]
+SWITCHES = ["qk_norm", "qk_clip", "soft_cap", "gated"]
+MODELS = {
+    **{rule: [f"residual={rule}"] for rule in RESIDUAL_RULES},
+    "nGPT": ["model=ngpt_demo"],
+    **{switch: [f"attention={switch}"] for switch in SWITCHES},
+    "gated by position": ["attention=gated", "attention.head_gate=position"],
+    "all switches": ["attention=gated", "attention.qk_norm=true", "attention.qk_clip=100", "attention.logit_cap=50"],
+    "chunked loss": [],
+}
+"""Overrides by name: every residual rule, nGPT, every switch of attention, and the loss in chunks."""
+
+
+def settings(*overrides, device="cpu"):
+    """The configuration of a one-layer model on a device."""
+    return compose([*overrides, *SHAPE, f"device={torch.device(device).type}", "logger.mode=disabled"])
+
+
+def windows(count=8, tokens=17, seed=0):
+    """Random windows (count, tokens) uint16."""
+    return np.random.default_rng(seed).integers(0, 64, (count, tokens)).astype("uint16")
+
+
+def autocast_on(device, enabled=True):
+    """bfloat16 products."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@contextlib.contextmanager
+def small_chunks(active):
+    """The loss in chunks of a few rows."""
+    names = ("_FULL_LOGITS", "_CHUNK_LOGITS", "_CUDA_ROWS", "_SHARE")
+    before = {name: getattr(loss_module, name) for name in names}
+    if active:
+        for name, value in zip(names, (0, 64 * 12, 12, 0)):
+            setattr(loss_module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(loss_module, name, value)
+
+
+# ---- compiled programs ----
+
+
+def gradients(name, device, autocast, backend=None):
+    """Loss and gradients of the named model, eagerly or compiled by a backend; weights and tokens are always the same."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = GPT(gpt_config(settings(*MODELS[name]))).to(device)
+    for p in model.parameters():  # away from the start, where some gradients vanish
+        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.05)
+    tokens = torch.from_numpy(windows(4).astype("int64")).to(device)
+    replica = model if backend is None else torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+    with small_chunks(name == "chunked loss"), autocast_on(device, autocast):
+        loss = replica(tokens[:, :-1], tokens[:, 1:])[1]
+        loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def relative(a, b):
+    """‖a - b‖ / ‖b‖."""
+    return (torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double()).clamp_min(1e-30)).item()
+
+
+def check_compiled_gradients(name, device, autocast, backend):
+    """Compiled gradients are as near to exact ones as eager ones are."""
+    exact, eager = gradients(name, device, False), gradients(name, device, autocast)
+    ours = gradients(name, device, autocast, backend)
+    assert ours.keys() == eager.keys() == exact.keys()
+    for key, g in ours.items():
+        allowed = 1.5 * relative(eager[key], exact[key]) + (5e-3 if autocast else 2e-5)
+        assert relative(g, exact[key]) < allowed, f"{key}: {relative(g, exact[key]):.2g}, allowed {allowed:.2g}"
+
+
+def check_programs(device, overrides=()):
+    """Evaluation, training, a probe and evaluation again are two programs, and stay two; an odd last batch makes no third."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    cfg = settings("compile=true", *overrides, device=device)
+    model = GPT(gpt_config(cfg)).to(device)
+    replica, ranks, autocast = compiled(model, cfg, torch.device(device)), one_rank(device), autocast_on(device)
+    watched = torch.from_numpy(windows(2)[:, :-1].astype("int64")).to(device)
+    for _ in range(3):
+        evaluate(replica, model, windows(7), 4, ranks, autocast)
+        accumulate(replica, windows(8), 4, ranks.device, autocast)
+        probe(model, watched)
+        evaluate(replica, model, windows(7), 4, ranks, autocast)
+        assert counters["stats"]["unique_graphs"] == 2
+        assert not counters["graph_break"]
+
+
+def one_rank(device):
+    """A world of one."""
+    return Ranks(0, 0, 1, torch.device(device), 60.0)
+
+
+# ---- training steps ----
+
+
+class Training:
+    """What train.py does in a step, without anything around it."""
+
+    def __init__(self, *overrides, device="cpu", autocast=True, wrap=None, rank=0, world=1):
+        self.cfg = settings(*overrides, device=device)
+        torch.manual_seed(0)
+        self.device, self.rank, self.world = torch.device(device), rank, world
+        self.model = GPT(gpt_config(self.cfg)).to(device)
+        self.optimizers = build_optimizers(self.model, self.cfg, self.model.unit_vectors())
+        self.replica = compiled(wrap(self.model) if wrap else self.model, self.cfg, self.device)
+        self.params = dict(self.model.named_parameters())
+        self.guard = FiniteGuard(list(self.params), self.device)
+        self.autocast, self.step = autocast_on(device, autocast), 0
+
+    def advance(self, poison=False):
+        """One update; `poison` puts a NaN into the gradient, so that the update must be left out."""
+        batch = windows(8, seed=self.step)[self.rank :: self.world]
+        self.optimizers.set_lr(1.0 / (1 + self.step))
+        loss = accumulate(self.replica, batch, 2, self.device, self.autocast)
+        if poison:
+            next(iter(self.params.values())).grad.mul_(torch.nan)
+        norm, norms = clip([p.grad for p in self.params.values()], 1.0)
+        self.step += 1
+        self.optimizers.step(skip=self.guard.check(self.step, loss, loss.clone(), norms))
+        self.model.clip_logits()
+        self.optimizers.zero_grad()
+        return loss, norm
+
+    def weights(self):
+        """Copies, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.params.items()}
+
+
+def check_no_sync(*overrides, device):
+    """Neither an ordinary update nor one that is left out waits for the device."""
+    run = Training("compile=auto", *overrides, device=device)
+    for _ in range(3):
+        run.advance()  # what is made once may wait
+    before = run.weights()
+    on_cuda = run.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.advance(poison=True)
+        run.advance(poison=True)
+    finally:
+        if on_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(w, before[name]) for name, w in run.weights().items())
+    if on_cuda:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.advance()
+    finally:
+        if on_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+    assert run.guard.count == 2 and any(not torch.equal(w, before[name]) for name, w in run.weights().items())
+
+
+def check_manifolds_hold(*overrides, device, steps=50, largest=1e-4):
+    """After many updates under autocast every matrix is where its manifold is."""
+    run = Training(*overrides, device=device)
+    for _ in range(steps):
+        run.advance()
+    for row in run.optimizers.rows:
+        if row.manifold:
+            residual = MANIFOLDS[row.manifold].residual(run.params[row.name].detach()).item()
+            assert residual < largest, f"{row.name} is {residual:.2g} from {row.manifold}"
+
+
+@contextlib.contextmanager
+def low_precision_products():
+    """The process-wide settings that let float32 products be rounded, all switched on; afterwards as before."""
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield lambda: (torch.get_float32_matmul_precision(), matmul.allow_tf32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def check_no_low_precision_in_steps(*overrides, device):
+    """A process-wide switch for TF32 changes no update, and no update changes the switch."""
+    found = []
+    for lowered in (False, True):
+        run = Training(*overrides, "compile=false", device=device, autocast=False)
+        run.advance()  # gradients are the model's business; the updates that follow are made of the same ones
+        generator = torch.Generator().manual_seed(1)
+        for p in run.params.values():
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+        with low_precision_products() if lowered else contextlib.nullcontext(lambda: None) as switches:
+            before = switches()
+            run.optimizers.step()
+            assert switches() == before
+        found.append(run.weights())
+    assert all(torch.equal(w, found[1][name]) for name, w in found[0].items())
+
+
+def check_step_equals_the_cpus(*overrides, device, tolerance=1e-3):
+    """The same gradients make the same update on a device as on the CPU."""
+    found = []
+    for where in ("cpu", device):
+        run = Training(*overrides, "compile=false", device=where)
+        generator = torch.Generator().manual_seed(1)
+        for p in run.params.values():
+            p.grad = torch.randn(p.shape, generator=generator).to(where)
+        run.optimizers.step()
+        found.append(run.weights())
+    for name, w in found[0].items():
+        assert relative(found[1][name], w) < tolerance, name
+
+
+# ---- several ranks on one device ----
+
+
+def check_ranks(world, *overrides, device, folder, tolerance):
+    """Weights after three steps on several ranks of one device, which talk over gloo: equal on all, and near those of one."""
+    mp.spawn(_rank, args=(world, overrides, device, str(folder)), nprocs=world)
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    alone = Training(*overrides, device=device)
+    for _ in range(3):
+        alone.advance()
+    for name, w in alone.weights().items():
+        assert all(torch.equal(other[name], found[0][name]) for other in found)
+        assert relative(found[0][name], w) < tolerance, name
+
+
+def _rank(rank, world, overrides, device, folder):
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    run = Training(*overrides, device=device, wrap=DistributedDataParallel, rank=rank, world=world)
+    for _ in range(3):
+        run.advance()
+    torch.save(run.weights(), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()

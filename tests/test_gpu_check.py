@@ -1,0 +1,186 @@
+"""scripts/gpu_check.sh: stages end in time, are resumed, and what they wrote is packed, whatever happens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from scripts import gpu_check, gpu_runs, timing
+from scripts.command import UsageError
+
+SCRIPT = str(ROOT / "scripts" / "gpu_check.sh")
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """The shell script with a Python that writes down what it is asked for; stage b sleeps, stage d fails."""
+    told = tmp_path / "told"
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "$2" >> {told}\ncase $2 in b) sleep 60 ;; d) exit 3 ;; esac\n')
+    fake.chmod(0o755)
+
+    def start(*words):
+        environment = {**os.environ, "PYTHON": str(fake)}
+        return subprocess.Popen([SCRIPT, *words], env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start, told
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "asked"),
+    [
+        (["a", "c"], 0, "a pack c pack"),
+        (["b", "c", "seconds=1"], 124, "b pack c pack"),  # out of time: packed, and on with the next
+        (["d", "tiny=true"], 3, "d pack"),
+    ],
+)
+def test_the_driver_packs_after_every_stage(driver, words, code, asked):
+    start, told = driver
+    process = start(*words)
+    assert process.wait(20) == code
+    assert told.read_text().split() == asked.split()
+
+
+def test_the_driver_packs_when_it_is_stopped(driver):
+    start, told = driver
+    process = start("b", "c")
+    until = time.monotonic() + 10
+    while not told.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert told.read_text().split() == ["b", "pack"]
+
+
+@pytest.mark.parametrize(("word", "message"), [("e", "is no stage"), ("seconds=soon", "is no whole number")])
+def test_the_driver_refuses_what_it_does_not_know(driver, word, message):
+    start, told = driver
+    process = start(word)
+    assert process.wait(20) == 2 and message in process.stderr.read() and not told.exists()
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Options of a stage in a folder of the test."""
+    places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
+    return gpu_check.options_of([*places, "tiny=true", "seconds=60"])[1]
+
+
+def test_a_stage_ends_its_steps_in_time_and_is_resumed(options, monkeypatch, tmp_path):
+    marker = tmp_path / "marker"
+    commands = {
+        "fine": f"open({str(marker)!r}, 'a').write('x'); print('all is well')",
+        "long": "import time; print('begun', flush=True); time.sleep(60)",
+        "wrong": "import sys; sys.exit(7)",
+    }
+    steps = [
+        gpu_check.Step(name, [sys.executable, "-c", code], most=1 * (name == "long")) for name, code in commands.items()
+    ]
+    monkeypatch.setattr(gpu_check, "steps_of", lambda stage, o: steps)
+    for _ in range(2):
+        assert gpu_check.run_stage("a", options) == 1
+    assert marker.read_text() == "x"  # done once, passed over then
+    states = json.loads((options.work / "a" / "steps.json").read_text())
+    assert {name: state["code"] for name, state in states.items()} == {"fine": 0, "long": 124, "wrong": 7}
+    text = (options.out / "summary.txt").read_text()
+    assert "a long: out of time" in text and "a wrong: failed with exit code 7" in text and "all is well" in text
+
+
+def test_what_is_packed_is_small(options):
+    for path in ("a/x.log", "runs/adamw/metrics.jsonl", "runs/adamw/checkpoints/step_1/weights"):
+        (options.work / path).parent.mkdir(parents=True, exist_ok=True)
+        (options.work / path).write_text("x")
+    options.results.mkdir()
+    (options.results / "bench_train.md").write_text("x")
+    gpu_check.pack(options)
+    assert {p.name for p in options.out.iterdir()} == {"summary.txt", "a.tar.gz", "runs.tar.gz", "results.tar.gz"}
+    with tarfile.open(options.out / "runs.tar.gz") as archive:
+        assert [m.name for m in archive.getmembers() if m.isfile()] == ["runs/adamw/metrics.jsonl"]
+    with tarfile.open(options.out / "results.tar.gz") as archive:
+        assert f"results/{timing.device_folder()}/bench_train.md" in archive.getnames()
+
+
+def test_every_command_of_every_stage_is_well_formed(options):
+    full = gpu_check.options_of(["data=text", "data.name=mine"])[1]
+    for o in (options, full):
+        for stage in gpu_check.STAGES:
+            steps = gpu_check.steps_of(stage, o)
+            assert len({step.name for step in steps}) == len(steps)
+            assert all((ROOT / step.command[1]).exists() or step.command[1] == "-m" for step in steps)
+    assert "data.name=mine" in gpu_check.steps_of("c", full)[-1].command
+    with pytest.raises(UsageError, match="neither true nor false"):
+        gpu_check.options_of(["tiny=1"])
+
+
+def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
+    """A clock that trains: every assignment takes a second a step, and three beside."""
+    now, trained = [0.0], []
+
+    def train(cfg, directory):
+        begun = max((int(p.name[5:]) for p in directory.glob("checkpoints/step_*")), default=0)
+        now[0] += 3 + cfg["max_steps"] - begun
+        trained.append((directory.name, cfg["max_steps"]))
+        (directory / "checkpoints" / f"step_{cfg['max_steps']:08d}").mkdir(parents=True)
+        record = {"kind": "train", "step": cfg["max_steps"], "tokens_per_s": float(cfg["global_batch_tokens"])}
+        (directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+    def compose(overrides):
+        steps = next(int(o.removeprefix("max_steps=")) for o in overrides if o.startswith("max_steps="))
+        return {"max_steps": steps, "global_batch_tokens": 128}
+
+    monkeypatch.setattr(gpu_runs, "train", train)
+    monkeypatch.setattr(gpu_runs, "compose", compose)
+    monkeypatch.setattr(gpu_runs.gc, "collect", lambda: 0)  # a second of a test's heap
+    monkeypatch.setattr(gpu_runs.time, "monotonic", lambda: now[0])
+    race = gpu_runs.Race(tmp_path, gpu_runs.TINY, first=4, most=100, end=200.0)
+    race.run()
+    assert [race.reached(name) for name in gpu_runs.RUNS] == [22] * 6  # 4, and (.8 · 158 - 18) / 6 more
+    assert now[0] <= 200 and len(trained) == 12
+    again = gpu_runs.Race(tmp_path, gpu_runs.TINY, first=4, most=100, end=now[0] + 1000)
+    again.run()
+    assert [again.reached(name) for name in gpu_runs.RUNS] == [100] * 6 and len(trained) == 18
+
+
+def test_a_row_has_its_own_peak():
+    """Not that of the largest one before it."""
+    if timing.peak_bytes(lambda: None, []) is None:
+        pytest.skip("the kernel does not count the peak of a process anew")
+    held = torch.ones(2**20)
+    peaks = [timing.peak_bytes(lambda n=n: torch.ones(n * 2**18).sum(), [held]) / 2**20 for n in (10, 300, 10)]
+    for peak, expected in zip(peaks, (14, 304, 14)):
+        assert peak == pytest.approx(expected, abs=6)
+
+
+def test_contestants_stop_at_the_limit(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def take(seconds):
+        now[0] += seconds
+
+    times = timing.measure({"quick": lambda: take(1), "slow": lambda: take(50)}, repeats=5, warmup=0, limit_s=60)
+    assert len(times["quick"]) == 2 and len(times["slow"]) == 2
+    assert timing.median([]) == "not measured"
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+def test_all_of_it_in_small(tmp_path):
+    """Every stage, every command, on whatever device there is; then again, when everything is done before."""
+    places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
+    command = [SCRIPT, "tiny=true", *places, f"data.dir={tmp_path}/data", "data=stdlib"]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done before") == 11
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+    for name in ("ceilings", "optimizer", "train", "train_published", "profile", "residual"):
+        assert "|" in (tmp_path / "results" / f"bench_{name}.md").read_text()
+    assert (tmp_path / "results" / "assignments" / "table.md").read_text().count("| ok |") == 6
