@@ -182,6 +182,7 @@ _KEYS: dict[str, Callable[[Any], bool]] = {
 _FIELDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "train": lambda r: _is_number(r.get("loss")),
     "eval": lambda r: _is_number(r.get("loss")),
+    "full_eval": lambda r: _is_number(r.get("loss")),
     "spectra": _has_sigma,
     "certificate": lambda r: _is_number(r.get("feas")),
     "probe": lambda r: _is_number(r.get("least_entropy")) and _is_number(r.get("greatest_saturation")),
