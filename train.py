@@ -49,7 +49,7 @@ from training.log import METRICS_FILE, NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
-from training.run import claimed, compiled, environment, problems_of_names, resolve_device, run_name, summary
+from training.run import claimed, compiled, end_of, environment, problems_of_names, resolve_device, run_name, summary
 from training.settings import problems
 from training.signals import StopSignal
 from training.stability import Stability
@@ -84,7 +84,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
     try:
         with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as claim:
             run = Run(ranks, cfg, claim)
-            if not run.finished:
+            if not (run.finished and ranks.from_main(end_of, claim)):
                 if stop.requested(ranks):
                     stop.leave(ranks, run.step)
                 run.train(stop)

@@ -36,13 +36,11 @@ def run_grid(jobs: Sequence[Job], workers: int) -> dict[Path, str]:
         return {}
     failures, started = {}, time.perf_counter()
     for done, outcome in enumerate(run_jobs(waiting, workers), start=1):
-        job, said = outcome.job, outcome.failure
-        if said is None:
-            said = f"best validation loss {job.best:.4f}"
-        else:  # the other runs are worth having
-            failures[job.directory] = said
+        directory, said = outcome.job.directory, outcome.failure or f"best validation loss {outcome.best:.4f}"
+        if outcome.failure:
+            failures[directory] = said
         left = (time.perf_counter() - started) / done * (len(waiting) - done)
-        print(f"{done}/{len(waiting)}  {job.directory.name}  {said}  {left / 60:.0f} min left", flush=True)
+        print(f"{done}/{len(waiting)}  {directory.name}  {said}  {left / 60:.0f} min left", flush=True)
     return failures
 
 

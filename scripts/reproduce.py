@@ -44,6 +44,7 @@ from training.config import compose
 from training.files import CONFIG_FILE
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
+from training.run import end_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
@@ -115,7 +116,7 @@ def train_all(plan: Plan) -> dict[str, str]:
     """Run what has not ended yet; returns the reason for each assignment whose training stopped by an error."""
     failures = {}
     for assignment, (cfg, directory) in plan.runs.items():
-        if _has_ended(directory):
+        if end_of(directory) is not None:
             print(f"{assignment}: done before; give another output_dir= to run it again")
             continue
         print(f"\n{assignment}", flush=True)
@@ -133,10 +134,6 @@ def train_all(plan: Plan) -> dict[str, str]:
             with contextlib.suppress(OSError, InUse):
                 _add_cost(directory, time.perf_counter() - started)
     return failures
-
-
-def _has_ended(directory: Path) -> bool:
-    return (directory / METRICS_FILE).exists() and next(read_records(directory, "end"), None) is not None
 
 
 def _record_failure(cfg: dict[str, Any], directory: Path, message: str) -> None:

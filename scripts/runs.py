@@ -16,7 +16,6 @@ from training.checkpoint import check_same, load_newest
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, read_records
 from training.resume import HARMLESS, check_parts, foreign, take_weights
-from training.validate import get
 
 COST_FILE = "cost.json"
 
@@ -140,7 +139,7 @@ def read_run(directory: Path) -> Run:
     foreign = 0
     try:
         config = read_config(directory)
-        if lacking := [key for key, sound in _KEYS.items() if not sound(get(config, key))]:
+        if lacking := [key for key, sound in _KEYS.items() if not sound(_at(config, key))]:
             raise ValueError(f"{CONFIG_FILE} has no proper {', '.join(lacking)}")
         for record in read_records(directory):
             if not _FIELDS.get(record["kind"], lambda _: True)(record):
@@ -155,6 +154,13 @@ def read_run(directory: Path) -> Run:
     if foreign:
         print(f"{directory}: {foreign} records have not the fields of their kind; left out", file=sys.stderr)
     return Run(directory, config, records, cost, environment)
+
+
+def _at(config: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
 
 
 def _is_number(value: Any) -> bool:

@@ -191,6 +191,16 @@ def test_a_live_run_is_left_alone(tiny, tmp_path, capsys):
     train({**cfg, "resume": "auto"})
 
 
+def test_a_run_that_was_killed_before_it_wrote_its_end_writes_it(tiny, tmp_path):
+    cfg, run = compose([*tiny, "max_steps=5", "assignment=adamw"]), tmp_path / "run"
+    best, whole = train(cfg), (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(whole[:-1]))
+    for _ in range(2):
+        assert train({**cfg, "resume": "auto"}) == best
+        assert [r["kind"] for r in records(run)] == [json.loads(line)["kind"] for line in whole]
+        assert records(run)[-1]["best_val_loss"] == best
+
+
 def test_ranks_learn_of_a_refusal(tiny, tmp_path):
     with DirectoryLock(tmp_path / "run"):
         ranks = start_ranks(2, train_as_rank, compose([*tiny, "assignment=adamw"]), output=tmp_path / "output.txt")

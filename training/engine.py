@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.log import METRICS_FILE, read_records
+from training.run import end_of
 from training.signals import STOP_SIGNALS, Stopped, StopSignal, leave_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,24 +39,18 @@ class Job:
     directory: Path
 
     @property
-    def best(self) -> float | None:
-        """The best validation loss (nats a token) of a run that has come to its end; None before."""
-        file = self.directory / METRICS_FILE
-        end = next(read_records(file, "end"), None) if file.exists() else None
-        return None if end is None else end["best_val_loss"]
-
-    @property
     def ended(self) -> bool:
         """Whether it has come to its end."""
-        return self.best is not None
+        return end_of(self.directory) is not None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job went: `failure` is None where it came to its end, else the reason."""
+    """How a job went: its best validation loss (nats a token), or the reason why it did not come to its end."""
 
     job: Job
-    failure: str | None
+    best: float | None
+    failure: str | None = None
 
 
 def run_jobs(jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
@@ -117,13 +111,13 @@ class _Worker:
         code, go_on = self._process.returncode, "the same command goes on with it"
         signum = code - 128 if code > 128 else -code
         if code == 0:
-            return Outcome(self.job, None)
+            return Outcome(self.job, end_of(self.job.directory)["best_val_loss"])
         if signum in STOP_SIGNALS:
-            return Outcome(self.job, f"stopped by {signal.Signals(signum).name}; {go_on}")
+            return Outcome(self.job, None, f"stopped by {signal.Signals(signum).name}; {go_on}")
         if code < 0:
             name = signal.Signals(signum).name
-            return Outcome(self.job, f"killed by {name} (for SIGKILL, look for want of memory); {go_on}")
-        return Outcome(self.job, lines[-1] if lines else f"ended with exit code {code}")
+            return Outcome(self.job, None, f"killed by {name} (for SIGKILL, look for want of memory); {go_on}")
+        return Outcome(self.job, None, lines[-1] if lines else f"ended with exit code {code}")
 
     def terminate(self) -> None:
         self._process.terminate()

@@ -88,9 +88,8 @@ def refusal(arguments: Sequence[str]) -> str | None:
     for word, plugin, extra in EXTRAS:
         if any(a.startswith(word) for a in arguments) and not _is_installed(plugin):
             return f"{word}... needs a plugin that is not installed; get it with: pip install -e '.[{extra}]'"
-    for name in _values(
-        "sweep.name", arguments
-    ):  # of a directory that Hydra makes before any job could look at the name
+    # Hydra makes a sweep's directory before any of its jobs could look at the name.
+    for name in _values("sweep.name", arguments):
         if why := refused_name(name):
             return f"sweep.name {why}"
     flags = {"-m", "--multirun"}

@@ -17,7 +17,7 @@ from torch import nn
 
 from training.files import CONFIG_FILE, read_config
 from training.lock import LOCK_FILE, DirectoryLock, InUse
-from training.log import METRICS_FILE
+from training.log import METRICS_FILE, read_records
 from training.stability import Stability
 from training.validate import ConfigError
 
@@ -164,6 +164,12 @@ def _is_named(directory: Path, name: str) -> bool:
         return run_name(read_config(directory)) == name if config.exists() else True
     except (OSError, ValueError, KeyError, TypeError):
         return True
+
+
+def end_of(directory: Path) -> dict[str, Any] | None:
+    """The record of a run's end (`summary`); None where it has not come to its end."""
+    file = directory / METRICS_FILE
+    return next(read_records(file, "end"), None) if file.exists() else None
 
 
 # ---- what it runs on ----

@@ -227,7 +227,7 @@ def words_of(pid):
 def test_ten_signals_at_random_moments(tiny, tmp_path, how):
     words = [*tiny[:-1], *CHEAP, "max_steps=20000", "checkpoint.interval=100000"]
     words += ["launcher.nproc=2"] if "two ranks" in how else []
-    words += ["-m", "seed=1,2"] if "sweep" in how else ["output_dir=run"]
+    words = ["-m", *words, "seed=1,2"] if "sweep" in how else [*words, "output_dir=run"]
     chance, before_the_first_step = random.Random(how), 0
     for attempt in range(10):
         where, signum = tmp_path / str(attempt), (signal.SIGTERM, signal.SIGINT)[attempt % 2]
