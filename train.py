@@ -34,13 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 from data.loader import Loader, Prefetcher, validation_windows
 from data.prepare import prepare
 from data.shards import DataError, Dataset, open_dataset
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
 from model.probes import probe
-from optim.groups import build_optimizers, parameter_table, rehearse
+from optim.assignment import parameter_table
 from optim.schedule import lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
 from training.batch import micro_batch_size
+from training.build import build, gpt_config, rehearse
 from training.checkpoint import CheckpointError
 from training.files import CONFIG_FILE, write_whole
 from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
@@ -55,7 +56,7 @@ from training.signals import StopSignal
 from training.stability import Stability
 from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
 from training.sweep import note_failure, plan_job
-from training.transfer import problems_of_transfer, transfer_table, transferred
+from training.transfer import problems_of_transfer, transfer_table
 from training.validate import (
     ConfigError,
     problems_of_batch,
@@ -120,8 +121,7 @@ class Run:
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
         torch.manual_seed(cfg["seed"])
-        self.model = GPT(gpt_config(cfg)).to(self.device)
-        self.optimizers = build_optimizers(self.model, transferred(cfg), self.model.unit_vectors())
+        self.model, self.optimizers = build(cfg, self.device)
         self.stability = Stability(**cfg["stability"])
         if not ranks.is_main:
             torch.manual_seed(cfg["seed"] + ranks.rank)  # equal weights everywhere, but not equal dropout
@@ -339,12 +339,6 @@ def problems_of_model(cfg: dict[str, Any]) -> list[str]:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     rows, refused = rehearse(shapes, cfg, model.unit_vectors())
     return refused + problems_of_clip(cfg, rows)
-
-
-def gpt_config(cfg: dict[str, Any]) -> GPTConfig:
-    """The model's shape, residual rule, switches of attention, and initial scales."""
-    cfg = transferred(cfg)
-    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"])
 
 
 def open_data(cfg: dict[str, Any]) -> Dataset:

@@ -4,8 +4,9 @@
     repeat K times, k = 0..K-1:   A = msign(G + 2 W P(sym Lam));   H = P(WᵀA + AᵀW);   Lam -= alpha (1 - k/K) H
     W   = retract(W - eta A)
 
-The published loop stops early when the root mean square of H is below 1e-6. In bfloat16 that never happens, and asking costs a host
-sync a step, so the test is left out; everything else is as published, including what optim/certified.py improves on.
+K, alpha and the number of Polar Express steps are those of the paper's code; its text does not give them. The published loop stops early
+when the root mean square of H is below 1e-6. In bfloat16 that never happens, and asking costs a host sync a step, so the test is left
+out. What else differs from the published code stands at the head of configs/optim/paper.yaml.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: flo
 
     Args:
         W, G: (k, m, n) tall, float32: points of the manifold and their momentum.
-        steps, alpha: K dual steps of size alpha (1 - k/K); the paper takes 20 and 0.1.
-        msign: the matrix sign; the paper takes ten Polar Express steps in bfloat16.
+        steps, alpha: K dual steps of size alpha (1 - k/K); the paper's code takes 20 and 0.1.
+        msign: the matrix sign; the paper's code takes ten Polar Express steps in bfloat16.
 
     Returns:
         A (k, m, n) float32.
@@ -61,7 +62,7 @@ RETRACTIONS = ("sorted_svd", "manifold")
 
 @dataclass(frozen=True)
 class PublishedStep:
-    """The published update, stack by stack; all settings as in arXiv 2606.13276.
+    """The published update, stack by stack; all settings as in the code of arXiv 2606.13276.
 
     dual_steps, alpha: see `dual_ascent`.  msign_steps, msign_dtype: the matrix sign, also inside the Stiefel retraction.
     decay_manifolds: whether weight decay also shrinks weights on a manifold, which the published code leaves out; it acts on DGram's

@@ -67,7 +67,7 @@ SETTINGS = {
 
 def bench_optimizer(options: dict[str, Any]) -> Rows:
     """One step of Hetero over the matrices of GPT-2 124M; AdamW over the same matrices."""
-    from optim.groups import build_optimizers
+    from training.build import build_optimizers
 
     where = device()
     layers, width = options["layers"] or (12 if where.type == "cuda" else 1), options["width"] or 768
@@ -216,9 +216,9 @@ def bench_residual(options: dict[str, Any]) -> Rows:
 def bench_scaling(options: dict[str, Any]) -> Rows:
     """The heaviest rank's operations and the bytes each rank receives a step, by counting; the rest of the step is not included."""
     from model.gpt import GPT
-    from optim.groups import assign, step_rule
+    from optim.assignment import assign
     from optim.manifold_muon import share_out
-    from train import gpt_config
+    from training.build import gpt_config, step_rule
 
     rows = []
     sizes = {"gpt2_124m": [], "gpt2_350m": [], "gpt2_774m": [], "1.5B": ["model=gpt2_774m", *WIDTH_1600]}

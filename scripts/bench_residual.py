@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from model.gpt import GPT
 from model.residual import RESIDUAL_RULES
-from optim.groups import build_optimizers
-from train import gpt_config
+from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.run import compiled
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from model.gpt import GPT
 from model.probes import probe
-from optim.groups import Optimizers, build_optimizers
 from scripts.timing import NOT_MEASURED, PEAK, device, measure, median, peak_bytes, seconds_of
-from train import gpt_config
+from training.build import Optimizers, build_optimizers, gpt_config
 from training.config import compose
 from training.run import compiled, device_name, resolve_device
 from training.step import accumulate, clip

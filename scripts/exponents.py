@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import validation_windows
 from model.exponents import SKIPS, Exponents, closed_form, embedded, measure, near_collapse
 from model.gpt import GPT
-from optim.groups import build_optimizers
 from scripts.command import UsageError, as_code, parse, run
 from scripts.grid import Job, run_grid
 from scripts.runs import read_run
-from train import check, gpt_config, open_data
+from train import check, open_data
+from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.run import environment
 from training.transfer import transferred

@@ -36,7 +36,8 @@ from model.gpt import GPT
 from model.probes import head_mixing, probe
 from scripts.command import UsageError, parse, run
 from scripts.runs import read_run
-from train import gpt_config, open_data
+from train import open_data
+from training.build import gpt_config
 from training.checkpoint import load
 
 HEADINGS = (

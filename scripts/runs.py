@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optim.groups import matches
+from optim.assignment import matches
 from scripts.command import UsageError
 from training.checkpoint import check_same, load_newest
 from training.files import CONFIG_FILE, read_config
@@ -257,7 +257,7 @@ def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
         UsageError: no run, or no checkpoint yet. CheckpointError: none of its checkpoints is good, or the newest is not of a run.
     """
     from model.gpt import GPT
-    from train import gpt_config
+    from training.build import gpt_config
 
     directory = Path(directory)
     if not directory.is_dir():

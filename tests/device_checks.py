@@ -13,9 +13,8 @@ from model import loss as loss_module
 from model.gpt import GPT
 from model.probes import probe
 from model.residual import RESIDUAL_RULES
-from optim.groups import build_optimizers
 from optim.manifolds import MANIFOLDS
-from train import gpt_config
+from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.ranks import Ranks
 from training.run import compiled

@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.gpt import GPT, GPTConfig
 from optim import certified
+from optim.assignment import AssignmentError
 from optim.certified import CertifiedStep, direction, effort_of, reference, step, step_flops
-from optim.groups import AssignmentError, build_optimizers, step_rule
 from optim.linalg import Products
 from optim.manifold_muon import ManifoldMuon, Stack
 from optim.manifolds import MANIFOLDS
 from optim.spectra import spectrum
+from training.build import build_optimizers, step_rule
 from training.config import compose
 
 CONSTRAINED = ("stiefel", "dgram", "oblique")

@@ -21,7 +21,7 @@ from device_checks import (
 
 from model import loss as loss_module
 from model.gpt import GPT
-from train import gpt_config
+from training.build import gpt_config
 from training.run import compiled
 from training.step import accumulate, evaluate
 

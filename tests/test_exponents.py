@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from model.exponents import closed_form, embedded, gelu_moments, measure, misalignment, near_collapse, streams
 from model.gpt import GPT, GPTConfig
-from optim.groups import build_optimizers
 from scripts import exponents as command
 from scripts.exponents import build, correlations, rank_correlation
-from train import gpt_config, train
+from train import train
+from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.transfer import transferred
 

@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.gpt import GPT
-from optim.groups import AssignmentError, adamw_groups, assign, build_optimizers, parameter_table
+from optim.assignment import AssignmentError, adamw_groups, assign, parameter_table
 from optim.unit_norm import UnitNorm
-from train import check, gpt_config, train
+from train import check, train
 from training import checkpoint
+from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.transfer import changes, transfer_table, transferred
 from training.validate import ConfigError

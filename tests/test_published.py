@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from reference_published import published_direction, published_muon, retract
 
 from model.gpt import GPT, GPTConfig
-from optim.groups import build_optimizers
 from optim.manifold_muon import ManifoldMuon, Stack, share_out
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
 from optim.schedule import lr_multiplier
+from training.build import build_optimizers
 from training.config import compose
 
 STEP = np.load(Path(__file__).parent / "oracles" / "published_step.npz")

@@ -22,10 +22,10 @@ from data.prepare import prepare
 from model.gpt import GPT, GPTConfig
 from optim.certificate import certify
 from optim.certified import direction
-from optim.groups import build_optimizers
 from optim.manifolds import MANIFOLDS
 from optim.msign import msign
 from scripts import crossing, exponents, failure, lr_transfer, solver_sweep
+from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.log import read_records
 
@@ -359,7 +359,7 @@ def mean_loss(file, **wanted):
 
 
 CLAIMS = {  # numbers with decimals in the README's prose: what they say, and where it is known from
-    "0.8": lambda: train.GPT(train.gpt_config(compose())).parameter_count() / 1e6,
+    "0.8": lambda: GPT(gpt_config(compose())).parameter_count() / 1e6,
     "0.5": lambda: compose()["stability"]["max_rise"],
     "2.386": lambda: mean_loss("crossing/table.json", assignment="unconstrained", residual="geonorm"),
     "2.433": lambda: mean_loss("crossing/table.json", assignment="unconstrained", residual="pre_norm"),

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 
 from model.attention import HeadGate, QKClip, capped_attention, causal_logits
 from model.gpt import GPT, GPTConfig
-from optim.groups import AssignmentError, build_optimizers, by_pattern
+from optim.assignment import AssignmentError, by_pattern
 from optim.manifold_muon import Stack
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
 from scripts import mechanism
 from scripts.export import export
 from scripts.runs import load_model
-from train import check, gpt_config, train
+from train import check, train
+from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.validate import ConfigError
 

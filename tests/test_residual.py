@@ -10,8 +10,8 @@ from torch import nn
 
 from model.gpt import GPT, GPTConfig
 from model.residual import RESIDUAL_RULES, Stream, residual_problems, residual_rule
-from optim.groups import build_optimizers
 from train import check
+from training.build import build_optimizers
 from training.config import compose
 from training.validate import ConfigError
 

@@ -12,10 +12,10 @@ import yaml
 from test_train import assert_equal, records
 
 import train as module
-from optim.groups import build_optimizers
 from scripts import export, sample
 from train import train
 from training import checkpoint
+from training.build import build
 from training.checkpoint import CheckpointError, load_newest
 from training.config import compose
 from training.log import METRICS_FILE, read_records
@@ -160,8 +160,7 @@ def test_changes_take_what_fits_and_name_the_rest(copied, capsys, change):
 def restored(directory, overrides, *changes):
     """Model and optimizers right after a checkpoint was put in place; and what was said."""
     cfg = compose([*overrides, "resume=auto", "allow_changes=true", *changes])
-    model = module.GPT(module.gpt_config(cfg))
-    optimizers = build_optimizers(model, cfg, model.unit_vectors())
+    model, optimizers = build(cfg)
     guard = FiniteGuard([name for name, _ in model.named_parameters()], torch.device("cpu"))
     loaded = load_newest(directory / "checkpoints")
     _, _, notes = restore(loaded, cfg, model, optimizers, Stability(**cfg["stability"]), guard)

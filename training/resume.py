@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optim.groups import folded
+from optim.assignment import folded
 from training.checkpoint import STATE_FILE, CheckpointError, Loaded, check_same, load, load_newest
 from training.files import read_config
 from training.log import METRICS_FILE, read_records

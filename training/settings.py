@@ -14,8 +14,8 @@ from data.tokenizer import TOKENIZERS
 from model.attention import HEAD_GATES, QK_CLIP_TARGETS
 from model.layers import MLPS
 from model.residual import ResidualRule, residual_problems, residual_rule
+from optim.assignment import ADAMW
 from optim.certified import LENGTHS
-from optim.groups import ADAMW
 from optim.linalg import PRECISIONS
 from optim.manifolds import MANIFOLDS
 from optim.published import RETRACTIONS
@@ -111,7 +111,7 @@ class Residual(Kind):
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which parameters get which geometry; configs/assignment. optim/groups.py checks the rules against the model's parameters."""
+    """Which parameters get which geometry; configs/assignment. optim/assignment.py checks the rules against the model's parameters."""
 
     name: str = text(longest=100)
     rules: Mapping[str, str] | None = optional(

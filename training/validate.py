@@ -79,7 +79,7 @@ def shortened(cfg: Mapping[str, Any], world: int) -> list[str]:
 
 
 def problems_of_clip(cfg: Mapping[str, Any], rows: Iterable[Any]) -> list[str]:
-    """Whether QK-clip would take the fused matrices of a manifold, named in `rows` (optim.groups.Row), off it."""
+    """Whether QK-clip would take the fused matrices of a manifold, named in `rows` (optim.assignment.Row), off it."""
     attention = cfg["attention"]
     if not attention["qk_clip"] or attention["qk_clip_on"] != "weights":
         return []

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.gpt import GPT, GPTConfig
-from optim.groups import AssignmentError, assign, build_optimizers, matches, parameter_table
+from optim.assignment import AssignmentError, assign, matches, parameter_table
+from training.build import build_optimizers
 from training.config import compose
 
 TABLES = ["wte|wpe|lm_head"]

@@ -1,0 +1,223 @@
+"""From a configuration to a model and its optimizers: the one place that does it.
+
+A model's settings may be carried over from another size (training/transfer.py), and some models keep vectors at unit length: whoever
+builds by hand and forgets either has another model than the configuration says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.gpt import GPT, GPTConfig
+from optim.assignment import AssignmentError, Row, adamw_groups, assign, folded, muon_groups
+from optim.certified import CertifiedStep
+from optim.manifold_muon import ManifoldMuon, StepRule
+from optim.published import PublishedStep
+from optim.unit_norm import UnitNorm
+from training.transfer import transferred
+
+
+def build(cfg: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[GPT, Optimizers]:
+    """The model of a configuration, with weights drawn from torch's global generator, and its optimizers.
+
+    Raises:
+        AssignmentError: see `build_optimizers`.
+    """
+    model = GPT(gpt_config(cfg)).to(device)
+    return model, build_optimizers(model, transferred(cfg), model.unit_vectors())
+
+
+def gpt_config(cfg: Mapping[str, Any]) -> GPTConfig:
+    """The model's shape, residual rule, switches of attention, and initial scales."""
+    cfg = transferred(cfg)
+    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"])
+
+
+class Optimizers:
+    """ManifoldMuon (if any matrix has a manifold) and AdamW, stepped and scheduled as one; then unit vectors are brought to their length.
+
+    Iterating yields the torch optimizers. `.rows` is the assignment, `.muon` the ManifoldMuon or None.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], rows: list[Row], unit_norm: UnitNorm) -> None:
+        self.optimizers, self.rows, self.unit_norm = optimizers, rows, unit_norm
+        self.peak_lr = [[float(g["lr"]) for g in o.param_groups] for o in optimizers]
+
+    def __iter__(self):
+        return iter(self.optimizers)
+
+    @property
+    def muon(self) -> ManifoldMuon | None:
+        """The optimizer of the constrained and unconstrained matrices, if there are any."""
+        return next((o for o in self.optimizers if isinstance(o, ManifoldMuon)), None)
+
+    def rates(self, multiplier: float) -> dict[str, float]:
+        """The learning rate of each optimizer's first group under this multiplier, by the optimizer's name."""
+        return {type(o).__name__: peaks[0] * multiplier for o, peaks in zip(self.optimizers, self.peak_lr)}
+
+    def set_lr(self, multiplier: float) -> None:
+        """Scale every group's peak learning rate."""
+        for optimizer, peaks in zip(self.optimizers, self.peak_lr):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(peak * multiplier)
+                else:
+                    group["lr"] = peak * multiplier
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """One update by every optimizer; none where `skip` (0-d bool, on the device) is true, and no host sync to find out.
+
+        The answer travels as `found_inf`, the attribute by which torch.amp.GradScaler tells fused optimizers the same.
+        """
+        for optimizer in self.optimizers:
+            optimizer.found_inf = None if skip is None else skip.float()
+            optimizer.step()
+        self.unit_norm()
+
+    def watch(self, on: bool) -> None:
+        """Whether the next step of the matrices is kept for their certificates."""
+        if self.muon is not None:
+            self.muon.watched = on
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """One state dict per optimizer, by class name."""
+        return {type(o).__name__: o.state_dict() for o in self.optimizers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over what `state_dict` returned, where optimizer, name and shape are the same; all ranks must call.
+
+        Settings and learning rates stay the configuration's. What does not fit stays at its start, and a weight that was on no or another
+        manifold is brought onto its own. The parameters must hold their saved values already.
+
+        Returns:
+            One line for everything that was not taken as it was; empty for the same assignment.
+        """
+        missed = [line for optimizer in self.optimizers for line in _take_over(optimizer, state)]
+        if self.muon is None:
+            return missed
+        saved = [group for part in state.values() for group in part["param_groups"]]
+        before = {name: (g.get("manifold"), g.get("blocks")) for g in saved for name in g.get("names", ())}
+        now = {name: (g["manifold"], g["blocks"]) for g in self.muon.param_groups for name in g["names"]}
+        moved = [n for n, place in now.items() if n in before and before[n] != place and place[0] != "euclidean"]
+        self.muon.bring_onto_manifold(moved)
+        return missed + [f"{name}: brought onto its manifold" for name in folded(moved)]
+
+
+def _take_over(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
+    """Give an optimizer the saved state that fits, by the parameters' names; returns what was left at its start."""
+    kind, fresh = type(optimizer).__name__, optimizer.state_dict()
+    params = {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"])}
+    saved = _state_by_name(state.get(kind, {"state": {}, "param_groups": []}), list(params))
+    taken: dict[int, dict[str, Tensor]] = {}
+    missed: dict[str, list[str]] = {}
+    for index, (name, p) in enumerate(params.items()):
+        old, start = saved.get(name, {}), fresh["state"].get(index)
+        # AdamW makes its state in its first step: numbers, and tensors of the parameter's shape.
+        wanted = start or {key: value if value.ndim == 0 else p for key, value in old.items()}
+        fits = {key: old[key] for key, value in wanted.items() if key in old and old[key].shape == value.shape}
+        lost = [key for key in wanted if key not in fits]
+        if lost or name not in saved:
+            missed.setdefault(", ".join(lost) or "state", []).append(name)
+        taken[index] = fits if start or not lost else {}
+    optimizer.load_state_dict({"state": taken, "param_groups": fresh["param_groups"]})
+    return [f"{kind}'s {what} of {name}: starts anew" for what, names in missed.items() for name in folded(names)]
+
+
+def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+    """Parameter name → its state. A checkpoint from before names were saved is read in the order of these parameters."""
+    indices = [i for group in saved["param_groups"] for i in group["params"]]
+    if all("names" in group for group in saved["param_groups"]):
+        order = [name for group in saved["param_groups"] for name in group["names"]]
+    return {name: saved["state"].get(i, {}) for name, i in zip(order, indices)} if len(order) == len(indices) else {}
+
+
+def _published(rule: Mapping[str, Any]) -> StepRule:
+    msign_dtype = getattr(torch, rule["msign_dtype"])
+    settings = {key: rule[key] for key in ("dual_steps", "alpha", "msign_steps", "decay_manifolds", "retraction")}
+    return PublishedStep(msign_dtype=msign_dtype, **settings)
+
+
+def _certified(rule: Mapping[str, Any]) -> StepRule:
+    settings = {key: rule[key] for key in ("quality", "products", "length", "norm_cap")}
+    return CertifiedStep(compiled=rule["compile"], **settings)
+
+
+STEP_RULES: dict[str, Callable[[Mapping[str, Any]], StepRule]] = {
+    "published": _published,
+    "certified": _certified,
+}
+"""Step rules of ManifoldMuon by the name that `optim.muon.rule.kind` gives, each made from its own settings."""
+
+
+def step_rule(settings: Mapping[str, Any]) -> StepRule:
+    """The step rule of an `optim` configuration."""
+    rule = settings["muon"]["rule"]
+    if rule["kind"] not in STEP_RULES:
+        raise ValueError(f"unknown kind {rule['kind']!r}; choose one of {', '.join(STEP_RULES)}")
+    return STEP_RULES[rule["kind"]](rule)
+
+
+def rehearse(
+    shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any], unit_vectors: Mapping[str, int] | None = None
+) -> tuple[list[Row], list[str]]:
+    """What `build_optimizers` would assign to parameters of these names and shapes, and everything it would refuse, with remedies."""
+    settings, rows, problems = cfg["optim"], [], []
+    try:
+        step_rule(settings)
+    except (ValueError, TypeError) as error:
+        problems.append(f"optim.muon.rule: {error}")
+    try:
+        rows = assign(shapes, cfg["assignment"]["rules"] or {}, settings["always_adamw"], unit_vectors)
+        muon_groups(rows, settings["muon"])
+        adamw_groups(rows, settings["adamw"])
+    except AssignmentError as error:
+        problems += error.problems
+    return rows, problems
+
+
+def build_optimizers(
+    model: nn.Module, cfg: Mapping[str, Any], unit_vectors: Mapping[str, int] | None = None
+) -> Optimizers:
+    """The optimizers of a model under a configuration; constrained weights are brought onto their manifold.
+
+    Args:
+        model: any module; only parameter names and shapes matter. Tied parameters count once, under their first name.
+        cfg: the configuration, of which `assignment.rules` and `optim` are read.
+        unit_vectors: see `assign`; brought to unit length here, and by every `Optimizers.step`.
+
+    Raises:
+        AssignmentError: see `assign`, `muon_groups` and `adamw_groups`.
+    """
+    settings = cfg["optim"]
+    params = dict(model.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    rows = assign(shapes, cfg["assignment"]["rules"] or {}, settings["always_adamw"], unit_vectors)
+    optimizers: list[torch.optim.Optimizer] = []
+    muon = settings["muon"]
+    groups = [
+        {"params": [params[name] for name in names], "names": names, **group}
+        for names, group in muon_groups(rows, muon)
+    ]
+    if groups:
+        rule = step_rule(settings)
+        common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
+        optimizers.append(ManifoldMuon(groups, rule, **common))
+    adamw = settings["adamw"]
+    groups = [
+        {"params": [params[name] for name in names], "names": names, **group}
+        for names, group in adamw_groups(rows, adamw)
+    ]
+    if groups:
+        optimizers.append(
+            torch.optim.AdamW(groups, lr=adamw["lr"], betas=tuple(adamw["betas"]), eps=adamw["eps"], fused=True)
+        )
+    return Optimizers(optimizers, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))
