@@ -41,8 +41,8 @@ from optim.linalg import (
     inverse_sqrt_increment,
     largest_eigenvalue,
     matrix_sign,
+    over,
     products_for,
-    ratio,
     sign_coefficients,
     skew_sign,
     su_step,
@@ -147,7 +147,7 @@ def frame_of(W: Tensor, manifold: Manifold, mm: Products) -> Frame:
         U, c = W, W.new_ones(W.size(0), W.size(-1), 1)
     else:
         lengths = column_norms(W)
-        U, c = ratio(W, lengths), lengths.mT
+        U, c = over(W, lengths), lengths.mT
     return Frame(manifold, U, c, None if manifold.orthogonal else mm(U.mT, U))
 
 
@@ -165,7 +165,7 @@ def multiplier(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products)
     coefficients = sign_coefficients(effort.su_steps, effort.su_lower)
     for _ in range(effort.su):
         size = frobenius(S)
-        Z = ratio(gram_stage(ratio(S, size), coefficients, mm), size.sqrt())  # (k, n, n) ≈ (XᵀX)^(-1/2)
+        Z = over(gram_stage(over(S, size), coefficients, mm), size.sqrt())  # (k, n, n) ≈ (XᵀX)^(-1/2)
         H = frame.tangency(mm(C + 2 * cL, Z))  # (k, n, n): UᵀA = (UᵀX) Z
         dL = su_step(frame.manifold.project, frame.metric, H, Z, frame.d, effort.conjugate_gradients, mm)
         cL = cL + effort.relaxation * frame.c * dL
@@ -231,7 +231,7 @@ def unit_direction(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm:
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     moving = torch.isfinite(largest) & (largest > 0)
     G = torch.where(moving, G, 0) / torch.where(moving, largest, 1)
-    G = ratio(G, frobenius(G))
+    G = over(G, frobenius(G))
     T, size = tangent_sign(W, G, manifold, effort, mm)
     moving = moving & (size > TANGENT_SHARE * torch.finfo(mm.dtype).eps)
     norm = largest_eigenvalue(lambda v: T.mT @ (T @ v), T, NORM_STEPS).sqrt()
@@ -250,7 +250,7 @@ def retract(
     """
     lengths = column_norms(V) if manifold.free_lengths else None
     if lengths is not None:
-        V, lengths = ratio(V, lengths), lengths * shrink
+        V, lengths = over(V, lengths), lengths * shrink
         lengths = lengths if norm_cap is None else lengths.clamp_max(norm_cap)
     E = manifold.defect(mm.gram(V))  # (k, n, n)
     distance = E.abs().sum(-1).amax(-1)  # ‖E‖_∞ ≥ ‖E‖₂

@@ -133,6 +133,11 @@ def ratio(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(y != 0, x / torch.where(y != 0, y, 1), 0)
 
 
+def over(X: Tensor, size: Tensor) -> Tensor:
+    """X / size for a size that broadcasts over X, such as (k, 1, 1) or (k, 1, n), and 0 where it is 0: one pass over X."""
+    return X * ratio(torch.ones_like(size), size)
+
+
 def column_norms(X: Tensor) -> Tensor:
     """Lengths of the columns of X (k, m, n), as (k, 1, n)."""
     return torch.linalg.vector_norm(X, dim=-2, keepdim=True)
@@ -175,7 +180,7 @@ def matrix_sign(
     coefficients = sign_coefficients(sum(stages), lower)
     S = mm(X.mT, X) if S is None else S  # (k, n, n)
     size = frobenius(S)  # its root is at least ‖X‖₂
-    X, S = ratio(X, size.sqrt()), ratio(S, size)
+    X, S = over(X, size.sqrt()), over(S, size)
     done = 0
     for steps in stages:
         if done:
@@ -191,7 +196,7 @@ def skew_sign(K: Tensor, steps: int, lower: float, mm: Products) -> Tensor:
     coefficients = sign_coefficients(steps, lower)
     square = mm(K, K)  # -KᵀK
     size = frobenius(square)
-    X, square = ratio(K, size.sqrt()), ratio(square, size)
+    X, square = over(K, size.sqrt()), over(square, size)
     for i, (a, b, c) in enumerate(coefficients):
         square = square if i == 0 else mm(X, X)
         X = mm.add(X, a, X, mm.add(square, -b / c, square, square) * c)
@@ -225,12 +230,12 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
         alphas.append(alpha.view(k))
         betas.append(beta.view(k))
         beta = frobenius(w)
-        previous, v = v, ratio(w, beta)
+        previous, v = v, over(w, beta)
     off = torch.diag_embed(torch.stack(betas[1:], dim=-1), offset=1)
     T = torch.diag_embed(torch.stack(alphas, dim=-1)) + symmetric_sum(off)  # (k, iterations, iterations)
     power = T
     for _ in range(12):
-        power = ratio(power, frobenius(power))
+        power = over(power, frobenius(power))
         power = power @ power
     return ratio(inner(power, T @ power), inner(power, power)).clamp_min(0)
 
