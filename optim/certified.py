@@ -316,7 +316,7 @@ class CertifiedStep:
         quality: a key of a manifold's `efforts`: "default" or "high".
         products: a name of PRECISIONS, or None for the device's own.
         length, norm_cap: see `step`; weight decay comes with the stacks.
-        compiled: put `step` through torch.compile.
+        compiled: put `step` through torch.compile, which fuses what lies between the products; None for the device's own: on CUDA.
 
     Raises:
         ValueError: an unknown quality, precision or length.
@@ -330,7 +330,7 @@ class CertifiedStep:
         products: str | None = None,
         length: str = "spectral",
         norm_cap: float | None = None,
-        compiled: bool = False,
+        compiled: bool | None = None,
     ) -> None:
         for manifold in MANIFOLDS.values():
             effort_of(manifold, quality)
@@ -341,9 +341,9 @@ class CertifiedStep:
         self.settings = {"length": length, "norm_cap": norm_cap}
 
     @cached_property
-    def step(self) -> Any:
-        """`step`, compiled once if that was asked for."""
-        return torch.compile(step, fullgraph=True, dynamic=False) if self.compiled else step
+    def compiled_step(self) -> Any:
+        """`step`, compiled once."""
+        return torch.compile(step, fullgraph=True, dynamic=False)
 
     def init(self, W: Tensor, manifold: str) -> Tensor:
         """W (..., m, n) brought onto the manifold by its exact retraction."""
@@ -378,7 +378,8 @@ class CertifiedStep:
         W, G = (stack.W, stack.G) if len(where) == len(stack.levels) else (stack.W[where], stack.G[where])
         manifold = MANIFOLDS[stack.manifold]
         mm = products_for(W.device, "float32" if level == 2 else self.products)
-        call = step if level == 2 else self.step  # rare, and an SVD inside: not worth a compilation
+        compiled = W.is_cuda if self.compiled is None else self.compiled
+        call = self.compiled_step if compiled and level < 2 else step  # level 2 is rare: not worth a compilation
         effort = effort_of(manifold, self.quality)
         return call(W, G, stack.eta, manifold, effort, mm, level=level, decay=stack.weight_decay, **self.settings)
 

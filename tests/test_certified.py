@@ -370,8 +370,8 @@ def test_decay_and_a_cap_bound_the_column_norms_and_keep_the_constraint():
 def test_compiles_fullgraph_without_recompiling():
     """Traced by dynamo and run by its eager backend: what the compiler's own backends then make of the graph is not ours to test."""
     torch._dynamo.reset()
-    rule = CertifiedStep()
-    rule.step = torch.compile(step, fullgraph=True, dynamic=False, backend="eager")
+    rule = CertifiedStep(compiled=True)
+    rule.compiled_step = torch.compile(step, fullgraph=True, dynamic=False, backend="eager")
     W, G = make("dgram")
     [plain] = CertifiedStep()([Stack(W, G, "dgram", torch.tensor(0.05), 0.1, [0, 0])])
     for i in range(3):

@@ -291,6 +291,7 @@ def check_axioms(M):
 
 def check_training(rules, rule, added):
     """Three steps of a model by either step rule: certified, and every weight on its manifold."""
+    torch.manual_seed(0)
     cfg = compose(["model=demo", f"optim={rule}", "assignment=custom", f"assignment.rules={rules}"])
     model = GPT(GPTConfig(**cfg["model"]))
     optimizers = build_optimizers(model, cfg)

@@ -141,7 +141,7 @@ class CertifiedRule:
     products: str | None = optional(choice(*PRECISIONS), null="means float16 on CUDA, float32 on a CPU")
     length: str = choice(*LENGTHS)
     norm_cap: float | None = optional(number(above=0))
-    compile: bool = flag()
+    compile: bool | None = optional(flag(), null="means on CUDA")
 
 
 @dataclass(frozen=True)
