@@ -368,6 +368,8 @@ def print_start(run: Run, resumed: checkpoint.Loaded | None, notes: list[str]) -
     )
     if carried_over := transfer_table(run.cfg):
         print(carried_over)
+    if run.optimizers.muon is not None:
+        print(f"ManifoldMuon: {run.optimizers.muon.rule.describe(run.device)}")
     print(f"{run.model.describe()} → {run.directory}")
     for line in [*shortened(run.cfg, run.ranks.world), *run.cut]:
         print(line)

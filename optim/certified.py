@@ -345,6 +345,11 @@ class CertifiedStep:
         """`step`, compiled once."""
         return torch.compile(step, fullgraph=True, dynamic=False)
 
+    def describe(self, device: torch.device) -> str:
+        """What a person should know of the rule on this device, in one line."""
+        precision = products_for(device, self.products).precision
+        return f"certified step, {self.quality} quality, {precision} products"
+
     def init(self, W: Tensor, manifold: str) -> Tensor:
         """W (..., m, n) brought onto the manifold by its exact retraction."""
         return MANIFOLDS[manifold].init(W)

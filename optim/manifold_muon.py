@@ -58,6 +58,9 @@ class StepRule(Protocol):
 
     levelled: bool
 
+    def describe(self, device: torch.device) -> str:
+        """What a person should know of the rule on this device, in one line."""
+
     def init(self, W: Tensor, manifold: str) -> Tensor:
         """W (..., m, n), any orientation, brought onto the manifold."""
 

@@ -86,6 +86,11 @@ class PublishedStep:
         if self.retraction not in RETRACTIONS:
             raise ValueError(f"unknown retraction {self.retraction!r}; choose one of {', '.join(RETRACTIONS)}")
 
+    def describe(self, device: torch.device) -> str:
+        """What a person should know of the rule, in one line."""
+        sign = f"{self.msign_steps} Polar Express steps in {str(self.msign_dtype).removeprefix('torch.')}"
+        return f"published step, {self.dual_steps} dual steps, {sign}, {self.retraction} retraction of DGram"
+
     def polar(self, X: Tensor) -> Tensor:
         """The matrix sign (k, m, n) in the rule's dtype."""
         return msign(X, self.msign_steps, self.msign_dtype)

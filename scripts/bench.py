@@ -8,6 +8,7 @@
     python scripts/bench.py residual       a training step and its memory under every residual rule, as ratios to pre-norm
     python scripts/bench.py probes         a probe's share of training time at its interval in experiment=paper
     python scripts/bench.py scaling        work and bytes a rank, counted, for 1 to 64 ranks (nothing is timed)
+    python scripts/bench.py counts         products, launches and bytes of one certified step at GPT-2 124M (nothing is timed)
 
 Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
 assignments= and optims= (lists; train and profile), limit_s= (train: no further turn after so many seconds), traces= (profile: a folder
@@ -58,10 +59,11 @@ def matrices(layers: int, width: int, where: torch.device) -> nn.Module:
 
 
 SETTINGS = {
-    "published (bfloat16)": ["optim=paper"],
-    "ours": ["optim=manifold_muon"],
-    "ours, high quality": ["optim=manifold_muon", "optim.muon.rule.quality=high"],
-    "ours, float32": ["optim=manifold_muon", "optim.muon.rule.products=float32"],
+    "published (bfloat16)": ["optim=paper", "assignment=hetero"],
+    "ours": ["optim=manifold_muon", "assignment=hetero"],
+    "ours, high quality": ["optim=manifold_muon", "assignment=hetero", "optim.muon.rule.quality=high"],
+    "ours, float32": ["optim=manifold_muon", "assignment=hetero", "optim.muon.rule.products=float32"],
+    "plain Muon (unconstrained)": ["optim=manifold_muon", "assignment=unconstrained"],
 }
 
 
@@ -73,7 +75,7 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
     layers, width = options["layers"] or (12 if where.type == "cuda" else 1), options["width"] or 768
     contestants, flops = {}, {}
     for name, overrides in SETTINGS.items():
-        optimizers = build_optimizers(matrices(layers, width, where), compose([*overrides, "assignment=hetero"]))
+        optimizers = build_optimizers(matrices(layers, width, where), compose(overrides))
         muon = optimizers.muon
         contestants[name] = muon.step
         flops[name] = sum(
@@ -243,6 +245,13 @@ def bench_scaling(options: dict[str, Any]) -> Rows:
     return rows
 
 
+def bench_counts(options: dict[str, Any]) -> Rows:
+    """What one certified step consists of; see scripts/bench_counts.py."""
+    from scripts.bench_counts import measure
+
+    return measure()
+
+
 WIDTH_1600 = ["model.n_layer=48", "model.n_head=25", "model.n_embd=1600"]
 
 
@@ -277,6 +286,7 @@ BENCHES = {
     "residual": bench_residual,
     "probes": bench_probes,
     "scaling": bench_scaling,
+    "counts": bench_counts,
 }
 
 
@@ -307,7 +317,9 @@ def work(arguments: list[str]) -> int:
     if name == "lmo":
         text += "\n\n" + table(calls_needed(rows))
         print("\n" + table(calls_needed(rows)))
-    folder = Path(options["results"] or ROOT / "results" / ("counted" if name == "scaling" else device_folder()))
+    folder = Path(
+        options["results"] or ROOT / "results" / ("counted" if name in ("scaling", "counts") else device_folder())
+    )
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": " ".join(["python scripts/bench.py", *arguments]),

@@ -20,7 +20,19 @@ from optim.manifolds import MANIFOLDS
 GROUPS = [(12, 2304, 768, "stiefel"), (12, 768, 768, "stiefel"), (24, 3072, 768, "dgram")]  # k, m, n of Hetero
 PRODUCTS_PER_S, BYTES_PER_S = 700e12, 3.8e12  # 16-bit products with float32 sums, and memory, of an H200-class device
 _PRODUCTS = ("bmm", "baddbmm", "mm", "addmm")
-_VIEWS = ("view", "transpose", "expand", "unsqueeze", "squeeze", "select", "slice", "detach", "diagonal", "alias", "permute")
+_VIEWS = (
+    "view",
+    "transpose",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "select",
+    "slice",
+    "detach",
+    "diagonal",
+    "alias",
+    "permute",
+)
 
 
 class _Traffic(TorchDispatchMode):

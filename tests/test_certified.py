@@ -430,3 +430,9 @@ def test_blocks_and_learning_rates_by_pattern():
     for bad, message in (("{attn.c_attn: 5}", "divides its 48 rows"), ("{attn.x: 2}", "matches no matrix")):
         with pytest.raises(AssignmentError, match=message):
             build_optimizers(model, compose(["optim=manifold_muon", f"optim.muon.blocks={bad}"]))
+
+
+def test_the_start_of_a_run_says_the_precision_of_the_products():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert "float32 products" in CertifiedStep().describe(cpu) and "float16 products" in CertifiedStep().describe(cuda)
+    assert "bfloat16 products" in CertifiedStep(products="bfloat16").describe(cpu)

@@ -13,6 +13,9 @@ from device_checks import (
     check_step_equals_the_cpus,
 )
 
+from optim.certified import step
+from optim.linalg import Products
+from optim.manifolds import MANIFOLDS
 from optim.spectra import spectrum
 from train import train
 from training.config import compose
@@ -96,3 +99,28 @@ def test_the_peak_of_a_run_is_its_own(tiny, tmp_path):
     train(compose([*common, "device=cuda", f"output_dir={tmp_path}/run", "max_steps=2", "schedule.warmup_steps=1"]))
     [end] = read_records(tmp_path / "run", "end")
     assert 0 < end["peak_device_bytes"] < 2**29
+
+
+@pytest.mark.parametrize("manifold", ["stiefel", "dgram"])
+def test_a_step_can_be_captured_in_a_graph(manifold):
+    """Captured once, replayed with other gradients and another learning rate: what the eager step does."""
+    M = MANIFOLDS[manifold]
+    W, G = M.retract(torch.randn(4, 512, 128, device="cuda")), torch.randn(4, 512, 128, device="cuda")
+    eta = torch.tensor(0.02, device="cuda")
+
+    def once():
+        return step(W, G, eta, M, M.efforts["default"], Products("float16"), decay=0.1)
+
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):
+            once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = once()
+    G.copy_(torch.randn_like(G))
+    eta.fill_(0.01)
+    graph.replay()
+    with torch.no_grad():
+        torch.testing.assert_close(captured.W, once().W, rtol=0, atol=1e-5)
