@@ -78,7 +78,8 @@ def test_bars_on_all_recorded_problems():
 @pytest.mark.parametrize("quality", ["default", "high"])
 @pytest.mark.parametrize("m", [48, 12])
 def test_agrees_with_the_reference(manifold, quality, m, monkeypatch):
-    monkeypatch.setattr(certified, "NORM_STEPS", 12)  # as many as there are columns: ‖T‖₂ exactly
+    for name in ("SMALL_NORM_STEPS", "TALL_NORM_STEPS"):
+        monkeypatch.setattr(certified, name, 12)  # as many as there are columns: ‖T‖₂ exactly
     W, G = make(manifold, m=m)
     T = direction(W, G, manifold, "float32", quality)
     for i in range(len(W)):
@@ -232,7 +233,8 @@ def test_levels_of_one_stack_are_its_matrices_own():
     ("manifold", "m"), [("stiefel", 64), ("stiefel", 32), ("dgram", 64), ("oblique", 48), ("euclidean", 64)]
 )
 def test_flops_are_those_that_are_done(manifold, m, products, monkeypatch):
-    monkeypatch.setattr(certified, "NORM_STEPS", 2)
+    for name in ("SMALL_NORM_STEPS", "TALL_NORM_STEPS"):
+        monkeypatch.setattr(certified, name, 2)
     W, G = make(manifold, k=1, m=m, n=32)
     M = MANIFOLDS[manifold]
     for quality in ("default", "high"):
