@@ -47,8 +47,8 @@ class _Traffic(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if not name.strip("_").startswith(_VIEWS):
             self.launches += 1
-            if name not in _PRODUCTS:
-                tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+            if name not in _PRODUCTS or any(1 in t.shape[-2:] for t in tensors):  # a product with a vector is all memory
                 self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         return result
 
