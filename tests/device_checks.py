@@ -92,7 +92,7 @@ def check_compiled_gradients(name, device, autocast, backend):
     ours = gradients(name, device, autocast, backend)
     assert ours.keys() == eager.keys() == exact.keys()
     for key, g in ours.items():
-        allowed = 1.5 * relative(eager[key], exact[key]) + (5e-3 if autocast else 2e-5)
+        allowed = 1.5 * relative(eager[key], exact[key]) + (5e-3 if autocast else 2e-4)
         assert relative(g, exact[key]) < allowed, f"{key}: {relative(g, exact[key]):.2g}, allowed {allowed:.2g}"
 
 

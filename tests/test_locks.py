@@ -1,5 +1,6 @@
 """Two runs that start together never share a directory, and whoever comes second to a live run leaves it alone."""
 
+import errno
 import json
 import os
 import pickle
@@ -81,6 +82,15 @@ def test_the_lock_of_a_killed_process_holds_up_nobody(tmp_path):
     DirectoryLock(tmp_path / "run").release()
 
 
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    DirectoryLock(tmp_path / "run").release()
+    assert "without locks: start no second run in it" in capsys.readouterr().err
+
+
 def claim_at(moment, cfg, where, number):
     os.chdir(where)
     while time.time() < moment:
@@ -124,6 +134,7 @@ def test_any_name_of_a_directory_is_taken_up_again(day, name):
     write_run(day / f"{name}.0", f"{name}.0", when=3000)
     write_run(day / f"{name}.3", f"{name}.3", when=3000)  # the first of a name that looks like the third of ours
     (day / f"{name}.4").mkdir()  # nothing in it
+    (day / f"{name}.5").touch()
     with claim({**AUTO, "name": name}) as lock:
         assert lock.directory == newest
         with pytest.raises(InUse):
@@ -160,6 +171,9 @@ def test_a_directory_that_cannot_be_written_is_a_message(tmp_path):
     for place in ("file", "file/run", "nowhere", "nowhere/run", "x" * 300):
         with pytest.raises(ConfigError, match=r"cannot be written to .*choose another output_dir"):
             claim({**NEVER, "output_dir": str(tmp_path / place)})
+    with pytest.raises(ConfigError, match="File name too long"):
+        claim({**NEVER, "output_dir": str(tmp_path / "new" / ("x" * 300))})
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "nowhere"}
 
 
 # ---- runs ----

@@ -41,22 +41,30 @@ class DirectoryLock:
         self.directory, self._path = directory, directory / LOCK_FILE
         self._made: list[Path] = []
         self._descriptor: int | None = None
-        while self._descriptor is None:
-            try:
-                self._made += _make(directory, new)
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
-                continue  # who held it left at this moment, and took its empty directory along
-            try:
-                _lock(descriptor, directory)
-                if self._is(descriptor):
-                    self._descriptor = descriptor
-            finally:
-                if self._descriptor is None:
-                    os.close(descriptor)
-        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(about).encode(), 0)
+        try:
+            while self._descriptor is None:
+                self._try(new)
+            about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(about).encode(), 0)
+        except BaseException:
+            self.release()
+            raise
+
+    def _try(self, new: bool) -> None:
+        """Take the lock, unless who held it leaves at this very moment and takes the file, or its empty directory, along."""
+        try:
+            _make(self.directory, new, self._made)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            return
+        try:
+            _lock(descriptor, self.directory)
+            if self._is(descriptor):
+                self._descriptor = descriptor
+        finally:
+            if self._descriptor is None:
+                os.close(descriptor)
 
     def __enter__(self) -> DirectoryLock:
         return self
@@ -66,16 +74,15 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Give the lock back; directories that were made for it and are empty go too. A second call does nothing."""
-        if self._descriptor is None:
-            return
-        with contextlib.suppress(OSError):
-            if self._is(self._descriptor):
-                self._path.unlink()
-        os.close(self._descriptor)
-        self._descriptor = None
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                if self._is(self._descriptor):
+                    self._path.unlink()
+            os.close(self._descriptor)
+            self._descriptor = None
         with contextlib.suppress(OSError):  # the first that is not empty
-            for made in reversed(self._made):
-                made.rmdir()
+            while self._made:
+                self._made.pop().rmdir()
 
     def _is(self, descriptor: int) -> bool:
         """Whether the open file is the one that has the lock file's name: who leaves removes it, and another may be there."""
@@ -85,22 +92,18 @@ class DirectoryLock:
             return False
 
 
-def _make(directory: Path, new: bool) -> list[Path]:
-    """Make a directory and those above it; returns those that were not there."""
-    made = []
+def _make(directory: Path, new: bool, made: list[Path]) -> None:
+    """Make a directory and those above it, and append to `made` those that were not there."""
     for path in (*reversed(directory.parents), directory):
         try:
-            if not path.is_dir():
+            if (new and path == directory) or not path.is_dir():
                 path.mkdir()
                 made.append(path)
-            elif new and path == directory:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         except FileExistsError:
-            if path == directory and new:
+            if new and path == directory:
                 raise
             if not path.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
-    return made
 
 
 def _lock(descriptor: int, directory: Path) -> None:

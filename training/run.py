@@ -151,7 +151,7 @@ def _time(path: Path) -> float | None:
     """When a file was last written (seconds); None where there is none."""
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
