@@ -30,12 +30,12 @@ from training.log import read_records
 RUNS = ("adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
 SETTINGS = [
     *("experiment=one_gpu", "eval_interval=50", "eval_windows=128", "probe.interval=50", "log.interval_spectra=250"),
-    *("checkpoint.interval=1000000", "checkpoint.keep=1"),
+    *("checkpoint.interval=1000000", "checkpoint.keep=1", "full_eval=false"),
 ]
 TINY = [
     *("experiment=demo", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16"),
     *("global_batch_tokens=128", "micro_batch_size=4", "eval_interval=4", "eval_windows=4", "log.interval=1"),
-    *("probe.interval=4", "log.interval_spectra=4", "schedule.warmup_steps=2", "optim.muon.lr=0.02", "device=cpu"),
+    *("probe.interval=4", "log.interval_spectra=4", "schedule.warmup_steps=2", "full_eval=false"),
 ]
 
 # Share of the time left that is planned for: steps between which a run looks inside itself take longer.

@@ -66,13 +66,14 @@ def small_chunks(active):
 # ---- compiled programs ----
 
 
-def gradients(name, device, autocast, backend=None):
+def gradients(name, device, autocast, backend=None, dtype=torch.float32):
     """Loss and gradients of the named model, eagerly or compiled by a backend; weights and tokens are always the same."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = GPT(gpt_config(settings(*MODELS[name]))).to(device)
     for p in model.parameters():  # away from the start, where some gradients vanish
         p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.05)
+    model.to(dtype)
     tokens = torch.from_numpy(windows(4).astype("int64")).to(device)
     replica = model if backend is None else torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
     with small_chunks(name == "chunked loss"), autocast_on(device, autocast):
@@ -88,11 +89,11 @@ def relative(a, b):
 
 def check_compiled_gradients(name, device, autocast, backend):
     """Compiled gradients are as near to exact ones as eager ones are."""
-    exact, eager = gradients(name, device, False), gradients(name, device, autocast)
+    exact, eager = gradients(name, device, False, dtype=torch.float64), gradients(name, device, autocast)
     ours = gradients(name, device, autocast, backend)
     assert ours.keys() == eager.keys() == exact.keys()
     for key, g in ours.items():
-        allowed = 1.5 * relative(eager[key], exact[key]) + (5e-3 if autocast else 2e-4)
+        allowed = 2 * relative(eager[key], exact[key]) + (5e-3 if autocast else 2e-4)
         assert relative(g, exact[key]) < allowed, f"{key}: {relative(g, exact[key]):.2g}, allowed {allowed:.2g}"
 
 
