@@ -272,6 +272,10 @@ def test_eight_pairs_started_together(tiny, tmp_path, how):
                 steps = [r["step"] for r in records(runs[seed]) if r["kind"] == "train"]
                 assert steps == list(range(1, 61))
             else:
-                assert "already holds a run" in err or "in use by process" in err
-        assert len(runs) == (1 if "output_dir=run" in how else len(runs)) and runs
-        assert how or len(runs) == 2
+                reasons = (
+                    "in use by process",
+                    "already holds a run",
+                    "belongs to another run",
+                )  # at once, or a little later
+                assert any(reason in err for reason in reasons), err
+        assert len(runs) in {(): (2,), ("resume=auto",): (1, 2)}.get(tuple(how), (1,))
