@@ -48,7 +48,9 @@ class _Traffic(TorchDispatchMode):
         if not name.strip("_").startswith(_VIEWS):
             self.launches += 1
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-            if name not in _PRODUCTS or any(1 in t.shape[-2:] for t in tensors):  # a product with a vector is all memory
+            if name not in _PRODUCTS or any(
+                1 in t.shape[-2:] for t in tensors
+            ):  # a product with a vector is all memory
                 self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         return result
 
