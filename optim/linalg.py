@@ -56,6 +56,10 @@ class Products:
             return torch.bmm(X, Y, out_dtype=torch.float32)
         return X.float() @ Y.float()
 
+    def stages(self, stages: Sequence[int]) -> tuple[int, ...]:
+        """The stages that a Gram iteration of so many steps is to be cut into at this precision."""
+        return (sum(stages),) if self.dtype == torch.float32 else tuple(stages)
+
     def add(self, C: Tensor, beta: float, X: Tensor, Y: Tensor) -> Tensor:
         """beta·C + X @ Y; in float32 one call, with the sum inside the product."""
         if self.dtype == torch.float32:
@@ -175,8 +179,10 @@ def matrix_sign(
     """A ≈ U Vᵀ (k, m, n) of X = U Σ Vᵀ, and a function that returns AᵀA (k, n, n) for two more products.
 
     Singular values σ ≥ lower·‖XᵀX‖_F^½ come near 1, smaller ones stay below: a smoothed sign. `stages` are the numbers of steps between
-    two formations of XᵀX; S is the first XᵀX where the caller has it. Zero for zero X.
+    two formations of XᵀX, which 16-bit operands need; with 24 bits one stage does. S is the first XᵀX where the caller has it. Zero for
+    zero X.
     """
+    stages = mm.stages(stages)
     coefficients = sign_coefficients(sum(stages), lower)
     S = mm(X.mT, X) if S is None else S  # (k, n, n)
     size = frobenius(S)  # its root is at least ‖X‖₂
