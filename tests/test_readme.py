@@ -340,7 +340,7 @@ def test_the_tables_of_the_front_are_those_that_scripts_wrote():
 
 
 def test_the_order_on_the_front_is_that_of_the_table():
-    claimed = re.search(r"orders the assignments (.*?);", README, re.DOTALL)[1]
+    claimed = re.search(r"orders the assignments\s+(.*?);", README, re.DOTALL)[1]
     rows = result("demo/table.json")["rows"]
     loss = {row["assignment"]: row.get("full_val_loss") or row["val_loss_final"] for row in rows}
     assert re.split(r"\s+<\s+", claimed) == sorted(loss, key=loss.get) and len(loss) == 5
