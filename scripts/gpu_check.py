@@ -6,7 +6,7 @@
     d    the same runs continued
 
     scripts/gpu_check.sh a b
-    scripts/gpu_check.sh c d data=books 'data.files=books_train.txt.gz' 'data.val_files=books_val.txt.gz' data.dir=/tmp/books
+    scripts/gpu_check.sh c d data=books 'data.files=books_train.txt.gz' 'data.val_files=books_val.txt.gz'
     scripts/gpu_check.sh tiny=true         all of it in small, on a CPU, in two minutes
 
 Started again, a stage passes over the steps that are done and goes on with the others. Options (key=value; paths are relative to the
