@@ -73,9 +73,9 @@ def test_matrix_sign_brings_the_singular_values_it_was_made_for_near_one(precisi
     A, gram_of_A = matrix_sign(X, stages, lower, mm)
     sigma = torch.linalg.svdvals(A)
     assert sigma.max() < 1.2 and sigma.min() > 0.8
-    torch.testing.assert_close(gram_of_A(), A.mT @ A, rtol=0, atol=5e-3 if precision == "float16" else 1e-5)
+    torch.testing.assert_close(gram_of_A(), A.mT @ A, rtol=0, atol=5e-3 if precision == "float16" else 5e-4)
     again, _ = matrix_sign(X, stages, lower, mm, X.mT @ X)
-    torch.testing.assert_close(again, A, rtol=0, atol=2e-2 if precision == "float16" else 1e-4)
+    torch.testing.assert_close(again, A, rtol=0, atol=2e-2 if precision == "float16" else 5e-4)
     assert matrix_sign(torch.zeros_like(X), stages, lower, mm)[0].abs().max() == 0
 
 
