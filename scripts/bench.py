@@ -69,13 +69,18 @@ SETTINGS = {
 
 def bench_optimizer(options: dict[str, Any]) -> Rows:
     """One step of Hetero over the matrices of GPT-2 124M; AdamW over the same matrices."""
+    from optim.linalg import products_for
     from training.build import build_optimizers
 
     where = device()
     layers, width = options["layers"] or (12 if where.type == "cuda" else 1), options["width"] or 768
     contestants, flops = {}, {}
     for name, overrides in SETTINGS.items():
-        optimizers = build_optimizers(matrices(layers, width, where), compose(overrides))
+        cfg = compose(overrides)
+        rule = cfg["optim"]["muon"]["rule"]
+        if rule["kind"] == "certified":  # by name, so that what is counted is what this device does
+            rule["products"] = products_for(where, rule["products"]).precision
+        optimizers = build_optimizers(matrices(layers, width, where), cfg)
         muon = optimizers.muon
         contestants[name] = muon.step
         flops[name] = sum(
