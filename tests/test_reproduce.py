@@ -262,7 +262,15 @@ def test_a_column_that_no_run_fills_is_left_out(finished, tmp_path):
 
 
 def test_make_reproduce_passes_options_on():
-    words = ["make", "--no-print-directory", "-n", "-o", ".venv/installed.lock", "reproduce", "OPTIONS=logger.mode=offline"]
+    words = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "-o",
+        ".venv/installed.lock",
+        "reproduce",
+        "OPTIONS=logger.mode=offline",
+    ]
     said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.strip() == ".venv/bin/python scripts/reproduce.py scale=demo logger.mode=offline"
 
