@@ -56,7 +56,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def measure() -> list[dict[str, Any]]:
-    """A row for each quality: TFLOP in 16-bit products, launches and elementwise GB of the step as it is written, and the prediction."""
+    """A row for each quality: TFLOP in 16-bit products; launches and elementwise GB of the float32 form, operation by operation; predictions."""
     rows = []
     for quality in ("default", "high"):
         rule = CertifiedStep(quality=quality)
@@ -71,8 +71,8 @@ def measure() -> list[dict[str, Any]]:
             {
                 "quality": quality,
                 "TFLOP, 16-bit products": flops / 1e12,
-                "launches": traffic.launches,
-                "elementwise GB, unfused": traffic.bytes / 1e9,
+                "launches, float32 form": traffic.launches,
+                "elementwise GB, float32 form, unfused": traffic.bytes / 1e9,
                 "products ms, predicted": 1e3 * flops / PRODUCTS_PER_S,
                 "elementwise ms, unfused, predicted": 1e3 * traffic.bytes / BYTES_PER_S,
             }
