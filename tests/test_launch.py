@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -366,3 +367,12 @@ def test_the_wandb_sweep_gives_valid_runs(monkeypatch):
 
     check(cfg)
     assert cfg["output_dir"] == "outputs/wandb_sweep/abc123" and cfg["logger"]["mode"] == "online"
+
+
+def test_a_timer_that_cannot_join_itself_is_not_heard_of():
+    heard = []
+    hear = launch._without_timers(heard.append)
+    noise, news = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("cannot join current thread", "other"))
+    hear(noise)
+    hear(news)
+    assert heard == [news]

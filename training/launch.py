@@ -201,6 +201,7 @@ def _start_ranks(
         start_method="spawn",
         signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours
     )
+    sys.unraisablehook = _without_timers(sys.unraisablehook)
     for name in list(logging.root.manager.loggerDict):  # each has a level of its own
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing.spawn")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say, the ranks and we say
@@ -219,6 +220,19 @@ def _start_ranks(
         if isinstance(ending, Stopped) and ear.poll():
             ending = Stopped(ending.signal, ear.recv())  # in the words of rank 0
         raise ending
+
+
+def _without_timers(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `sys.unraisablehook` that is silent about torch's timer of the rendezvous, which may be collected in a thread of its own.
+
+    Its finalizer then tries to join that thread and fails, after everything has been said.
+    """
+
+    def hear(unraisable: Any) -> None:
+        if "cannot join current thread" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    return hear
 
 
 def _ending(rank: int, code: int, message: str) -> BaseException:
