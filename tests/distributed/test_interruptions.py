@@ -186,7 +186,7 @@ def said(process, signum):
     """What a process said that was sent a signal, without the progress of the run; it has ended as it should."""
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + signum, err
-    lines = [line for line in err.splitlines() if not re.match(r"\S+ +\d+/\d+ ", line)]
+    lines = [line for line in err.splitlines() if not re.match(r"\S+ +(\d+/\d+ |step \d+: )", line)]
     assert len(lines) == 1 and lines[0].startswith(f"{signum.name}: stopped"), err
     return lines[0]
 
