@@ -8,12 +8,13 @@ and leaves no trace: no gradient, no random number, no state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from model.attention import causal_logits
 from model.collapse import depth, mixing_dimensions, recovery
@@ -48,12 +49,7 @@ def probe(model: GPT, x: Tensor) -> dict[str, Any]:
             block.attn.register_forward_pre_hook(lambda attn, args: attention.append(attention_record(attn, args[0])))
         )
         hooks.append(block.register_forward_hook(lambda _, args, out: streams.append(depth(out.float()))))
-    try:
-        with evaluation_mode(model):
-            model.features(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    forward_with(hooks, model, x)
     stacked = {key: torch.stack([record[key] for record in attention]) for key in attention[0]}  # (L, H) each
     stacked |= qk_norms(torch.stack([block.attn.c_attn.weight for block in blocks]).float(), model.config.n_head)
     stacked |= {key: torch.stack([record[key] for record in streams]) for key in streams[0]}  # (L + 1,)
@@ -98,13 +94,18 @@ def head_mixing(model: GPT, x: Tensor) -> Tensor:
         )
         for block in model.transformer.h
     ]
+    forward_with(hooks, model, x)
+    return torch.stack(found)
+
+
+def forward_with(hooks: Iterable[RemovableHandle], model: GPT, x: Tensor) -> None:
+    """Put x (B, T) through the model, dropout and autocast off, for its hooks to see; then remove them, also after an error."""
     try:
         with evaluation_mode(model):
             model.features(x)
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(found)
 
 
 def explicit_attention(attn: CausalSelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

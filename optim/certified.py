@@ -18,7 +18,7 @@ A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)).
 
 Legend.  W weight, c the lengths of its columns, U = W/c; G momentum at ‖G‖_F = 1; C = UᵀG; `cL` the multiplier L with row i times c_i,
 so that W L = U·cL and nothing overflows where lengths differ; A matrix sign; N = UᵀA; K the normal part's factor, W K or U·cK; B = TᵀT;
-T direction; V trial point; E = VᵀV - I. Shapes: k matrices of one tall shape, (k, m, n); products by optim/linalg.py.
+T direction; V trial point; E = P(VᵀV) - target, VᵀV - I on Stiefel. Shapes: k matrices of one tall shape, (k, m, n); products by optim/linalg.py.
 """
 
 from __future__ import annotations

@@ -67,9 +67,9 @@ class Products:
         return beta * C + self(X, Y)
 
     def gram(self, X: Tensor) -> Tensor:
-        """XᵀX (k, n, n) to float32 accuracy at any precision: the operands of 16 bits come in two halves, X = hi + lo.
+        """XᵀX (k, n, n) to nearly float32 accuracy: operands of 16 bits come in two halves, X = hi + lo, of 22 bits in float16, 16 in bfloat16.
 
-        lo·lo is left out: it lies below float32's last bit. The diagonal, which is all sum and no cancellation, is taken elementwise.
+        lo·lo is left out: it lies below the last bit of the two. The diagonal, which is all sum and no cancellation, is taken elementwise.
         Two tall products instead of one.
         """
         if self.dtype == torch.float32:

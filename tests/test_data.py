@@ -22,7 +22,7 @@ import yaml
 
 from data import shards, sources
 from data.command import CONFIGS, prepare_command
-from data.prepare import main, prepare
+from data.prepare import prepare
 from data.shards import DataError, open_dataset
 from data.tokenizer import get_tokenizer
 from training.config import compose
@@ -438,64 +438,6 @@ def test_a_zipped_stdlib_names_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"not in .*python311\.zip as \.py files.*another Python.*data=text"):
         prepare(cfg, progress=False)
     assert nothing_left(cfg)
-
-
-# --- the command ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def configs(tmp_path) -> Path:
-    """A configuration of nothing but the real `data` group."""
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    (folder / "data").symlink_to(CONFIGS / "data")
-    (folder / "config.yaml").write_text("defaults:\n  - data: stdlib\n  - _self_\n")
-    return folder
-
-
-@pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIGS / "data").glob("*.yaml"))])
-def test_every_configuration_composes_completely(configs, name):
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(configs), version_base="1.3"):
-        cfg = OmegaConf.to_container(compose("config", overrides=[f"data={name}"]).data, resolve=True)
-    assert cfg["name"] == name
-    assert cfg["dir"] == f"data/prepared/{name}"
-    assert cfg["source"] in sources.SOURCES
-    assert cfg["auto_prepare"] is (name == "stdlib")
-    assert (CONFIGS / "data" / f"{name}.yaml").read_text().startswith("# ")
-
-
-def test_the_command_prepares_and_summarises(tmp_path, configs, capsys):
-    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(BOOKS))
-    overrides = ["data=text", f"data.files={tmp_path}/a.txt", "data.tokenizer=bytes", "data.val_fraction=0.1"]
-    assert main([*overrides, f"data.dir={tmp_path}/out"], configs) == 0
-    printed = capsys.readouterr().out
-    assert "36 documents" in printed
-    assert open_dataset(tmp_path / "out").manifest.name == "text"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "code", "message"),
-    [
-        (["data=text"], 2, "data.files names no file"),
-        (["data=text", "data.files=none/*.txt"], 2, "no file matches 'none/*.txt'; correct data.files"),
-        (["data=text", "data.tokenizer=char"], 2, "data.tokenizer is 'char'; choose bytes or gpt2"),
-        (["data=text", "data.source=web"], 2, "data.source is 'web'; choose one of stdlib, text, openwebtext, fineweb"),
-        (["data=text", "data.shard_tokens=0"], 2, "data.shard_tokens is 0; give a whole number of at least 1"),
-        (["data=stdlib", "data.max_tokens=-5"], 2, "data.max_tokens is -5"),
-        (["data=nowhere"], 2, "openwebtext"),
-        (["data.kolumn=x"], 2, "kolumn"),
-    ],
-)
-def test_the_command_refuses_in_one_message(tmp_path, configs, capsys, overrides, code, message):
-    cheap = [] if any("tokenizer" in override for override in overrides) else ["data.tokenizer=bytes"]
-    assert main([*overrides, *cheap, f"data.dir={tmp_path}/prepared/x"], configs) == code
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert "Traceback" not in printed
-    assert not (tmp_path / "prepared" / "x").exists()
 
 
 def test_importing_the_package_loads_nothing_heavy():

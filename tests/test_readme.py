@@ -347,6 +347,16 @@ def test_the_order_on_the_front_is_that_of_the_table():
     assert "Nothing became unstable here" in README and {row["status"] for row in rows} == {"ok"}
 
 
+def test_how_the_rules_differ_on_the_front_is_what_the_tables_show():
+    assert "What has DGram on attention ends lower than above, what has Stiefel there ends higher" in README
+    ours, published = (
+        {row["assignment"]: row["full_val_loss"] for row in result(f"{name}/table.json")["rows"]}
+        for name in ("demo", "demo_paper")
+    )
+    lower = {name for name in ours if published[name] < ours[name]}
+    assert {"All-DGram", "Hetero-Inv"} <= lower and not lower & {"All-Stiefel", "Hetero"}
+
+
 def test_no_run_of_the_experiments_on_failing_attention_became_unstable():
     for name in ("instability_small", "published_failure", "published_horizon", "published_width"):
         assert {row["status"] for row in result(f"{name}/instability.json")["rows"]} == {"ok"}
