@@ -24,17 +24,19 @@ T direction; V trial point; E = P(VᵀV) - target, VᵀV - I on Stiefel. Shapes:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from optim.linalg import (
     Products,
     cap_fit,
     column_norms,
-    exact_float32,
+    diagonal,
+    exact_sums,
     eye_like,
     frobenius,
     gram_stage,
@@ -57,15 +59,16 @@ LENGTHS: dict[str, Callable[[int, int], float]] = {
 }
 """‖T‖₂ by name: 1, or what gives Muon's update the root mean square .2 that AdamW's has (Moonlight, arXiv 2502.16982)."""
 
+LARGEST_ENTRY = 0.125  # of G as the step sees it: sums over m = 2^17 rows of its squares then still fit float16
 SKEW_STEPS, SKEW_LOWER = 7, 1e-3  # of a square Stiefel matrix; feas .997 and more on recorded problems
 CAP_FROM = 0.5  # the cap's polynomial is fitted on singular values in [CAP_FROM, 1]·‖T‖₂; smaller ones hardly exist
-# Lanczos iterations for ‖T‖₂ in n × n, and with the tall T itself, which costs memory traffic: 1% and 3% short on recorded problems.
-SMALL_NORM_STEPS, TALL_NORM_STEPS = 8, 4
+# Lanczos iterations for ‖T‖₂ in n × n, and with the tall T itself, which costs memory traffic: on recorded problems 2% short on average, 6.5% at most.
+SMALL_NORM_STEPS, TALL_NORM_STEPS = 8, 2
 TANGENT_SHARE = 4.0  # a tangent part of G below so many rounding errors of the operands is taken for none
 
 # A round of the retraction leaves an error of 5/16·‖E‖³. From these ‖E‖ on one round, and two, would leave more than 3e-7:
 SECOND_ROUND, EXACT = 0.008, 0.15
-LANDS = (0.015, 0.3, torch.inf)  # ‖E‖ that a step of level 0, 1, 2 still brings onto the manifold to a few 1e-6
+LANDS = (0.015, 0.3)  # ‖E‖ that one round, and two, still bring onto the manifold to a few 1e-6
 DISTANCE_STEPS = 4  # Lanczos iterations for ‖E‖₂; the limits above leave room for what they fall short
 
 
@@ -121,18 +124,10 @@ class Frame(NamedTuple):
     c: Tensor
     D: Tensor | None
 
-    def gram_times(self, K: Tensor, mm: Products) -> Tensor:
-        """UᵀU K (k, n, n)."""
-        return K if self.D is None else mm(self.D, K)
-
     @property
     def d(self) -> Tensor:
         """diag(WᵀW) as (k, n)."""
         return self.c.squeeze(-1).square()
-
-    def metric(self, L: Tensor) -> Tensor:
-        """WᵀW L (k, n, n) where columns are orthogonal."""
-        return self.d[:, :, None] * L
 
     def tangency(self, N: Tensor) -> Tensor:
         """H = P(WᵀA + AᵀW) (k, n, n) from N = UᵀA."""
@@ -140,16 +135,17 @@ class Frame(NamedTuple):
 
     def normal(self, N: Tensor) -> Tensor:
         """cK (k, n, n), where U·cK = W K is the normal part of A, from N = UᵀA."""
-        return self.c * self.manifold.normal(self.tangency(N), self.d)
+        return (self.c * self.manifold.normal(self.tangency(N), self.d)).to(N.dtype)
 
 
 def frame_of(W: Tensor, manifold: Manifold, mm: Products) -> Frame:
-    """The frame of W (k, m, n) on its manifold."""
+    """The frame of W (k, m, n) float32 on its manifold; U and D in the precision of the products."""
     if manifold.unit_columns:
         U, c = W, W.new_ones(W.size(0), W.size(-1), 1)
     else:
-        lengths = column_norms(W)
+        lengths = column_norms(W)  # (k, 1, n)
         U, c = over(W, lengths), lengths.mT
+    U = U.to(mm.dtype)
     return Frame(manifold, U, c, None if manifold.orthogonal else mm(U.mT, U))
 
 
@@ -160,18 +156,18 @@ def multiplier(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products)
         return cL, None
     GG = mm(G.mT, G)  # (k, n, n)
 
-    def gram_of_X() -> Tensor:
+    def gram_of_X(cL: Tensor) -> Tensor:
         return GG + 2 * symmetric_sum(mm(cL.mT, C + cL))
 
-    S = gram_of_X()
+    S = gram_of_X(cL)
     coefficients = sign_coefficients(effort.su_steps, effort.su_lower)
     for _ in range(effort.su):
-        size = frobenius(S)
-        Z = over(gram_stage(over(S, size), coefficients, mm), size.sqrt())  # (k, n, n) ≈ (XᵀX)^(-1/2)
-        H = frame.tangency(mm(C + 2 * cL, Z))  # (k, n, n): UᵀA = (UᵀX) Z
-        dL = su_step(frame.manifold.project, frame.metric, H, Z, frame.d, effort.conjugate_gradients, mm)
-        cL = cL + effort.relaxation * frame.c * dL
-        S = gram_of_X()
+        Z = gram_stage(over(S, frobenius(S)).to(mm.dtype), coefficients, mm)  # (k, n, n) ≈ (XᵀX)^(-1/2), up to a factor
+        H = frame.tangency(mm(C + 2 * cL, Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
+        d = frame.d[:, :, None]
+        dL = su_step(frame.manifold.project, lambda p, d=d: d * p, H, Z, frame.d, effort.conjugate_gradients, mm)
+        cL = (cL + effort.relaxation * frame.c * dL).to(mm.dtype)
+        S = gram_of_X(cL)
     return cL, S
 
 
@@ -187,14 +183,15 @@ def cap_polynomial(norm: Tensor, effort: Effort) -> Tensor:
 
 
 def cap_factor(B: Tensor, effort: Effort, mm: Products) -> Tensor:
-    """R (k, n, n) for which T R has the singular values of T, capped at 1, from B = TᵀT. One product a degree above the first."""
-    norm = largest_eigenvalue(lambda v: B @ v, B, SMALL_NORM_STEPS).sqrt().clamp_min(1)
+    """R (k, n, n) for which T R has the singular values of T, capped at 1, from B with the symmetric part TᵀT; effort.cap_degree - 1 products."""
+    B = 0.5 * symmetric_sum(B)
+    norm = largest_eigenvalue(lambda v: mm.times_vector(B, v), B, SMALL_NORM_STEPS).sqrt().clamp_min(1)
     p = cap_polynomial(norm, effort)  # (k, degree + 1, 1, 1)
     x = B / norm**2
-    R = p[:, -1] * x + p[:, -2] * eye_like(B)
+    R = p[:, -1] * x + p[:, -2] * eye_like(x)
     for j in range(effort.cap_degree - 2, -1, -1):
-        R = mm(R, x) + p[:, j] * eye_like(B)
-    return R
+        R = mm(R, x) + p[:, j] * eye_like(x)
+    return R.to(mm.dtype)
 
 
 def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> tuple[Tensor, Tensor]:
@@ -202,66 +199,86 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
     if not manifold.constrained:
         return matrix_sign(G, effort.stages, effort.lower, mm)[0], frobenius(G)
     if manifold.rotations and W.size(-2) == W.size(-1):
-        C = mm(W.mT, G)  # (k, n, n)
+        U = W.to(mm.dtype)
+        C = mm(U.mT, G)  # (k, n, n)
         skew = 0.5 * (C - C.mT)
-        return mm(W, skew_sign(skew, SKEW_STEPS, SKEW_LOWER, mm)), frobenius(skew)
+        return mm(U, skew_sign(skew, SKEW_STEPS, SKEW_LOWER, mm)), frobenius(skew)
     frame = frame_of(W, manifold, mm)
     C = mm(frame.U.mT, G)  # (k, n, n)
     cL, S = multiplier(frame, G, C, effort, mm)
-    X = mm.add(G, 1.0, frame.U, 2 * cL)  # (k, m, n) = G + 2WL
+    X = mm.add(G, 1.0, frame.U, cL, alpha=2.0)  # (k, m, n) = G + 2WL
     A, gram_of_A = matrix_sign(X, effort.stages, effort.lower, mm, S)  # (k, m, n)
-    B = gram_of_A()  # (k, n, n)
-    N = mm(frame.U.mT, A)  # (k, n, n)
-    cK = torch.zeros_like(N)
-    for i in range(effort.caps):  # T = A - U·cK throughout, with N = UᵀT and B = TᵀT
-        more = frame.normal(N)
-        removed = frame.gram_times(more, mm)
-        B = B - symmetric_sum(mm(more.mT, N - 0.5 * removed))
-        R = cap_factor(B, effort, mm)
-        A, cK, N = mm(A, R), mm(cK + more, R), mm(N - removed, R)
-        if i < effort.caps - 1:
-            B = mm(R, mm(B, R))
-    return mm.add(A, 1.0, frame.U, -(cK + frame.normal(N))), frobenius(X)
+    for i in range(effort.caps):
+        B = mm(A.mT, A) if i else gram_of_A()  # (k, n, n) = AᵀA
+        N = mm(frame.U.mT, A)  # (k, n, n)
+        cK = frame.normal(N)
+        removed = cK if frame.D is None else mm(frame.D, cK)  # UᵀU·cK
+        # T = A - U·cK is the tangent part of A, and TᵀT the symmetric part of B - 2cKᵀ(N - UᵀU·cK/2).
+        R = cap_factor(mm.add(B, 1.0, cK.mT, N - 0.5 * removed, alpha=-2.0), effort, mm)
+        # T R, less its own normal part: UᵀTR = (N - UᵀU·cK) R.
+        A = mm.add(mm(A, R), 1.0, frame.U, mm(cK, R) + frame.normal(mm(N - removed, R)), alpha=-1.0)
+    if not effort.caps:
+        A = mm.add(A, 1.0, frame.U, frame.normal(mm(frame.U.mT, A)), alpha=-1.0)
+    return A, frobenius(X)
 
 
-def unit_direction(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> tuple[Tensor, Tensor]:
-    """T / max(1, ‖T‖₂) (k, m, n) of tall W, G float32, G at any scale, and whether there is anything to step along (k, 1, 1) bool.
+def direction_and_length(
+    W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products
+) -> tuple[Tensor, Tensor]:
+    """T (k, m, n), in the precision of the products, and 1 / max(1, ‖T‖₂) (k, 1, 1) float32, 0 where there is nothing to step along.
 
-    There is nothing, and T is zero, where G is zero, not finite, or normal to the manifold.
+    There is nothing where G is zero, not finite, or normal to the manifold. W, G: tall, float32, G at any scale.
     """
-    # By the largest entry first: squares of a gradient of size 1e-25 or 1e25 leave the range of float32.
+    # By the largest entry: squares of a gradient of size 1e-25 or 1e25 leave the range of float32.
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     moving = torch.isfinite(largest) & (largest > 0)
-    G = torch.where(moving, G, 0) / torch.where(moving, largest, 1)
-    G = over(G, frobenius(G))
+    G = torch.where(moving, G, 0) / torch.where(moving, largest, 1) * LARGEST_ENTRY
+    size_of_G, G = frobenius(G), G.to(mm.dtype)
     T, size = tangent_sign(W, G, manifold, effort, mm)
-    moving = moving & (size > TANGENT_SHARE * torch.finfo(mm.dtype).eps)
-    norm = largest_eigenvalue(lambda v: T.mT @ (T @ v), T, TALL_NORM_STEPS).sqrt()
-    return torch.where(moving, T / norm.clamp_min(1), 0), moving
+    norm = largest_eigenvalue(lambda v: mm.times_vector(T.mT, mm.times_vector(T, v)), T, TALL_NORM_STEPS).sqrt()
+    moving = moving & (size > TANGENT_SHARE * torch.finfo(mm.dtype).eps * size_of_G) & norm.isfinite()
+    return T, torch.where(moving, 1 / norm.clamp_min(1), 0)
 
 
 # ---- 5. retract ----
 
 
-def retract(
-    V: Tensor, manifold: Manifold, shrink: Tensor | float, norm_cap: float | None, level: int, mm: Products
-) -> tuple[Tensor, Tensor]:
-    """A point of the manifold near the trial point V (k, m, n), and ‖E‖₂ (k,), how far V was from it.
+def polish(
+    V: Tensor, manifold: Manifold, shrink: Tensor | float, cap: float, mm: Products
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One round of the retraction: V (I + M) (k, m, n), the small M (k, n, n), and E (k, n, n) of V in the precision of the products.
 
-    Free lengths of columns become length·shrink, at most norm_cap. level: 0 one round, 1 two rounds, 2 an exact retraction first.
+    M makes V (VᵀV)^(-1/2) of V; where lengths of columns are free, of V with its columns at unit length, which then get back their
+    length·shrink, at most cap.
     """
-    lengths = column_norms(V) if manifold.free_lengths else None
+    S, V_rounded = mm.gram(V)  # (k, n, n)
+    lengths = diagonal(S).sqrt()[:, :, None] if manifold.free_lengths else None  # (k, n, 1)
+    E = manifold.defect(S if lengths is None else over(over(S, lengths), lengths.mT))
+    E_rounded = E.to(mm.dtype)
+    M = inverse_sqrt_increment(E, E_rounded, mm)
     if lengths is not None:
-        V, lengths = over(V, lengths), lengths * shrink
-        lengths = lengths if norm_cap is None else lengths.clamp_max(norm_cap)
-    E = manifold.defect(mm.gram(V))  # (k, n, n)
-    distance = largest_eigenvalue(lambda v: E @ (E @ v), E, DISTANCE_STEPS).sqrt().flatten()
-    if level == 2:
-        V = manifold.retract(torch.where(V.isfinite(), V, 0))
-    for again in range(2 if level else 1):
-        E = manifold.defect(mm.gram(V)) if again or level == 2 else E
-        V = mm.times_near_identity(V, inverse_sqrt_increment(E, mm))
-    return V if lengths is None else V * lengths, distance
+        factor = torch.clamp_max(shrink * torch.ones_like(lengths), cap / lengths).mT  # (k, 1, n)
+        M = over(M, lengths) * lengths.mT * factor + torch.diag_embed(factor.squeeze(-2) - 1)
+    return mm.times_near_identity(V, V_rounded, M), M, E_rounded
+
+
+def retract(
+    V: Tensor, manifold: Manifold, shrink: Tensor, cap: float, level: Tensor, rounds: int, mm: Products
+) -> tuple[Tensor, Tensor]:
+    """A point of the manifold near the trial point V (k, m, n), and ‖E‖₂ (k,), how far V was from it, infinite if nothing came of it.
+
+    Free lengths of columns become length·shrink, at most cap. rounds: 1; 2, of which the second is for matrices of level (k,) 1 and
+    more; 0: an exact retraction, and a round for the lengths.
+    """
+    new, M, E = polish(V, manifold, shrink, cap, mm)
+    if rounds == 0:
+        new, M, _ = polish(manifold.retract(torch.where(V.isfinite(), V, 0)), manifold, shrink, cap, mm)
+    distance = largest_eigenvalue(lambda v: mm.times_vector(E, v), E, DISTANCE_STEPS).flatten()
+    distance = torch.where(M.to(mm.dtype).isfinite().all(dim=(-2, -1)), distance, torch.inf)
+    if rounds == 2:
+        again, _, _ = polish(new, manifold, 1.0, torch.inf, mm)
+        new = torch.where(level[:, None, None] >= 1, again, new)
+    return new, distance
 
 
 # ---- the step ----
@@ -271,11 +288,13 @@ def step(
     W: Tensor,
     G: Tensor,
     eta: Tensor,
+    level: Tensor,
+    keep: Tensor,
     manifold: Manifold,
     effort: Effort,
     mm: Products,
     *,
-    level: int = 0,
+    rounds: int = 1,
     decay: float = 0.0,
     length: str = "spectral",
     norm_cap: float | None = None,
@@ -284,26 +303,31 @@ def step(
 
     Args:
         eta: 0-d learning rate on the device: the length of the step in spectral norm, times LENGTHS[length].
-        level: how far a trial point may lie from the manifold, see `retract`; Moved.level is what the next step should take.
+        level: (k,) what the last step of each matrix asked for, see Moved.level. rounds: as far as any of them needs, see `retract`.
+        keep: 0-d bool, on the device: where true nothing moves, whatever G is.
         decay: decoupled, per unit of eta, of euclidean weights and of free lengths of columns; norm_cap: no free length grows longer.
 
     Returns:
         Moved. Where there is nothing to step along, or V did not land, the weight is kept bitwise.
     """
-    T, moving = unit_direction(W, G, manifold, effort, mm)
+    T, scale = direction_and_length(W, G, manifold, effort, mm)
+    moving = (scale.flatten() > 0) & ~keep
     shrink = 1 - eta * decay
-    size = eta * LENGTHS[length](*W.shape[-2:])
+    trial = eta * LENGTHS[length](*W.shape[-2:]) * scale * T
     if not manifold.constrained:
-        new = W * shrink - size * T
-        landed, wanted = new.isfinite().all(dim=(-2, -1)), torch.zeros_like(moving.flatten(), dtype=torch.float32)
-    else:
-        new, distance = retract(W - size * T, manifold, shrink, norm_cap, level, mm)
-        landed = (distance <= LANDS[level]) & new.isfinite().all(dim=(-2, -1))
-        wanted = (~(distance <= SECOND_ROUND)).float() + (~(distance <= EXACT)).float()  # NaN asks for the exact one
-    moves = moving.flatten() & landed
-    kept = moving.flatten() & ~landed
-    wanted = torch.where(moving.flatten(), wanted, float(level))
-    return Moved(torch.where(moves[:, None, None], new, W), T, wanted, kept | (moving.flatten() & (level == 2)))
+        new = torch.where(moving[:, None, None], W * shrink - trial, W)
+        return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving))
+    cap = torch.inf if norm_cap is None else norm_cap
+    new, distance = retract(W - trial, manifold, shrink, cap, level, rounds, mm)
+    landed = distance <= torch.where(level >= 1, LANDS[1], LANDS[0]) if rounds else distance < torch.inf
+    wanted = (~(distance <= SECOND_ROUND)).float() + (~(distance <= EXACT)).float()  # NaN asks for the exact one
+    return Moved(
+        torch.where((moving & landed)[:, None, None], new, W),
+        T,
+        scale,
+        torch.where(moving, wanted, level),
+        moving & ~landed if rounds else moving,
+    )
 
 
 # ---- 6. the rule, with its fallback ----
@@ -312,7 +336,8 @@ def step(
 class CertifiedStep:
     """The step rule `certified` of ManifoldMuon: every stack by `step`.
 
-    Each matrix steps at the level that its last step asked for. Level 2, which no healthy matrix needs, also multiplies in float32.
+    Each matrix steps at the level that its last step asked for: 0, or 1 for a second round. Where any asked for 2, which no healthy matrix
+    does, its stack is stepped once more, exactly and in float32, for those alone.
 
     Args:
         quality: a key of a manifold's `efforts`: "default" or "high".
@@ -340,7 +365,7 @@ class CertifiedStep:
         if length not in LENGTHS:
             raise ValueError(f"unknown step length {length!r}; choose one of {', '.join(LENGTHS)}")
         self.quality, self.products, self.compiled = quality, products, compiled
-        self.settings = {"length": length, "norm_cap": norm_cap}
+        self.settings: dict[str, Any] = {"length": length, "norm_cap": norm_cap}
 
     @cached_property
     def compiled_step(self) -> Any:
@@ -357,38 +382,25 @@ class CertifiedStep:
         return MANIFOLDS[manifold].init(W)
 
     def flops(self, m: int, n: int, manifold: str) -> float:
-        """Operations (two a multiply-add) of one step of one tall (m, n) matrix, at level 0."""
-        return step_flops(m, n, MANIFOLDS[manifold], effort_of(MANIFOLDS[manifold], self.quality), self.products)
+        """Operations (two a multiply-add) in the products of one step of one tall (m, n) matrix, at level 0; None is counted as float16."""
+        return step_flops(m, n, manifold, self.quality, self.products or "float16")
 
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
         """What `step` makes of each stack."""
-        moved = []
-        for stack in stacks:
-            with torch.no_grad(), exact_float32(stack.W.device):
-                parts = {level: self._at_level(stack, level) for level in dict.fromkeys(stack.levels)}
-            if len(parts) == 1:
-                moved.append(next(iter(parts.values())))
-                continue
-            merged = Moved(
-                *(torch.empty_like(field) for field in (stack.W, stack.W, stack.W[:, 0, 0], stack.W[:, 0, 0] > 0))
-            )
-            for level, part in parts.items():
-                where = [i for i, mine in enumerate(stack.levels) if mine == level]
-                for whole, piece in zip(merged, part):
-                    whole[where] = piece
-            moved.append(merged)
-        return moved
+        return [self._move(stack) for stack in stacks]
 
-    def _at_level(self, stack: Stack, level: int) -> Moved:
-        """The matrices of a stack that step at this level."""
-        where = [i for i, mine in enumerate(stack.levels) if mine == level]
-        W, G = (stack.W, stack.G) if len(where) == len(stack.levels) else (stack.W[where], stack.G[where])
-        manifold = MANIFOLDS[stack.manifold]
-        mm = products_for(W.device, "float32" if level == 2 else self.products)
-        compiled = W.is_cuda if self.compiled is None else self.compiled
-        call = self.compiled_step if compiled and level < 2 else step  # level 2 is rare: not worth a compilation
-        effort = effort_of(manifold, self.quality)
-        return call(W, G, stack.eta, manifold, effort, mm, level=level, decay=stack.weight_decay, **self.settings)
+    def _move(self, stack: Stack) -> Moved:
+        """The step of a stack, each matrix at its level."""
+        W, level, manifold = stack.W, stack.level, MANIFOLDS[stack.manifold]
+        given = (W, stack.G, stack.eta, level, stack.keep, manifold, effort_of(manifold, self.quality))
+        settings = {"decay": stack.weight_decay, **self.settings}
+        call = self.compiled_step if (W.is_cuda if self.compiled is None else self.compiled) else step
+        with torch.no_grad(), exact_sums(W.device):
+            moved = call(*given, products_for(W.device, self.products), rounds=2 if stack.highest else 1, **settings)
+            if stack.highest < 2:
+                return moved
+            exact = step(*given, Products("float32"), rounds=0, **settings)  # rare: not worth a compilation
+            return Moved(*(torch.where((level == 2).view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(exact, moved)))
 
 
 def effort_of(manifold: Manifold, quality: str) -> Effort:
@@ -398,6 +410,16 @@ def effort_of(manifold: Manifold, quality: str) -> Effort:
             f"unknown quality {quality!r} for {manifold.name}; choose one of {', '.join(manifold.efforts)}"
         )
     return manifold.efforts[quality]
+
+
+@cache
+def step_flops(m: int, n: int, manifold: str, quality: str, products: str) -> float:
+    """Operations in the products of one step of one tall (m, n) matrix, counted on a step of tensors without storage."""
+    M, at = MANIFOLDS[manifold], {"device": "meta"}
+    W, eta, level = torch.empty(1, m, n, **at), torch.empty((), **at), torch.empty(1, **at)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        step(W, W, eta, level, eta > 0, M, effort_of(M, quality), Products(products))
+    return counter.get_total_flops()
 
 
 def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, quality: str = "default") -> Tensor:
@@ -418,38 +440,9 @@ def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, 
     if W.shape != G.shape or W.ndim not in (2, 3):
         raise ValueError(f"W {tuple(W.shape)} and G {tuple(G.shape)} must be equally shaped (m, n) or (k, m, n)")
     M = MANIFOLDS[manifold]
-    flat = [like_stack(X) for X in (W, G)]
-    with torch.no_grad(), exact_float32(W.device):
-        T, _ = unit_direction(*flat, M, effort_of(M, quality), products_for(W.device, products))
-        norm = torch.linalg.eigvalsh((T.mT @ T).double())[
-            :, -1
-        ].sqrt()  # the step itself is content with Lanczos' estimate
-        T = T / norm.clamp_min(1).to(T.dtype)[:, None, None]
+    flat = [tall(X).float().reshape(-1, *tall(X).shape[-2:]) for X in (W, G)]
+    with torch.no_grad(), exact_sums(W.device):
+        T, scale = direction_and_length(*flat, M, effort_of(M, quality), products_for(W.device, products))
+        T = torch.where(scale > 0, T.double(), 0)
+        T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)  # the step is content with an estimate
     return like(T.reshape(tall(W).shape), W).to(W.dtype)
-
-
-def like_stack(X: Tensor) -> Tensor:
-    """X (m, n) or (k, m, n) as a tall float32 stack (k, m, n)."""
-    return tall(X).float().reshape(-1, *tall(X).shape[-2:])
-
-
-def step_flops(m: int, n: int, manifold: Manifold, effort: Effort, products: str | None) -> float:
-    """Operations (two a multiply-add) of one level-0 step of one tall (m, n) matrix: products of matrices alone, as they are made.
-
-    products None is counted as 16 bits, where the retraction's Gram matrix takes two tall products instead of one.
-    """
-    stages = len(Products(products or "float16").stages(effort.stages))
-    sign_small = 4 * sum(effort.stages) - 3 * stages
-    if not manifold.constrained:
-        tall_products, small = 2 * stages, sign_small
-    elif manifold.rotations and m == n:
-        tall_products, small = 2 + 2, 3 * SKEW_STEPS + 1
-    else:
-        full = 0 if manifold.orthogonal else 1  # D = UᵀU, and D K
-        su = effort.su * (4 * effort.su_steps - 3 + 1 + effort.conjugate_gradients + 1) + (1 if effort.su else 0)
-        tall_products = full + 1 + bool(effort.su) + 1 + 2 * stages - bool(effort.su) + 1
-        tall_products += effort.caps + 1 + 2
-        small = su + sign_small + 2 + effort.caps * (1 + full + effort.cap_degree - 1 + 2) + 2 * (effort.caps - 1) + 1
-    if manifold.constrained and products != "float32":
-        tall_products += 1
-    return 2.0 * n * n * (tall_products * m + small * n)

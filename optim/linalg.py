@@ -1,12 +1,13 @@
 """Products at a named precision, and the functions of matrices that are made of them.
 
-Every product of the certified step goes through `Products`, which decides the precision of its operands; sums are always float32.
+Every product of the certified step goes through `Products`. Its matrices are kept in the precision of their products, so that a chain of
+products needs no conversion between them; every sum inside a product is float32.
 
     float32    IEEE float32, TF32 off: what a CPU does
-    float16    operands rounded to 11 bits, accumulated in float32: tensor cores. `SCALE` keeps small entries out of the subnormals
-    bfloat16   the same with 8 bits; three bits fewer than the step would like, kept for comparison
+    float16    11 bits; the matrices of the step are normalised, so that entries that matter lie far above float16's smallest, 6e-8
+    bfloat16   8 bits, three fewer than the step would like; kept for comparison
 
-Where 16-bit operands are asked for on a CPU they are emulated: rounded as they would be, and multiplied in float32.
+Where 16 bits are asked for on a CPU they are emulated: multiplied in float32, and the result rounded.
 
 Shapes: k matrices at a time, tall X (k, m, n) with m ≥ n, symmetric S (k, n, n). Nothing here waits for the device.
 """
@@ -25,12 +26,11 @@ from optim.msign import polar_express_coefficients
 Coefficients = Sequence[tuple[float, float, float]]
 
 PRECISIONS = ("float32", "float16", "bfloat16")
-SCALE = 64.0  # a power of two: float16 then resolves entries down to 1e-6, and holds entries up to 1000
 LOW_BITS = 2.0**11  # how far float16's second half of a number lies below its first
 
 
 class Products:
-    """Matrix products (k, a, b) @ (k, b, c) → float32 (k, a, c) with operands of one precision, a name of PRECISIONS.
+    """Matrix products (k, a, b) @ (k, b, c) → (k, a, c) of one precision, a name of PRECISIONS: operands and result are of `dtype`.
 
     Raises:
         ValueError: an unknown precision.
@@ -40,51 +40,53 @@ class Products:
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r} of products; choose one of {', '.join(PRECISIONS)}")
         self.precision = precision
-        self.dtype = getattr(torch, precision)
+        self.dtype: torch.dtype = getattr(torch, precision)
+        self.short = self.dtype.itemsize < 4
 
     def __call__(self, X: Tensor, Y: Tensor) -> Tensor:
         """X @ Y."""
-        if self.dtype == torch.float32:
-            return X @ Y
-        if self.dtype == torch.float16:
-            return self._multiply(X * SCALE, Y * SCALE) / SCALE**2
-        return self._multiply(X, Y)
-
-    def _multiply(self, X: Tensor, Y: Tensor) -> Tensor:
         X, Y = X.to(self.dtype), Y.to(self.dtype)
-        if X.is_cuda:
-            return torch.bmm(X, Y, out_dtype=torch.float32)
-        return X.float() @ Y.float()
+        if X.is_cuda or not self.short:
+            return X @ Y
+        return (X.float() @ Y.float()).to(self.dtype)
 
-    def stages(self, stages: Sequence[int]) -> tuple[int, ...]:
-        """The stages that a Gram iteration of so many steps is to be cut into at this precision."""
-        return (sum(stages),) if self.dtype == torch.float32 else tuple(stages)
+    def add(self, C: Tensor, beta: float, X: Tensor, Y: Tensor, alpha: float = 1.0) -> Tensor:
+        """beta·C + alpha·X @ Y, rounded once."""
+        C, X, Y = C.to(self.dtype), X.to(self.dtype), Y.to(self.dtype)
+        if X.is_cuda or not self.short:
+            return torch.baddbmm(C, X, Y, beta=beta, alpha=alpha)
+        return torch.baddbmm(C.float(), X.float(), Y.float(), beta=beta, alpha=alpha).to(self.dtype)
 
-    def add(self, C: Tensor, beta: float, X: Tensor, Y: Tensor) -> Tensor:
-        """beta·C + X @ Y; in float32 one call, with the sum inside the product."""
-        if self.dtype == torch.float32:
-            return torch.baddbmm(C, X, Y, beta=beta)
-        return beta * C + self(X, Y)
+    def wide(self, X: Tensor, Y: Tensor) -> Tensor:
+        """X @ Y in float32, as it was summed."""
+        X, Y = X.to(self.dtype), Y.to(self.dtype)
+        if not self.short:
+            return X @ Y
+        return torch.bmm(X, Y, out_dtype=torch.float32) if X.is_cuda else X.float() @ Y.float()
 
-    def gram(self, X: Tensor) -> Tensor:
-        """XᵀX (k, n, n) to nearly float32 accuracy: operands of 16 bits come in two halves, X = hi + lo, of 22 bits in float16, 16 in bfloat16.
+    def times_vector(self, X: Tensor, v: Tensor) -> Tensor:
+        """X v (k, a, 1) for v (k, b, 1), at least float32; X is read as it is kept, since a product would convert a copy of it first."""
+        return (X * v.mT).sum(-1, keepdim=True) if self.short else X @ v
 
-        lo·lo is left out: it lies below the last bit of the two. The diagonal, which is all sum and no cancellation, is taken elementwise.
-        Two tall products instead of one.
+    def gram(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """XᵀX (k, n, n) float32 of float32 X, to nearly float32 accuracy; and X rounded, as `times_near_identity` takes it.
+
+        At 16 bits X comes in two halves, hi + lo, of 22 bits together in float16 and 16 in bfloat16; lo·lo lies below the last of them
+        and is left out. The diagonal, which is all sum and no cancellation, is taken elementwise. Two tall products instead of one.
         """
-        if self.dtype == torch.float32:
-            return X.mT @ X
-        high = X.to(self.dtype).to(X.dtype)
-        cross = self(high.mT, (X - high) * LOW_BITS) / LOW_BITS  # (k, n, n)
-        S = self(high.mT, high) + cross + cross.mT
-        return S + torch.diag_embed(X.square().sum(-2) - diagonal(S))
+        if not self.short:
+            return X.mT @ X, X
+        high = X.to(self.dtype)
+        cross = self.wide(high.mT, (X - high) * LOW_BITS) / LOW_BITS  # (k, n, n)
+        S = self.wide(high.mT, high) + cross + cross.mT
+        return S + torch.diag_embed(X.square().sum(-2) - diagonal(S)), high
 
-    def times_near_identity(self, X: Tensor, Y: Tensor) -> Tensor:
-        """X (I + Y) for small Y (k, n, n): only X Y is a product, and in 16 bits not even its diagonal part."""
-        if self.dtype == torch.float32:
+    def times_near_identity(self, X: Tensor, rounded: Tensor, Y: Tensor) -> Tensor:
+        """X (I + Y) float32 for float32 X, the same rounded, and small Y (k, n, n); of Y only what is off the diagonal is rounded."""
+        if not self.short:
             return torch.baddbmm(X, X, Y)
         on = diagonal(Y)
-        return X + X * on[:, None, :] + self(X, Y - torch.diag_embed(on))
+        return X + X * on[:, None, :] + self.wide(rounded, Y - torch.diag_embed(on))
 
 
 def products_for(device: torch.device, precision: str | None = None) -> Products:
@@ -93,15 +95,18 @@ def products_for(device: torch.device, precision: str | None = None) -> Products
 
 
 @contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """float32 products inside are IEEE float32 whatever the global settings: autocast off, and TF32 off."""
-    precision = torch.get_float32_matmul_precision()
+def exact_sums(device: torch.device) -> Iterator[None]:
+    """Inside, products are what `Products` says whatever the global settings: autocast off, TF32 off, sums of 16-bit products float32."""
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    reduced = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("highest")
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(before)
+        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
 # ---- small helpers ----
@@ -118,13 +123,18 @@ def eye_like(S: Tensor) -> Tensor:
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:
-    """⟨X, Y⟩ of every pair, as (k, 1, 1)."""
-    return (X * Y).sum(dim=(-2, -1), keepdim=True)
+    """⟨X, Y⟩ of every pair, as (k, 1, 1), float32 at least."""
+    return (at_least_float32(X) * at_least_float32(Y)).sum(dim=(-2, -1), keepdim=True)
 
 
 def frobenius(X: Tensor) -> Tensor:
-    """‖X‖_F of every matrix, as (k, 1, 1)."""
-    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    """‖X‖_F of every matrix, as (k, 1, 1), float32 at least."""
+    return torch.linalg.vector_norm(at_least_float32(X), dim=(-2, -1), keepdim=True)
+
+
+def at_least_float32(X: Tensor) -> Tensor:
+    """X, or its float32 where it has 16 bits."""
+    return X.float() if X.element_size() < 4 else X
 
 
 def symmetric_sum(X: Tensor) -> Tensor:
@@ -156,20 +166,21 @@ def sign_coefficients(steps: int, lower: float) -> Coefficients:
     return polar_express_coefficients(steps, lower=lower)
 
 
-def gram_stage(S: Tensor, coefficients: Coefficients, mm: Products) -> Tensor:
-    """Q (k, n, n) with X Q = p(X) for the composition p of odd quintics, from S = XᵀX (k, n, n) with ‖S‖₂ ≤ 1.
+def gram_stage(R: Tensor, coefficients: Coefficients, mm: Products) -> Tensor:
+    """Q (k, n, n) with X Q = p(X) for the composition p of odd quintics, from R = XᵀX (k, n, n) with ‖R‖₂ ≤ 1.
 
-    Source: Gram Newton–Schulz (Zhang, Amsel, Chen, Dao; Dao-AILab/gram-newton-schulz). An odd polynomial step is X ← X (aI + bR + cR²)
-    with R = XᵀX; R follows in n × n as well. Its rounding errors grow from step to step: 16-bit operands bear three steps, then S must
-    be formed anew. 4·steps - 3 products, one less for the first.
+    Source: Gram Newton–Schulz (Zhang, Amsel, Chen, Dao; Dao-AILab/gram-newton-schulz). An odd polynomial step is X ← X (aI + Z) with
+    Z = bR + cR²; R follows in n × n as well. Its rounding errors grow from step to step: 16 bits bear three steps, then R must be formed
+    anew. 4·steps - 3 products.
     """
-    R, Q = S, None
+    Q = None
     for i, (a, b, c) in enumerate(coefficients):
-        Z = mm.add(R, b / c, R, R) * c  # bR + cR²
-        Q = Z + a * eye_like(S) if Q is None else mm.add(Q, a, Q, Z)
+        Z = mm.add(R, b, R, R, alpha=c)
+        Q = Z + a * eye_like(Z) if Q is None else mm.add(Q, a, Q, Z)
         if i < len(coefficients) - 1:
             RZ = mm.add(R, a, R, Z)  # R(aI + Z)
             R = mm.add(RZ, a, Z, RZ)  # (aI + Z)R(aI + Z)
+    assert Q is not None
     return Q
 
 
@@ -179,54 +190,48 @@ def matrix_sign(
     """A ≈ U Vᵀ (k, m, n) of X = U Σ Vᵀ, and a function that returns AᵀA (k, n, n) for two more products.
 
     Singular values σ ≥ lower·‖XᵀX‖_F^½ come near 1, smaller ones stay below: a smoothed sign. `stages` are the numbers of steps between
-    two formations of XᵀX, which 16-bit operands need; with 24 bits one stage does. S is the first XᵀX where the caller has it. Zero for
-    zero X.
+    two formations of XᵀX, which 16 bits need; 24 bits do with one stage. S is the first XᵀX where the caller has it. Zero for zero X. In float16
+    the largest entry of X must not lie far from 1, or XᵀX leaves its range.
     """
-    stages = mm.stages(stages)
+    stages = tuple(stages) if mm.short else (sum(stages),)
     coefficients = sign_coefficients(sum(stages), lower)
     S = mm(X.mT, X) if S is None else S  # (k, n, n)
     size = frobenius(S)  # its root is at least ‖X‖₂
-    X, S = over(X, size.sqrt()), over(S, size)
+    S, scale = over(S, size).to(mm.dtype), size.sqrt()
     done = 0
     for steps in stages:
         if done:
-            S = mm(X.mT, X)
+            S, scale = mm(X.mT, X), None
         Q = gram_stage(S, coefficients[done : done + steps], mm)
-        X = mm(X, Q)
+        X = mm(X, Q if scale is None else over(Q, scale))
         done += steps
     return X, lambda: mm(Q, mm(S, Q))
 
 
 def skew_sign(K: Tensor, steps: int, lower: float, mm: Products) -> Tensor:
     """The orthogonal skew factor (k, n, n) of skew K (k, n, n): its singular values above lower·‖K‖ to 1. 3·steps products."""
-    coefficients = sign_coefficients(steps, lower)
     square = mm(K, K)  # -KᵀK
     size = frobenius(square)
     X, square = over(K, size.sqrt()), over(square, size)
-    for i, (a, b, c) in enumerate(coefficients):
-        square = square if i == 0 else mm(X, X)
-        X = mm.add(X, a, X, mm.add(square, -b / c, square, square) * c)
+    for i, (a, b, c) in enumerate(sign_coefficients(steps, lower)):
+        square = mm(X, X) if i else square
+        X = mm.add(X, a, X, mm.add(square, -b, square, square, alpha=c))
     return 0.5 * (X - X.mT)
 
 
 # ---- norms ----
 
 
-def probe_vector(n: int, like: Tensor) -> Tensor:
-    """A fixed quasi-random unit vector (n, 1), orthogonal to no eigenspace in practice."""
-    grid = torch.arange(1, n + 1, dtype=torch.float64, device=like.device) * 0.6180339887498949
-    v = grid - grid.floor() - 0.5
-    return (v / torch.linalg.vector_norm(v)).to(like.dtype)[:, None]
-
-
 def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int) -> Tensor:
-    """λ_max (k, 1, 1), from below, of the positive semidefinite v ↦ apply(v), (k, n, 1) → (k, n, 1), by `iterations` of Lanczos.
+    """max |λ| (k, 1, 1), from below, of the symmetric v ↦ apply(v), (k, n, 1) float32 → the same, by `iterations` of Lanczos.
 
-    `like` (k, ·, n) gives k, n, dtype and device. The largest eigenvalue of the small tridiagonal matrix is read from its 4096th power:
+    `like` (k, ·, n) gives k, n and device. What is largest of the small tridiagonal matrix is read from its 128th power, at most .2% short:
     an eigensolver would make the host wait.
     """
     k, n = like.size(0), like.size(-1)
-    v = probe_vector(n, like).expand(k, n, 1)
+    # Quasi-random, and so orthogonal to no eigenspace in practice.
+    v = torch.frac(torch.arange(1, n + 1, dtype=torch.float64, device=like.device) * 0.6180339887498949) - 0.5
+    v = (v / torch.linalg.vector_norm(v)).to(at_least_float32(like).dtype)[:, None].expand(k, n, 1)
     previous, beta = torch.zeros_like(v), torch.zeros_like(v[:, :1])
     alphas, betas = [], []
     for _ in range(iterations):
@@ -237,13 +242,16 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
         betas.append(beta.view(k))
         beta = frobenius(w)
         previous, v = v, over(w, beta)
-    off = torch.diag_embed(torch.stack(betas[1:], dim=-1), offset=1)
-    T = torch.diag_embed(torch.stack(alphas, dim=-1)) + symmetric_sum(off)  # (k, iterations, iterations)
-    power = T
-    for _ in range(12):
-        power = over(power, frobenius(power))
+    T = torch.diag_embed(torch.stack(alphas, dim=-1)) + symmetric_sum(
+        torch.diag_embed(torch.stack(betas[1:], dim=-1), offset=1)
+    )  # (k, iterations, iterations)
+    power = over(T, frobenius(T))
+    for i in range(7):
         power = power @ power
-    return ratio(inner(power, T @ power), inner(power, power)).clamp_min(0)
+        power = (
+            over(power, frobenius(power)) if i == 3 else power
+        )  # float32 would lose the 128th power of a small number
+    return ratio(inner(power, T @ power), inner(power, power)).abs()
 
 
 # ---- equations ----
@@ -260,31 +268,33 @@ def su_step(
 ) -> Tensor:
     """dL (k, n, n) with P(D dL Z + Z dL D) = -H/2: with Z = (XᵀX)^(-1/2) held fixed, (G + 2W(L + dL))Z is tangent.
 
-    project is P, metric multiplies by D = WᵀW, d (k, n) is D's diagonal, H = P(WᵀA + AᵀW) (k, n, n). By conjugate gradients,
-    preconditioned with d_i z_jj + z_ii d_j; one product an iteration beside the metric's. Source: Su, kexue.fm 11221, in products.
+    project is P, metric multiplies by D = WᵀW, d (k, n) is D's diagonal, H = P(WᵀA + AᵀW) (k, n, n) for A = XZ; a factor of Z and H alike
+    changes nothing. By conjugate gradients, preconditioned with d_i z_jj + z_ii d_j; one product an iteration beside the metric's.
+    Source: Su, kexue.fm 11221, in products.
     """
-    scale = symmetric_sum(d[..., :, None] * diagonal(Z)[..., None, :])
+    z = at_least_float32(diagonal(Z))
+    scale = symmetric_sum(d[..., :, None] * z[..., None, :])
     r = -0.5 * H
     dL = torch.zeros_like(r)
-    p = q = ratio(r, scale)
-    rq = inner(r, q)
-    for _ in range(iterations):
-        Ap = project(symmetric_sum(mm(metric(p), Z)))
+    p = ratio(r, scale).to(H.dtype)
+    rq = inner(r, ratio(r, scale))
+    for i in range(iterations):
+        Ap = project(symmetric_sum(metric(mm(p, Z))))
         step = ratio(rq, inner(p, Ap))
-        dL = dL + step * p
-        r = r - step * Ap
-        q = ratio(r, scale)
-        before, rq = rq, inner(r, q)
-        p = q + ratio(rq, before) * p
+        dL = (dL + step * p).to(H.dtype)
+        if i < iterations - 1:
+            r = (r - step * Ap).to(H.dtype)
+            before, rq = rq, inner(r, ratio(r, scale))
+            p = (ratio(r, scale) + ratio(rq, before) * p).to(H.dtype)
     return dL
 
 
 # ---- near the identity ----
 
 
-def inverse_sqrt_increment(E: Tensor, mm: Products) -> Tensor:
-    """(I + E)^(-1/2) - I (k, n, n) for small symmetric E, to second order: the error is 5/16·‖E‖³. One product."""
-    return mm.add(E, -0.5, 0.375 * E, E)
+def inverse_sqrt_increment(E: Tensor, rounded: Tensor, mm: Products) -> Tensor:
+    """(I + E)^(-1/2) - I (k, n, n) float32 for small symmetric E, and the same rounded, to second order: the error is 5/16·‖E‖³. One product."""
+    return 0.375 * mm.wide(rounded, rounded) - 0.5 * E
 
 
 @torch.compiler.assume_constant_result

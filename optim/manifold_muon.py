@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,13 +24,13 @@ from optim.certificate import certify
 from optim.manifolds import MANIFOLDS, is_wide, tall
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """What a step rule is given: equally shaped matrices of one parameter group.
 
     W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
     eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
-    levels: for a rule that is `levelled`, what each matrix's last step asked for (k whole numbers, on the host).
+    keep: 0-d bool on W's device; where true, nothing moves.
+    level: for a rule that is `levelled`, (k,) what the last step of each matrix asked for, 0, 1 or 2; highest: the largest, on the host.
     """
 
     W: Tensor
@@ -37,24 +38,33 @@ class Stack:
     manifold: str
     eta: Tensor
     weight_decay: float
-    levels: Sequence[int] = ()
+    keep: Tensor
+    level: Tensor | None = None
+    highest: int = 0
 
 
 class Moved(NamedTuple):
     """What a step rule returns of a stack.
 
-    W: new weights (k, m, n). T: the direction (k, m, n) that was taken, before it was made eta long. level: (k,) float, what the next
-    step of each matrix is to take. fallback: (k,) bool, whether this step was not the ordinary one, or kept the weight.
+    W: new weights (k, m, n). T, scale: the direction that was taken is scale·T, T (k, m, n) of any float dtype and scale (k, 1, 1), 0 where
+    none was. Of a levelled rule also level: (k,) float32, what the next step of each matrix is to take, and fallback: (k,) bool, whether
+    this step was not the ordinary one, or kept the weight.
     """
 
     W: Tensor
     T: Tensor
+    scale: Tensor
     level: Tensor | None = None
     fallback: Tensor | None = None
 
+    @property
+    def direction(self) -> Tensor:
+        """scale·T (k, m, n), 0 where the scale is, whatever T is."""
+        return torch.where(self.scale > 0, self.scale * self.T, 0)
+
 
 class StepRule(Protocol):
-    """What ManifoldMuon needs of a rule. levelled: whether it reads Stack.levels and returns Moved.level and Moved.fallback."""
+    """What ManifoldMuon needs of a rule. levelled: whether it reads Stack.level and returns Moved.level and Moved.fallback."""
 
     levelled: bool
 
@@ -67,31 +77,29 @@ class StepRule(Protocol):
     def flops(self, m: int, n: int, manifold: str) -> float:
         """Floating-point operations of one step of one tall (m, n) matrix."""
 
-    def __call__(self, stacks: list[Stack]) -> list[Moved]:
+    def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
         """The step of each stack."""
 
 
 class OnHost:
-    """Small whole numbers (k,) of the device, on their way to the host.
+    """A small whole number of the device (0-d) on its way to the host.
 
-    Reading them waits for the copy. It is read a step after it was begun, when the device has long passed it: no stall, and what is
-    read never depends on how fast it came.
+    Reading it waits for the copy. It is read a step after it was begun, when the device has long passed it: no stall, and what is read
+    never depends on how fast it came.
     """
 
-    def __init__(self, numbers: Tensor) -> None:
-        self.event = None
-        self.numbers = numbers
-        if numbers.is_cuda:
-            self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self.numbers.copy_(numbers, non_blocking=True)
+    def __init__(self, number: Tensor) -> None:
+        self.number, self.event = number, None
+        if number.is_cuda:
+            self.number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def read(self) -> list[int]:
-        """The numbers."""
+    def read(self) -> int:
+        """The number."""
         if self.event is not None:
             self.event.synchronize()
-        return [int(x) for x in self.numbers.tolist()]
+        return int(self.number)
 
 
 @dataclass
@@ -100,6 +108,7 @@ class Bucket:
 
     state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. Of a levelled rule also
     level: (k,) float32, what the last step asked for, and fallbacks: (k,) float32, how many steps were not the ordinary one.
+    highest: the largest level, on its way to the host.
     seen: W, G, T (k, m, n) of the last step, if it was watched.
     """
 
@@ -107,7 +116,7 @@ class Bucket:
     blocks: int
     group: dict[str, Any]
     state: dict[str, Tensor]
-    levels: OnHost | None = None
+    highest: OnHost | None = None
     seen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def stack(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -133,6 +142,13 @@ def share_out(costs: Sequence[float], world: int) -> list[int]:
         owners[i] = rank
         heapq.heappush(load, (total + costs[i], rank))
     return owners
+
+
+def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The new momentum, and what is stepped along; the old momentum where `keep` (0-d bool) is true, whatever g is."""
+    g = torch.where(keep, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
+    advanced = torch.where(keep, momentum, torch.add(g, momentum, alpha=factor))
+    return advanced, torch.add(g, advanced, alpha=factor) if nesterov else advanced
 
 
 class ManifoldMuon(torch.optim.Optimizer):
@@ -178,6 +194,11 @@ class ManifoldMuon(torch.optim.Optimizer):
         self.buckets = [bucket for group in self.param_groups for bucket in self._buckets_of(group)]
         self._link_state()
         self.bring_onto_manifold()
+
+    @cached_property
+    def compiled_advance(self) -> Any:
+        """`advance`, compiled: one pass instead of four."""
+        return torch.compile(advance, fullgraph=True, dynamic=False)
 
     @staticmethod
     def _check(group: dict[str, Any]) -> None:
@@ -244,39 +265,44 @@ class ManifoldMuon(torch.optim.Optimizer):
         Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
         what the step was is kept for `certificates`.
         """
-        keep = None if self.found_inf is None else self.found_inf.bool()
-        stacks = [self._advance(bucket, keep) for bucket in self.buckets]
+        stacks = [self._advance(bucket) for bucket in self.buckets]
         for bucket, stack, moved in zip(self.buckets, stacks, self.rule(stacks)):
-            W = moved.W if keep is None else torch.where(keep, stack.W, moved.W)
-            targets = [W[bucket.rows_of(i)] for i in range(len(bucket.params))]
+            targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]
             targets = [
                 (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
                 for p, w in zip(bucket.params, targets)
             ]
             torch._foreach_copy_(bucket.params, targets)
-            if self.rule.levelled:
-                level, fallbacks = bucket.state["level"], bucket.state["fallbacks"]
-                level.copy_(moved.level if keep is None else torch.where(keep, level, moved.level))
-                fallbacks.add_(moved.fallback if keep is None else moved.fallback & ~keep)
-                bucket.levels = OnHost(level)
-            bucket.seen = (stack.W, stack.G, moved.T) if self.watched else None
+            if moved.level is not None and moved.fallback is not None:
+                bucket.state["level"].copy_(moved.level)
+                bucket.state["fallbacks"].add_(moved.fallback)
+                bucket.highest = OnHost(moved.level.amax())
+            bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None
         if self.world > 1:
             self._exchange()
 
-    def _advance(self, bucket: Bucket, keep: Tensor | None) -> Stack:
+    def _advance(self, bucket: Bucket) -> Stack:
         """Take the gradients into the momenta and return what the step rule works on."""
-        group, momentum, factor = bucket.group, bucket.state["momentum"], bucket.group["momentum"]
+        group, momentum = bucket.group, bucket.state["momentum"]
+        keep = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
         g = bucket.stack(p.grad for p in bucket.params)
-        if keep is not None:  # what is not finite must not reach the arithmetic
-            g = torch.where(keep, torch.zeros_like(g), g)
-        advanced = torch.add(g, momentum, alpha=factor)
-        momentum.copy_(advanced if keep is None else torch.where(keep, momentum, advanced))
-        G = torch.add(g, advanced, alpha=factor) if group["nesterov"] else advanced
-        levels: Sequence[int] = ()
-        if self.rule.levelled:
-            bucket.levels = bucket.levels or OnHost(bucket.state["level"])
-            levels = bucket.levels.read()
-        return Stack(bucket.stack(bucket.params), G, group["manifold"], group["lr"], group["weight_decay"], levels)
+        advanced, G = (self.compiled_advance if g.is_cuda else advance)(
+            g, momentum, group["momentum"], group["nesterov"], keep
+        )
+        momentum.copy_(advanced)
+        level = bucket.state.get("level")
+        if level is not None and bucket.highest is None:
+            bucket.highest = OnHost(level.amax())
+        return Stack(
+            bucket.stack(bucket.params),
+            G,
+            group["manifold"],
+            group["lr"],
+            group["weight_decay"],
+            keep,
+            level,
+            bucket.highest.read() if bucket.highest is not None else 0,
+        )
 
     def certificates(self) -> dict[str, dict[str, float]]:
         """How good the last step of this rank's matrices was, by name (optim/certificate.py); empty unless it was `watched`.
@@ -357,4 +383,4 @@ class ManifoldMuon(torch.optim.Optimizer):
                 index = next(i for i, q in enumerate(order) if q is p)
                 for name, value in self.state[p].items():
                     value.copy_(saved[index].get(name, value))
-            bucket.levels = None
+            bucket.highest = None

@@ -194,7 +194,7 @@ class DGram(Manifold):
     efforts: ClassVar = {
         "default": Effort(su=1, conjugate_gradients=5, relaxation=1.3, stages=(2, 2), lower=1e-2),
         "high": Effort(
-            su=2, su_steps=4, su_lower=0.015, conjugate_gradients=8, relaxation=1.35, lower=8e-3, caps=2, cap_degree=4
+            su=2, su_steps=4, su_lower=0.022, conjugate_gradients=8, relaxation=1.35, lower=8e-3, caps=2, cap_degree=4
         ),
     }
 

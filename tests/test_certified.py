@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from problems import DGRAM, SQUARE, STIEFEL, make, problem, recorded, true_feas
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.gpt import GPT, GPTConfig
 from optim import certified
 from optim.assignment import AssignmentError
-from optim.certified import CertifiedStep, direction, effort_of, reference, step, step_flops
+from optim.certified import CertifiedStep, direction, effort_of, reference, step
 from optim.linalg import Products
 from optim.manifold_muon import ManifoldMuon, Stack
 from optim.manifolds import MANIFOLDS
@@ -25,8 +24,16 @@ SHARED = Path(__file__).parents[2] / "shared" / "oracles"
 
 def one_step(W, G, manifold, eta, level=0, products="float32", quality="default", **settings):
     """The step of one stack."""
-    M = MANIFOLDS[manifold]
-    return step(W, G, torch.tensor(eta), M, effort_of(M, quality), Products(products), level=level, **settings)
+    M, levels, rounds = MANIFOLDS[manifold], torch.full(W.shape[:1], float(level)), (1, 2, 0)[level]
+    given = (W, G, torch.tensor(eta), levels, torch.tensor(False), M, effort_of(M, quality), Products(products))
+    return step(*given, rounds=rounds, **settings)
+
+
+def stack_of(W, G, manifold, eta, decay, levels):
+    """A stack of matrices at these levels."""
+    return Stack(
+        W, G, manifold, torch.tensor(eta), decay, torch.tensor(False), torch.tensor(levels).float(), max(levels)
+    )
 
 
 # ---- bars ----
@@ -133,7 +140,7 @@ def test_weights_are_kept_bitwise_where_there_is_nothing_to_step_along(manifold,
     G[3] = G[3, :, :1] @ torch.ones(1, G.size(-1))  # rank one
     G[4, :, 2] = 0
     moved = one_step(W, G, manifold, 0.05, level, decay=0.1)
-    assert torch.equal(moved.W[:3], W[:3]) and moved.T[:3].abs().max() == 0
+    assert torch.equal(moved.W[:3], W[:3]) and moved.direction[:3].abs().max() == 0
     assert moved.W.isfinite().all() and not any(torch.equal(moved.W[i], W[i]) for i in (3, 4, 5))
     assert moved.level.isfinite().all() and not moved.fallback[:3].any()
     assert MANIFOLDS[manifold].residual(moved.W).max() < 1e-6
@@ -157,7 +164,7 @@ def test_extreme_columns_and_ranks():
     for products in ("float32", "float16"):
         moved = one_step(W, G, "dgram", 0.01, 1, products)
         assert moved.W.isfinite().all() and not moved.fallback.any()
-        assert (torch.linalg.matrix_norm(moved.T, 2) < 1.05).all()
+        assert (torch.linalg.matrix_norm(moved.direction, 2) < 1.05).all()
         assert MANIFOLDS["dgram"].residual(moved.W).max() < (1e-6 if products == "float32" else 1e-5)
 
 
@@ -169,7 +176,7 @@ def test_extreme_columns_and_ranks():
 def test_the_update_is_the_retraction_of_the_step(manifold, level):
     W, G = make(manifold)
     moved = one_step(W, G, manifold, 0.03, level)
-    expected = MANIFOLDS[manifold].retract(W - 0.03 * moved.T)
+    expected = MANIFOLDS[manifold].retract(W - 0.03 * moved.direction)
     torch.testing.assert_close(moved.W, expected, rtol=0, atol=2e-6)
 
 
@@ -178,7 +185,7 @@ def test_lengths_of_a_step_and_small_steps_are_not_rounding_noise():
     for length, factor in (("spectral", 1.0), ("rms", 0.2 * 48**0.5)):
         moved = one_step(W, G, "stiefel", 1e-4, length=length)
         realised = moved.W - W
-        assert (realised + 1e-4 * factor * moved.T).norm() < 2e-2 * realised.norm()
+        assert (realised + 1e-4 * factor * moved.direction).norm() < 2e-2 * realised.norm()
 
 
 @pytest.mark.parametrize("products", ["float32", "float16"])
@@ -196,7 +203,7 @@ def test_weights_stay_on_the_manifold_over_500_steps(manifold, shape, eta, produ
     levels, worst = [1], 0.0
     for i in range(500):
         G = torch.randn(1, shape[0], 4, generator=g) @ torch.randn(1, 4, shape[1], generator=g)
-        [moved] = rule([Stack(W, G, manifold, torch.tensor(eta), 0.5, levels)])
+        [moved] = rule([stack_of(W, G, manifold, eta, 0.5, levels)])
         W, levels = moved.W, [int(x) for x in moved.level]
         worst = max(worst, MANIFOLDS[manifold].residual(W).item()) if i % 50 == 49 else worst
     assert worst < (1e-6 if products == "float32" else 1e-5)
@@ -217,32 +224,15 @@ def test_a_point_too_far_away_is_kept_and_then_brought_back():
 
 def test_levels_of_one_stack_are_its_matrices_own():
     W, G = make("dgram", k=3)
-    rule, eta = CertifiedStep(), torch.tensor(0.02)
-    [mixed] = rule([Stack(W, G, "dgram", eta, 0.1, [2, 0, 1])])
+    rule = CertifiedStep()
+    [mixed] = rule([stack_of(W, G, "dgram", 0.02, 0.1, [2, 0, 1])])
     for i, level in enumerate([2, 0, 1]):
-        [alone] = rule([Stack(W[i : i + 1], G[i : i + 1], "dgram", eta, 0.1, [level])])
-        for whole, part in zip(mixed, alone):
+        [alone] = rule([stack_of(W[i : i + 1], G[i : i + 1], "dgram", 0.02, 0.1, [level])])
+        for whole, part in zip((mixed.W, mixed.direction, *mixed[3:]), (alone.W, alone.direction, *alone[3:])):
             torch.testing.assert_close(whole[i : i + 1].float(), part.float(), rtol=0, atol=1e-6)
 
 
 # ---- cost ----
-
-
-@pytest.mark.parametrize("products", ["float32", "float16"])
-@pytest.mark.parametrize(
-    ("manifold", "m"), [("stiefel", 64), ("stiefel", 32), ("dgram", 64), ("oblique", 48), ("euclidean", 64)]
-)
-def test_flops_are_those_that_are_done(manifold, m, products, monkeypatch):
-    for name in ("SMALL_NORM_STEPS", "TALL_NORM_STEPS"):
-        monkeypatch.setattr(certified, name, 2)
-    W, G = make(manifold, k=1, m=m, n=32)
-    M = MANIFOLDS[manifold]
-    for quality in ("default", "high"):
-        with FlopCounterMode(display=False) as counter:
-            one_step(W, G, manifold, 0.02, products=products, quality=quality)
-        counted = step_flops(m, 32, M, effort_of(M, quality), products)
-        # The counter also sees products with a vector, which at n = 32 are a few per cent.
-        assert counted <= counter.get_total_flops() < 1.1 * counted
 
 
 def test_cost_at_gpt2_124m():
@@ -375,10 +365,10 @@ def test_compiles_fullgraph_without_recompiling():
     rule = CertifiedStep(compiled=True)
     rule.compiled_step = torch.compile(step, fullgraph=True, dynamic=False, backend="eager")
     W, G = make("dgram")
-    [plain] = CertifiedStep()([Stack(W, G, "dgram", torch.tensor(0.05), 0.1, [0, 0])])
+    [plain] = CertifiedStep()([stack_of(W, G, "dgram", 0.05, 0.1, [0, 0])])
     for i in range(3):
         with torch._dynamo.config.patch(error_on_recompile=True):
-            [moved] = rule([Stack(W, G, "dgram", torch.tensor(0.05 / (i + 1)), 0.1, [0, 0])])
+            [moved] = rule([stack_of(W, G, "dgram", 0.05 / (i + 1), 0.1, [0, 0])])
         if i == 0:
             torch.testing.assert_close(moved.W, plain.W, rtol=0, atol=1e-6)
 
