@@ -28,7 +28,7 @@ from scripts.command import UsageError, as_code, parse, run
 from scripts.grid import Job, exit_code, run_grid
 from scripts.report import Column, Table, make_table
 from scripts.runs import Run, read_run
-from train import check
+from training.checks import check
 from training.config import CONFIGS, compose
 
 ROOT = Path(__file__).resolve().parent.parent

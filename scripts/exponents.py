@@ -40,9 +40,10 @@ from model.gpt import GPT
 from scripts.command import UsageError, as_code, parse, run
 from scripts.grid import Job, run_grid
 from scripts.runs import read_run
-from train import check, open_data
 from training.build import build_optimizers, gpt_config
+from training.checks import check
 from training.config import compose
+from training.data import open_data
 from training.run import environment
 from training.transfer import transferred
 

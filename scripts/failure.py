@@ -12,8 +12,9 @@ from scripts.command import UsageError, as_code
 from scripts.grid import Job, run_grid
 from scripts.report import Column, make_table, rows_of
 from scripts.runs import Run, read_run
-from train import check, open_data
+from training.checks import check
 from training.config import compose
+from training.data import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -23,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command import UsageError, parse, run
 from scripts.report import draw, find_runs, grouped, make_table, report_columns, rows_of
-from train import check, open_data, train
+from train import train
+from training.checks import check
 from training.config import compose
+from training.data import open_data
 from training.log import read_records
 
 RUNS = ("adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")

@@ -25,7 +25,7 @@ from scripts.command import UsageError, as_code, parse, run
 from scripts.grid import Job, exit_code, run_grid
 from scripts.report import Table
 from scripts.runs import read_run
-from train import check
+from training.checks import check
 from training.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent

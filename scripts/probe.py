@@ -36,9 +36,9 @@ from model.gpt import GPT
 from model.probes import head_mixing, probe
 from scripts.command import UsageError, parse, run
 from scripts.runs import read_run
-from train import open_data
 from training.build import gpt_config
 from training.checkpoint import load
+from training.data import open_data
 
 HEADINGS = (
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),

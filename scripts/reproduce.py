@@ -39,8 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.command import UsageError, as_code, parse, run
 from scripts.report import COLUMNS, LOSSES, draw, make_table, rows_of, told
 from scripts.runs import COST_FILE, Run, read_run, refuse_other_settings
-from train import check, open_data, train
+from train import train
+from training.checks import check
 from training.config import compose
+from training.data import open_data
 from training.files import CONFIG_FILE
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records

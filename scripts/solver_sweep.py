@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.command import as_code, parse, run
 from scripts.grid import Job, exit_code, run_grid
 from scripts.runs import Run, read_run
-from train import check
+from training.checks import check
 from training.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent

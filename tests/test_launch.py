@@ -363,7 +363,7 @@ def test_the_wandb_sweep_gives_valid_runs(monkeypatch):
     arguments = [f"{name}={v[0] if isinstance(v, list) else v}" for name, v in values.items()]
     words = [w for w in sweep["command"] if "=" in w]  # what the agent leaves to the program, and then its parameters
     cfg = compose([*words, *arguments])
-    from train import check
+    from training.checks import check
 
     check(cfg)
     assert cfg["output_dir"] == "outputs/wandb_sweep/abc123" and cfg["logger"]["mode"] == "online"

@@ -15,8 +15,9 @@ from optim.published import PublishedStep
 from scripts import mechanism
 from scripts.export import export
 from scripts.runs import load_model
-from train import check, train
+from train import train
 from training.build import build_optimizers, gpt_config
+from training.checks import check
 from training.config import compose
 from training.validate import ConfigError
 
