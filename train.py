@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from training.data import open_data
 from training.files import CONFIG_FILE, write_whole
 from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
 from training.limits import machine_limits
-from training.log import METRICS_FILE, NoLog, RunLog
+from training.log import NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
@@ -52,7 +52,7 @@ from training.run import claimed, compiled, end_of, environment, resolve_device,
 from training.signals import StopSignal
 from training.stability import Stability
 from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
-from training.sweep import note_failure, plan_job
+from training.sweep import hydra_job
 from training.transfer import transfer_table
 from training.validate import shortened
 from training.wandb_sink import WandbSink
@@ -322,7 +322,6 @@ def main() -> None:
     """The command line: Hydra composes, the launcher starts the ranks; a user's mistake ends with exit code 2 and its remedy."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import CompactHydraException
     from hydra.types import RunMode
 
     from training.config import CONFIGS, plain
@@ -334,10 +333,7 @@ def main() -> None:
         nonlocal composed
         job, composed = HydraConfig.get(), True
         if job.mode == RunMode.MULTIRUN:
-            try:
-                return run_job(plain(config), Path(job.runtime.output_dir))
-            except (*USER_ERRORS, RankFailed) as error:
-                raise CompactHydraException(str(error)) from None  # which Hydra prints without a traceback
+            return report(hydra_job(config))
         try:
             cfg = plain(config)
             if "RANK" not in os.environ:  # a rank's own check is the one whose message is printed once
@@ -359,28 +355,6 @@ def main() -> None:
     except SystemExit as ended:
         # Hydra refuses a misspelt key or group with a message of its own, and exit code 1.
         raise SystemExit(ended.code if composed or ended.code != 1 else USER_ERROR) from None
-
-
-def run_job(cfg: dict[str, Any], directory: Path) -> float:
-    """One job of a sweep. After one that fails, whatever the reason, the others go on, and the sweep ends with exit code 1."""
-    try:
-        check(cfg)
-        cfg, best = plan_job(cfg, directory)
-    except USER_ERRORS as error:
-        print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
-        if not (directory / METRICS_FILE).exists():  # it may hold another run
-            note_failure(directory, error)
-        raise
-    if best is not None:
-        print(f"{directory} is finished")
-        return report(best)
-    try:
-        return report(launch(train, cfg, directory, USER_ERRORS))
-    except Exception as error:
-        print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
-        with suppress(OSError):  # a full disk may be what went wrong
-            note_failure(directory, error)
-        raise
 
 
 def report(best: float) -> float:
