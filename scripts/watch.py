@@ -23,8 +23,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from scripts.command import UsageError, parse, run
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, parse_record

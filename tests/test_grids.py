@@ -18,14 +18,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 from harness import children, command, last_step, records, wait_until
+from scripts.grid import Job, run_grid
+from scripts.runs import Run
 
 from scripts import bench, bench_residual, crossing, exponents, failure, lr_transfer, solver_sweep
 from scripts.command import UsageError
-from scripts.grid import Job, run_grid
-from scripts.runs import Run
 from train import train
 from training.config import compose
 

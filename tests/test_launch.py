@@ -15,8 +15,6 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_train
-
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 from harness import TORCHRUN, finish, records, start_ranks, train_in_process
 
 from training import launch

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, run_train
-
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 from harness import finish, records, start, start_ranks, train_as_rank, wait_until
 
 from scripts import reproduce
