@@ -8,7 +8,7 @@ import torch
 from conftest import run_train
 
 from data.loader import validation_windows
-from scripts.runs import load_model
+from scripts.analysis.runs import load_model
 from train import train
 from training import checkpoint
 from training.checkpoint import CheckpointError
