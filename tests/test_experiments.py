@@ -403,7 +403,7 @@ TOLD = {  # what its table says
     "lr_transfer": ["| νGPT | width | 32 |", "| +0.00 |"],
     "mechanism": ["| all_dgram | norm_cap |", "attention was restored by norm_cap"],
     "residual_rules": ["| AdamW | ngpt |"],
-    "solver_sweep": ["| hetero | manifold_muon |", "Best against best", "ours − published"],
+    "solver_sweep": ["| Hetero | manifold_muon |", "Best against best", "ours − published"],
 }
 
 

@@ -22,7 +22,7 @@ def heat_map(groups: Sequence[Sequence[Run]], across: str, down: str, path: Path
     """The mean final validation loss over two axes of an experiment; the error below each number, a cross for unstable."""
     import matplotlib
 
-    cells = {(group[0].case[across], group[0].case[down]): group for group in groups}
+    cells = {(group[0].value_of(across), group[0].value_of(down)): group for group in groups}
     columns, rows = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
     means = {key: sum(r.final for r in runs) / len(runs) for key, runs in cells.items() if all(r.stable for r in runs)}
     grid = [[means.get((x, y), math.nan) for x in columns] for y in rows]
@@ -30,8 +30,8 @@ def heat_map(groups: Sequence[Sequence[Run]], across: str, down: str, path: Path
         figure = figure_of(2.2 + 1.25 * max(2, len(columns)), 1.1 + 0.62 * len(rows))
         axes = figure.subplots()
         shade = axes.imshow(grid, cmap="viridis_r", aspect="auto")
-        axes.set_xticks(range(len(columns)), [_named(cells, 0, x, across) for x in columns])
-        axes.set_yticks(range(len(rows)), [_named(cells, 1, y, down) for y in rows])
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(length=0)
         for i, y in enumerate(rows):
             for j, x in enumerate(columns):
@@ -42,11 +42,6 @@ def heat_map(groups: Sequence[Sequence[Run]], across: str, down: str, path: Path
         axes.set_title("final validation loss: light is good", loc="left", fontsize=9)
         figure.colorbar(shade, label="nats a token")
         return save(figure, path)
-
-
-def _named(cells: Mapping[tuple[str, str], Sequence[Run]], place: int, value: str, axis: str) -> str:
-    """A value of an axis in words: assignments have names for people."""
-    return next(g[0].assignment for key, g in cells.items() if key[place] == value) if axis == "assignment" else value
 
 
 def _heat(runs: Sequence[Run]) -> str:

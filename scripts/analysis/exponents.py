@@ -84,7 +84,7 @@ def phase(overrides: Sequence[str], points: int, models: int, correlation: float
         for row, strength in enumerate(strengths):
             joined, seen, foretold = {"strength": strength, "skip": skip}, [], []
             for seed in range(models):
-                model, generator = initial(cfg, FIRST_SEED + seed), torch.Generator().manual_seed(seed)
+                model, generator = initial(cfg, seed), torch.Generator().manual_seed(seed)
                 tokens = model.config.block_size
                 stream = near_collapse(model, BATCH, tokens, correlation, generator)
                 seen.append(measure(model, stream, generator, **joined))

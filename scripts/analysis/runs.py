@@ -43,6 +43,10 @@ class Run:
         """The assignment's name for people, such as "All-Stiefel"."""
         return self.config["assignment"]["name"]
 
+    def value_of(self, axis: str) -> str:
+        """Its value of an experiment's axis, in words: assignments have names for people."""
+        return self.assignment if axis == "assignment" else self.case[axis]
+
     @property
     def step(self) -> int:
         """The last step of which anything was written down."""

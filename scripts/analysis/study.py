@@ -192,7 +192,10 @@ def pivot(study: Study, across: str, heading: str) -> Table:
     """Final losses with the values of one axis as columns, each called `heading` and its value; a line for each case of the others."""
     down = [axis for axis in study.axes if axis != across]
     cells, values = study.grouped(*down, across), study.axes[across]
-    lines = [[*key, *(final_losses(cells.get((*key, value), [])) for value in values)] for key in study.grouped(*down)]
+    lines = [
+        [*map(runs[0].value_of, down), *(final_losses(cells.get((*key, value), [])) for value in values)]
+        for key, runs in study.grouped(*down).items()
+    ]
     headings = [*(axis.rpartition(".")[2] for axis in down), *(f"{heading} {value}" for value in values)]
     return Table(headings, lines, [False] * len(down) + [True] * len(values))
 

@@ -143,7 +143,7 @@ def rows_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[dict[str, An
     """The table as data, one dict a run, in full precision; with the run's case, which tells what it is to the experiment."""
     return [
         {**{column.key: _finite(column.value(r)) for column in columns}, **r.case}
-        | {"seed": r.config["seed"], "directory": str(r.directory)}
+        | {"unstable_step": r.unstable_step, "seed": r.config["seed"], "directory": str(r.directory)}
         for r in runs
     ]
 
@@ -215,8 +215,8 @@ def footer(command: str, runs: Sequence[Run], *remarks: str) -> str:
         shared("{:,.0f} tokens a step", "global_batch_tokens"),
         shared("data `{}` ({} tokens)", "data.name", "data.tokenizer"),
         shared("step rule `{}`", "optim.muon.rule.kind"),
-        shared("peak learning rate {:g} (Muon)", "optim.muon.lr"),
-        shared("{:g} (AdamW)", "optim.adamw.lr"),
+        shared("peak learning rate of Muon {:g}", "optim.muon.lr"),
+        shared("peak learning rate of AdamW {:g}", "optim.adamw.lr"),
         shared("seed {:g}", "seed"),
     ]
     about = ", ".join(filter(None, parts))

@@ -17,18 +17,19 @@ def tables(study: Study) -> list[Table]:
         if all(best):
             theirs, ours = (Estimate.of([r.final for r in runs]) for _, runs in best)
             gain = f"{ours.mean - theirs.mean:+.3f} ± {(theirs.error**2 + ours.error**2) ** 0.5:.3f}"
-            lines.append([assignment, *(cell for rate, runs in best for cell in (final_losses(runs), rate)), gain])
+            lines.append(
+                [best[0][1][0].assignment, *(cell for rate, runs in best for cell in (final_losses(runs), rate)), gain]
+            )
     headings = ["assignment", "published", "at lr", "ours", "at lr", "ours − published"]
     return [pivot(study, RATE, "lr"), Table(headings, lines, [False, *[True] * 5], "Best against best:")]
 
 
 def panels(study: Study) -> list:
     """A panel an assignment, the two step rules against each other."""
-    found = study.grouped("assignment", "optim")
-    return [
-        (name, {RULES.get(optim, optim): losses_by(runs, RATE) for (a, optim), runs in found.items() if a == name})
-        for name in study.axes["assignment"]
-    ]
+    found: dict[str, dict] = {}
+    for (_, optim), runs in study.grouped("assignment", "optim").items():
+        found.setdefault(runs[0].assignment, {})[RULES.get(optim, optim)] = losses_by(runs, RATE)
+    return list(found.items())
 
 
 EXPERIMENT = Experiment(
@@ -45,5 +46,5 @@ EXPERIMENT = Experiment(
     figures={
         "loss_by_rate.png": lambda study, path: loss_by_rate([panels(study)], path, "learning rate of the matrices")
     },
-    remark=lambda study: "Losses here are the final ones.",
+    remark=lambda study: "The cells hold final losses.",
 )
