@@ -101,7 +101,7 @@ def run_here(job: Job) -> Outcome:
     """Run a job in this process, with all its cores and what it prints.
 
     Raises:
-        InUse: another process is running it. Stopped: a signal came, and the run has saved.
+        InUse: another process is running it. SystemExit: a signal came, and the run has saved.
     """
     from train import train
 

@@ -30,6 +30,7 @@ from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS
 from training.run import end_of
+from training.signals import Stopped
 from training.validate import ConfigError
 
 COST_FILE = "cost.json"
@@ -62,7 +63,8 @@ def run_job(worker: Worker, cfg: dict[str, Any], directory: Path) -> float:
     A failure is written into the job's records, for whoever watches, and then raised: the caller may go on with the other jobs.
 
     Raises:
-        ConfigError and others of USER_ERRORS: nothing was run. Whatever `launch` raises.
+        ConfigError and others of USER_ERRORS: nothing was run. SystemExit: a signal came, and the run has saved. Whatever else
+        `launch` raises.
     """
     try:
         check(cfg)
@@ -77,6 +79,8 @@ def run_job(worker: Worker, cfg: dict[str, Any], directory: Path) -> float:
     started = time.perf_counter()
     try:
         return launch(worker, cfg, directory, USER_ERRORS)
+    except Stopped as stopped:
+        raise SystemExit(stopped.code) from None  # which is all that is left to say: `launch` has printed the rest
     except Exception as error:
         with suppress(OSError):  # a full disk may be what went wrong
             note_failure(directory, error, cfg)
