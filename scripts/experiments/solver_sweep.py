@@ -33,8 +33,8 @@ def panels(study: Study) -> list:
 
 
 EXPERIMENT = Experiment(
-    hypothesis="Does our step reach a lower loss than the published one? A correct solver moves one to four times further at the same\n"
-    "learning rate, so only best can be compared with best.",
+    hypothesis="Does our step reach a lower loss than the published one? Both over learning rates, best against best.\n"
+    "A correct solver moves one to four times further at the same learning rate, so only best can be compared with best.",
     base=("experiment=solver_sweep",),
     axes={
         "assignment": "all_stiefel,all_dgram,hetero,hetero_inv",
