@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +32,30 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Loader, Prefetcher, validation_windows
-from data.prepare import prepare
-from data.shards import DataError, Dataset, open_dataset
-from model.gpt import GPT
 from model.probes import probe
 from optim.assignment import parameter_table
 from optim.schedule import lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
 from training.batch import micro_batch_size
-from training.build import build, gpt_config, rehearse
-from training.checkpoint import CheckpointError
+from training.build import build
+from training.checks import USER_ERRORS, check
+from training.data import open_data
 from training.files import CONFIG_FILE, write_whole
 from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
-from training.limits import MachineError, machine_limits
-from training.log import METRICS_FILE, NoLog, RunLog
+from training.limits import machine_limits
+from training.log import NoLog, RunLog
 from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
-from training.run import claimed, compiled, end_of, environment, problems_of_names, resolve_device, run_name, summary
-from training.settings import problems
+from training.run import claimed, compiled, end_of, environment, resolve_device, run_name, summary
 from training.signals import StopSignal
 from training.stability import Stability
 from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
-from training.sweep import note_failure, plan_job
-from training.transfer import problems_of_transfer, transfer_table
-from training.validate import (
-    ConfigError,
-    problems_of_batch,
-    problems_of_clip,
-    problems_of_machine,
-    shortened,
-)
+from training.sweep import hydra_job
+from training.transfer import transfer_table
+from training.validate import shortened
 from training.wandb_sink import WandbSink
-
-USER_ERRORS = (ConfigError, DataError, CheckpointError, MachineError)
 
 
 def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
@@ -303,59 +292,6 @@ class Run:
         return RunLog(directory, [wandb, progress], resume_step=self.step if resumed else -1)
 
 
-# ---- what a run is made of ----
-
-
-def check(cfg: dict[str, Any], world: int | None = None) -> None:
-    """Raise ConfigError with every problem of the configuration: of single values, and of the relations whose values are sound.
-
-    `world` is the number of ranks; None for those that `launcher.nproc` starts.
-    """
-    wrong = problems(cfg)
-    unsound = {problem.key.partition(".")[0] for problem in wrong}
-
-    def sound(*keys: str) -> bool:
-        return unsound.isdisjoint(keys)
-
-    found = [str(problem) for problem in wrong]
-    found += problems_of_machine(cfg) if sound("device", "output_dir") else []
-    found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
-    if sound("global_batch_tokens", "model", "launcher"):
-        found += problems_of_batch(cfg, world or cfg["launcher"]["nproc"])
-    if sound("transfer", "model", "residual", "assignment", "optim", "max_steps"):
-        refused = problems_of_transfer(cfg)
-        found += refused or (problems_of_model(cfg) if sound("attention", "init") else [])
-    if found:
-        raise ConfigError(found)
-
-
-def problems_of_model(cfg: dict[str, Any]) -> list[str]:
-    """Whether the model can be built, and every parameter gets exactly one optimizer."""
-    shape = gpt_config(cfg)
-    if found := shape.problems():
-        return found
-    with torch.device("meta"):
-        model = GPT(shape)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    rows, refused = rehearse(shapes, cfg, model.unit_vectors())
-    return refused + problems_of_clip(cfg, rows)
-
-
-def open_data(cfg: dict[str, Any]) -> Dataset:
-    """The prepared data; the kind that takes seconds prepares itself."""
-    if cfg["data"]["auto_prepare"]:
-        prepare(cfg["data"])
-    dataset = open_dataset(cfg["data"]["dir"], settings=cfg["data"])
-    if dataset.manifest.vocab_size > cfg["model"]["vocab_size"]:
-        raise ConfigError(
-            [
-                f"model.vocab_size={cfg['model']['vocab_size']} is smaller than the data's vocabulary of {dataset.manifest.vocab_size} "
-                f"({dataset.manifest.tokenizer} tokens); raise it to at least that"
-            ]
-        )
-    return dataset
-
-
 # ---- the command line ----
 
 
@@ -386,7 +322,6 @@ def main() -> None:
     """The command line: Hydra composes, the launcher starts the ranks; a user's mistake ends with exit code 2 and its remedy."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import CompactHydraException
     from hydra.types import RunMode
 
     from training.config import CONFIGS, plain
@@ -398,10 +333,7 @@ def main() -> None:
         nonlocal composed
         job, composed = HydraConfig.get(), True
         if job.mode == RunMode.MULTIRUN:
-            try:
-                return run_job(plain(config), Path(job.runtime.output_dir))
-            except (*USER_ERRORS, RankFailed) as error:
-                raise CompactHydraException(str(error)) from None  # which Hydra prints without a traceback
+            return report(hydra_job(config))
         try:
             cfg = plain(config)
             if "RANK" not in os.environ:  # a rank's own check is the one whose message is printed once
@@ -423,28 +355,6 @@ def main() -> None:
     except SystemExit as ended:
         # Hydra refuses a misspelt key or group with a message of its own, and exit code 1.
         raise SystemExit(ended.code if composed or ended.code != 1 else USER_ERROR) from None
-
-
-def run_job(cfg: dict[str, Any], directory: Path) -> float:
-    """One job of a sweep. After one that fails, whatever the reason, the others go on, and the sweep ends with exit code 1."""
-    try:
-        check(cfg)
-        cfg, best = plan_job(cfg, directory)
-    except USER_ERRORS as error:
-        print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
-        if not (directory / METRICS_FILE).exists():  # it may hold another run
-            note_failure(directory, error)
-        raise
-    if best is not None:
-        print(f"{directory} is finished")
-        return report(best)
-    try:
-        return report(launch(train, cfg, directory, USER_ERRORS))
-    except Exception as error:
-        print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
-        with suppress(OSError):  # a full disk may be what went wrong
-            note_failure(directory, error)
-        raise
 
 
 def report(best: float) -> float:

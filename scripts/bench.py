@@ -29,8 +29,6 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from scripts.command import UsageError, as_code, parse, run
 from scripts.timing import device, device_folder, measure
 from training.config import compose

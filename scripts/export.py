@@ -20,11 +20,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from model.gpt import GPTConfig
+from scripts.analysis.runs import load_model
 from scripts.command import UsageError, parse, run
-from scripts.runs import load_model
 
 NANOGPT = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
 """What nanoGPT's GPTConfig takes."""

@@ -36,8 +36,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from scripts.command import UsageError, parse, run
 from scripts.timing import device_folder
 from training.run import environment

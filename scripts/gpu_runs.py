@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from scripts.analysis.figures import draw
+from scripts.analysis.runs import find_runs
+from scripts.analysis.tables import grouped, make_table, report_columns, rows_of
 from scripts.command import UsageError, parse, run
-from scripts.report import draw, find_runs, grouped, make_table, report_columns, rows_of
-from train import check, open_data, train
+from train import train
+from training.checks import check
 from training.config import compose
+from training.data import open_data
 from training.log import read_records
 
 RUNS = ("adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")

@@ -28,17 +28,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data.loader import validation_windows
 from model.collapse import ambiguous_dimensions, null_space
 from model.gpt import GPT
 from model.probes import head_mixing, probe
+from scripts.analysis.runs import read_run
 from scripts.command import UsageError, parse, run
-from scripts.runs import read_run
-from train import open_data
 from training.build import gpt_config
 from training.checkpoint import load
+from training.data import open_data
 
 HEADINGS = (
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
@@ -110,7 +108,7 @@ def work(arguments: list[str]) -> int:
             f"would be n(H-1)w = {count:,}, the count of arXiv 2604.23681.\n"
         )
     if options["figures"]:
-        from scripts.probe_figures import curves
+        from scripts.analysis.experiment_figures import curves
 
         trained = read_run(directory)
         if not trained.records.get("probe"):

@@ -1,50 +1,45 @@
 """The paper's table by real training: the five assignments one after the other, then the table and the pictures.
 
     python scripts/reproduce.py scale=demo                 minutes on two cores, no network
-    python scripts/reproduce.py scale=demo optim=paper     the same under the published step rule, beside it
+    python scripts/reproduce.py scale=demo optim=paper     the same under the published step rule
     python scripts/reproduce.py scale=paper                the published recipe (prepare the data first)
-    python scripts/reproduce.py scale=demo seed=2 results=outputs/seed2 output_dir=outputs/seed2/runs
+    python scripts/reproduce.py scale=demo --accept        the same, and the table becomes the committed one
+    python scripts/reproduce.py scale=demo seed=2 output_dir=outputs/seed_2
 
 `scale` is a recipe of configs/experiment; any override of train.py may follow and concerns all five runs. Options of this command:
 
     output_dir=   where the runs are written (outputs/reproduce/<name>), each in a directory named after its assignment
-    results=      where table.md, table.json, val_loss.png and spectra.png are written (results/<name>)
+    results=      where table.md, table.json, val_loss.png and spectra.png are written (beside the runs)
+    --accept      afterwards copy them into results/<name>, and renew the table in README.md or docs/
 
-<name> is the scale, and with optim= the scale and that: demo, demo_paper. The same command again goes on where it stopped: finished runs
-are kept, an interrupted one continues from its last checkpoint. The demonstration does not start W&B unless it is told to, by
-logger.mode=offline or logger.mode=online.
+<name> is the scale, and with optim= the scale and that: demo, demo_paper. Where results/<name> holds a table, the losses are told beside
+its. The same command again goes on where it stopped: finished runs are kept, an interrupted one continues from its last checkpoint. The
+demonstration does not start W&B unless it is told to, by logger.mode=offline or logger.mode=online.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import platform
-import resource
 import shlex
+import shutil
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.command import UsageError, as_code, parse, run
-from scripts.report import COLUMNS, LOSSES, draw, make_table, rows_of, told
-from scripts.runs import COST_FILE, Run, read_run, refuse_other_settings
-from train import check, open_data, train
+from scripts.analysis.figures import draw
+from scripts.analysis.runs import Run, read_run
+from scripts.analysis.tables import COLUMNS, Table, footer, make_table, rows_of, told, write_tables
+from scripts.command import UsageError, parse, run
+from training.checks import check
 from training.config import compose
-from training.files import CONFIG_FILE
-from training.lock import DirectoryLock, InUse
-from training.log import METRICS_FILE, RunLog, read_records
-from training.run import end_of
+from training.data import open_data
+from training.engine import Job, run_here
+from training.log import METRICS_FILE
+from training.sweep import available_cores, finished
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
@@ -58,21 +53,27 @@ OWN_KEYS = {  # keys of train.py that this command decides, and what to do inste
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: `overrides` as typed; `runs` maps an assignment to its configuration and directory.
+    """What is to be done: `overrides` as typed; `jobs` by assignment.
 
-    name: of the table, by scale and step rule; None if the overrides make it another table.
+    name: of the table, by scale and step rule; None if the overrides make it another table. accept: whether it becomes the committed one.
     """
 
     scale: str
     overrides: list[str]
     name: str | None
     results: Path
-    runs: dict[str, tuple[dict[str, Any], Path]]
+    jobs: dict[str, Job]
+    accept: bool = False
 
     @property
     def command(self) -> str:
         """The command line that does the same."""
         return shlex.join(["python", "scripts/reproduce.py", f"scale={self.scale}", *self.overrides])
+
+    @property
+    def committed(self) -> Path | None:
+        """Where the committed table of this name is, or would be."""
+        return None if self.name is None else ROOT / "results" / self.name
 
 
 def make_plan(arguments: Sequence[str]) -> Plan:
@@ -81,7 +82,8 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     Raises:
         UsageError, ConfigError, DataError, HydraException: before anything is written.
     """
-    overrides, options = parse(arguments, {"scale": "demo", "results": "", "output_dir": ""})
+    words, options = parse(arguments, {"scale": "demo", "results": "", "output_dir": ""})
+    overrides = [word for word in words if word != "--accept"]
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key in OWN_KEYS:
@@ -89,17 +91,22 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     scale = options["scale"]
     optims, others = name_parts(overrides)
     name = "_".join([scale, *optims])
+    if "--accept" in words and others:
+        raise UsageError(
+            f"--accept is for a table with nothing but a scale and a step rule; leave out {', '.join(others)}"
+        )
     directory = Path(options["output_dir"] or f"outputs/reproduce/{name}")
-    runs = {}
+    jobs, configurations = {}, []
     for assignment in ASSIGNMENTS:
         settings = [f"experiment={scale}", f"assignment={assignment}", *SCALE_SETTINGS.get(scale, []), *overrides]
-        runs[assignment] = (compose([*settings, "resume=auto"]), directory / assignment)
-    for cfg, where in runs.values():
+        jobs[assignment] = Job(tuple(settings), directory / assignment)
+        configurations.append(compose(settings))
+    for cfg, job in zip(configurations, jobs.values()):
         check(cfg)
-        refuse_other_settings(cfg, where)
-    first, _ = next(iter(runs.values()))
-    open_data(first)
-    return Plan(scale, overrides, None if others else name, Path(options["results"] or ROOT / "results" / name), runs)
+        finished(cfg, job.directory, "give another output_dir=")
+    open_data(configurations[0])
+    results = Path(options["results"] or directory)
+    return Plan(scale, overrides, None if others else name, results, jobs, "--accept" in words)
 
 
 def name_parts(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -109,84 +116,31 @@ def name_parts(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return optims, [override for override in settings if not override.startswith("optim=")]
 
 
-# ---- training ----
-
-
 def train_all(plan: Plan) -> dict[str, str]:
     """Run what has not ended yet; returns the reason for each assignment whose training stopped by an error."""
     failures = {}
-    for assignment, (cfg, directory) in plan.runs.items():
-        if end_of(directory) is not None:
+    for assignment, job in plan.jobs.items():
+        if job.ended:
             print(f"{assignment}: done before; give another output_dir= to run it again")
             continue
         print(f"\n{assignment}", flush=True)
-        started = time.perf_counter()
-        try:
-            train(cfg, directory)
-        except InUse:
-            raise
-        except Exception as error:  # whatever it is, the other runs are worth having, and the table tells
-            failures[assignment] = f"{type(error).__name__}: {error}"
-            traceback.print_exc()
-            with contextlib.suppress(OSError, InUse):  # a full disk may be what went wrong
-                _record_failure(cfg, directory, failures[assignment])
-        finally:
-            with contextlib.suppress(OSError, InUse):
-                _add_cost(directory, time.perf_counter() - started)
+        outcome = run_here(job)
+        if outcome.failure is not None:
+            failures[assignment] = outcome.failure
     return failures
-
-
-def _record_failure(cfg: dict[str, Any], directory: Path, message: str) -> None:
-    """Write the failure where a run's events stand, so that every later table knows of it."""
-    with DirectoryLock(directory):
-        if not (directory / CONFIG_FILE).exists():
-            (directory / CONFIG_FILE).write_text(yaml.safe_dump(cfg, sort_keys=False))
-        exists = (directory / METRICS_FILE).exists()
-        last = max((record["step"] for record in read_records(directory)), default=0) if exists else 0
-        log = RunLog(directory)
-        log.write("event", last, event="failed", message=message)
-        log.close()
-
-
-def _add_cost(directory: Path, seconds: float) -> None:
-    """Add this process's time to what the run has cost so far, and note the largest memory (bytes) any process needed."""
-    if not directory.exists():
-        return  # it ended before it began
-    path = directory / COST_FILE
-    before = json.loads(path.read_text()) if path.exists() else {"wall_seconds": 0.0, "peak_bytes": 0}
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    cost = {
-        "wall_seconds": before["wall_seconds"] + seconds,
-        "peak_bytes": max(before["peak_bytes"], peak),
-        "cores": _cores(),
-        "threads": torch.get_num_threads(),
-    }
-    with DirectoryLock(directory):
-        path.write_text(json.dumps(cost) + "\n")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- what is written ----
 
 
 def write_results(plan: Plan) -> str:
-    """Write the table and the pictures into `plan.results`; returns the table for a terminal.
-
-    A plain command, with nothing but a scale and a step rule, also renews its table between the markers of the README.
-    """
-    runs = [read_run(directory) for _, directory in plan.runs.values() if (directory / METRICS_FILE).exists()]
+    """Write the table and the pictures into `plan.results`; returns what there is to say in a terminal."""
+    directories = [job.directory for job in plan.jobs.values()]
+    runs = [read_run(directory) for directory in directories if (directory / METRICS_FILE).exists()]
     if not runs:
         raise UsageError("no run has written anything, so there is no table; the errors above say why")
     groups = [[r] for r in runs]
     table = make_table(groups, told(COLUMNS, runs))
-    plan.results.mkdir(parents=True, exist_ok=True)
-    written = [plan.results / "table.md", plan.results / "table.json"]
-    markdown = f"{table.markdown()}\n\n{footer(plan, runs)}\n"
-    written[0].write_text(markdown)
     data = {
         "command": plan.command,
         "published": "arXiv 2606.13276",
@@ -195,12 +149,26 @@ def write_results(plan: Plan) -> str:
         "environment": runs[0].environment,
         "settings": {**runs[0].config, "assignment": None},
     }
-    written[1].write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-    written += draw(groups, plan.results)
-    if plan.name is not None and plan.results == ROOT / "results" / plan.name:
-        update_readme(ROOT / "README.md", plan.name, markdown)
-    names = ", ".join(path.name for path in written)
-    return f"{table.text()}\n\n  written to {plan.results}: {names}   ({_cost_line(runs)})"
+    write_tables(plan.results, [table], footer(plan.command, runs, f"{_cost_line(runs)}.", remark(plan, runs)), data)
+    names = ", ".join(["table.md", "table.json", *(path.name for path in draw(groups, plan.results))])
+    before = [comparison(runs, plan.committed)] if plan.committed and (plan.committed / "table.json").exists() else []
+    parts = [table.text(), *(other.text() for other in before)]
+    return "\n\n".join([*parts, f"  written to {plan.results}: {names}   ({_cost_line(runs)})"])
+
+
+def comparison(runs: Sequence[Run], committed: Path) -> Table:
+    """Final losses beside those of a committed table, with the differences."""
+    rows = {row["assignment"]: row for row in json.loads((committed / "table.json").read_text())["rows"]}
+    lines = []
+    for r in runs:
+        old = rows.get(r.assignment, {}).get("val_loss_final")
+        known = old is not None and r.final is not None
+        shown = ["" if loss is None else f"{loss:.4f}" for loss in (r.final, old)]
+        lines.append([r.assignment, *shown, f"{r.final - old:+.4f}" if known else ""])
+    place = committed.relative_to(ROOT) if committed.is_relative_to(ROOT) else committed
+    return Table(
+        ["assignment", "final", "committed", "difference"], lines, [False, True, True, True], f"  beside {place}:"
+    )
 
 
 def _total_cost(runs: Sequence[Run]) -> dict[str, Any]:
@@ -212,7 +180,7 @@ def _total_cost(runs: Sequence[Run]) -> dict[str, Any]:
         "peak_device_bytes": max(
             (e["peak_device_bytes"] or 0 for r in runs for e in r.records.get("end", [])), default=0
         ),
-        "cores": max((c["cores"] for c in costs), default=_cores()),
+        "cores": max((c["cores"] for c in costs), default=available_cores()),
         "threads": max((c["threads"] for c in costs), default=torch.get_num_threads()),
     }
 
@@ -234,23 +202,16 @@ def _cost_line(runs: Sequence[Run]) -> str:
     return ", ".join(parts)
 
 
-def footer(plan: Plan, runs: Sequence[Run]) -> str:
-    """Which script and settings wrote the table, on what, and at what cost."""
-    cfg, env = runs[0].config, runs[0].environment
-    model, muon = cfg["model"], cfg["optim"]["muon"]
+def remark(plan: Plan, runs: Sequence[Run]) -> str:
+    """What the columns are, and what the numbers may be compared with."""
     other_scale = "" if plan.scale == "paper" else "; this is another scale: compare the order, not the numbers"
-    lines = [
-        f"Written by {as_code(plan.command)}: {model['n_layer']} layers of width {model['n_embd']}, context {model['block_size']}; "
-        f"{cfg['max_steps']:,} steps of {cfg['global_batch_tokens']:,} tokens; data {as_code(cfg['data']['name'])} "
-        f"({cfg['data']['tokenizer']} tokens); step rule `{muon['rule']['kind']}`, peak learning rates {muon['lr']:g} (Muon) and "
-        f"{cfg['optim']['adamw']['lr']:g} (AdamW); seed {cfg['seed']}.",
-        f"{_cost_line(runs)}; {env.get('device', platform.machine())}, Python {env.get('python')}, torch {env.get('torch')}, "
-        f"{env.get('platform')}.",
-        f"{LOSSES} σ max is the largest singular value at the end; entropy is the least of a layer's attention "
-        "over training, relative to log(position), and saturated the greatest share of its rows with a probability above .99. The last column is the paper's loss "
-        f"(arXiv 2606.13276: GPT-2 124M, 3.28B tokens of OpenWebText, one seed){other_scale}. Weight decay {decay_of(cfg)}.",
-    ]
-    return "\n".join(lines)
+    return (
+        "Losses are in nats a token: best and final of the evaluations on `eval_windows` windows, and full split, that of the whole "
+        "validation split after the last step. σ max is the largest singular value at the end; entropy is the least of a layer's "
+        "attention over training, relative to log(position), and saturated the greatest share of its rows with a probability above .99. "
+        "The last column is the paper's loss (arXiv 2606.13276: GPT-2 124M, 3.28B tokens of OpenWebText, one seed)"
+        f"{other_scale}. Weight decay {decay_of(runs[0].config)}."
+    )
 
 
 def decay_of(cfg: dict[str, Any]) -> str:
@@ -265,16 +226,28 @@ def decay_of(cfg: dict[str, Any]) -> str:
     return f"{muon['weight_decay']:g} acts on {on}"
 
 
-def update_readme(path: Path, name: str, table: str) -> bool:
-    """Replace what stands between `<!-- table:<name> -->` and `<!-- /table -->`; False if there is no such place."""
-    if not path.exists():
+def accept(plan: Plan) -> str:
+    """Make a table the committed one: copy what was written into results/<name>, and renew it in the Markdown files that show it."""
+    plan.committed.mkdir(parents=True, exist_ok=True)
+    for name in ("table.md", "table.json", "val_loss.png", "spectra.png"):
+        if (plan.results / name).exists() and plan.results != plan.committed:
+            shutil.copyfile(plan.results / name, plan.committed / name)
+    table = (plan.committed / "table.md").read_text()
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    renewed = [str(page.relative_to(ROOT)) for page in pages if renew(page, plan.name, table)]
+    return f"  accepted: {', '.join([f'results/{plan.name}', *renewed])}"
+
+
+def renew(page: Path, name: str, table: str) -> bool:
+    """Replace what stands between `<!-- table:<name> -->` and `<!-- /table -->` in a Markdown file; False if there is no such place."""
+    if not page.exists():
         return False
-    text = path.read_text()
+    text = page.read_text()
     before, begin, rest = text.partition(f"<!-- table:{name} -->\n")
     _, end, after = rest.partition("<!-- /table -->")
     if not end:
         return False
-    path.write_text(f"{before}{begin}{table}{end}{after}")
+    page.write_text(f"{before}{begin}{table}{end}{after}")
     return True
 
 
@@ -291,9 +264,11 @@ def work(arguments: list[str]) -> int:
         return 130
     try:
         print("\n" + write_results(plan))
+        if plan.accept and not failures:
+            print(accept(plan))
     except OSError as error:
         raise UsageError(
-            f"{plan.results} cannot be written ({error}); the runs are kept: give another results="
+            f"{error.filename or plan.results} cannot be written ({error}); the runs are kept: give another results="
         ) from error
     for assignment, reason in failures.items():
         print(f"{assignment} stopped by an error: {reason}", file=sys.stderr)

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data.tokenizer import get_tokenizer
+from scripts.analysis.runs import load_model
 from scripts.command import UsageError, parse, run
-from scripts.runs import load_model
 
 OPTIONS = {"prompt": "", "tokens": 200, "temperature": 0.8, "top_k": 50, "seed": 0}
 

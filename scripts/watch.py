@@ -23,8 +23,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from scripts.command import UsageError, parse, run
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, parse_record
@@ -34,7 +32,7 @@ _LONGEST_S = 1e9  # 30 years: a longer time is no forecast
 COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
 
 
-class Job:
+class Watched:
     """What is known of a run; `update` reads what was written since it was last called."""
 
     def __init__(self, directory: Path) -> None:
@@ -126,7 +124,7 @@ class Job:
         return left if 0 <= left < _LONGEST_S else None
 
 
-def find_jobs(sweep: Path, known: dict[Path, Job]) -> dict[Path, Job]:
+def find_jobs(sweep: Path, known: dict[Path, Watched]) -> dict[Path, Watched]:
     """The jobs of a sweep in order of their names; a single run is a sweep of one."""
     if (sweep / METRICS_FILE).exists():
         found = [sweep]
@@ -135,7 +133,7 @@ def find_jobs(sweep: Path, known: dict[Path, Job]) -> dict[Path, Job]:
             found = sorted(p for p in sweep.iterdir() if p.is_dir() and not p.name.startswith("."))
         except OSError as error:
             raise UsageError(f"{sweep} cannot be read ({error.strerror}); name a sweep's directory") from error
-    return {path: known.get(path) or Job(path) for path in found}
+    return {path: known.get(path) or Watched(path) for path in found}
 
 
 def short_names(jobs: Sequence[Path]) -> list[str]:
@@ -145,7 +143,7 @@ def short_names(jobs: Sequence[Path]) -> list[str]:
     return [",".join(p for p in mine if p not in shared) or ",".join(mine) for mine in parts]
 
 
-def table(jobs: dict[Path, Job], stalled_s: float) -> Table:
+def table(jobs: dict[Path, Watched], stalled_s: float) -> Table:
     """One row a job."""
     grid = Table(box=None, pad_edge=False)
     grid.add_column("job", overflow="fold")
@@ -168,7 +166,7 @@ def table(jobs: dict[Path, Job], stalled_s: float) -> Table:
     return grid
 
 
-def remarks(jobs: dict[Path, Job]) -> list[str]:
+def remarks(jobs: dict[Path, Watched]) -> list[str]:
     """What could not be read, a line a job."""
     found = [f"{path}: {job.damaged} lines are no records; passed over" for path, job in jobs.items() if job.damaged]
     return found + [f"{path}: {job.problem}" for path, job in jobs.items() if job.problem]
@@ -187,7 +185,7 @@ def work(arguments: list[str]) -> int:
     sweep, stalled_s = Path(others[0]), options["stalled_s"]
     if not sweep.is_dir():
         raise UsageError(f"there is no directory {sweep}; name a sweep's, such as outputs/sweep")
-    jobs: dict[Path, Job] = {}
+    jobs: dict[Path, Watched] = {}
 
     def look() -> Table:
         nonlocal jobs

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The fastest thread count for the tiny matrices of the tests, also in the processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The commands that tests start import the packages of this checkout, wherever they are started.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model.gpt import GPT, GPTConfig
-from train import check
 from training.batch import micro_batch_size
+from training.checks import check
 from training.config import compose
 from training.step import accumulate
 from training.validate import ConfigError, shortened

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from model.exponents import closed_form, embedded, gelu_moments, measure, misalignment, near_collapse, streams
 from model.gpt import GPT, GPTConfig
-from scripts import exponents as command
-from scripts.exponents import build, correlations, rank_correlation
-from train import train
+from scripts import experiment
+from scripts.analysis.exponents import correlations, initial
+from scripts.analysis.statistics import rank_correlation
 from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.transfer import transferred
@@ -61,7 +61,7 @@ def test_measured_exponents_are_those_of_the_closed_form(settings, joined):
 
 def test_so_are_those_of_orthonormal_weights():
     cfg = compose(["assignment=all_stiefel", "optim=manifold_muon", *(f"model.{k}={v}" for k, v in SHAPE.items())])
-    angle, gradient = estimates(lambda seed: build(cfg, seed), 6, {})
+    angle, gradient = estimates(lambda seed: initial(cfg, seed), 6, {})
     assert within_two_standard_errors(angle), angle
     assert statistics.fmean(gradient) == pytest.approx(0, abs=0.05)
 
@@ -95,7 +95,7 @@ def test_full_strength_is_the_model_itself():
 @pytest.mark.parametrize("experiment", [["experiment=ngpt_demo"], ["experiment=nugpt_demo", "model.n_embd=64"]])
 def test_ngpt_is_measured_as_training_begins_with_it(experiment):
     cfg = compose([*experiment, *(f"model.{k}={v}" for k, v in SHAPE.items() if k != "n_embd"), "device=cpu"])
-    model = build(cfg, 1337)
+    model = initial(cfg, 1337)
     matrices, params = model.unit_vectors(), dict(model.named_parameters())
     assert len(matrices) == 2 + 4 * SHAPE["n_layer"]
     for name, dim in matrices.items():
@@ -158,35 +158,30 @@ def test_rank_correlation():
     assert correlations(cells) == pytest.approx({"|λ_a|": 1.0, "|λ_g|": -1.0, "sum": -0.5})
 
 
-def test_the_command_writes_its_table_and_phase_diagram(tiny_data, tmp_path, capsys):
+def test_the_experiment_measures_untrained_models(tiny_data, tmp_path, capsys):
     small = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "micro_batch_size=4"]
-    options = ["seeds=2", "assignments=adamw,all_stiefel", "scan=3", f"results={tmp_path}", "global_batch_tokens=128"]
-    assert command.main([*tiny_data, *small, *options, "optim=manifold_muon"]) == 0
-    facts = json.loads((tmp_path / "exponents.json").read_text())
-    assert [row["assignment"] for row in facts["rows"]] == ["adamw", "all_stiefel"]
+    options = ["models=2", "assignments=adamw,all_stiefel", "scan=3", "global_batch_tokens=128", "workers=0"]
+    places = [f"results={tmp_path}", f"output_dir={tmp_path}/runs"]
+    assert experiment.main(["exponents", *tiny_data, *small, *options, *places, "optim=manifold_muon"]) == 0
+    facts = json.loads((tmp_path / "table.json").read_text())
+    assert [row["assignment"] for row in facts["exponents"]] == ["adamw", "all_stiefel"] and facts["rows"] == []
     # Orthonormal rows write far more into the stream than GPT-2's small ones: tokens collapse faster, gradients grow faster.
-    plain, stiefel = facts["rows"]
+    plain, stiefel = facts["exponents"]
     assert stiefel["angle_synthetic"]["mean"] < plain["angle_synthetic"]["mean"] < 0.1
     assert stiefel["gradient_synthetic"]["mean"] > plain["gradient_synthetic"]["mean"]
     assert len(facts["scan"]["angle"]) == 3 and (tmp_path / "phase.png").stat().st_size > 1000
-    assert "closed form" in capsys.readouterr().out
-    assert command.main(["seeds=0"]) == 2
+    assert "closed form" in capsys.readouterr().out and not (tmp_path / "loss.png").exists()
 
 
-def test_the_trained_grid_sets_losses_against_exponents(tiny_data, tmp_path, monkeypatch, capsys):
-    def run_grid(jobs, workers):
-        for job in jobs[:-1]:  # the last one fails, and is left out
-            train(compose(job.overrides), job.directory)
-        return {jobs[-1].directory: "it failed"}
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "run_grid", run_grid)
+def test_the_trained_grid_sets_losses_against_exponents(tiny_data, tmp_path):
     small = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "micro_batch_size=4"]
     short = ["max_steps=2", "schedule.warmup_steps=1", "eval_interval=2", "eval_windows=4", "global_batch_tokens=64"]
-    options = ["seeds=1", "assignments=adamw", "train=2", f"results={tmp_path}/results"]
-    assert command.main([*tiny_data, *small, *short, *options]) == 0
-    facts = json.loads((tmp_path / "results/exponents.json").read_text())
-    assert len(facts["trained"]) == 3 and all(math.isfinite(cell["loss"]) for cell in facts["trained"])
+    options = ["models=1", "assignments=adamw", "scan=0", f"results={tmp_path}/results", f"output_dir={tmp_path}/runs"]
+    words = ["exponents", "hydra/launcher=basic", *tiny_data, *small, *short, *options]
+    assert experiment.main([*words, "init.residual_scale=0.25,16", "init.weight_scale=0.25"]) == 0
+    facts = json.loads((tmp_path / "results/table.json").read_text())
+    assert len(facts["trained"]) == 2 and all(math.isfinite(cell["loss"]) for cell in facts["trained"])
+    assert [cell["residual_scale"] for cell in facts["trained"]] == [0.25, 16.0] and facts["scan"] == 0
     assert set(facts["rank_correlation"]) == {"|λ_a|", "|λ_g|", "sum"}
     assert (tmp_path / "results/loss.png").stat().st_size > 1000
-    assert "Rank correlation of the final loss of 3 trained models" in (tmp_path / "results/exponents.md").read_text()
+    assert "Rank correlation of the final loss of 2 trained models" in (tmp_path / "results/table.md").read_text()

@@ -15,8 +15,6 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_train
-
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 from harness import TORCHRUN, finish, records, start_ranks, train_in_process
 
 from training import launch
@@ -363,7 +361,7 @@ def test_the_wandb_sweep_gives_valid_runs(monkeypatch):
     arguments = [f"{name}={v[0] if isinstance(v, list) else v}" for name, v in values.items()]
     words = [w for w in sweep["command"] if "=" in w]  # what the agent leaves to the program, and then its parameters
     cfg = compose([*words, *arguments])
-    from train import check
+    from training.checks import check
 
     check(cfg)
     assert cfg["output_dir"] == "outputs/wandb_sweep/abc123" and cfg["logger"]["mode"] == "online"

@@ -16,10 +16,11 @@ from conftest import ROOT
 
 import train as module
 from scripts import report
+from scripts.analysis.runs import read_run
+from scripts.analysis.tables import COLUMNS, make_table
 from scripts.command import as_cell, as_code
-from scripts.report import COLUMNS, make_table
-from scripts.runs import read_run
-from train import USER_ERRORS, train
+from train import train
+from training.checks import USER_ERRORS
 from training.config import compose
 from training.launch import run_rank
 from training.limits import MachineError, machine_limits

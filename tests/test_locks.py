@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, run_train
-
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 from harness import finish, records, start, start_ranks, train_as_rank, wait_until
 
 from scripts import reproduce
-from train import check, train
+from train import train
 from training import launch
+from training.checks import check
 from training.config import compose
 from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import RunLog

@@ -14,9 +14,10 @@ import torch.multiprocessing as mp
 from model.gpt import GPT
 from optim.assignment import AssignmentError, adamw_groups, assign, parameter_table
 from optim.unit_norm import UnitNorm
-from train import check, train
+from train import train
 from training import checkpoint
 from training.build import build_optimizers, gpt_config
+from training.checks import check
 from training.config import compose
 from training.transfer import changes, transfer_table, transferred
 from training.validate import ConfigError

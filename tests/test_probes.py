@@ -28,7 +28,7 @@ from model.probes import (
     row_statistics,
 )
 from scripts import probe as command
-from scripts.runs import read_run
+from scripts.analysis.runs import read_run
 from train import train
 from training.config import compose
 from training.log import read_records

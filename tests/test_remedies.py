@@ -12,11 +12,12 @@ from optim.assignment import AssignmentError, by_pattern
 from optim.manifold_muon import Stack
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
-from scripts import mechanism
+from scripts.analysis.runs import load_model
+from scripts.experiments import mechanism
 from scripts.export import export
-from scripts.runs import load_model
-from train import check, train
+from train import train
 from training.build import build_optimizers, gpt_config
+from training.checks import check
 from training.config import compose
 from training.validate import ConfigError
 
@@ -294,19 +295,3 @@ def test_every_remedy_composes_and_the_plain_run_has_none():
         cfg = compose(["experiment=mechanism", "assignment=all_dgram", *overrides])
         check(cfg)
         assert (cfg == plain) == (name == "none"), name
-
-
-def test_the_verdict_names_what_restored_attention(tiny, tmp_path, monkeypatch):
-    def in_this_process(jobs, workers):
-        for job in jobs:
-            train(compose(list(job.overrides)), job.directory)
-        return {}
-
-    monkeypatch.setattr("scripts.failure.run_grid", in_this_process)
-    overrides = [*tiny[:-1], "experiment=mechanism", "max_steps=5", "probe.interval=5", "device=cpu"]
-    options = ["remedies=none,qk_norm", "assignments=all_dgram", "workers=1", f"output_dir={tmp_path}/runs"]
-    # A model this small saturates nothing in five steps; what is tested is the path from runs to table, picture and verdict.
-    assert mechanism.main([*options, f"results={tmp_path}/results", *overrides]) == 0
-    table = (tmp_path / "results/mechanism.md").read_text()
-    assert table.count("| all_dgram |") == 2 and "attention was restored by qk_norm" in table
-    assert (tmp_path / "results/mechanism.png").stat().st_size > 1000

@@ -14,9 +14,10 @@ import yaml
 from conftest import ROOT
 
 from model.gpt import GPT, GPTConfig
-from scripts import export, figures, report, reproduce, sample
+from scripts import export, report, reproduce, sample
+from scripts.analysis import figures, tables
+from scripts.analysis.runs import load_model, read_run
 from scripts.command import UsageError, parse
-from scripts.runs import load_model, read_run
 from training.config import compose
 from training.log import RunLog, read_records
 
@@ -43,7 +44,7 @@ def finished(tiny_runs, tmp_path_factory):
     arguments = ["scale=demo", *tiny_runs, f"results={where}/results", f"output_dir={where}/runs"]
     readme = (ROOT / "README.md").read_bytes()
     assert reproduce.main(arguments) == 0
-    assert (ROOT / "README.md").read_bytes() == readme, "only the plain command may renew the README"
+    assert (ROOT / "README.md").read_bytes() == readme, "only accepting may renew the README"
     return where, arguments
 
 
@@ -172,7 +173,7 @@ def test_a_run_that_stops_by_an_error_is_a_row_and_can_be_mended(copied, monkeyp
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "train", broken)
+        patch.setattr("train.train", broken)
         assert reproduce.main(arguments) == 1
     table = rows(where)
     assert table["Hetero"]["status"] == "failed at step 4" and table["Hetero-Inv"]["status"] == "failed at step 0"
@@ -227,38 +228,71 @@ def test_runs_of_other_settings_are_not_overwritten(copied, capsys):
 def test_a_table_is_named_after_scale_and_step_rule(overrides, name, directory, monkeypatch):
     monkeypatch.setattr(reproduce, "open_data", lambda cfg: None)
     plan = reproduce.make_plan(["scale=demo", *overrides])
-    assert plan.name == name and plan.results == ROOT / "results" / directory
-    for assignment, (cfg, where) in plan.runs.items():
-        assert str(where) == f"outputs/reproduce/{directory}/{assignment}"
+    assert plan.name == name and str(plan.results) == f"outputs/reproduce/{directory}"
+    assert plan.committed == (None if name is None else ROOT / "results" / name)
+    for assignment, job in plan.jobs.items():
+        assert str(job.directory) == f"outputs/reproduce/{directory}/{assignment}"
+        cfg = compose(job.overrides)
         assert cfg["optim"]["muon"]["rule"]["kind"] == ("published" if "optim=paper" in overrides else "certified")
         assert cfg["logger"]["mode"] == ("offline" if "logger.mode=offline" in overrides else "disabled")
 
 
-def test_each_step_rule_fills_its_own_table_of_the_readme(finished, tmp_path, monkeypatch, no_pictures):
-    _, arguments = finished
+def plain_plan(arguments, monkeypatch, **changes):
+    """The plan of these arguments as if they were no more than a scale."""
+    made = reproduce.make_plan(arguments)
+    monkeypatch.setattr(reproduce, "make_plan", lambda _: replace(made, name="demo_paper", **changes))
+
+
+def test_accepting_writes_results_and_every_page_that_shows_the_table(
+    copied, tmp_path, monkeypatch, no_pictures, capsys
+):
+    where, arguments = copied
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     old = {name: f"<!-- table:{name} -->\nold\n<!-- /table -->\n" for name in ("demo", "demo_paper")}
-    page = tmp_path / "README.md"
-    page.write_text("".join(old.values()))
-    plan = reproduce.make_plan(arguments)
-    reproduce.write_results(replace(plan, name="demo_paper", results=tmp_path / "results/demo_paper"))
-    table = (tmp_path / "results/demo_paper/table.md").read_text()
-    assert "| Hetero-Inv |" in table
-    assert page.read_text() == old["demo"] + old["demo_paper"].replace("old\n", table)
-    reproduce.write_results(plan)  # other settings: no table of the README is theirs
-    assert page.read_text() == old["demo"] + old["demo_paper"].replace("old\n", table)
+    (tmp_path / "docs").mkdir()
+    pages = [tmp_path / "README.md", tmp_path / "docs/experiments.md"]
+    for page in (*pages, tmp_path / "docs/other.md"):
+        page.write_text("".join(old.values()) if page in pages else "no table\n")
+    plain_plan(arguments, monkeypatch)
+    assert reproduce.main(arguments) == 0
+    assert not (tmp_path / "results").exists() and pages[0].read_text() == "".join(old.values())
+    assert "difference" not in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    plain_plan(arguments, monkeypatch, accept=True)
+    assert reproduce.main(arguments) == 0
+    table = (where / "results/table.md").read_text()
+    assert "| Hetero-Inv |" in table and (tmp_path / "results/demo_paper/table.md").read_text() == table
+    assert all(page.read_text() == old["demo"] + old["demo_paper"].replace("old\n", table) for page in pages)
+    assert "accepted: results/demo_paper, README.md, docs/experiments.md" in capsys.readouterr().out
+    committed = tmp_path / "results/demo_paper/table.json"
+    data = json.loads(committed.read_text())
+    data["rows"][0]["val_loss_final"] -= 0.25
+    committed.write_text(json.dumps(data))
+    plain_plan(arguments, monkeypatch)
+    assert reproduce.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "beside results/demo_paper" in said and said.count("+0.2500") == 1 and said.count("+0.0000") == 4
 
 
-def test_the_foot_says_what_decays():
-    for optim, said in (("manifold_muon", "and DGram's column norms"), ("paper", "only, as in the paper")):
-        assert reproduce.decay_of(compose([f"optim={optim}"])).endswith(said)
+def test_only_a_plain_table_is_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["scale=demo", "seed=2", "--accept"]) == 2
+    assert "leave out seed=2" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_the_foot_says_what_decays(finished):
+    ours = read_run(finished[0] / "runs/hetero").config
+    assert reproduce.decay_of(ours).endswith("and DGram's column norms")
+    ours["optim"]["muon"]["rule"]["decay_manifolds"] = False
+    assert reproduce.decay_of(ours).endswith("only, as in the paper")
 
 
 def test_a_column_that_no_run_fills_is_left_out(finished, tmp_path):
     runs = [read_run(path) for path in sorted((finished[0] / "runs").iterdir())]
-    assert {c.key for c in report.told(report.COLUMNS, runs)} == {c.key for c in report.COLUMNS}
+    assert {c.key for c in tables.told(tables.COLUMNS, runs)} == {c.key for c in tables.COLUMNS}
     written_run(tmp_path / "run", runs[0].config, [5.0, 4.0])
-    assert "full_val_loss" not in {c.key for c in report.told(report.COLUMNS, [read_run(tmp_path / "run")])}
+    assert "full_val_loss" not in {c.key for c in tables.told(tables.COLUMNS, [read_run(tmp_path / "run")])}
 
 
 def test_make_reproduce_passes_options_on():
@@ -278,11 +312,11 @@ def test_make_reproduce_passes_options_on():
 def test_only_the_place_of_the_scale_is_renewed_in_a_readme(tmp_path):
     page = tmp_path / "README.md"
     page.write_text("a\n<!-- table:demo -->\nold\n<!-- /table -->\nb\n<!-- table:paper -->\nkept\n<!-- /table -->\n")
-    assert reproduce.update_readme(page, "demo", "| new |\n")
+    assert reproduce.renew(page, "demo", "| new |\n")
     expected = "a\n<!-- table:demo -->\n| new |\n<!-- /table -->\nb\n<!-- table:paper -->\nkept\n<!-- /table -->\n"
     assert page.read_text() == expected
-    assert not reproduce.update_readme(page, "one_gpu", "| new |\n") and page.read_text() == expected
-    assert reproduce.update_readme(ROOT / "nowhere.md", "demo", "") is False
+    assert not reproduce.renew(page, "one_gpu", "| new |\n") and page.read_text() == expected
+    assert reproduce.renew(ROOT / "nowhere.md", "demo", "") is False
 
 
 # ---- report ----
@@ -319,10 +353,10 @@ def test_runs_that_differ_in_the_seed_alone_share_a_line(finished, tmp_path, cap
 
 
 def test_values_of_a_line():
-    assert report.cell([1.0], 2) == "1.00" and report.cell([None], 2) == "" and report.cell([None, 1.0], 2) == "1.00"
-    assert report.cell([1.0, float("nan")], 2) == "nan ± nan"
-    assert report.cell(["ok", "ok"], 2) == "ok"
-    assert report.cell(["ok", "unstable at step 3", "ok"], 2) == "2 x ok, unstable at step 3"
+    assert tables.cell([1.0], 2) == "1.00" and tables.cell([None], 2) == "" and tables.cell([None, 1.0], 2) == "1.00"
+    assert tables.cell([1.0, float("nan")], 2) == "nan ± nan"
+    assert tables.cell(["ok", "ok"], 2) == "ok"
+    assert tables.cell(["ok", "unstable at step 3", "ok"], 2) == "2 x ok, unstable at step 3"
 
 
 def test_report_draws_what_there_is(finished, tmp_path, capsys):

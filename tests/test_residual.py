@@ -10,8 +10,8 @@ from torch import nn
 
 from model.gpt import GPT, GPTConfig
 from model.residual import RESIDUAL_RULES, Stream, residual_problems, residual_rule
-from train import check
 from training.build import build_optimizers
+from training.checks import check
 from training.config import compose
 from training.validate import ConfigError
 

@@ -8,11 +8,13 @@ import torch
 from conftest import run_train
 
 from data.loader import validation_windows
-from scripts.runs import load_model
-from train import USER_ERRORS, check, open_data, train
+from scripts.analysis.runs import load_model
+from train import train
 from training import checkpoint
 from training.checkpoint import CheckpointError
+from training.checks import USER_ERRORS, check
 from training.config import compose
+from training.data import open_data
 from training.log import read_records
 from training.validate import ConfigError
 

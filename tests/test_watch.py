@@ -67,7 +67,7 @@ def test_every_state(tmp_path, capsys):
 
 def test_it_reads_on_and_starts_again_when_a_run_was_resumed(tmp_path):
     directory = write_job(tmp_path, "a", train(10), train(20, loss=3.0))
-    job = watch.Job(directory)
+    job = watch.Watched(directory)
     job.update()
     assert (job.step, job.train) == (20, 3.0)
     log = RunLog(directory, resume_step=10)

@@ -8,6 +8,7 @@ import pytest
 from conftest import run_train
 
 import train
+from training import checks
 from training.config import compose
 from training.settings import Settings, problems
 from training.validate import ConfigError
@@ -117,7 +118,7 @@ def configurations():
 @pytest.fixture(scope="module")
 def verdicts(configurations):
     """(configuration, key, value's name) → the message of refusal, or None."""
-    found, known, build = {}, {}, train.problems_of_model
+    found, known, build = {}, {}, checks.problems_of_model
 
     def build_once(cfg):
         """A model that has been tried is not built again: most changes do not concern it."""
@@ -128,13 +129,13 @@ def verdicts(configurations):
         return known[part]
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(train, "problems_of_model", build_once)
+    patch.setattr(checks, "problems_of_model", build_once)
     for name, cfg in configurations.items():
         tried = {key for _, key, _ in found if not key.startswith("model.")}
         for key in (key for key in keys(cfg) if key not in tried):
             for label, value in VALUES.items():
                 try:
-                    train.check(changed(cfg, key, value))
+                    checks.check(changed(cfg, key, value))
                     found[name, key, label] = None
                 except ConfigError as error:
                     found[name, key, label] = str(error)
@@ -219,7 +220,7 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
 )
 def test_the_message_says_what_to_give(override, message):
     with pytest.raises(ConfigError) as caught:
-        train.check(compose([override]))
+        checks.check(compose([override]))
     assert message in str(caught.value)
 
 
@@ -227,7 +228,7 @@ def test_whole_numbers_may_be_written_with_an_exponent():
     cfg = compose(["eval_windows=1e9", "data.max_tokens=2e6", "optim.adamw.lr=1"])
     assert (cfg["eval_windows"], cfg["data"]["max_tokens"]) == (10**9, 2 * 10**6)
     assert type(cfg["eval_windows"]) is int and type(cfg["optim"]["adamw"]["lr"]) is int
-    train.check(cfg)
+    checks.check(cfg)
 
 
 def test_settings_are_typed(configurations):

@@ -1,7 +1,10 @@
-"""Many runs, each in a process of its own, so many at a time: jobs in, outcomes out.
+"""Many runs: jobs in, outcomes out. Finished ones are skipped, others continued; one that fails is an outcome, and the others go on.
 
-One that fails or is killed is an outcome; the others go on. None outlives the process that started it: a worker is told its job on
-its standard input, which then stays open, and whose end says that the parent is gone, whatever ended it.
+`run_all` runs them by worker processes on this machine, so many at a time, or by one of Hydra's launchers, such as a cluster's.
+`run_here` runs one in this process. All of them do with a job what `training.sweep.run_job` does.
+
+No worker outlives the process that started it: it is told its job on its standard input, which then stays open, and whose end says
+that the parent is gone, whatever ended it.
 
     python -m training.engine        a worker, which is for `run_jobs` alone to start
 """
@@ -17,13 +20,22 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from training.checks import USER_ERRORS
+from training.config import CONFIGS, compose
+from training.data import open_data
+from training.files import CONFIG_FILE
+from training.launch import USER_ERROR
+from training.lock import InUse
 from training.run import end_of
 from training.signals import STOP_SIGNALS, Stopped, StopSignal, leave_at_once
+from training.sweep import finished, hydra_job, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.05
@@ -51,6 +63,101 @@ class Outcome:
     job: Job
     best: float | None
     failure: str | None = None
+
+
+def run_all(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) -> dict[Path, str]:
+    """Run what has not ended yet; returns the reason for each directory whose run failed.
+
+    Args:
+        workers: how many at a time; 0 runs nothing, for whoever wants a table of what there is.
+        launcher: overrides that choose one of Hydra's launchers and its options, which then decides how many run at a time.
+
+    Prints one line a finished run: how many are done, which it was, its best validation loss, the time left at this pace.
+
+    Raises:
+        ConfigError: a directory holds a run with other settings; nothing was run. Stopped: a signal came, and the runs have saved.
+    """
+    for job in jobs:
+        if (job.directory / CONFIG_FILE).exists():
+            finished(compose(job.overrides), job.directory, "give another output_dir=")
+    waiting = [job for job in jobs if not job.ended]
+    how = launcher[0] if launcher else f"{workers} at a time"
+    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} done before, {how}", flush=True)
+    if not waiting or (workers < 1 and not launcher):
+        return {}
+    open_data(compose(waiting[0].overrides))  # prepared once, not by all of them at the same time
+    failures, started = {}, time.perf_counter()
+    outcomes = submit(waiting, launcher) if launcher else run_jobs(waiting, workers)
+    for done, outcome in enumerate(outcomes, start=1):
+        directory, said = outcome.job.directory, outcome.failure or f"best validation loss {outcome.best:.4f}"
+        if outcome.failure:
+            failures[directory] = said
+        left = (time.perf_counter() - started) / done * (len(waiting) - done)
+        print(f"{done}/{len(waiting)}  {directory.name}  {said}  {left / 60:.0f} min left", flush=True)
+    return failures
+
+
+def run_here(job: Job) -> Outcome:
+    """Run a job in this process, with all its cores and what it prints.
+
+    Raises:
+        InUse: another process is running it. SystemExit: a signal came, and the run has saved.
+    """
+    from train import train
+
+    try:
+        return Outcome(job, run_job(train, compose(job.overrides), job.directory))
+    except InUse:
+        raise
+    except Exception as error:  # whatever it is, the other jobs are worth having
+        traceback.print_exc()
+        return Outcome(job, None, f"{type(error).__name__}: {error}")
+
+
+# ---- by Hydra's launchers ----
+
+
+def submit(jobs: Sequence[Job], launcher: Sequence[str]) -> list[Outcome]:
+    """Run jobs by the launcher that the overrides choose, as `python train.py -m` would, each in its own directory; waits for all.
+
+    Raises:
+        hydra.errors.HydraException: Hydra refuses an override of the launcher.
+    """
+    from hydra import initialize_config_dir
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
+    from hydra.types import HydraContext, RunMode
+
+    parent = jobs[0].directory.parent
+    where = [f"hydra.sweep.dir={_quoted(parent)}", f"sweep.name={_quoted(parent.name)}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        overrides = [*jobs[0].overrides, *where, *launcher]
+        config = hydra.compose_config("config", overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+        plugin = Plugins.instance().instantiate_launcher(context, hydra_job, config)
+        named = [[*job.overrides, f"hydra.sweep.subdir={_quoted(job.directory.name)}"] for job in jobs]
+        return [_outcome_of(job, returned) for job, returned in zip(jobs, plugin.launch(named, initial_job_idx=0))]
+
+
+def _outcome_of(job: Job, returned: Any) -> Outcome:
+    """What a launcher's JobReturn says."""
+    from hydra.errors import CompactHydraException
+
+    try:
+        return Outcome(job, returned.return_value)
+    except Exception as error:
+        name = "" if isinstance(error, CompactHydraException) else f"{type(error).__name__}: "
+        return Outcome(job, None, name + " ".join(str(error).split()))
+
+
+def _quoted(value: object) -> str:
+    """A value as Hydra reads it back, whatever signs it holds."""
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+# ---- by workers on this machine ----
 
 
 def run_jobs(jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
@@ -153,13 +260,11 @@ def work() -> None:
 
     import torch
 
-    from train import USER_ERRORS, train
-    from training.config import compose
-    from training.launch import USER_ERROR, launch
+    from train import train
 
     torch.set_num_threads(task["threads"])
     try:
-        launch(train, compose([*task["overrides"], "resume=auto"]), Path(task["directory"]), USER_ERRORS)
+        run_job(train, compose(task["overrides"]), Path(task["directory"]))
     except Exception as error:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(USER_ERROR if isinstance(error, USER_ERRORS) else 1) from None

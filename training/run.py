@@ -17,13 +17,14 @@ from torch import nn
 
 from training.files import CONFIG_FILE, read_config
 from training.lock import LOCK_FILE, DirectoryLock, InUse
-from training.log import METRICS_FILE, read_records
+from training.log import METRICS_FILE, parse_record
 from training.stability import Stability
 from training.validate import ConfigError
 
 if TYPE_CHECKING:
     from training.ranks import Ranks
 
+_TAIL_BYTES = 1 << 16  # of a log, in which the record of the end surely fits
 LONGEST_NAME = 250  # bytes; a file system's 255 less a dot and a number
 
 
@@ -167,9 +168,15 @@ def _is_named(directory: Path, name: str) -> bool:
 
 
 def end_of(directory: Path) -> dict[str, Any] | None:
-    """The record of a run's end (`summary`); None where it has not come to its end."""
-    file = directory / METRICS_FILE
-    return next(read_records(file, "end"), None) if file.exists() else None
+    """The record of a run's end (`summary`), which is its last; None where it has not come to its end, or was continued after it."""
+    try:
+        with (directory / METRICS_FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().rpartition(b"\n")[0].splitlines()  # the last may be torn
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    last = next((record for line in reversed(lines) if (record := parse_record(line))), None)
+    return last if last is not None and last["kind"] == "end" else None
 
 
 # ---- what it runs on ----

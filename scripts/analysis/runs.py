@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from optim.assignment import matches
 from scripts.command import UsageError
-from training.checkpoint import check_same, load_newest
+from training.checkpoint import load_newest
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, read_records
-from training.resume import HARMLESS, check_parts, foreign, take_weights
-
-COST_FILE = "cost.json"
+from training.resume import check_parts, foreign, take_weights
+from training.sweep import COST_FILE
 
 SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
 """The two kinds of sublayer, and the component of a parameter's name that gives each away."""
@@ -29,7 +28,7 @@ class Run:
 
     config: as written by the run. records: by kind, in order; those of kind "spectra" carry `sigma_max` and `sigma_min` instead
     of all singular values. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, where a script wrote them down.
-    environment: versions and device.
+    environment: versions and device. case: what it is to an experiment, by axis.
     """
 
     directory: Path
@@ -37,11 +36,16 @@ class Run:
     records: dict[str, list[dict[str, Any]]]
     cost: dict[str, Any]
     environment: dict[str, str]
+    case: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def assignment(self) -> str:
         """The assignment's name for people, such as "All-Stiefel"."""
         return self.config["assignment"]["name"]
+
+    def value_of(self, axis: str) -> str:
+        """Its value of an experiment's axis, in words: assignments have names for people."""
+        return self.assignment if axis == "assignment" else self.case[axis]
 
     @property
     def step(self) -> int:
@@ -58,6 +62,16 @@ class Run:
         """The step at which the run became unstable; None if it did not."""
         events = self.records.get("event", [])
         return next((event["step"] for event in events if event["event"] == "unstable"), None)
+
+    @property
+    def stable(self) -> bool:
+        """Whether it did not become unstable, and its last validation loss is finite."""
+        return self.unstable_step is None and self.final is not None and math.isfinite(self.final)
+
+    @property
+    def warned_step(self) -> int | None:
+        """The step of the early warning; None if there was none."""
+        return next((e["step"] for e in self.records.get("event", []) if e["event"] == "warning"), None)
 
     @property
     def status(self) -> str:
@@ -117,6 +131,21 @@ class Run:
         """Greatest share of a layer's attention rows with a probability above .99 at any probe."""
         return max(self._probed("greatest_saturation"), default=None)
 
+    def last_probe(self, field: str) -> float | None:
+        """A number of the last probe in which it is finite."""
+        return next((r[field] for r in reversed(self.records.get("probe", [])) if math.isfinite(r[field])), None)
+
+    def steps_to(self, target: float) -> float | None:
+        """The step at which the validation loss first falls to the target, between evaluations by a straight line; None if never."""
+        steps, losses = self.curve("eval")
+        for i, loss in enumerate(losses):
+            if loss <= target:
+                if i == 0:
+                    return float(steps[0])
+                share = (losses[i - 1] - target) / (losses[i - 1] - loss)
+                return steps[i - 1] + share * (steps[i] - steps[i - 1])
+        return None
+
     def _probed(self, field: str) -> list[float]:
         return [r[field] for r in self.records.get("probe", []) if math.isfinite(r[field])]
 
@@ -154,6 +183,12 @@ def read_run(directory: Path) -> Run:
     if foreign:
         print(f"{directory}: {foreign} records have not the fields of their kind; left out", file=sys.stderr)
     return Run(directory, config, records, cost, environment)
+
+
+def setting(config: dict[str, Any], key: str) -> str:
+    """The value at a dotted key of a run's configuration, as text; empty where there is none."""
+    value = _at(config, key)
+    return "" if value is None else str(value)
 
 
 def _at(config: Any, key: str) -> Any:
@@ -227,27 +262,6 @@ def find_runs(places: Iterable[str | Path]) -> list[Run]:
             raise UsageError(f"no run in {place} or below it (no {METRICS_FILE}); name a directory that a run wrote")
         directories.update(dict.fromkeys(found))
     return [read_run(directory) for directory in directories]
-
-
-def same_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two configurations and makes two runs of them, as "key: before → after"."""
-    # A run may be continued to more steps; one that ended at fewer is another result all the same.
-    return check_same(saved, now, ignore=[key for key in HARMLESS if key != "max_steps"])
-
-
-def refuse_other_settings(cfg: dict[str, Any], directory: Path) -> None:
-    """Raise UsageError if the directory holds a run whose numbers would be others than the configuration's."""
-    if not (directory / CONFIG_FILE).exists():
-        return
-    try:
-        changed = same_settings(read_config(directory), cfg)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{error}; mend that file, or give another output_dir=") from error
-    if changed:
-        raise UsageError(
-            f"{directory} holds a run with other settings; give another output_dir=:"
-            + "".join(f"\n  - {change}" for change in changed)
-        )
 
 
 def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:

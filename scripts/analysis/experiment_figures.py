@@ -1,4 +1,4 @@
-"""The pictures of probes and exponents: why a run fails, in one look."""
+"""The pictures of experiments: heat maps, losses over learning rates, probes over training, exponents of signal propagation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,78 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.figures import COLOURS, STYLE, figure_of, save
-from scripts.runs import Run
+from scripts.analysis.figures import COLOURS, STYLE, figure_of, save
+from scripts.analysis.runs import Run
+from scripts.analysis.statistics import Estimate, optimum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Curves = Mapping[str, Mapping[float, Sequence[float]]]
+"""Label → learning rate → final losses, one a seed."""
+
+
+def heat_map(groups: Sequence[Sequence[Run]], across: str, down: str, path: Path) -> Path:
+    """The mean final validation loss over two axes of an experiment; the error below each number, a cross for unstable."""
+    import matplotlib
+
+    cells = {(group[0].value_of(across), group[0].value_of(down)): group for group in groups}
+    columns, rows = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
+    means = {key: sum(r.final for r in runs) / len(runs) for key, runs in cells.items() if all(r.stable for r in runs)}
+    grid = [[means.get((x, y), math.nan) for x in columns] for y in rows]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = figure_of(2.2 + 1.25 * max(2, len(columns)), 1.1 + 0.62 * len(rows))
+        axes = figure.subplots()
+        shade = axes.imshow(grid, cmap="viridis_r", aspect="auto")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0)
+        for i, y in enumerate(rows):
+            for j, x in enumerate(columns):
+                mean = means.get((x, y))
+                colour = "white" if mean is not None and shade.norm(mean) > 0.5 else "black"
+                text = _heat(cells.get((x, y), []))
+                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+        axes.set_title("final validation loss: light is good", loc="left", fontsize=9)
+        figure.colorbar(shade, label="nats a token")
+        return save(figure, path)
+
+
+def _heat(runs: Sequence[Run]) -> str:
+    if not runs:
+        return "not run"
+    if unstable := sum(not r.stable for r in runs):
+        return f"✗ {unstable} of {len(runs)}\nunstable"
+    return Estimate.of([r.final for r in runs]).text(3).replace(" ", "\n", 1)
+
+
+def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rates: str = "learning rate") -> Path:
+    """Final loss over learning rate: rows of panels, each with a title and its curves; a large dot marks the optimum of each."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = figure_of(3.2 * len(panels[0]), 0.4 + 2.6 * len(panels))
+        shared = {"sharex": True, "sharey": "col" if len(panels) > 1 else True, "squeeze": False}
+        for row, wanted in zip(figure.subplots(len(panels), len(panels[0]), **shared), panels):
+            for axes, (title, curves) in zip(row, wanted):
+                shades = matplotlib.colormaps["viridis_r"]
+                for i, (label, curve) in enumerate(curves.items()):
+                    shade = shades((i + 1) / len(curves))
+                    points = {rate: Estimate.of(v) for rate, v in sorted(curve.items()) if all(map(math.isfinite, v))}
+                    if points:
+                        means, errors = ([getattr(e, field) for e in points.values()] for field in ("mean", "error"))
+                        axes.errorbar(list(points), means, errors, color=shade, marker=".", capsize=2, label=label)
+                        axes.plot(*optimum(curve)[:2], marker="o", color=shade, markersize=5)
+                every = sorted({rate for curve in curves.values() for rate in curve})
+                axes.set_xscale("log")
+                axes.set_xticks(every, [f"{rate:g}" for rate in every])
+                axes.minorticks_off()
+                axes.set_title(title, loc="left")
+                axes.legend(frameon=False, fontsize=7)
+                axes.set_xlabel(rates)
+            row[0].set_ylabel("validation loss (nats a token)")
+        return save(figure, path)
+
 
 SIGNS = [  # record kind, field, title, and whether the axis is logarithmic
     ("probe", "largest_logit", "largest attention logit", True),

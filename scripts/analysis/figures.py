@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.runs import SUBLAYERS, Run
+from scripts.analysis.runs import SUBLAYERS, Run
+from scripts.analysis.tables import settings_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,6 +46,17 @@ STYLE = {
 }
 
 Groups = Sequence[Sequence[Run]]
+
+
+def draw(groups: Groups, directory: Path) -> list[Path]:
+    """Write val_loss.png and spectra.png into a directory, as far as the runs have something to show."""
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    if any(r.records.get("eval") for group in groups for r in group):
+        drawn.append(val_loss(groups, directory / "val_loss.png"))
+    if any(r.records.get("spectra") for group in groups for r in group):
+        drawn.append(spectra(groups, directory / "spectra.png"))
+    return drawn
 
 
 def val_loss(groups: Groups, path: Path) -> Path:
@@ -235,8 +247,6 @@ def _colours(groups: Groups) -> list[str]:
 
 def _label(group: Sequence[Run], groups: Groups) -> str:
     """The assignment, and the settings that tell this group from others where those differ."""
-    from scripts.report import settings_columns
-
     settings = [f"{c.heading.rpartition('.')[2]} {c.value(group[0])}" for c in settings_columns(groups)]
     return ", ".join([group[0].assignment, *settings[:2]])
 

@@ -1,0 +1,56 @@
+"""Numbers over seeds and over runs: mean ± standard error, rank correlation, and where a curve is lowest."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error; the error is NaN where there is one value, or one that is not finite."""
+
+    mean: float
+    error: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Of at least one value."""
+        known = len(values) > 1 and all(map(math.isfinite, values))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if known else math.nan
+        return cls(sum(values) / len(values), error, len(values))
+
+    def text(self, digits: int, sign: str = "") -> str:
+        """Such as "2.30 ± 0.17"; a single value stands alone. `sign="+"` also shows the sign of a positive mean."""
+        return f"{self.mean:{sign}.{digits}f}" + (f" ± {self.error:.{digits}f}" if self.count > 1 else "")
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's ρ: the correlation of the ranks; equal values share their mean rank."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+    return statistics.correlation(ranks(a), ranks(b))
+
+
+def optimum(curve: Mapping[float, Sequence[float]]) -> tuple[float, float, bool]:
+    """Learning rate and loss of the lowest mean, and whether it lies at an end of the rates.
+
+    Between the rates by the parabola through the lowest point and its neighbours, in the logarithm of the rate.
+    """
+    rates = sorted(curve)
+    means = [Estimate.of(curve[rate]).mean for rate in rates]
+    i = min(range(len(rates)), key=means.__getitem__)
+    if i in (0, len(rates) - 1) or not all(map(math.isfinite, means[i - 1 : i + 2])):
+        return rates[i], means[i], True
+    (x0, x1, x2), (y0, y1, y2) = (math.log(r) for r in rates[i - 1 : i + 2]), means[i - 1 : i + 2]
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    bend = (right - left) / (x2 - x0)
+    if bend <= 0:
+        return rates[i], means[i], False
+    x = (x0 + x1) / 2 - left / (2 * bend)
+    return math.exp(x), y1 + (x - x1) * (left + bend * (x - x0)), False

@@ -1,0 +1,233 @@
+"""An experiment as data, and what it becomes: its cases, their jobs, and the table and pictures of the runs that ended."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from scripts.analysis.runs import Run, read_run
+from scripts.analysis.statistics import Estimate, optimum
+from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
+from scripts.command import UsageError
+from training.checks import check
+from training.config import compose
+from training.engine import Job, run_all
+from training.run import environment
+from training.sweep import directory_name
+
+Case = Mapping[str, str]
+"""One value for each axis."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a file of scripts/experiments says.
+
+    hypothesis: what is asked, in a sentence or two; the first line is what the list of experiments shows.
+    base: overrides of train.py for every run, such as ("experiment=crossing",).
+    axes: key of train.py → its values, with commas; every combination is a case. Or the name of an axis → name of a value → overrides.
+    around: axes that are varied one at a time, from the values given here.
+    seeds: with commas; every case is run with each.
+    options: further options of the command and their defaults. workers: runs at a time.
+    derived: further overrides for a case.
+    measure: what is found beside the runs, before the table is made; it becomes `study.facts` and stands in table.json.
+    columns: of the table, which has a line for each case. tables: other tables in its place.
+    figures: file name → what draws it. remark: a sentence or more below the table.
+    untrained: whether there is something to tell although no run has ended.
+    """
+
+    hypothesis: str
+    base: tuple[str, ...] = ()
+    axes: Mapping[str, str | Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    around: Mapping[str, str] = field(default_factory=dict)
+    seeds: str = "1"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    workers: int = 2
+    derived: Callable[[Study, Case], Sequence[str]] = lambda study, case: ()
+    measure: Callable[[Study], dict[str, Any]] = lambda study: {}
+    columns: Callable[[Study], Sequence[Column]] = lambda study: ()
+    tables: Callable[[Study], list[Table]] = lambda study: [make_table(study.groups, study.experiment.columns(study))]
+    figures: Mapping[str, Callable[[Study, Path], Any]] = field(default_factory=dict)
+    remark: Callable[[Study], str] = lambda study: ""
+    untrained: bool = False
+
+    def values(self, axis: str) -> str:
+        """The values of an axis, with commas."""
+        values = self.axes[axis]
+        return values if isinstance(values, str) else ",".join(values)
+
+
+@dataclass
+class Study:
+    """An experiment as it was asked for: its axes, seeds and options, what applies to all runs, and in `groups` the runs that ended."""
+
+    experiment: Experiment
+    axes: dict[str, list[str]]
+    around: dict[str, str]
+    seeds: list[str]
+    options: dict[str, Any]
+    overrides: list[str]
+    groups: list[list[Run]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs that ended, case by case."""
+        return [r for group in self.groups for r in group]
+
+    def grouped(self, *axes: str) -> dict[tuple[str, ...], list[Run]]:
+        """The runs by their values of some axes, in order."""
+        found: dict[tuple[str, ...], list[Run]] = {}
+        for r in self.runs:
+            found.setdefault(tuple(r.case[axis] for axis in axes), []).append(r)
+        return found
+
+    def along(self, axis: str, **wanted: str) -> dict[str, list[Run]]:
+        """The runs by their values of an axis, where the other axes of `around` lie at home and further ones at the wanted values."""
+        wanted = {key: value for key, value in {**self.around, **wanted}.items() if key != axis}
+        fit = [r for r in self.runs if wanted.items() <= dict(r.case).items()]
+        found = {value: [r for r in fit if r.case[axis] == value] for value in self.axes[axis]}
+        return {value: runs for value, runs in found.items() if runs}
+
+    def cases(self) -> list[dict[str, str]]:
+        """Every combination of the axes' values; of the axes in `around`, those in which at most one lies elsewhere."""
+        extended = {axis: dict.fromkeys([*values, *self._home(axis)]) for axis, values in self.axes.items()}
+        found = []
+        for combination in itertools.product(*extended.values()):
+            case = dict(zip(self.axes, combination))
+            away = [axis for axis, value in self.around.items() if case[axis] != value]
+            wanted = away or [axis for axis, value in self.around.items() if value in self.axes[axis]]
+            if len(away) < 2 and (wanted or not self.around):
+                found.append(case)
+        return found
+
+    def _home(self, axis: str) -> list[str]:
+        return [self.around[axis]] if axis in self.around else []
+
+    def settings(self, case: Case) -> list[str]:
+        """The overrides that make a case.
+
+        Raises:
+            UsageError: an axis of names has no such value.
+        """
+        found = []
+        for axis, value in case.items():
+            named = self.experiment.axes[axis]
+            if isinstance(named, str):
+                found.append(f"{axis}={value}")
+            elif value in named:
+                found += named[value]
+            else:
+                raise UsageError(f"there is no {axis} '{value}'; choose from {', '.join(named)}")
+        return [*found, *self.experiment.derived(self, case)]
+
+    def jobs(self, parent: Path) -> list[tuple[dict[str, str], Job]]:
+        """Each case and its job, seed by seed, so that an interrupted experiment has whole seeds.
+
+        Raises:
+            UsageError, ConfigError, HydraException: before anything is written.
+        """
+        settings = [(case, self.settings(case)) for case in self.cases()]
+        found = []
+        for seed in self.seeds:
+            for case, own in settings:
+                fixed = (*self.experiment.base, "logger.mode=disabled", *own, f"seed={seed}", *self.overrides)
+                name = directory_name(",".join(f"{key}={value}" for key, value in {**case, "seed": seed}.items()))
+                found.append((case, Job(fixed, parent / name)))
+        for _, job in found[: len(settings)]:  # seeds do not differ in what can be wrong
+            check(compose(job.overrides))
+        return found
+
+    def run(self, parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
+        """Run what has not ended, measure, and keep the runs; returns the reason for each directory whose run failed.
+
+        Raises:
+            UsageError: no run has ended, and the experiment has nothing to tell without.
+        """
+        jobs = self.jobs(parent)
+        failures = run_all([job for _, job in jobs], workers, launcher)
+        groups: dict[tuple[str, ...], list[Run]] = {}
+        for case, job in jobs:
+            if job.ended:
+                groups.setdefault(tuple(case.values()), []).append(replace(read_run(job.directory), case=case))
+        order = {tuple(case.values()): i for i, case in enumerate(self.cases())}
+        self.groups = [groups[key] for key in sorted(groups, key=order.__getitem__)]
+        if not self.groups and not self.experiment.untrained:
+            raise UsageError("no run came to its end, so there is no table; the lines above say why")
+        self.facts = self.experiment.measure(self)
+        return failures
+
+    def write(self, results: Path, command: str) -> str:
+        """Write table.md, table.json and the pictures; returns the tables for a terminal."""
+        tables, columns = self.experiment.tables(self), self.experiment.columns(self)
+        minutes = sum(e["train_seconds"] for r in self.runs for e in r.records.get("end", [])) / 60
+        remarks = [f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."]
+        foot = footer(command, self.runs, *remarks * bool(self.runs), self.experiment.remark(self))
+        env = self.runs[0].environment if self.runs else environment()
+        rows = rows_of(self.runs, columns or [BEST, FINAL, STATUS])
+        write_tables(results, tables, foot, {"command": command, "environment": env, **self.facts, "rows": rows})
+        drawn = [name for name, draw in self.experiment.figures.items() if draw(self, results / name)]
+        told = [*(table.text() for table in tables), self.experiment.remark(self)]
+        written = ", ".join(["table.md", "table.json", *drawn])
+        return "\n\n".join(filter(None, told)) + f"\n\n  written to {results}: {written}"
+
+
+# ---- tables of their own ----
+
+
+def final_losses(runs: Sequence[Run]) -> str:
+    """The final losses of some runs as a cell: mean ± standard error, and how many were unstable."""
+    if not runs:
+        return "not run"
+    unstable = sum(r.unstable_step is not None for r in runs)
+    mark = f" ({unstable} of {len(runs)} unstable)" if unstable else ""
+    return Estimate.of([r.final for r in runs]).text(3) + mark
+
+
+def pivot(study: Study, across: str, heading: str) -> Table:
+    """Final losses with the values of one axis as columns, each called `heading` and its value; a line for each case of the others."""
+    down = [axis for axis in study.axes if axis != across]
+    cells, values = study.grouped(*down, across), study.axes[across]
+    lines = [
+        [*map(runs[0].value_of, down), *(final_losses(cells.get((*key, value), [])) for value in values)]
+        for key, runs in study.grouped(*down).items()
+    ]
+    headings = [*(axis.rpartition(".")[2] for axis in down), *(f"{heading} {value}" for value in values)]
+    return Table(headings, lines, [False] * len(down) + [True] * len(values))
+
+
+def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[Run]] | None:
+    """The value of an axis with the lowest mean final loss of the runs that fit, none being unstable; None if there is none."""
+    stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.unstable_step is None for r in runs)}
+    return min(stable.items(), key=lambda item: Estimate.of([r.final for r in item[1]]).mean, default=None)
+
+
+def losses_by(runs: Sequence[Run], axis: str) -> dict[float, list[float]]:
+    """Final losses by an axis of numbers, one a seed; infinite where a run was unstable."""
+    found: dict[float, list[float]] = {}
+    for r in runs:
+        found.setdefault(float(r.case[axis]), []).append(r.final if r.stable else float("inf"))
+    return found
+
+
+def optimum_table(study: Study, rate: str, models: str, names: Mapping[str, str], sizes: Mapping[str, str]) -> Table:
+    """The best learning rate at every size, and how many octaves it lies from that at home; by the parabola of `statistics.optimum`.
+
+    Args:
+        rate: axis of the learning rate. models: axis of what is compared, and `names` its values in words. sizes: axis → word.
+    """
+    lines = []
+    for model in study.axes[models]:
+        home = study.along(models).get(model, [])
+        for axis, word in sizes.items():
+            for value, runs in study.along(axis, **{models: model}).items():
+                best, loss, at_end = optimum(losses_by(runs, rate))
+                moved = f"{math.log2(best / optimum(losses_by(home, rate))[0]):+.2f}" if home else ""
+                end = " (end of the rates)" if at_end else ""
+                lines.append([names[model], word, value, f"{best:.4f}{end}", moved, f"{loss:.4f}"])
+    headings = ["model", "varied", "to", "best rate", "octaves from the base's", "val loss there"]
+    return Table(headings, lines, [False, False, True, True, True, True])

@@ -1,0 +1,254 @@
+"""Tables of runs: columns, lines of runs that belong together, and the one writer of table.md and table.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.analysis.runs import Run, setting
+from scripts.analysis.statistics import Estimate
+from scripts.command import as_cell, as_code
+from training.run import environment
+from training.sweep import other_settings
+
+PUBLISHED = {
+    "Unconstrained": "3.3855",
+    "All-Stiefel": "3.3679",
+    "All-DGram": "unstable",
+    "Hetero": "3.3544",
+    "Hetero-Inv": "unstable",
+}
+"""Validation losses of arXiv 2606.13276 (GPT-2 124M, 3.28B tokens of OpenWebText, one seed), in the paper's order."""
+
+Value = float | str | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: a heading, its key in table.json, and what it says of a run; numbers get `digits` decimals."""
+
+    heading: str
+    key: str
+    value: Callable[[Run], Value]
+    digits: int = 4
+
+
+BEST = Column("val loss, best", "val_loss_best", lambda r: r.best)
+FINAL = Column("final", "val_loss_final", lambda r: r.final)
+STATUS = Column("status", "status", lambda r: r.status)
+COLUMNS = [
+    Column("assignment", "assignment", lambda r: r.assignment),
+    Column("attention", "attention", lambda r: r.geometry("attention")),
+    Column("mlp", "mlp", lambda r: r.geometry("mlp")),
+    BEST,
+    FINAL,
+    Column("full split", "full_val_loss", lambda r: r.full),
+    Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
+    Column("σ max mlp", "sigma_max_mlp", lambda r: r.sigma_max("mlp"), digits=2),
+    Column("entropy", "least_entropy", lambda r: r.least_entropy, digits=2),
+    Column("saturated", "greatest_saturation", lambda r: r.greatest_saturation, digits=2),
+    Column("feas", "mean_feas", lambda r: r.mean_feas, digits=2),
+    STATUS,
+    Column("paper", "paper_val_loss", lambda r: PUBLISHED.get(r.assignment)),
+]
+"""The table of one set of settings. A new measurement is a new line here."""
+
+ATTENTION = [
+    BEST,
+    FINAL,
+    Column("logit", "largest_logit", lambda r: r.last_probe("largest_logit"), digits=0),
+    Column("entropy", "least_entropy", lambda r: r.last_probe("least_entropy"), digits=2),
+    Column("saturated", "greatest_saturation", lambda r: r.last_probe("greatest_saturation"), digits=2),
+    Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
+    Column("warned at", "warned", lambda r: "–" if r.warned_step is None else f"step {r.warned_step}"),
+    STATUS,
+]
+"""What attention shows at the end of a run; `ATTENTION_REMARK` belongs below it."""
+
+ATTENTION_REMARK = (
+    "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe."
+)
+
+
+def case(heading: str, axis: str) -> Column:
+    """A column that says which value of an experiment's axis a run has; its key is the last part of the axis's name."""
+    return Column(heading, axis.rpartition(".")[2], lambda r: r.case[axis])
+
+
+def told(columns: Sequence[Column], runs: Sequence[Run]) -> list[Column]:
+    """The columns in which at least one run has something to say."""
+    return [column for column in columns if any(column.value(r) is not None for r in runs)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, one list a line, with their headings; `numeric` columns are aligned to the right."""
+
+    headings: list[str]
+    lines: list[list[str]]
+    numeric: list[bool]
+    caption: str = ""
+
+    def text(self) -> str:
+        """For a terminal."""
+        rows = [self.headings, *self.lines]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.headings))]
+        aligned = [[self._pad(i, cell, widths[i]) for i, cell in enumerate(row)] for row in rows]
+        return self._captioned("\n".join(("  " + "  ".join(row)).rstrip() for row in aligned))
+
+    def markdown(self) -> str:
+        """For a Markdown page."""
+        rule = ["---:" if right else "---" for right in self.numeric]
+        rows = [[as_cell(text) for text in row] for row in (self.headings, *self.lines)]
+        return self._captioned("\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])))
+
+    def _captioned(self, text: str) -> str:
+        return f"{self.caption}\n\n{text}" if self.caption else text
+
+    def _pad(self, column: int, cell: str, width: int) -> str:
+        return cell.rjust(width) if self.numeric[column] else cell.ljust(width)
+
+
+def make_table(groups: Sequence[Sequence[Run]], columns: Sequence[Column]) -> Table:
+    """One line a group; where some group has several seeds, their number is told."""
+    values = [[[column.value(r) for r in group] for column in columns] for group in groups]
+    lines = [[cell(v, column.digits) for v, column in zip(line, columns)] for line in values]
+    numeric = [any(isinstance(v, (int, float)) for line in values for v in line[i]) for i in range(len(columns))]
+    headings = [column.heading for column in columns]
+    if any(len(group) > 1 for group in groups):
+        headings, numeric = [*headings, "seeds"], [*numeric, True]
+        lines = [[*line, str(len(group))] for line, group in zip(lines, groups)]
+    return Table(headings, lines, numeric)
+
+
+def cell(values: Sequence[Value], digits: int) -> str:
+    """What a line says of its runs' values: mean ± standard error of numbers, each different text with its count."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    if any(isinstance(value, str) for value in known):
+        counts = Counter(known)
+        return ", ".join(
+            str(text) if len(counts) == 1 or count == 1 else f"{count} x {text}" for text, count in counts.items()
+        )
+    return Estimate.of(known).text(digits)
+
+
+def rows_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """The table as data, one dict a run, in full precision; with the run's case, which tells what it is to the experiment."""
+    return [
+        {**{column.key: _finite(column.value(r)) for column in columns}, **r.case}
+        | {"unstable_step": r.unstable_step, "seed": r.config["seed"], "directory": str(r.directory)}
+        for r in runs
+    ]
+
+
+# ---- runs that belong together ----
+
+
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ in nothing but the seed, in the paper's order of assignments."""
+    groups: list[list[Run]] = []
+    for candidate in runs:
+        for group in groups:
+            if not different(group[0].config, candidate.config):
+                group.append(candidate)
+                break
+        else:
+            groups.append([candidate])
+    order = list(PUBLISHED)
+    return sorted(
+        groups, key=lambda g: order.index(g[0].assignment) if g[0].assignment in PUBLISHED else len(PUBLISHED)
+    )
+
+
+def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Dotted keys, the seed aside, in which two configurations differ and that may change a run's numbers."""
+    return [key for change in other_settings(a, b) if (key := change.partition(":")[0]) != "seed"]
+
+
+def settings_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
+    """A column for every setting that tells the groups apart, but for the assignment, which the table names anyway."""
+    first = groups[0][0].config
+    keys = dict.fromkeys(key for group in groups for key in different(first, group[0].config))
+    columns = []
+    for key in keys:
+        # Of two step rules, which share few settings, the name says enough; decay_steps follows max_steps.
+        if key.startswith(("assignment.", "optim.muon.rule.")) or (
+            key == "schedule.decay_steps" and "max_steps" in keys
+        ):
+            continue
+        columns.append(Column(key, key, lambda r, key=key: setting(r.config, key)))
+    return columns
+
+
+def report_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
+    """The table's columns with the optimizer's step rule, what tells the groups apart, and how far each run went."""
+    rule = Column("step rule", "step_rule", lambda r: setting(r.config, "optim.muon.rule.kind"))
+    steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
+    status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
+    columns = [*COLUMNS[:3], rule, *settings_columns(groups), *COLUMNS[3:status], steps, *COLUMNS[status:]]
+    return told(columns, [r for group in groups for r in group])
+
+
+# ---- what is written ----
+
+
+def footer(command: str, runs: Sequence[Run], *remarks: str) -> str:
+    """Which command and settings wrote a table, and on what; of a setting in which the runs differ, nothing is said."""
+
+    def shared(text: str, *keys: str) -> str:
+        values = [{setting(r.config, key) for r in runs} for key in keys]
+        if any(len(found) != 1 or "" in found for found in values):
+            return ""
+        return text.format(*(float(v) if _is_number(v) else v for (v,) in values))
+
+    parts = [
+        f"{len(runs)} runs" if runs else "",
+        shared("{:g} layers of width {:g}, context {:g}", "model.n_layer", "model.n_embd", "model.block_size"),
+        shared("{:,.0f} steps", "max_steps"),
+        shared("{:,.0f} tokens a step", "global_batch_tokens"),
+        shared("data `{}` ({} tokens)", "data.name", "data.tokenizer"),
+        shared("step rule `{}`", "optim.muon.rule.kind"),
+        shared("peak learning rate of Muon {:g}", "optim.muon.lr"),
+        shared("peak learning rate of AdamW {:g}", "optim.adamw.lr"),
+        shared("seed {:g}", "seed"),
+    ]
+    about = ", ".join(filter(None, parts))
+    env = runs[0].environment if runs else environment()
+    machine = ", ".join(
+        [env.get("device", ""), f"Python {env.get('python')}", f"torch {env.get('torch')}", env.get("platform", "")]
+    )
+    first = f"Written by {as_code(command)}{': ' if about else ''}{about}."
+    return "\n".join([first, *filter(None, remarks), f"{machine}."])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    """Data in which a number that is not finite is null, as JSON has none."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_tables(directory: Path, tables: Sequence[Table], foot: str, data: Mapping[str, Any]) -> str:
+    """Write table.md, the tables with their foot, and table.json; returns the Markdown."""
+    directory.mkdir(parents=True, exist_ok=True)
+    markdown = "\n\n".join([*(table.markdown() for table in tables), foot]) + "\n"
+    (directory / "table.md").write_text(markdown)
+    (directory / "table.json").write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+    return markdown

@@ -1,0 +1,138 @@
+"""Run an experiment: all its cases with every seed, then its table and pictures.
+
+    python scripts/experiment.py                                        lists the experiments
+    python scripts/experiment.py crossing                               as its file says
+    python scripts/experiment.py crossing seeds=1,2,3 workers=2 assignment=hetero,adamw max_steps=1000
+    python scripts/experiment.py crossing hydra/launcher=submitit_slurm hydra.launcher.partition=gpu        on a cluster
+    python scripts/experiment.py crossing --help                        its axes and options
+
+An experiment is a file of scripts/experiments. Options of every experiment:
+
+    <axis>=       the values of an axis, a list with commas
+    seeds=        a list with commas
+    around=       where axes are varied one at a time, the values they are varied from, in their order
+    workers=      runs at a time; 0 trains nothing: a table of the runs that have ended
+    output_dir=   where the runs are written (outputs/<name>)
+    results=      where table.md, table.json and the pictures are written (results/<name>)
+
+Anything else is an override of train.py for every run. Finished runs are kept: the same command goes on where it stopped. Jobs run on
+this machine, unless hydra/launcher= names another of Hydra's launchers; its options follow as hydra.launcher.<option>=.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.analysis.study import Experiment, Study
+from scripts.command import UsageError, parse, run
+from training.launch import refusal
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
+    "experiment": "choose the experiment by its name",
+    "seed": "give seeds=",
+    "resume": "runs are resumed without asking; for fresh ones give another output_dir=",
+}
+
+
+def names() -> list[str]:
+    """The experiments that there are."""
+    return sorted(path.stem for path in Path(__file__).with_name("experiments").glob("[!_]*.py"))
+
+
+def load(name: str) -> Experiment:
+    """An experiment by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names())}"
+        raise UsageError(f"there is no experiment '{name}'; {guess}")
+    return importlib.import_module(f"scripts.experiments.{name}").EXPERIMENT
+
+
+def describe(name: str) -> str:
+    """What an experiment asks, and its axes and options with their defaults."""
+    experiment = load(name)
+    axes = {axis: experiment.values(axis) for axis in experiment.axes}
+    around = {"around": ",".join(experiment.around.values())} if experiment.around else {}
+    options = {**axes, "seeds": experiment.seeds, **around, **experiment.options, "workers": experiment.workers}
+    return "\n".join([experiment.hypothesis, "", *(f"    {key}={value}" for key, value in options.items())])
+
+
+def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, dict[str, object], list[str]]:
+    """What the words after the name ask for: the study, the command's own options, and the overrides that choose a launcher.
+
+    Raises:
+        UsageError: an option that cannot be.
+    """
+    axes = {axis: experiment.values(axis) for axis in experiment.axes}
+    own = {"workers": experiment.workers, "output_dir": "", "results": ""}
+    lists = {"seeds": experiment.seeds, "around": ",".join(experiment.around.values())}
+    words, options = parse(arguments, {**axes, **lists, **own, **experiment.options})
+    launcher = [word for word in words if word.startswith(("hydra/launcher=", "hydra.launcher."))]
+    if launcher and not launcher[0].startswith("hydra/launcher="):
+        raise UsageError(
+            f"{launcher[0]} is an option of a launcher; name that first, such as hydra/launcher=submitit_slurm"
+        )
+    overrides = [word for word in words if word not in launcher]
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in OWN_KEYS and (key != "experiment" or any(word.startswith("experiment=") for word in experiment.base)):
+            raise UsageError(f"{override} cannot be given here: {OWN_KEYS[key]}")
+    around = _listed(options["around"])
+    if len(around) != len(experiment.around):
+        raise UsageError(
+            f"around={options['around']} must have a value for each of {', '.join(experiment.around) or 'no axis'}"
+        )
+    if not _listed(options["seeds"]):
+        raise UsageError("seeds= is empty; give at least one, such as seeds=1")
+    study = Study(
+        experiment,
+        axes={axis: _listed(options[axis]) for axis in axes},
+        around=dict(zip(experiment.around, around)),
+        seeds=_listed(options["seeds"]),
+        options={key: options[key] for key in experiment.options},
+        overrides=overrides,
+    )
+    return study, {key: options[key] for key in own}, launcher
+
+
+def _listed(text: str) -> list[str]:
+    """A list with commas, each entry once."""
+    return list(dict.fromkeys(filter(None, text.split(","))))
+
+
+def work(arguments: list[str]) -> int:
+    """The command; see the module's docstring. Exit code 1 if a run failed."""
+    if not arguments:
+        width = max(map(len, names()))
+        print("\n".join(f"  {name:<{width}}  {load(name).hypothesis.splitlines()[0]}" for name in names()))
+        return 0
+    name, *rest = arguments
+    study, own, launcher = study_of(load(name), rest)
+    if launcher and (refused := refusal(launcher)):
+        raise UsageError(refused)
+    failures = study.run(Path(own["output_dir"] or f"outputs/{name}"), own["workers"], launcher)
+    results = Path(own["results"] or ROOT / "results" / name)
+    print("\n" + study.write(results, shlex.join(["python", "scripts/experiment.py", *arguments])))
+    for directory, reason in failures.items():
+        print(f"failed: {directory}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return run(work, arguments, describe(words[0]) if words and words[0] in names() else __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Weight manifolds against residual rules."""
+
+import math
+
+from scripts.analysis.experiment_figures import heat_map
+from scripts.analysis.study import Experiment, Study
+from scripts.analysis.tables import BEST, FINAL, STATUS, Column, case
+
+
+def target(study: Study) -> dict[str, float]:
+    """The loss whose step is told: the one asked for, or the lowest that every run of every stable case reaches, rounded up."""
+    reached = [r.best for group in study.groups if all(r.stable for r in group) for r in group]
+    common = math.ceil(max(reached) * 100) / 100 if reached else math.inf
+    return {"target": study.options["target"] or common}
+
+
+def columns(study: Study) -> list[Column]:
+    """What a case amounts to."""
+    loss = study.facts["target"]
+    return [
+        Column("assignment", "assignment", lambda r: r.assignment),
+        case("residual", "residual"),
+        BEST,
+        FINAL,
+        Column(f"steps to {loss:.2f}", "steps_to_target", lambda r: r.steps_to(loss), digits=0),
+        STATUS,
+    ]
+
+
+EXPERIMENT = Experiment(
+    hypothesis="Which geometry of the weights suits which geometry of the stream? Assignments x residual rules at one budget.\n"
+    "target= is the loss whose step is told; 0 stands for one that every stable case reaches.",
+    base=("experiment=crossing",),
+    axes={"assignment": "unconstrained,all_stiefel,all_dgram,hetero", "residual": "pre_norm,geonorm,proj_sphere"},
+    seeds="1,2,3",
+    options={"target": 0.0},
+    measure=target,
+    columns=columns,
+    figures={"heat_map.png": lambda study, path: heat_map(study.groups, "assignment", "residual", path)},
+    remark=lambda study: "All cases share one learning rate: rules are compared as they come, not each at its best.",
+)

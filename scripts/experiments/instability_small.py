@@ -1,0 +1,32 @@
+"""The failure of attention at small scale."""
+
+from scripts.analysis.experiment_figures import story
+from scripts.analysis.study import Experiment, Study
+from scripts.analysis.tables import ATTENTION, ATTENTION_REMARK, case
+
+STEP_RULES = {"paper": "published", "manifold_muon": "certified"}
+
+
+def rows(study: Study) -> dict[str, list]:
+    """Runs by step rule and learning rate: a row of the picture each."""
+    found = study.grouped("optim", "optim.muon.lr")
+    return {f"{STEP_RULES.get(optim, optim)}, lr {rate}": runs for (optim, rate), runs in found.items()}
+
+
+EXPERIMENT = Experiment(
+    hypothesis="Who saturates the softmax, when, and does the loss break? Five assignments under both step rules, at two rates.",
+    base=("experiment=instability_small",),
+    axes={
+        "optim": "paper,manifold_muon",
+        "optim.muon.lr": "0.05,0.1",
+        "assignment": "unconstrained,all_stiefel,all_dgram,hetero,hetero_inv",
+    },
+    columns=lambda study: [
+        case("step rule", "optim"),
+        case("lr", "optim.muon.lr"),
+        case("assignment", "assignment"),
+        *ATTENTION,
+    ],
+    figures={"instability.png": lambda study, path: story(rows(study), path)},
+    remark=lambda study: ATTENTION_REMARK,
+)

@@ -1,0 +1,50 @@
+"""Our step against the published one, each at its best learning rate."""
+
+from scripts.analysis.experiment_figures import loss_by_rate
+from scripts.analysis.statistics import Estimate
+from scripts.analysis.study import Experiment, Study, best_of, final_losses, losses_by, pivot
+from scripts.analysis.tables import Table
+
+RATE = "optim.muon.lr"
+RULES = {"paper": "published", "manifold_muon": "ours"}
+
+
+def tables(study: Study) -> list[Table]:
+    """Every rate, then best against best."""
+    lines = []
+    for assignment in study.axes["assignment"]:
+        best = [best_of(study, RATE, assignment=assignment, optim=optim) for optim in RULES]
+        if all(best):
+            theirs, ours = (Estimate.of([r.final for r in runs]) for _, runs in best)
+            gain = f"{ours.mean - theirs.mean:+.3f} ± {(theirs.error**2 + ours.error**2) ** 0.5:.3f}"
+            lines.append(
+                [best[0][1][0].assignment, *(cell for rate, runs in best for cell in (final_losses(runs), rate)), gain]
+            )
+    headings = ["assignment", "published", "at lr", "ours", "at lr", "ours − published"]
+    return [pivot(study, RATE, "lr"), Table(headings, lines, [False, *[True] * 5], "Best against best:")]
+
+
+def panels(study: Study) -> list:
+    """A panel an assignment, the two step rules against each other."""
+    found: dict[str, dict] = {}
+    for (_, optim), runs in study.grouped("assignment", "optim").items():
+        found.setdefault(runs[0].assignment, {})[RULES.get(optim, optim)] = losses_by(runs, RATE)
+    return list(found.items())
+
+
+EXPERIMENT = Experiment(
+    hypothesis="Does our step reach a lower loss than the published one? Both over learning rates, best against best.\n"
+    "A correct solver moves one to four times further at the same learning rate, so only best can be compared with best.",
+    base=("experiment=solver_sweep",),
+    axes={
+        "assignment": "all_stiefel,all_dgram,hetero,hetero_inv",
+        "optim": ",".join(RULES),
+        RATE: "0.01,0.02,0.05,0.1,0.2",
+    },
+    seeds="1,2",
+    tables=tables,
+    figures={
+        "loss_by_rate.png": lambda study, path: loss_by_rate([panels(study)], path, "learning rate of the matrices")
+    },
+    remark=lambda study: "The cells hold final losses.",
+)

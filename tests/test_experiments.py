@@ -1,0 +1,435 @@
+"""Experiments and the engine that runs them: what they run, what a table says of it, and what happens when runs fail or are stopped."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from harness import children, command, last_step, records, wait_until
+
+from model.residual import RESIDUAL_RULES
+from scripts import experiment
+from scripts.analysis.runs import Run
+from scripts.analysis.statistics import Estimate, optimum
+from scripts.analysis.study import best_of, pivot
+from scripts.experiments import crossing, mechanism
+from training.config import compose
+from training.engine import Job, run_all, run_here
+from training.validate import ConfigError
+
+PNG = b"\x89PNG\r\n"
+HERE = "hydra/launcher=basic"  # in this process: to start workers takes longer than these runs
+NAMES = experiment.names()
+
+
+@pytest.fixture(scope="module")
+def tiny_grid(tiny_data):
+    return [
+        *tiny_data,
+        *("model.block_size=16", "global_batch_tokens=64", "micro_batch_size=4", "eval_interval=2", "eval_windows=4"),
+        *("log.interval=1", "checkpoint.interval=2", "device=cpu"),
+    ]
+
+
+SMALL = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "schedule.warmup_steps=1"]
+
+
+def fake(assignment="hetero", seed=1, losses=((0, 5.0), (10, 3.0), (20, 2.0)), unstable=None, **case):
+    """A run with such evaluations."""
+    found = {"eval": [{"step": s, "loss": x} for s, x in losses], "end": [{"step": losses[-1][0]}]}
+    if unstable is not None:
+        found["event"] = [{"step": unstable, "event": "unstable"}]
+    config = {"assignment": {"name": assignment}, "residual": {"rule": "geonorm"}, "seed": seed}
+    return Run(Path("nowhere"), config, found, {}, {}, {"assignment": assignment, **case})
+
+
+def study(name, *arguments):
+    """A study as the command line asks for it."""
+    return experiment.study_of(experiment.load(name), arguments)[0]
+
+
+# ---- the engine ----
+
+
+def test_without_workers_nothing_is_run(tmp_path, capsys):
+    assert run_all([Job(("max_steps=0",), tmp_path / "run")], workers=0) == {}
+    assert not (tmp_path / "run").exists() and "1 runs, 0 done before" in capsys.readouterr().out
+
+
+def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(tiny_grid, tmp_path, capsys):
+    job = Job((*tiny_grid, *SMALL, "max_steps=2", "logger.mode=disabled"), tmp_path / "run")
+    assert run_here(job).best == run_here(job).best > 0
+    assert run_all([job], workers=2) == {} and "1 runs, 1 done before" in capsys.readouterr().out
+    with pytest.raises(
+        ConfigError, match=r"holds a run with other settings \(max_steps: 2 → 3.*; give another output_dir="
+    ):
+        run_all([Job((*job.overrides, "max_steps=3"), job.directory)], workers=2)
+
+
+def test_a_run_that_was_continued_after_its_end_is_not_finished(tiny_grid, tmp_path):
+    job = Job((*tiny_grid, *SMALL, "max_steps=2", "logger.mode=disabled"), tmp_path / "run")
+    run_here(job)
+    log = job.directory / "metrics.jsonl"
+    with log.open("a") as file:
+        file.write('{"kind": "train", "step": 3, "loss": 1.0}\n')
+    assert not job.ended
+    with log.open("a") as file:
+        file.write('{"kind": "end", "step": 3, "best_val_lo')  # torn
+    assert not job.ended
+
+
+def test_a_failure_is_an_outcome_and_what_it_cost_is_known(tiny_grid, tmp_path, monkeypatch, capsys):
+    job = Job((*tiny_grid, *SMALL, "max_steps=2", "logger.mode=disabled"), tmp_path / "run")
+
+    def broken(cfg, directory):
+        directory.mkdir(exist_ok=True)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train", broken)
+        assert run_here(job).failure == "RuntimeError: out of memory"
+    assert [r["message"] for r in records(job.directory)] == ["out of memory"]
+    first = json.loads((job.directory / "cost.json").read_text())
+    assert run_here(job).failure is None and job.ended
+    then = json.loads((job.directory / "cost.json").read_text())
+    assert then["wall_seconds"] > first["wall_seconds"] and then["peak_bytes"] >= first["peak_bytes"] > 2**20
+
+
+def test_a_worker_that_is_killed_is_one_failed_job(tiny_grid, tmp_path, capsys):
+    small = (*tiny_grid, "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "schedule.warmup_steps=1")
+    long, short = (Job((*small, f"max_steps={n}", "logger.mode=disabled"), tmp_path / str(n)) for n in (100_000, 4))
+    bad, before = Job(("max_steps=-1",), tmp_path / "bad"), children(os.getpid())
+
+    def kill_one():
+        wait_until(lambda: last_step(long.directory) > 2, 120, "two steps")
+        os.kill(worker_of(os.getpid(), long), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    failures = run_all([long, short, bad], workers=2)
+    killer.join()
+    assert set(failures) == {long.directory, bad.directory} and short.ended
+    assert re.search("killed by SIGKILL .*the same command goes on with it", failures[long.directory])
+    assert "max_steps is -1" in failures[bad.directory]
+    assert "3/3" in capsys.readouterr().out and children(os.getpid()) == before
+
+
+def worker_of(parent, job):
+    """The process that runs a job: it has the job's lock."""
+    pid = json.loads((job.directory / ".lock").read_text())["pid"]
+    assert pid in children(parent)
+    return pid
+
+
+def test_jobs_go_through_a_launcher_of_hydras(tiny_grid, tmp_path, capsys):
+    small = (*tiny_grid, *SMALL, "max_steps=4", "logger.mode=disabled")
+    good, bad = Job(small, tmp_path / "it's, a=1"), Job((*small, "grad_clip=-1"), tmp_path / "bad")
+    failures = run_all([good, bad], 1, [HERE])
+    assert list(failures) == [bad.directory] and failures[bad.directory].startswith("the configuration has 1 problem")
+    assert good.ended and [r["event"] for r in records(bad.directory)] == ["failed"]
+    straight = Job(small, tmp_path / "straight")
+    run_here(straight)
+    assert records(good.directory) == records(straight.directory)
+    before = (good.directory / "metrics.jsonl").read_bytes()
+    assert run_all([good], 1, [HERE]) == {} and "1 done before" in capsys.readouterr().out
+    assert (good.directory / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(good.directory / "checkpoints" / "step_00000004")
+    lines = before.splitlines(keepends=True)
+    (good.directory / "metrics.jsonl").write_bytes(b"".join(line for line in lines if b'"end"' not in line))
+    assert run_all([good], 1, [HERE]) == {} and records(good.directory) == records(straight.directory)
+
+
+GRID = ["assignment=adamw,unconstrained", "residual=pre_norm", "seeds=1,2", "target=100", "workers=2"]
+
+
+@pytest.fixture(scope="module")
+def crossing_command(tiny_grid):
+    """The words of a grid of four runs that take some seconds each."""
+    spent = ["max_steps=300", "output_dir=runs", "results=results"]
+    return [sys.executable, str(ROOT / "scripts/experiment.py"), "crossing", *GRID, *tiny_grid, *SMALL, *spent]
+
+
+@pytest.fixture(scope="module")
+def straight(crossing_command, tmp_path_factory):
+    """What the runs of the grid write when nobody interrupts them."""
+    where = tmp_path_factory.mktemp("straight")
+    subprocess.run(crossing_command, cwd=where, check=True, capture_output=True)
+    return {p.name: records(p) for p in (where / "runs").iterdir()}
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGKILL", "SIGTERM of a worker", "SIGKILL of a worker"])
+def test_interrupted_grids_end_and_go_on(crossing_command, straight, tmp_path, how, attempt):
+    chance, runs = random.Random(f"{how} {attempt}"), tmp_path / "runs"
+    with command(*crossing_command, cwd=tmp_path) as process:
+        after = chance.randint(1, 200) if attempt else 0  # steps; 0: while the workers start
+        begun = lambda: len(children(process.pid)) >= 2 and max(map(last_step, runs.glob("*")), default=0) >= after  # noqa: E731
+        wait_until(begun, 200, "workers")
+        time.sleep(chance.uniform(0, 3))
+        workers, since = children(process.pid), time.monotonic()
+        if how == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(workers[0] if "worker" in how else process.pid, signal.Signals[how.split()[0]])
+        if "worker" not in how:
+            assert process.wait(30) == {"Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -9}[how]
+            wait_until(lambda: not any(map(alive, workers)), 30 - (time.monotonic() - since), "the end of the workers")
+        else:
+            assert process.wait(250) == 1
+    text = (tmp_path / "output.txt").read_text()
+    assert "Traceback" not in text and text.count(f"by {how.split()[0]}") == (2 if "worker" in how else 0), text
+    assert subprocess.run(crossing_command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    assert {p.name: records(p) for p in runs.iterdir()} == straight
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+# ---- the command ----
+
+
+def test_experiments_are_listed_each_in_a_line(capsys):
+    assert experiment.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES and all(len(line.split()) > 5 for line in lines)
+    assert {"crossing", "exponents", "lr_transfer", "mechanism", "residual_rules", "solver_sweep"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_is_data(name, capsys):
+    lines = (ROOT / f"scripts/experiments/{name}.py").read_text().splitlines()
+    assert len(lines) < 60
+    found = study(name)
+    jobs = found.jobs(Path("out"))
+    assert len({job.directory for _, job in jobs}) == len(jobs) == len(found.cases()) * len(found.seeds)
+    assert experiment.main([name, "--help"]) == 0
+    assert "seeds=" in (said := capsys.readouterr().out) and all(f"{axis}=" in said for axis in found.axes)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["crosing"], "there is no experiment 'crosing'; did you mean crossing?"),
+        (["zzz"], "choose from crossing, exponents"),
+        (["crossing", "seed=1"], "give seeds="),
+        (["crossing", "seeds="], "seeds= is empty"),
+        (["crossing", "experiment=demo"], "by its name"),
+        (["crossing", "resume=never"], "another output_dir="),
+        (["crossing", "residaul=geonorm"], "residaul"),
+        (["crossing", "residual=geonrm"], "geonorm"),
+        (["crossing", "around=1"], "no axis"),
+        (["crossing", "max_steps=-1"], "max_steps is -1"),
+        (["crossing", "workers=two"], "not a whole number"),
+        (["crossing", "hydra.launcher.nodes=2"], "name that first"),
+        (["mechanism", "remedy=nothing"], "there is no remedy 'nothing'; choose from none, qk_norm"),
+        (["lr_transfer", "head=5"], "divisor"),
+        (["lr_transfer", "around=16"], "a value for each of model.n_embd, model.n_layer, max_steps"),
+        (["exponents", "models=0"], "models=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_one_message_and_nothing_is_written(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert experiment.main(words) == 2
+    out, err = capsys.readouterr()
+    assert said in err and "Traceback" not in err and not out and list(tmp_path.iterdir()) == []
+
+
+def test_a_launcher_that_is_not_installed_is_refused_with_the_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.launch._is_installed", lambda plugin: False)
+    words = ["crossing", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
+    assert experiment.main(words) == 2 and list(tmp_path.iterdir()) == []
+    assert "pip install -e '.[slurm]'" in capsys.readouterr().err
+
+
+def test_an_experiment_in_a_new_file_is_found(tmp_path, monkeypatch, tiny_grid, capsys):
+    (tmp_path / "scripts" / "experiments").mkdir(parents=True)
+    file = tmp_path / "scripts" / "experiments" / "mine.py"
+    file.write_text(
+        "from scripts.analysis.study import Experiment\n"
+        "from scripts.analysis.tables import FINAL, case\n"
+        "EXPERIMENT = Experiment('Mine?', axes={'grad_clip': '0.5,1'}, columns=lambda study: [case('clip', 'grad_clip'), FINAL])\n"
+    )
+    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "scripts" / "experiment.py"))
+    monkeypatch.setattr("scripts.experiments.__path__", [str(file.parent)])
+    assert experiment.names() == ["mine"]
+    places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
+    assert experiment.main(["mine", HERE, *tiny_grid, *SMALL, "max_steps=2", *places]) == 0
+    assert "| clip | final |" in (tmp_path / "results/table.md").read_text()
+
+
+# ---- cases ----
+
+
+def test_cases_are_every_combination_and_seeds_come_last():
+    found = study("crossing", "assignment=hetero,adamw", "residual=geonorm,ngpt", "seeds=3,4")
+    assert [tuple(case.values()) for case in found.cases()] == [
+        *(("hetero", "geonorm"), ("hetero", "ngpt"), ("adamw", "geonorm"), ("adamw", "ngpt")),
+    ]
+    names = [job.directory.name for _, job in found.jobs(Path("out"))]
+    assert names[0] == "assignment=hetero,residual=geonorm,seed=3" and names[4].endswith("geonorm,seed=4")
+    assert len(study("crossing").jobs(Path("out"))) == 36
+    assert [case["residual"] for case in study("residual_rules").cases()] == list(RESIDUAL_RULES)
+
+
+def test_axes_around_a_point_are_varied_one_at_a_time():
+    found = study("lr_transfer", "optim.adamw.lr=0.01")
+    cases = {tuple(case.values()): dict(case) for case in found.cases()}
+    assert len(cases) == 2 * (3 + 2 + 2)
+    jobs = {tuple(case.values()): job for case, job in found.jobs(Path("out"))}
+    cfg, plain = (compose(jobs[t, "256", "4", "300", "0.01"].overrides) for t in ("nu", "none"))
+    assert (cfg["model"]["n_embd"], cfg["model"]["n_head"], cfg["max_steps"]) == (256, 8, 300)
+    assert cfg["transfer"]["base"]["n_embd"] == 128 and cfg["transfer"]["base_steps"] == 300
+    assert {k: v for k, v in plain.items() if k != "transfer"} == {k: v for k, v in cfg.items() if k != "transfer"}
+    away = study(
+        "lr_transfer", "model.n_embd=256,512", "model.n_layer=8", "max_steps=600", "optim.adamw.lr=1", "transfer=nu"
+    )
+    sizes = [tuple(case.values())[1:4] for case in away.cases()]
+    assert set(sizes) == {("256", "4", "300"), ("512", "4", "300"), ("128", "8", "300"), ("128", "4", "600")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_override_reaches_every_job(name):
+    for setting, mode in (([], "disabled"), (["logger.mode=offline"], "offline")):
+        jobs = study(name, *setting).jobs(Path("out"))
+        assert {compose(job.overrides)["logger"]["mode"] for _, job in jobs[:3]} == {mode}
+
+
+# ---- what a case amounts to ----
+
+
+def test_steps_to_a_target_loss():
+    assert fake().steps_to(4.0) == pytest.approx(5)
+    assert fake().steps_to(2.5) == pytest.approx(15)
+    assert fake().steps_to(5.5) == 0 and fake().steps_to(1.0) is None
+
+
+def test_the_target_is_one_that_every_stable_case_reaches():
+    groups = [
+        [fake(), fake(losses=((0, 5.0), (10, 2.111)))],
+        [fake(losses=((0, 5.0), (10, 4.9)), unstable=10)],
+        [fake(losses=((0, 5.0), (10, math.nan)))],
+    ]
+    asked = replace(study("crossing"), groups=groups)
+    target = crossing.target(asked)["target"]
+    assert target == pytest.approx(2.12)
+    assert all(r.steps_to(target) is not None for r in groups[0])
+    assert [all(r.stable for r in group) for group in groups] == [True, False, False]
+    assert crossing.target(replace(asked, groups=groups[1:2]))["target"] == math.inf
+    assert crossing.target(study("crossing", "target=3.5"))["target"] == 3.5
+
+
+def test_optimum_of_a_parabola_is_exact():
+    curve = {r: [3 + math.log(r / 0.013) ** 2] for r in (0.004, 0.01, 0.02, 0.05)}
+    rate, loss, at_end = optimum(curve)
+    assert rate == pytest.approx(0.013) and loss == pytest.approx(3) and not at_end
+    assert optimum({0.1: [2.0], 0.2: [1.0]}) == (0.2, 1.0, True)
+    assert optimum({0.1: [2.0], 0.2: [1.0], 0.3: [math.inf]}) == (0.2, 1.0, True)
+
+
+def test_means_and_errors():
+    assert Estimate.of([2.0, 2.3, 2.6]).text(2) == "2.30 ± 0.17" and Estimate.of([2.0]).text(3) == "2.000"
+    assert Estimate.of([1.0, math.inf]).text(1) == "inf ± nan" and Estimate.of([0.5]).text(2, "+") == "+0.50"
+
+
+def test_best_is_compared_with_best_among_the_stable():
+    rate = "optim.muon.lr"
+    losses = {("0.01", 1): 2.0, ("0.01", 2): 2.2, ("0.02", 1): 1.9, ("0.02", 2): 1.9}
+    runs = [
+        fake(
+            "hetero", seed, ((0, 5.0), (9, loss)), 5 if (lr, seed) == ("0.02", 2) else None, optim="paper", **{rate: lr}
+        )
+        for (lr, seed), loss in losses.items()
+    ]
+    asked = replace(study("solver_sweep", f"{rate}=0.01,0.02,0.05"), groups=[runs[:2], runs[2:]])
+    assert best_of(asked, rate, assignment="hetero", optim="paper")[0] == "0.01"
+    assert best_of(asked, rate, assignment="hetero", optim="manifold_muon") is None
+    table = pivot(asked, rate, "lr")
+    assert table.headings == ["assignment", "optim", "lr 0.01", "lr 0.02", "lr 0.05"]
+    assert table.lines == [["hetero", "paper", "2.100 ± 0.100", "1.900 ± 0.000 (1 of 2 unstable)", "not run"]]
+
+
+def test_the_verdict_names_what_restored_attention():
+    asked = study("mechanism", "assignment=hetero", "remedy=none,qk_norm,decay,norm_cap")
+    shares = {"none": [0.5], "qk_norm": [0.01, 0.02], "decay": [0.01, 0.3], "norm_cap": [0.01]}
+    asked.groups = [
+        [replace(fake(remedy=name), records={"probe": [{"greatest_saturation": x}]}) for x in found]
+        for name, found in shares.items()
+    ]
+    asked.groups[-1][0].records["event"] = [{"step": 5, "event": "unstable"}]
+    said = mechanism.verdict(asked)
+    assert "hetero: attention was restored by qk_norm; not, or not with every seed, by decay, norm_cap." in said
+
+
+# ---- what is written ----
+
+LESS = {  # of every experiment's lists, as little as draws a picture
+    "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
+    "exponents": ["scan=2", "init.residual_scale=1", "init.weight_scale=0.5,2", "models=2", "assignments=adamw,hetero"],
+    "instability_one_gpu": [],
+    "instability_small": ["optim.muon.lr=0.1", "optim=paper", "assignment=all_dgram,hetero"],
+    "lr_transfer": [
+        "model.n_embd=16,32",
+        "model.n_layer=1",
+        "optim.adamw.lr=0.01,0.02,0.04",
+        "around=16,1,4",
+        "head=8",
+    ],
+    "mechanism": ["remedy=none,norm_cap", "assignment=all_dgram"],
+    "residual_rules": ["residual=ngpt"],
+    "solver_sweep": ["optim.muon.lr=0.02,0.05", "assignment=hetero", "seeds=1"],
+}
+TOLD = {  # what its table says
+    "crossing": ["| 2 |", "steps to 100.00", "| Unconstrained | geonorm |"],
+    "exponents": ["| hetero |", "closed form", "Rank correlation of the final loss of 2 trained models"],
+    "instability_small": ["| paper | 0.1 | all_dgram |", "those of the last probe"],
+    "lr_transfer": ["| νGPT | width | 32 |", "| +0.00 |"],
+    "mechanism": ["| all_dgram | norm_cap |", "attention was restored by norm_cap"],
+    "residual_rules": ["| AdamW | ngpt |"],
+    "solver_sweep": ["| Hetero | manifold_muon |", "Best against best", "ours − published"],
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_an_experiment_writes_its_table_and_pictures_and_keeps_what_is_done(name, tiny_grid, tmp_path, capsys):
+    sized = [] if name == "lr_transfer" else [*SMALL[:3], "max_steps=4"]
+    steps = ["max_steps=4", "probe.interval=2"][name == "lr_transfer" :] if name != "lr_transfer" else ["max_steps=4"]
+    places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
+    words = [name, HERE, *LESS[name], *tiny_grid, *sized, SMALL[3], *steps, *places]
+    assert experiment.main(words) == 0
+    table, data = (tmp_path / "results/table.md").read_text(), json.loads((tmp_path / "results/table.json").read_text())
+    assert all(word in table for word in TOLD[name]), table
+    assert f"python scripts/experiment.py {name}" in table and data["command"] in table.replace("`", "")
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(data["rows"]) == len(runs) and all(row["val_loss_final"] > 1 for row in data["rows"])
+    pictures = {p.name for p in (tmp_path / "results").glob("*.png")}
+    assert pictures == set(experiment.load(name).figures)
+    assert all((tmp_path / "results" / p).read_bytes().startswith(PNG) for p in pictures)
+    before = {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    capsys.readouterr()
+    assert experiment.main([*words, "workers=0"]) == 0
+    assert f"{len(runs)} done before" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
+
+
+def test_where_no_run_has_ended_there_is_no_table(tmp_path, capsys):
+    places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
+    assert experiment.main(["crossing", "workers=0", *places]) == 2
+    assert "no run came to its end" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
