@@ -34,7 +34,6 @@ from torch.nn.parallel import DistributedDataParallel
 from data.loader import Loader, Prefetcher, validation_windows
 from model.probes import probe
 from optim.assignment import parameter_table
-from optim.schedule import lr_multiplier
 from optim.spectra import spectra
 from training import checkpoint
 from training.batch import micro_batch_size
@@ -49,6 +48,7 @@ from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, rng_state, state_of
 from training.run import claimed, compiled, end_of, environment, resolve_device, run_name, summary
+from training.schedule import lr_multiplier
 from training.signals import StopSignal
 from training.stability import Stability
 from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches

@@ -24,12 +24,11 @@ T direction; V trial point; E = P(VᵀV) - target, VᵀV - I on Stiefel. Shapes:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from optim.linalg import (
     Products,
@@ -381,10 +380,6 @@ class CertifiedStep:
         """W (..., m, n) brought onto the manifold by its exact retraction."""
         return MANIFOLDS[manifold].init(W)
 
-    def flops(self, m: int, n: int, manifold: str) -> float:
-        """Operations (two a multiply-add) in the products of one step of one tall (m, n) matrix, at level 0; None is counted as float16."""
-        return step_flops(m, n, manifold, self.quality, self.products or "float16")
-
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
         """What `step` makes of each stack."""
         return [self._move(stack) for stack in stacks]
@@ -410,16 +405,6 @@ def effort_of(manifold: Manifold, quality: str) -> Effort:
             f"unknown quality {quality!r} for {manifold.name}; choose one of {', '.join(manifold.efforts)}"
         )
     return manifold.efforts[quality]
-
-
-@cache
-def step_flops(m: int, n: int, manifold: str, quality: str, products: str) -> float:
-    """Operations in the products of one step of one tall (m, n) matrix, counted on a step of tensors without storage."""
-    M, at = MANIFOLDS[manifold], {"device": "meta"}
-    W, eta, level = torch.empty(1, m, n, **at), torch.empty((), **at), torch.empty(1, **at)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        step(W, W, eta, level, eta > 0, M, effort_of(M, quality), Products(products))
-    return counter.get_total_flops()
 
 
 def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, quality: str = "default") -> Tensor:

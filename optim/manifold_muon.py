@@ -13,12 +13,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from optim.certificate import certify
 from optim.manifolds import MANIFOLDS, is_wide, tall
@@ -74,9 +75,6 @@ class StepRule(Protocol):
     def init(self, W: Tensor, manifold: str) -> Tensor:
         """W (..., m, n), any orientation, brought onto the manifold."""
 
-    def flops(self, m: int, n: int, manifold: str) -> float:
-        """Floating-point operations of one step of one tall (m, n) matrix."""
-
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
         """The step of each stack."""
 
@@ -131,6 +129,15 @@ class Bucket:
 def row_blocks(t: Tensor, blocks: int) -> Tensor:
     """(m, n) as (blocks, m / blocks, n), a view where t is contiguous."""
     return t.reshape(blocks, t.size(0) // blocks, t.size(1))
+
+
+@cache
+def step_flops(rule: StepRule, m: int, n: int, manifold: str) -> int:
+    """Operations (two a multiply-add) in the products of one step of one tall (m, n) matrix, counted on tensors without storage."""
+    W, eta = torch.empty(1, m, n, device="meta"), torch.empty((), device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        rule([Stack(W, W, manifold, eta, 0.0, eta.bool(), W[:, 0, 0])])
+    return counter.get_total_flops()
 
 
 def share_out(costs: Sequence[float], world: int) -> list[int]:
@@ -216,13 +223,12 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     def _choose_owners(self) -> dict[Tensor, int]:
         """The rank that computes each parameter's step, balanced by counted operations."""
-        params, costs = [], []
-        for group in self.param_groups:
-            for p in group["params"]:
-                m, n = tall(row_blocks(p, group["blocks"])).shape[-2:]
-                params.append(p)
-                costs.append(group["blocks"] * self.rule.flops(m, n, group["manifold"]))
-        return dict(zip(params, share_out(costs, self.world)))
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        if self.world == 1:
+            return {p: 0 for p, _ in params}
+        shapes = [(*tall(row_blocks(p, group["blocks"])).shape[-2:], group["manifold"]) for p, group in params]
+        costs = [group["blocks"] * step_flops(self.rule, *shape) for shape, (_, group) in zip(shapes, params)]
+        return dict(zip((p for p, _ in params), share_out(costs, self.world)))
 
     def _buckets_of(self, group: dict[str, Any]) -> list[Bucket]:
         """This rank's matrices of a group, by shape, with their state."""

@@ -106,19 +106,6 @@ class PublishedStep:
         stack = tall(W).reshape(-1, *tall(W).shape[-2:])
         return like(self.retract(stack, MANIFOLDS[manifold]).reshape(tall(W).shape), W).to(W.dtype)
 
-    def flops(self, m: int, n: int, manifold: str) -> float:
-        """Operations (two a multiply-add) of one step of one (m, n) matrix: matrix signs, the products between them, the retraction.
-
-        The eigendecomposition of the sorted retraction is counted as 9 n³ (Golub and Van Loan, Matrix Computations, 8.3), with the three
-        products beside it.
-        """
-        M, sign = MANIFOLDS[manifold], self.msign_steps * (4 * m * n**2 + 2 * n**3)
-        if not M.constrained:
-            return sign
-        sorting = M.free_lengths and self.retraction == "sorted_svd"
-        retraction = 4 * m * n**2 + 11 * n**3 if sorting else sign if M.orthogonal else 3 * m * n
-        return self.dual_steps * (sign + 4 * m * n**2) + retraction
-
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
         """The step of each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
         moved = [self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay) for s in stacks]

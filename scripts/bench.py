@@ -68,6 +68,7 @@ SETTINGS = {
 def bench_optimizer(options: dict[str, Any]) -> Rows:
     """One step of Hetero over the matrices of GPT-2 124M; AdamW over the same matrices."""
     from optim.linalg import products_for
+    from optim.manifold_muon import step_flops
     from training.build import build_optimizers
 
     where = device()
@@ -82,7 +83,7 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
         muon = optimizers.muon
         contestants[name] = muon.step
         flops[name] = sum(
-            muon.rule.flops(max(p.shape), min(p.shape), group["manifold"])
+            step_flops(muon.rule, max(p.shape), min(p.shape), group["manifold"])
             for group in muon.param_groups
             for p in group["params"]
         )
@@ -127,14 +128,14 @@ def check_no_sync(contestants: Mapping[str, Callable[[], object]]) -> None:
 
 
 def bench_lmo(options: dict[str, Any]) -> Rows:
-    """How good the step and every method of optim/solvers.py are on given problems, by their certificate, and how long they take."""
+    """How good the step and every method of scripts/analysis/solvers.py are on given problems, by their certificate, and how long they take."""
     import numpy as np
 
     from optim.certificate import certify
     from optim.certified import direction
     from optim.linalg import PRECISIONS
     from optim.manifolds import MANIFOLDS
-    from optim.solvers import METHODS, solve
+    from scripts.analysis.solvers import METHODS, solve
 
     path = Path(options["problems"] or ROOT / "tests" / "oracles" / "lmo_problems.npz")
     if not path.exists():
@@ -222,7 +223,7 @@ def bench_scaling(options: dict[str, Any]) -> Rows:
     """The heaviest rank's operations and the bytes each rank receives a step, by counting; the rest of the step is not included."""
     from model.gpt import GPT
     from optim.assignment import assign
-    from optim.manifold_muon import share_out
+    from optim.manifold_muon import share_out, step_flops
     from training.build import gpt_config, step_rule
 
     rows = []
@@ -235,7 +236,7 @@ def bench_scaling(options: dict[str, Any]) -> Rows:
         matrices = [
             row for row in assign(shapes, cfg["assignment"]["rules"], cfg["optim"]["always_adamw"]) if row.manifold
         ]
-        costs = [rule.flops(max(row.shape), min(row.shape), row.manifold) for row in matrices]
+        costs = [step_flops(rule, max(row.shape), min(row.shape), row.manifold) for row in matrices]
         numbers = [row.shape[0] * row.shape[1] for row in matrices]
         for world in (1, 2, 4, 8, 16, 32, 64):
             owners = share_out(costs, world)

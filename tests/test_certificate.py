@@ -11,7 +11,7 @@ from problems import DGRAM, SQUARE, STIEFEL, make, problem, true_feas
 from optim.certificate import certify
 from optim.certified import direction
 from optim.manifolds import MANIFOLDS, polar
-from optim.solvers import METHODS, optimum, solve
+from scripts.analysis.solvers import METHODS, optimum, solve
 
 
 @pytest.mark.parametrize("name", [STIEFEL, DGRAM])

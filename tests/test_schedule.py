@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from optim.schedule import SCHEDULES, lr_multiplier, warmup_updates
 from training.config import CONFIGS, compose
+from training.schedule import SCHEDULES, lr_multiplier, warmup_updates
 
 
 def multiplier(step, kind="cosine", warmup=10, decay_steps=100, floor=0.1):

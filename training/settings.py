@@ -19,7 +19,6 @@ from optim.certified import LENGTHS
 from optim.linalg import PRECISIONS
 from optim.manifolds import MANIFOLDS
 from optim.published import RETRACTIONS
-from optim.schedule import SCHEDULES
 from training.fields import (
     MOST,
     YAML_WORDS,
@@ -43,6 +42,7 @@ from training.fields import (
     variant,
     whole,
 )
+from training.schedule import SCHEDULES
 from training.stability import Stability
 from training.validate import ConfigError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from optim.schedule import warmup_updates
 from training.batch import micro_batch_size
+from training.schedule import warmup_updates
 
 
 class ConfigError(Exception):
