@@ -90,8 +90,7 @@ def assign(
         AssignmentError: listing every parameter matched by no rule or by several, every rule that matches nothing, every
             unknown manifold, and every matrix of unit vectors that would be put on another manifold as well.
     """
-    unit = unit_vectors or {}
-    choices = [*MANIFOLDS, ADAMW]
+    unit, choices = unit_vectors or {}, [*MANIFOLDS, ADAMW]
     problems = [
         f"assignment: rule '{pattern}' asks for '{choice}'; choose one of {', '.join(choices)}"
         for pattern, choice in rules.items()
@@ -110,21 +109,15 @@ def assign(
             continue
         used.update(hits)
         if len(hits) != 1:
-            what = (
-                "no rule; add one for it"
-                if not hits
-                else f"several rules ({', '.join(map(repr, hits))}); keep one of them"
-            )
-            problems.append(f"assignment: '{name}' is matched by {what}")
+            several = f"several rules ({', '.join(map(repr, hits))}); keep one of them"
+            problems.append(f"assignment: '{name}' is matched by {several if hits else 'no rule; add one for it'}")
             continue
         choice = rules[hits[0]]
         if name in unit and choice in choices and choice not in _BESIDE_UNIT_LENGTH:
             contested.setdefault(hits[0], []).append(name)
-        if choice == ADAMW:
-            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=True, unit=unit.get(name)))
-        else:
-            alone = None if choice == "oblique" else unit.get(name)
-            rows.append(Row(name, tuple(shape), "ManifoldMuon", choice, ruled=True, unit=alone))
+        manifold = None if choice == ADAMW else choice
+        alone = None if choice == "oblique" else unit.get(name)
+        rows.append(Row(name, tuple(shape), "ManifoldMuon" if manifold else "AdamW", manifold, ruled=True, unit=alone))
     problems += [
         f"assignment: '{names[0]}' and {len(names) - 1} more would have two owners: the model keeps their vectors at unit length, and "
         f"rule '{pattern}' puts them on '{rules[pattern]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
@@ -215,27 +208,16 @@ def adamw_groups(rows: list[Row], adamw: Mapping[str, Any]) -> list[tuple[list[s
 
 def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:
     """The assignment as text, equal layers folded into one line (`h.0-11`). `aliases` maps a name to a tied twin, for display."""
-
-    def folded(row: Row) -> tuple:
-        return (re.sub(r"\.\d+\.", ".#.", row.name), row.shape, row.optimizer, row.geometry)
-
     aliases, lines = aliases or {}, [("", "shape", "optimizer", "manifold")]
-    seen: dict[tuple, list[Row]] = {}
+    alike: dict[tuple, list[str]] = {}
     for row in rows:
-        seen.setdefault(folded(row), []).append(row)
-    for (pattern, shape, optimizer, manifold), members in seen.items():
-        layers = [int(m[1]) for r in members if (m := re.search(r"\.(\d+)\.", r.name))]
-        name = pattern.replace("#", _ranges(layers)) if layers else members[0].name
-        name += f" (= {aliases[members[0].name]})" if members[0].name in aliases else ""
-        lines.append((name, " x ".join(map(str, shape)), optimizer, manifold))
+        kind = (" x ".join(map(str, row.shape)), row.optimizer, row.geometry)
+        alike.setdefault((re.sub(r"\.\d+\.", ".#.", row.name), *kind), []).append(row.name)
+    for (_, *kind), names in alike.items():
+        [name] = folded(names)
+        lines.append((name + (f" (= {aliases[names[0]]})" if names[0] in aliases else ""), *kind))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
-
-
-def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] → "0-2,5"."""
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0])]
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def folded(names: Iterable[str]) -> list[str]:
@@ -244,3 +226,9 @@ def folded(names: Iterable[str]) -> list[str]:
     for name in names:
         layers.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).extend(map(int, re.findall(r"\.(\d+)\.", name)[:1]))
     return [name.replace("#", _ranges(found)) if found else name for name, found in layers.items()]
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] → "0-2,5"."""
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0])]
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
