@@ -52,7 +52,7 @@ def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, descr
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from train import USER_ERRORS
+    from training.checks import USER_ERRORS
     from training.signals import Stopped
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)

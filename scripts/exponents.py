@@ -26,7 +26,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from train import check, open_data
 from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.run import environment
+from training.settings import Settings
 from training.transfer import transferred
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +82,7 @@ class Estimate:
         return f"{self.mean:+.3f}" + ("" if math.isnan(self.error) else f" ± {self.error:.3f}")
 
 
-def build(cfg: dict[str, Any], seed: int) -> GPT:
+def build(cfg: Settings, seed: int) -> GPT:
     """The model of a configuration as training would begin with it: its weights on their manifolds and, for nGPT, of unit length."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -98,7 +99,7 @@ def expected(model: GPT, tokens: int, correlation: float, stream: torch.Tensor, 
         return None
 
 
-def measured(cfg: dict[str, Any], seeds: int, correlation: float, text: torch.Tensor) -> dict[str, Estimate]:
+def measured(cfg: Settings, seeds: int, correlation: float, text: torch.Tensor) -> dict[str, Estimate]:
     """λ_a and λ_g on synthetic tokens and on text (B, T), and by the closed form, over seeds."""
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
@@ -133,7 +134,7 @@ def exponent_table(overrides: Sequence[str], options: dict[str, Any]) -> list[di
     for assignment in options["assignments"].split(","):
         cfg = compose([*overrides, f"assignment={assignment}"])
         check(cfg)
-        windows = validation_windows(open_data(cfg).val, cfg["model"]["block_size"], BATCH)
+        windows = validation_windows(open_data(cfg).val, cfg.model.block_size, BATCH)
         text = torch.from_numpy(windows[:, :-1].astype("int64"))
         rows.append({"assignment": assignment, **measured(cfg, options["seeds"], options["correlation"], text)})
         print(line(rows[-1]), flush=True)
@@ -151,7 +152,7 @@ def line(row: dict[str, Any]) -> str:
 def scan(overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     """Both exponents over residual strength (rows) × weight scale (columns), measured and by the closed form."""
     cfg = compose([*overrides, "assignment=adamw"])
-    tokens, points = cfg["model"]["block_size"], options["scan"]
+    tokens, points = cfg.model.block_size, options["scan"]
     strengths = torch.linspace(*SCAN_STRENGTHS, points).tolist()
     scales = torch.logspace(*(math.log10(s) for s in SCAN_SCALES), points).tolist()
     fields: dict[str, list[list[float]]] = {k: [] for k in ("angle", "gradient", "angle_closed", "gradient_closed")}
@@ -159,7 +160,7 @@ def scan(overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
         rows: dict[str, list[float]] = {key: [] for key in fields}
         for scale in scales:
             joined = {"strength": strength, "skip": options["skip"]}
-            scaled = {**cfg, "init": {**cfg["init"], "weight_scale": scale}}
+            scaled = replace(cfg, init=replace(cfg.init, weight_scale=scale))
             seen, foretold = [], []
             for seed in range(options["seeds"]):
                 model, generator = build(scaled, seed), torch.Generator().manual_seed(seed)
@@ -202,7 +203,7 @@ def trained_grid(overrides: Sequence[str], options: dict[str, Any], outputs: Pat
         )
     for job, cell in ended:
         cfg = compose(list(job.overrides))
-        windows = validation_windows(open_data(cfg).val, cfg["model"]["block_size"], BATCH)
+        windows = validation_windows(open_data(cfg).val, cfg.model.block_size, BATCH)
         text = torch.from_numpy(windows[:, :-1].astype("int64"))
         numbers = measured(cfg, 2, options["correlation"], text)
         cell |= {"angle": numbers["angle_synthetic"].mean, "gradient": numbers["gradient_synthetic"].mean}

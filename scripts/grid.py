@@ -29,7 +29,7 @@ def run_grid(jobs: Sequence[Job], workers: int) -> dict[Path, str]:
     """
     for job in jobs:
         if (job.directory / CONFIG_FILE).exists():
-            refuse_other_settings(compose(job.overrides), job.directory)
+            refuse_other_settings(compose(job.overrides).plain(), job.directory)
     waiting = [job for job in jobs if not job.ended]
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} done before, {workers} at a time", flush=True)
     if not waiting or workers < 1:

@@ -45,6 +45,7 @@ from training.files import CONFIG_FILE
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.run import end_of
+from training.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
@@ -67,7 +68,7 @@ class Plan:
     overrides: list[str]
     name: str | None
     results: Path
-    runs: dict[str, tuple[dict[str, Any], Path]]
+    runs: dict[str, tuple[Settings, Path]]
 
     @property
     def command(self) -> str:
@@ -96,7 +97,7 @@ def make_plan(arguments: Sequence[str]) -> Plan:
         runs[assignment] = (compose([*settings, "resume=auto"]), directory / assignment)
     for cfg, where in runs.values():
         check(cfg)
-        refuse_other_settings(cfg, where)
+        refuse_other_settings(cfg.plain(), where)
     first, _ = next(iter(runs.values()))
     open_data(first)
     return Plan(scale, overrides, None if others else name, Path(options["results"] or ROOT / "results" / name), runs)
@@ -136,11 +137,11 @@ def train_all(plan: Plan) -> dict[str, str]:
     return failures
 
 
-def _record_failure(cfg: dict[str, Any], directory: Path, message: str) -> None:
+def _record_failure(cfg: Settings, directory: Path, message: str) -> None:
     """Write the failure where a run's events stand, so that every later table knows of it."""
     with DirectoryLock(directory):
         if not (directory / CONFIG_FILE).exists():
-            (directory / CONFIG_FILE).write_text(yaml.safe_dump(cfg, sort_keys=False))
+            (directory / CONFIG_FILE).write_text(yaml.safe_dump(cfg.plain(), sort_keys=False))
         exists = (directory / METRICS_FILE).exists()
         last = max((record["step"] for record in read_records(directory)), default=0) if exists else 0
         log = RunLog(directory)

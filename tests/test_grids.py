@@ -99,7 +99,7 @@ def test_an_option_of_the_logger_reaches_every_job_of_a_grid(name, tiny_data, ti
         seen.clear()
         with contextlib.suppress(UsageError):  # no run came to its end
             importlib.import_module(f"scripts.{name}").work([*command, *setting])
-        assert seen and {compose(job.overrides)["logger"]["mode"] for job in seen} == {mode}
+        assert seen and {compose(job.overrides).logger.mode for job in seen} == {mode}
 
 
 def test_a_worker_that_is_killed_is_one_failed_job(tiny_grid, tmp_path, capsys):
@@ -246,8 +246,8 @@ def test_sweeps_vary_one_thing_and_share_the_base():
     jobs = lr_transfer.jobs_of(base, sweeps, options, [])
     assert len(jobs) == 2 * (3 + 2 + 2)
     cfg = compose(jobs["nu", lr_transfer.Size(256, 4, 300), 0.01, 1].overrides)
-    assert (cfg["model"]["n_embd"], cfg["model"]["n_head"], cfg["max_steps"]) == (256, 8, 300)
-    assert cfg["transfer"]["base"]["n_embd"] == 128 and cfg["transfer"]["base_steps"] == 300
+    assert (cfg.model.n_embd, cfg.model.n_head, cfg.max_steps) == (256, 8, 300)
+    assert cfg.transfer.base.n_embd == 128 and cfg.transfer.base_steps == 300
     plain = compose(jobs["none", lr_transfer.Size(256, 4, 300), 0.01, 1].overrides)
     assert {k: v for k, v in plain.items() if k != "transfer"} == {k: v for k, v in cfg.items() if k != "transfer"}
 

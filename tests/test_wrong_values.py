@@ -8,8 +8,10 @@ import pytest
 from conftest import run_train
 
 import train
-from training.config import compose
-from training.settings import Settings, problems
+from training import checks
+from training.config import compose, compose_plain
+from training.fields import Section
+from training.settings import Settings, read_sound
 from training.validate import ConfigError
 
 # Together they have every section and every setting.
@@ -111,30 +113,30 @@ def changed(cfg, key, value):
 
 @pytest.fixture(scope="module")
 def configurations():
-    return {name: compose(overrides) for name, overrides in CONFIGURATIONS.items()}
+    return {name: compose_plain(overrides) for name, overrides in CONFIGURATIONS.items()}
 
 
 @pytest.fixture(scope="module")
 def verdicts(configurations):
     """(configuration, key, value's name) → the message of refusal, or None."""
-    found, known, build = {}, {}, train.problems_of_model
+    found, known, build = {}, {}, checks.problems_of_model
 
     def build_once(cfg):
         """A model that has been tried is not built again: most changes do not concern it."""
         names = ("model", "attention", "init", "residual", "transfer", "assignment", "optim", "max_steps")
-        part = repr([cfg[name] for name in names])
+        part = repr([getattr(cfg, name) for name in names])
         if part not in known:
             known[part] = build(cfg)
         return known[part]
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(train, "problems_of_model", build_once)
+    patch.setattr(checks, "problems_of_model", build_once)
     for name, cfg in configurations.items():
         tried = {key for _, key, _ in found if not key.startswith("model.")}
         for key in (key for key in keys(cfg) if key not in tried):
             for label, value in VALUES.items():
                 try:
-                    train.check(changed(cfg, key, value))
+                    checks.check(checks.read(changed(cfg, key, value)))
                     found[name, key, label] = None
                 except ConfigError as error:
                     found[name, key, label] = str(error)
@@ -168,13 +170,13 @@ def test_what_is_legal_is_accepted_somewhere(verdicts):
 
 def test_every_setting_is_in_one_of_the_configurations(configurations):
     """A setting that no configuration has would not be tried."""
-    from training import settings
 
     def names(type, prefix=""):
-        for name, kind in settings.Section(type).kinds.items():
+        for name, kind in Section(type).kinds.items():
             yield prefix + name
             parts = [getattr(kind, "type", None), getattr(getattr(kind, "kind", None), "type", None)]
-            for part in filter(None, [*parts, *getattr(kind, "types", {}).values()]):
+            of_variants = {} if name == "residual" else getattr(kind, "types", {})
+            for part in filter(None, [*parts, *of_variants.values()]):
                 yield from names(part, f"{prefix}{name}.")
 
     tried = {key for cfg in configurations.values() for key in keys(cfg)}
@@ -191,9 +193,9 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
                 place = place[name]
             del place[last]
             in_mapping = any(part in key for part in ("rules.", "lr_scale."))
-            found = [problem.key for problem in problems(without)]
+            found = [problem.key for problem in read_sound(without)[1]]
             assert in_mapping or key in found
-    [problem] = problems({**configurations["default"], "grad_clipp": 1.0})
+    [problem] = read_sound({**configurations["default"], "grad_clipp": 1.0})[1]
     assert str(problem) == "grad_clipp is no setting; did you mean grad_clip?"
 
 
@@ -219,25 +221,26 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
 )
 def test_the_message_says_what_to_give(override, message):
     with pytest.raises(ConfigError) as caught:
-        train.check(compose([override]))
+        checks.check(compose([override]))
     assert message in str(caught.value)
 
 
 def test_whole_numbers_may_be_written_with_an_exponent():
     cfg = compose(["eval_windows=1e9", "data.max_tokens=2e6", "optim.adamw.lr=1"])
-    assert (cfg["eval_windows"], cfg["data"]["max_tokens"]) == (10**9, 2 * 10**6)
-    assert type(cfg["eval_windows"]) is int and type(cfg["optim"]["adamw"]["lr"]) is int
-    train.check(cfg)
+    assert (cfg.eval_windows, cfg.data.max_tokens) == (10**9, 2 * 10**6)
+    assert type(cfg.eval_windows) is int and type(cfg.optim.adamw.lr) is int
+    checks.check(cfg)
 
 
 def test_settings_are_typed(configurations):
     for cfg in configurations.values():
-        settings = Settings.from_dict(cfg)
+        settings = checks.read(cfg)
+        assert settings.plain() == cfg
         assert settings.model.n_embd == cfg["model"]["n_embd"] and settings.data.dir == cfg["data"]["dir"]
         assert settings.optim.adamw.betas == (0.9, 0.95) and settings.optim.muon.rule.kind in ("published", "certified")
         assert settings.stability.warning.horizon == cfg["stability"]["warning"]["horizon"]
     with pytest.raises(ConfigError, match="seed is -1"):
-        Settings.from_dict({**cfg, "seed": -1})
+        checks.read({**cfg, "seed": -1})
 
 
 # ---- the command line ----

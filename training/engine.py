@@ -153,7 +153,8 @@ def work() -> None:
 
     import torch
 
-    from train import USER_ERRORS, train
+    from train import train
+    from training.checks import USER_ERRORS
     from training.config import compose
     from training.launch import USER_ERROR, launch
 

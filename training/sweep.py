@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from training.files import CONFIG_FILE, read_config
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS
+from training.settings import Settings
 from training.validate import ConfigError
 
 _LONGEST_PART, _LONGEST_NAME = 40, 200  # characters; file systems stop at 255 bytes
@@ -40,18 +42,18 @@ def directory_name(overrides: str) -> str:
 OmegaConf.register_new_resolver("directory_name", directory_name, replace=True)
 
 
-def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], float | None]:
+def plan_job(cfg: Settings, directory: Path) -> tuple[Settings, float | None]:
     """What a sweep does with a job: the configuration to run, and the best validation loss if it is finished already.
 
     Args:
-        cfg: the job's plain configuration.
+        cfg: the job's configuration.
         directory: of the job; it may hold an earlier attempt, which is continued.
 
     Raises:
         ConfigError: the directory holds another run, or `sweep.resume` is false and it holds any.
     """
-    if cfg["sweep"]["resume"]:
-        cfg = {**cfg, "resume": "auto"}
+    if cfg.sweep.resume:
+        cfg = replace(cfg, resume="auto")
     elif (directory / METRICS_FILE).exists():
         raise ConfigError([f"{directory} already holds a run; set sweep.resume=true to go on with it, or a sweep.name"])
     if not (directory / METRICS_FILE).exists() or not (directory / CONFIG_FILE).exists():
@@ -60,7 +62,7 @@ def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], floa
         saved = read_config(directory)
     except (OSError, ValueError) as error:
         raise ConfigError([f"{error}; mend that file, or choose a sweep.name"]) from error
-    changed = check_same(saved, cfg, ignore=[key for key in HARMLESS if key != "max_steps"])
+    changed = check_same(saved, cfg.plain(), ignore=[key for key in HARMLESS if key != "max_steps"])
     if changed:
         raise ConfigError([f"{directory} holds a run with other settings ({'; '.join(changed)}); choose a sweep.name"])
     last = _last_record(directory)

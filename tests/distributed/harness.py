@@ -78,7 +78,8 @@ def train_in_process(cfg):
 
 def train_as_rank(cfg):
     """A rank of a run, as the command line would run it."""
-    from train import USER_ERRORS, train
+    from train import train
+    from training.checks import USER_ERRORS
     from training.launch import launch
 
     launch(train, cfg, None, USER_ERRORS)
