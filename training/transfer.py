@@ -62,35 +62,26 @@ def changes(cfg: Settings) -> list[Change]:
         return []
     width, depth = model.n_embd / t.base.n_embd, model.n_layer / t.base.n_layer
     steps, lr = cfg.max_steps / t.base_steps, cfg.optim.adamw.lr
-    overall = lr * steps**t.horizon
 
-    def rate(words: str, group: str, power: float, factor: float | None = None) -> Change:
-        after = overall * (1.0 if factor is None else factor) * width**power
-        why = f"{'' if factor is None else f'{factor:g} '}m_width^{power:g}, m_width = {width:g}"
-        return Change(words, f"{_SCALES}{RATE_GROUPS[group]}", lr, after, why)
+    def scaled(group: str, key: str, value: float, ratio: str, of: float, power: float) -> Change:
+        return Change(group, key, value, value * of**power, f"{ratio}^{power:.3g}, {ratio} = {of:g}")
 
-    alpha, logit_scale = residual.alpha * depth**t.alpha_depth, model.logit_scale * width**t.logit_width
+    overall = scaled("every learning rate", "optim.adamw.lr", lr, "m_steps", steps, t.horizon)
+
+    def rate(group: str, name: str, power: float, factor: float = 1.0) -> Change:
+        change = scaled(group, _SCALES + RATE_GROUPS[name], overall.after * factor, "m_width", width, power)
+        return replace(change, before=lr, why=change.why if factor == 1 else f"{factor:g} {change.why}")
+
+    stored = "the same at every width"
     return [
-        Change("every learning rate", "optim.adamw.lr", lr, overall, f"m_steps^{t.horizon:.3g}, m_steps = {steps:g}"),
+        overall,
         rate("input embedding", "embedding", t.width.embedding),
         rate("hidden matrices", "hidden", t.width.hidden),
         rate("head", "head", t.width.head, t.head_factor),
-        Change(
-            "alpha, at the start",
-            "residual.alpha",
-            residual.alpha,
-            alpha,
-            f"m_depth^{t.alpha_depth:g}, m_depth = {depth:g}",
-        ),
-        Change("alpha, stored", "residual.storage", residual.storage, t.storage, "the same at every width"),
-        Change("s_qk and s_z, stored", "model.storage", model.storage, t.storage, "the same at every width"),
-        Change(
-            "s_z, at the start",
-            "model.logit_scale",
-            model.logit_scale,
-            logit_scale,
-            f"m_width^{t.logit_width:g}, m_width = {width:g}",
-        ),
+        scaled("alpha, at the start", "residual.alpha", residual.alpha, "m_depth", depth, t.alpha_depth),
+        Change("alpha, stored", "residual.storage", residual.storage, t.storage, stored),
+        Change("s_qk and s_z, stored", "model.storage", model.storage, t.storage, stored),
+        scaled("s_z, at the start", "model.logit_scale", model.logit_scale, "m_width", width, t.logit_width),
     ]
 
 
