@@ -8,6 +8,9 @@ import pytest
 from conftest import run_train
 
 import train
+from data.sources import SOURCES
+from data.tokenizer import TOKENIZERS
+from model.layers import MLPS
 from training import checks
 from training.config import compose, compose_plain
 from training.fields import Section
@@ -181,6 +184,13 @@ def test_every_setting_is_in_one_of_the_configurations(configurations):
 
     tried = {key for cfg in configurations.values() for key in keys(cfg)}
     assert set(names(Settings)) - tried == set()
+
+
+def test_the_choices_are_what_there_is():
+    kinds = Section(Settings).kinds
+    assert set(kinds["model"].kinds["mlp"].choices) == set(MLPS)
+    for source, settings in kinds["data"].types.items():
+        assert source in SOURCES and set(Section(settings).kinds["tokenizer"].choices) == set(TOKENIZERS)
 
 
 def test_a_missing_and_an_unknown_key_are_named(configurations):
