@@ -37,7 +37,7 @@ from training.data import open_data
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
 from training.ranks import Ranks, world_size
-from training.resume import agreed_checkpoint, restore, rng_state, state_of
+from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
 from training.run import claimed, compiled, end_of, resolve_device, summary
 from training.settings import Settings
 from training.signals import StopSignal
@@ -115,8 +115,8 @@ class Run:
         self.val_loss: float | None = resumed.metric if resumed is not None else None
         self.full_val_loss: float | None = None
         if ranks.is_main:
-            shortages = [*shortened(cfg, ranks.world), *cut]
-            print_start(cfg, directory, self.model, self.optimizers, self.device, shortages, resumed, notes)
+            remarks = [*shortened(cfg, ranks.world), *cut, *resumption(resumed, cfg, notes)]
+            print_start(cfg, directory, self.model, self.optimizers, remarks)
 
     @property
     def finished(self) -> bool:
@@ -125,7 +125,9 @@ class Run:
 
     def train(self, stop: StopSignal) -> None:
         """The loop: once in a while look, write down and save; always batch → loss → gradient → geometry → weights."""
-        cfg, ranks, log = self.cfg, self.ranks, self.open_log()
+        cfg, ranks = self.cfg, self.ranks
+        about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None
+        log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
         # DDP is compiled with the model, not around it: only so does its communication overlap with the backward pass.
         self.compiled = compiled(self.model, cfg, self.device)
         replica = compiled(DistributedDataParallel(self.model), cfg, self.device) if ranks.world > 1 else self.compiled
@@ -262,11 +264,6 @@ class Run:
         """A diverged run is a result."""
         seen = self.stability
         log.write("event", seen.unstable_step or 0, event="unstable", message=seen.reason, lead=seen.lead)
-
-    def open_log(self) -> RunLog | NoLog:
-        """The log of rank 0, with the directory and what it says of the run; the others have none."""
-        about = self.cfg, self.directory, self.optimizers, self.step
-        return open_log(*about, resumed=self.resumed_at is not None) if self.ranks.is_main else NoLog()
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from optim.certified import CertifiedStep
 from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.published import PublishedStep
 from optim.unit_norm import UnitNorm
-from training.settings import Optim, PublishedRule, Settings
+from training.settings import CertifiedRule, Optim, Settings
 from training.transfer import transferred
 
 
@@ -145,16 +145,10 @@ def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, 
 def step_rule(settings: Optim) -> StepRule:
     """The step rule of ManifoldMuon."""
     rule = settings.muon.rule
-    if isinstance(rule, PublishedRule):
-        return PublishedStep(
-            dual_steps=rule.dual_steps,
-            alpha=rule.alpha,
-            msign_steps=rule.msign_steps,
-            msign_dtype=getattr(torch, rule.msign_dtype),
-            decay_manifolds=rule.decay_manifolds,
-            retraction=rule.retraction,
-        )
-    return CertifiedStep(rule.quality, rule.products, rule.length, rule.norm_cap, rule.compile)
+    if isinstance(rule, CertifiedRule):
+        return CertifiedStep(rule.quality, rule.products, rule.length, rule.norm_cap, rule.compile)
+    dtype = getattr(torch, rule.msign_dtype)
+    return PublishedStep(rule.dual_steps, rule.alpha, rule.msign_steps, dtype, rule.decay_manifolds, rule.retraction)
 
 
 def rehearse(

@@ -200,6 +200,15 @@ def restore(
         return state["step"], float(state["seconds"]), changed + missed
 
 
+def resumption(loaded: Loaded | None, cfg: Settings, notes: list[str]) -> list[str]:
+    """What a person is told of a checkpoint that a run goes on from: which were skipped, its step, and what is not as it was."""
+    if loaded is None:
+        return []
+    skipped = [f"skipped {path}: {reason}" for path, reason in loaded.skipped]
+    resumed = f"resumed from {loaded.path}, step {loaded.step} of {cfg.max_steps}"
+    return [*skipped, resumed, *(f"  - {note}" for note in notes)]
+
+
 def _guard_of_old(state: dict[str, Any]) -> dict[str, Any]:
     first = [state["step"], "a loss or a gradient of an earlier session", 0] if state["skipped"] else None
     return {"count": state["skipped"], "first": first}

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import torch
 import yaml
 
 from model.gpt import GPT
 from optim.assignment import parameter_table
 from training.build import Optimizers
-from training.checkpoint import Loaded
 from training.files import CONFIG_FILE, write_whole
 from training.log import RunLog
 from training.progress import ProgressSink
@@ -34,29 +31,11 @@ def open_log(cfg: Settings, directory: Path, optimizers: Optimizers, step: int, 
     return RunLog(directory, [wandb, progress], resume_step=step if resumed else -1)
 
 
-def print_start(
-    cfg: Settings,
-    directory: Path,
-    model: GPT,
-    optimizers: Optimizers,
-    device: torch.device,
-    shortages: list[str],
-    resumed: Loaded | None,
-    notes: list[str],
-) -> None:
-    """The table of geometries, what was carried over from a base, where the run goes, what it cuts short, and what resuming did not take."""
+def print_start(cfg: Settings, directory: Path, model: GPT, optimizers: Optimizers, remarks: list[str]) -> None:
+    """The table of geometries, what was carried over from a base, where the run goes, and remarks, a line each."""
     print(parameter_table(optimizers.rows, model.tied_names()))
     if carried_over := transfer_table(cfg):
         print(carried_over)
     if optimizers.muon is not None:
-        print(f"ManifoldMuon: {optimizers.muon.rule.describe(device)}")
-    print(f"{model.describe()} → {directory}")
-    for line in shortages:
-        print(line)
-    if resumed is not None:
-        for path, reason in resumed.skipped:
-            print(f"skipped {path}: {reason}")
-        print(f"resumed from {resumed.path}, step {resumed.step} of {cfg.max_steps}")
-        for note in notes:
-            print(f"  - {note}")
-    sys.stdout.flush()
+        print(f"ManifoldMuon: {optimizers.muon.rule.describe(model.lm_head.weight.device)}")
+    print(f"{model.describe()} → {directory}", *remarks, sep="\n", flush=True)
