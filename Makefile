@@ -19,6 +19,7 @@ test: $(STAMP) lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The stamp is a copy of the lock that was installed: a changed lock is installed, an unchanged one is not looked at again.
 $(STAMP): requirements.lock Makefile

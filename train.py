@@ -15,54 +15,43 @@ if __name__ in ("__main__", "__mp_main__"):
 
     leave_at_once()
 
-import json
 import math
-import os
-import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
+from optim.schedule import lr_multiplier
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Loader, Prefetcher, validation_windows
 from model.probes import probe
-from optim.assignment import parameter_table
 from optim.spectra import spectra
 from training import checkpoint
 from training.batch import micro_batch_size
 from training.build import build
-from training.checks import USER_ERRORS, check
+from training.checks import check
 from training.data import open_data
-from training.files import CONFIG_FILE, write_whole
-from training.launch import USER_ERROR, RankFailed, is_main_process, launch, refusal
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
-from training.progress import ProgressSink
 from training.ranks import Ranks, world_size
-from training.resume import agreed_checkpoint, restore, rng_state, state_of
-from training.run import claimed, compiled, end_of, environment, resolve_device, run_name, summary
-from training.schedule import lr_multiplier
+from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
+from training.run import claimed, compiled, end_of, resolve_device, summary
+from training.settings import Settings
 from training.signals import StopSignal
 from training.stability import Stability
+from training.start import open_log, print_start
 from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
-from training.sweep import hydra_job
-from training.transfer import transfer_table
 from training.validate import shortened
-from training.wandb_sink import WandbSink
 
 
-def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
+def train(cfg: Settings, directory: Path | None = None) -> float:
     """Run a configuration to its end; returns the best validation loss (nats a token).
 
     Args:
-        cfg: plain configuration, as `training.config.compose` gives it.
+        cfg: as `training.config.compose` gives it.
         directory: where the run is written; None for the configuration's own choice.
 
     Raises:
@@ -86,7 +75,7 @@ def train(cfg: dict[str, Any], directory: Path | None = None) -> float:
 class Run:
     """A configuration being trained, by one of the ranks: all do the same on their part of each batch, and rank 0 alone writes."""
 
-    def __init__(self, ranks: Ranks, cfg: dict[str, Any], directory: Path) -> None:
+    def __init__(self, ranks: Ranks, cfg: Settings, directory: Path) -> None:
         self.ranks, self.cfg, self.directory = ranks, cfg, directory
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
         if self.device.type == "cuda":
@@ -94,46 +83,51 @@ class Run:
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         dataset = open_data(cfg)
         self.data, self.val = dataset.fingerprint, dataset.val
-        block, windows = cfg["model"]["block_size"], cfg["global_batch_tokens"] // cfg["model"]["block_size"]
-        self.loader = Loader(dataset.train, block, cfg["seed"], windows, ranks.rank, ranks.world)
-        self.micro_batch = micro_batch_size(windows // ranks.world, cfg["micro_batch_size"])
-        self.held_out = validation_windows(dataset.val, block, cfg["eval_windows"])
-        self.watched, _ = next(micro_batches(self.held_out, cfg["probe"]["windows"], self.device))
-        self.cut = [
+        block, windows = cfg.model.block_size, cfg.global_batch_tokens // cfg.model.block_size
+        self.loader = Loader(dataset.train, block, cfg.seed, windows, ranks.rank, ranks.world)
+        self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
+        self.held_out = validation_windows(dataset.val, block, cfg.eval_windows)
+        self.watched, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
+        cut = [
             f"{key}={wanted}: the data has {have} validation windows of {block} tokens, and all are used"
             for key, wanted, have in (
-                ("eval_windows", cfg["eval_windows"], len(self.held_out)),
-                ("probe.windows", cfg["probe"]["windows"], len(self.watched)),
+                ("eval_windows", cfg.eval_windows, len(self.held_out)),
+                ("probe.windows", cfg.probe.windows, len(self.watched)),
             )
             if have < wanted
         ]
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
-        torch.manual_seed(cfg["seed"])
+        torch.manual_seed(cfg.seed)
         self.model, self.optimizers = build(cfg, self.device)
-        self.stability = Stability(**cfg["stability"])
+        self.stability = Stability(cfg.stability)
         if not ranks.is_main:
-            torch.manual_seed(cfg["seed"] + ranks.rank)  # equal weights everywhere, but not equal dropout
+            torch.manual_seed(cfg.seed + ranks.rank)  # equal weights everywhere, but not equal dropout
         self.params = dict(self.model.named_parameters())
         self.guard = FiniteGuard(list(self.params), self.device)
-        self.step, self.seconds, notes = 0, 0.0, []
+        self.step, self.seconds = 0, 0.0
+        notes: list[str] = []
         if resumed is not None:
             parts = (self.model, self.optimizers, self.stability, self.guard)
             self.step, self.seconds, notes = restore(resumed, cfg, *parts, ranks.rank)
         self.resumed_at = self.step if resumed is not None else None
         # Of these very weights; None while it is not known.
-        self.val_loss, self.full_val_loss = resumed.metric if resumed is not None else None, None
+        self.val_loss: float | None = resumed.metric if resumed is not None else None
+        self.full_val_loss: float | None = None
         if ranks.is_main:
-            print_start(self, resumed, notes)
+            remarks = [*shortened(cfg, ranks.world), *cut, *resumption(resumed, cfg, notes)]
+            print_start(cfg, directory, self.model, self.optimizers, remarks)
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.step >= self.cfg["max_steps"] or self.stability.stopped
+        return self.step >= self.cfg.max_steps or self.stability.stopped
 
     def train(self, stop: StopSignal) -> None:
         """The loop: once in a while look, write down and save; always batch → loss → gradient → geometry → weights."""
-        cfg, ranks, log = self.cfg, self.ranks, self.open_log()
+        cfg, ranks = self.cfg, self.ranks
+        about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None
+        log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
         # DDP is compiled with the model, not around it: only so does its communication overlap with the backward pass.
         self.compiled = compiled(self.model, cfg, self.device)
         replica = compiled(DistributedDataParallel(self.model), cfg, self.device) if ranks.world > 1 else self.compiled
@@ -144,23 +138,23 @@ class Run:
                 stopping = stop.requested(ranks)
                 with self.pause():
                     # Once in a while: evaluate on the fixed windows.
-                    if self.due(cfg["eval_interval"]):
+                    if self.due(cfg.eval_interval):
                         self.evaluate(log)
 
                     # Once in a while: write down every singular value, and how good Muon's steps are.
-                    if self.due(cfg["log"]["interval_spectra"]):
+                    if self.due(cfg.log.interval_spectra):
                         self.write_spectra(log)
-                    if self.due(cfg["log"]["interval_certificate"]):
+                    if self.due(cfg.log.interval_certificate):
                         self.write_certificates(log)
 
                     # Once in a while: look inside the model.
-                    if self.due(cfg["probe"]["interval"]):
+                    if self.due(cfg.probe.interval):
                         self.probe(log)
 
                     # Once in a while: make sure that the replicas are one model, and save.
-                    if self.due(cfg["launcher"]["checksum_interval"]):
+                    if self.due(cfg.launcher.checksum_interval):
                         ranks.require_equal(self.params)
-                    if self.step > 0 and (self.due(cfg["checkpoint"]["interval"] or cfg["max_steps"]) or stopping):
+                    if self.step > 0 and (self.due(cfg.checkpoint.interval or cfg.max_steps) or stopping):
                         self.save(log)
                 if self.finished:
                     break
@@ -168,22 +162,22 @@ class Run:
                     stop.leave(ranks, self.step)
 
                 # Batch → loss → gradient.
-                multiplier = lr_multiplier(self.step, **cfg["schedule"])
+                multiplier = lr_multiplier(self.step, **vars(cfg.schedule))
                 self.optimizers.set_lr(multiplier)
                 part = accumulate(replica, batches.next(self.step), self.micro_batch, self.device, self.autocast)
                 loss = ranks.all_reduce_mean(part.clone())
-                norm, norms = clip([p.grad for p in self.params.values()], cfg["grad_clip"])
+                norm, norms = clip([p.grad for p in self.params.values()], cfg.grad_clip)
 
                 # Gradient → geometry → weights, unless something is not finite; nobody waits for the answer.
                 self.step, self.val_loss = self.step + 1, None
-                tokens += cfg["global_batch_tokens"]
-                self.optimizers.watch(self.due(cfg["log"]["interval_certificate"]))
+                tokens += cfg.global_batch_tokens
+                self.optimizers.watch(self.due(cfg.log.interval_certificate))
                 self.optimizers.step(skip=self.guard.check(self.step, part, loss, norms))
                 self.model.clip_logits()
                 self.optimizers.zero_grad()
 
                 # Once in a while: read the numbers back.
-                if self.step % cfg["log"]["interval"] == 0 or self.step == cfg["max_steps"]:
+                if self.step % cfg.log.interval == 0 or self.step == cfg.max_steps:
                     self.read_back(log, loss, norm, multiplier, tokens)
                     tokens = 0
             log.write(
@@ -210,14 +204,14 @@ class Run:
 
     def evaluate(self, log: RunLog | NoLog) -> None:
         """The validation loss, and what it says of stability; at the end, if asked for, that of the whole validation split."""
-        models, how = (self.compiled, self.model), (self.cfg["micro_batch_size"], self.ranks, self.autocast)
-        self.val_loss = evaluate(*models, self.held_out, *how)
+        size, ranks, autocast = self.cfg.micro_batch_size, self.ranks, self.autocast
+        self.val_loss = evaluate(self.compiled, self.model, self.held_out, size, ranks, autocast)
         log.write("eval", self.step, loss=self.val_loss)
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
-        if self.finished and self.cfg["full_eval"]:
-            windows = validation_windows(self.val, self.cfg["model"]["block_size"])
-            self.full_val_loss = evaluate(*models, windows, *how)
+        if self.finished and self.cfg.full_eval:
+            windows = validation_windows(self.val, self.cfg.model.block_size)
+            self.full_val_loss = evaluate(self.compiled, self.model, windows, size, ranks, autocast)
             log.write("full_eval", self.step, loss=self.full_val_loss, tokens=windows[:, 1:].size)
 
     def write_spectra(self, log: RunLog | NoLog) -> None:
@@ -251,7 +245,7 @@ class Run:
         rng = self.ranks.gather_objects(rng_state())
         parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, self.guard.state_dict(self.ranks))
         state = state_of(*parts, self.step, self.elapsed, rng)
-        keep, metric, folder = self.cfg["checkpoint"]["keep"], self.val_loss, self.directory / "checkpoints"
+        keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
         self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
@@ -268,100 +262,15 @@ class Run:
 
     def note_unstable(self, log: RunLog | NoLog) -> None:
         """A diverged run is a result."""
-        log.write(
-            "event",
-            self.stability.unstable_step,
-            event="unstable",
-            message=self.stability.reason,
-            lead=self.stability.lead,
-        )
-
-    def open_log(self) -> RunLog | NoLog:
-        """The run's directory with its configuration, parameter table and environment, and the log with its sinks."""
-        if not self.ranks.is_main:
-            return NoLog()
-        cfg, directory, name, resumed = self.cfg, self.directory, run_name(self.cfg), self.resumed_at is not None
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg, sort_keys=False))
-        write_whole(directory / "parameters.txt", parameter_table(self.optimizers.rows) + "\n")
-        write_whole(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        mode, project, group = (cfg["logger"][key] for key in ("mode", "project", "group"))
-        about = {"project": project, "group": group or directory.parent.name, "name": directory.name, "config": cfg}
-        wandb = WandbSink(mode=mode, directory=directory, resume=resumed, **about)
-        progress = ProgressSink(name, cfg["max_steps"], eval_interval=cfg["eval_interval"], first_step=self.step)
-        return RunLog(directory, [wandb, progress], resume_step=self.step if resumed else -1)
-
-
-# ---- the command line ----
-
-
-def print_start(run: Run, resumed: checkpoint.Loaded | None, notes: list[str]) -> None:
-    """The table of geometries, what was carried over from a base, where the run goes, what it cuts short, and what resuming did not take."""
-    print(
-        parameter_table(
-            run.optimizers.rows, {"transformer.wte.weight": "lm_head.weight"} if run.model.config.tied else {}
-        )
-    )
-    if carried_over := transfer_table(run.cfg):
-        print(carried_over)
-    if run.optimizers.muon is not None:
-        print(f"ManifoldMuon: {run.optimizers.muon.rule.describe(run.device)}")
-    print(f"{run.model.describe()} → {run.directory}")
-    for line in [*shortened(run.cfg, run.ranks.world), *run.cut]:
-        print(line)
-    if resumed is not None:
-        for path, reason in resumed.skipped:
-            print(f"skipped {path}: {reason}")
-        print(f"resumed from {resumed.path}, step {resumed.step} of {run.cfg['max_steps']}")
-        for note in notes:
-            print(f"  - {note}")
-    sys.stdout.flush()
+        seen = self.stability
+        log.write("event", seen.unstable_step or 0, event="unstable", message=seen.reason, lead=seen.lead)
 
 
 def main() -> None:
-    """The command line: Hydra composes, the launcher starts the ranks; a user's mistake ends with exit code 2 and its remedy."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+    """The command line."""
+    from training.command import run_command
 
-    from training.config import CONFIGS, plain
-
-    composed = False
-
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
-    def run(config: Any) -> float:
-        nonlocal composed
-        job, composed = HydraConfig.get(), True
-        if job.mode == RunMode.MULTIRUN:
-            return report(hydra_job(config))
-        try:
-            cfg = plain(config)
-            if "RANK" not in os.environ:  # a rank's own check is the one whose message is printed once
-                check(cfg)
-            return report(launch(train, cfg, None, USER_ERRORS))
-        except (*USER_ERRORS, RankFailed) as error:
-            print(error, file=sys.stderr)
-            raise SystemExit(getattr(error, "exit_code", USER_ERROR)) from None
-
-    refused = refusal(sys.argv[1:])
-    if refused is not None:
-        if is_main_process():
-            print(refused, file=sys.stderr)
-        raise SystemExit(USER_ERROR)
-    # Our settings of a plugin stand under its own name, where Hydra checks them against its schema and would rather not.
-    warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
-    try:
-        run()
-    except SystemExit as ended:
-        # Hydra refuses a misspelt key or group with a message of its own, and exit code 1.
-        raise SystemExit(ended.code if composed or ended.code != 1 else USER_ERROR) from None
-
-
-def report(best: float) -> float:
-    """Print a run's last line."""
-    if is_main_process():
-        print(f"best validation loss {best:.4f}", flush=True)
-    return best
+    run_command(train)
 
 
 if __name__ == "__main__":

@@ -11,41 +11,42 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.settings import Data
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def prepare_command(settings: Mapping[str, Any], configs: Path = CONFIGS) -> str:
-    """The `python -m data.prepare` that leads to these settings, the plain `data` group of a configuration.
+def prepare_command(cfg: Data, configs: Path = CONFIGS) -> str:
+    """The `python -m data.prepare` that leads to these settings.
 
     Names the file in configs/data that the dataset is called after, or else its source, and what differs from that.
     """
-    groups = [group for group in (settings.get("name"), settings.get("source")) if isinstance(group, str)]
     group = next(
-        (g for g in groups if (configs / "data" / f"{Path(g).name}.yaml").exists()), groups[-1] if groups else ""
+        (g for g in (cfg.name, cfg.source) if (configs / "data" / f"{Path(g).name}.yaml").exists()), cfg.source
     )
-    usual = _defaults(configs / "data" / f"{Path(group).name}.yaml", settings.get("name"))
-    changed = {} if settings.get("name") == group else {"name": settings.get("name")}
-    changed |= {
-        key: value
-        for key, value in settings.items()
-        if key not in ("name", "auto_prepare") and usual.get(key, ...) != value
-    }
+    usual = _defaults(configs / "data" / f"{Path(group).name}.yaml", cfg.name)
+    changed = {} if cfg.name == group else {"name": cfg.name}
+    wanted = {"dir": cfg.dir, **cfg.content}
+    changed |= {key: value for key, value in wanted.items() if key != "name" and usual.get(key, ...) != value}
     words = [f"data={group}", *(f"data.{key}={_word(value)}" for key, value in changed.items())]
-    if settings.get("source") == "text" and not settings.get("files"):
+    if cfg.source == "text" and not wanted["files"]:
         words = [w for w in words if not w.startswith("data.files=")] + ["data.files=your/folder/*.txt"]
     return shlex.join(["python", "-m", "data.prepare", *words])
 
 
-def _defaults(file: Path, name: Any) -> dict[str, Any]:
+def _defaults(file: Path, name: str) -> dict[str, Any]:
     """What a file of configs/data says, with the files it begins from, under the given name; empty if it cannot be resolved alone."""
     try:
-        content = OmegaConf.load(file)
-        bases = [base for base in content.pop("defaults", []) if base != "_self_"]
-        merged = OmegaConf.merge(*(OmegaConf.load(file.with_name(f"{base}.yaml")) for base in bases), content)
-        merged["name"] = name
-        return OmegaConf.to_container(merged, resolve=True)
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(_loaded(file), {"name": name}), resolve=True)
+        return merged
     except (OSError, OmegaConfBaseException):
         return {}
+
+
+def _loaded(file: Path) -> Any:
+    content: Any = OmegaConf.load(file)
+    bases = [base for base in content.pop("defaults", []) if base != "_self_"]
+    return OmegaConf.merge(*(_loaded(file.with_name(f"{base}.yaml")) for base in bases), content)
 
 
 def _word(value: Any) -> str:

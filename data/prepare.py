@@ -6,19 +6,20 @@ import contextlib
 import datetime
 import errno
 import fcntl
-import json
 import logging
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.command import CONFIGS
+from data.settings import Data, Expected, OpenWebText
 from data.shards import (
     FORMAT,
     TOKEN,
@@ -33,13 +34,11 @@ from data.shards import (
 from data.sources import SOURCES, input_files
 from data.tokenizer import encode_documents, get_tokenizer
 
-NO_SETTINGS = ("dir", "auto_prepare")  # keys that decide where and when, not what
-
 log = logging.getLogger(__name__)
 
 
-def prepare(cfg: Mapping[str, Any], progress: bool = True) -> Path:
-    """Prepare the dataset that `cfg`, the plain `data` group of the configuration, describes; its directory.
+def prepare(cfg: Data, progress: bool = True) -> Path:
+    """Prepare the dataset that these settings describe; its directory.
 
     Does nothing if the directory already holds the same preparation. Everything is written into a sibling directory
     that takes the final name at the very end, so an error, Ctrl-C or a full disk leaves nothing behind, and what a
@@ -49,25 +48,22 @@ def prepare(cfg: Mapping[str, Any], progress: bool = True) -> Path:
     Raises DataError if the directory holds something else, the source or tokenizer cannot be read, or it cannot be
     written.
     """
-    require_name(cfg["name"])
-    directory = Path(cfg["dir"]).expanduser()
-    settings = json.loads(json.dumps({key: value for key, value in cfg.items() if key not in NO_SETTINGS}))
-    if _holds(directory, settings):
+    require_name(cfg.name)
+    directory = Path(cfg.dir).expanduser()
+    if _holds(directory, cfg):
         return directory
     if directory.resolve() in (here := Path.cwd(), *here.parents):
         raise DataError(
             f"data.dir={directory} is where this runs; set it to a folder of its own, such as data/prepared/mine"
         )
-    if cfg["source"] not in SOURCES:
-        raise DataError(f"there is no source {cfg['source']!r}; set data.source to one of {', '.join(sorted(SOURCES))}")
     written = 0
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(directory, settings)
+        _require_space(directory, cfg)
         with _temporary(directory) as temporary:
-            if not _holds(directory, settings):  # another process may have been faster
+            if not _holds(directory, cfg):  # another process may have been faster
                 try:
-                    write_manifest(temporary, _write(temporary, settings, progress))
+                    write_manifest(temporary, _write(temporary, cfg, progress))
                     _sync(temporary)
                 except OSError:
                     written = sum(file.stat().st_size for file in temporary.iterdir())
@@ -76,16 +72,17 @@ def prepare(cfg: Mapping[str, Any], progress: bool = True) -> Path:
                 _sync(directory.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(_disk_is_full(directory, settings, written)) from error
+            raise DataError(_disk_is_full(directory, cfg, written)) from error
         raise DataError(f"cannot write {directory} ({error}); set data.dir to a folder that can be written") from error
     return directory
 
 
-def _holds(directory: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the directory is prepared from `settings`; DataError if it holds anything else."""
+def _holds(directory: Path, cfg: Data) -> bool:
+    """Whether the directory is prepared from these settings; DataError if it holds anything else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    manifest = open_dataset(directory, verify=False, settings={**settings, "dir": str(directory)}).manifest
+    manifest = open_dataset(directory, verify=False, settings=replace(cfg, dir=str(directory))).manifest
+    settings = cfg.content
     remedy = f"move {directory} elsewhere to prepare it again, or set data.dir to another folder"
     keys = sorted(settings.keys() | manifest.settings.keys())
     differing = [key for key in keys if settings.get(key) != manifest.settings.get(key)]
@@ -94,7 +91,7 @@ def _holds(directory: Path, settings: Mapping[str, Any]) -> bool:
             f"{key}: {manifest.settings.get(key)!r} there, {settings.get(key)!r} asked" for key in differing
         )
         raise DataError(f"{directory} was prepared with other settings ({changes}); {remedy}")
-    inputs = input_files(settings)
+    inputs = input_files(cfg)
     if inputs and inputs != manifest.inputs:  # none: the originals may have been removed since
         changed = sorted({file for file, _ in inputs.items() ^ manifest.inputs.items()})
         raise DataError(
@@ -103,18 +100,18 @@ def _holds(directory: Path, settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _write(directory: Path, settings: Mapping[str, Any], progress: bool) -> Manifest:
+def _write(directory: Path, cfg: Data, progress: bool) -> Manifest:
     """Write the shards of both splits and say what they hold."""
-    tokenizer = get_tokenizer(settings["tokenizer"])
+    tokenizer = get_tokenizer(cfg.tokenizer)
     threads = len(os.sched_getaffinity(0)) if tokenizer.name == "gpt2" else 1  # bytes need no computing
-    encoded = encode_documents(tokenizer, SOURCES[settings["source"]](settings), threads)
-    inputs = input_files(settings)
-    shard_tokens, cap = settings["shard_tokens"], settings.get("max_tokens")
+    encoded = encode_documents(tokenizer, SOURCES[cfg.source](cfg), threads)
+    inputs = input_files(cfg)
+    shard_tokens, cap = cfg.shard_tokens, cfg.max_tokens
     with (
         ShardWriter(directory, "train", shard_tokens) as train,
         ShardWriter(directory, "val", shard_tokens) as val,
         contextlib.closing(encoded),
-        _progress(settings, progress) as report,
+        _progress(cfg, progress) as report,
     ):
         writers = {"train": train, "val": val}
         for split, ids in encoded:
@@ -129,15 +126,15 @@ def _write(directory: Path, settings: Mapping[str, Any], progress: bool) -> Mani
     for split, info in splits.items():
         if not info.tokens:
             raise DataError(_empty(split, splits))
-    expected = _compare(splits, settings)
+    expected = _compare(splits, cfg)
     return Manifest(
         format=FORMAT,
-        name=settings["name"],
-        source=settings["source"],
+        name=cfg.name,
+        source=cfg.source,
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         splits=splits,
-        settings=dict(settings),
+        settings=cfg.content,
         inputs=inputs,
         expected=expected,
         made_by=_made_by(),
@@ -155,20 +152,25 @@ def _empty(split: str, splits: Mapping[str, SplitInfo]) -> str:
     return f"none of the {total} documents fell into the split {split!r}; {remedy}"
 
 
-def _compare(splits: Mapping[str, SplitInfo], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _compare(splits: Mapping[str, SplitInfo], cfg: Data) -> dict[str, Any]:
     """The published counts beside whether ours are the same; a difference is a warning that says both numbers."""
-    expected = settings.get("expected")
-    if not expected or expected["tokenizer"] != settings["tokenizer"] or settings.get("max_tokens") is not None:
+    expected = _expected(cfg)
+    if expected is None or expected.tokenizer != cfg.tokenizer or cfg.max_tokens is not None:
         return {}
     found = {
         "documents": sum(info.documents for info in splits.values()),
         "train_tokens": splits["train"].tokens,
         "val_tokens": splits["val"].tokens,
     }
-    different = [key for key in found if found[key] != expected[key]]
+    published = {key: getattr(expected, key) for key in found}
+    different = [key for key in found if found[key] != published[key]]
     for key in different:
-        log.warning("%s: %s %s prepared, %s expected", settings["name"], f"{found[key]:,}", key, f"{expected[key]:,}")
-    return {**{key: expected[key] for key in found}, "met": not different}
+        log.warning("%s: %s %s prepared, %s expected", cfg.name, f"{found[key]:,}", key, f"{published[key]:,}")
+    return {**published, "met": not different}
+
+
+def _expected(cfg: Data) -> Expected | None:
+    return cfg.expected if isinstance(cfg, OpenWebText) else None
 
 
 def _made_by() -> dict[str, str]:
@@ -182,12 +184,13 @@ def _made_by() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _progress(settings: Mapping[str, Any], shown: bool) -> Iterator[Any]:
+def _progress(cfg: Data, shown: bool) -> Iterator[Any]:
     """A function of (new documents, tokens so far) that moves a bar: documents, documents/s, tokens, tokens/s."""
     from tqdm import tqdm
 
-    total = (settings.get("expected") or {}).get("documents")
-    with tqdm(total=total, desc=settings["name"], unit=" documents", unit_scale=True, disable=not shown) as bar:
+    expected = _expected(cfg)
+    total = expected and expected.documents
+    with tqdm(total=total, desc=cfg.name, unit=" documents", unit_scale=True, disable=not shown) as bar:
 
         def report(documents: int, tokens: int) -> None:
             bar.update(documents)
@@ -242,28 +245,27 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _needed_bytes(settings: Mapping[str, Any]) -> int | None:
+def _needed_bytes(cfg: Data) -> int | None:
     """What the shards will take, where published counts say so."""
-    expected = settings.get("expected")
-    if not expected or expected["tokenizer"] != settings["tokenizer"]:
+    expected = _expected(cfg)
+    if expected is None or expected.tokenizer != cfg.tokenizer:
         return None
-    train = min(expected["train_tokens"], settings.get("max_tokens") or expected["train_tokens"])
-    return TOKEN.itemsize * (train + expected["val_tokens"])
+    return TOKEN.itemsize * (min(expected.train_tokens, cfg.max_tokens or expected.train_tokens) + expected.val_tokens)
 
 
-def _require_space(directory: Path, settings: Mapping[str, Any]) -> None:
+def _require_space(directory: Path, cfg: Data) -> None:
     """Refuse before the first byte if the disk cannot hold what is known to come."""
-    needed = _needed_bytes(settings)
+    needed = _needed_bytes(cfg)
     if needed is not None and shutil.disk_usage(directory.parent).free < needed:
-        raise DataError(_disk_is_full(directory, settings, written=0))
+        raise DataError(_disk_is_full(directory, cfg, written=0))
 
 
-def _disk_is_full(directory: Path, settings: Mapping[str, Any], written: int) -> str:
-    needed = _needed_bytes(settings)
+def _disk_is_full(directory: Path, cfg: Data, written: int) -> str:
+    needed = _needed_bytes(cfg)
     needs = f"more than the {_size(written)} written so far" if needed is None else _size(needed)
     free = _size(shutil.disk_usage(directory.parent).free)  # what was written has been removed by now
     return (
-        f"the disk of {directory.parent.resolve()} is too small: {settings['name']} needs {needs} and {free} are free; "
+        f"the disk of {directory.parent.resolve()} is too small: {cfg.name} needs {needs} and {free} are free; "
         "free some space or set data.dir to a folder on a larger disk (nothing was left behind)"
     )
 
@@ -283,13 +285,13 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from training.settings import data_settings
+    from training.checks import read_data
     from training.validate import ConfigError
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
-            cfg = data_settings(OmegaConf.to_container(compose("config", overrides=arguments).data, resolve=True))
+            cfg = read_data(OmegaConf.to_container(compose("config", overrides=arguments).data, resolve=True))
         directory = prepare(cfg)
         print(_summary(directory, cfg))
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
@@ -304,10 +306,10 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
     return 0
 
 
-def _summary(directory: Path, settings: Mapping[str, Any]) -> str:
+def _summary(directory: Path, cfg: Data) -> str:
     """What a prepared directory holds, for a person."""
-    manifest = open_dataset(directory, verify=False, settings=settings).manifest
-    lines = [f"{settings['name']} in {directory}: tokenizer {manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"]
+    manifest = open_dataset(directory, verify=False, settings=cfg).manifest
+    lines = [f"{cfg.name} in {directory}: tokenizer {manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"]
     for split, info in manifest.splits.items():
         shards = f"{len(info.shards)} shard{'s' * (len(info.shards) != 1)}"
         lines.append(f"  {split:<5} {info.tokens:>14,} tokens {info.documents:>10,} documents  {shards}")

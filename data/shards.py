@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from data.command import prepare_command
+from data.settings import Data
 
 FORMAT = 1
 TOKEN = np.dtype("<u2")
@@ -260,7 +261,7 @@ def _problem_of(manifest: Manifest) -> str | None:
     return None
 
 
-def open_dataset(directory: str | Path, verify: bool = True, settings: Mapping[str, Any] | None = None) -> Dataset:
+def open_dataset(directory: str | Path, verify: bool = True, settings: Data | None = None) -> Dataset:
     """Open a prepared directory and check what its manifest promises.
 
     The size of every shard is checked always. With `verify` its SHA-256 and its largest token are checked too, once:
@@ -273,7 +274,7 @@ def open_dataset(directory: str | Path, verify: bool = True, settings: Mapping[s
     """
     directory = Path(directory)
     if settings is not None:
-        require_name(settings["name"])
+        require_name(settings.name)
     command = prepare_command(settings) if settings is not None else "python -m data.prepare"
     if directory.exists() and not directory.is_dir():
         raise DataError(f"{directory} is a file; set data.dir to a directory")

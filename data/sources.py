@@ -1,9 +1,9 @@
 """Where text comes from. A source is a generator of (split, document), split being "train" or "val".
 
-A source takes its part of the configuration (configs/data/<name>.yaml) and imports what it needs when it is called.
+A source takes its settings (data/settings.py, configs/data/<name>.yaml) and imports what it needs when it is called.
 It is deterministic: the same configuration and the same inputs give the same documents in the same order. Validation
 comes first where that is possible, so that a cap on the training tokens (`max_tokens`) never cuts it. To add a
-source, write such a function, enter it in SOURCES, and describe it in a YAML file.
+source, write such a function and the dataclass of its settings, enter them in SOURCES and SETTINGS, and give the defaults in a YAML file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from data.settings import Data, FineWeb, OpenWebText, Stdlib, TextFiles
 from data.shards import DataError
 
 Document = tuple[str, str]  # (split, text)
@@ -45,7 +46,7 @@ NOT_LIBRARY = {
 MAX_VAL_MODULE = 1 << 18
 
 
-def stdlib(cfg: Mapping[str, Any]) -> Iterator[Document]:
+def stdlib(cfg: Stdlib) -> Iterator[Document]:
     """The sources, documentation strings included, of the running Python's standard library: one document a module.
 
     About 9 MB of English and Python that every machine has. Order and split follow from the SHA-256 of a module's
@@ -66,14 +67,14 @@ def stdlib(cfg: Mapping[str, Any]) -> Iterator[Document]:
             "with another Python, or use your own text: data=text data.files=<path>"
         )
     for rank, path in sorted(ranked):
-        is_val = rank < cfg["val_fraction"] and path.stat().st_size <= MAX_VAL_MODULE
+        is_val = rank < cfg.val_fraction and path.stat().st_size <= MAX_VAL_MODULE
         yield ("val" if is_val else "train"), path.read_text(encoding="utf-8", errors="replace")
 
 
 # --- local files ----------------------------------------------------------------------------------------------------
 
 
-def text(cfg: Mapping[str, Any]) -> Iterator[Document]:
+def text(cfg: TextFiles) -> Iterator[Document]:
     """Local files by glob: .txt, .jsonl and .parquet, plain or compressed (.gz, .xz, .bz2, .zst).
 
     .txt is read by ourselves, as `datasets` knows lines, paragraphs and whole files, but not documents between lines
@@ -82,20 +83,21 @@ def text(cfg: Mapping[str, Any]) -> Iterator[Document]:
     evenly spread from a beginning that `split_seed` decides. Files are taken in sorted order; empty documents are
     left out.
     """
-    if cfg["val_files"]:
-        val, train = _expand(cfg["val_files"], "val_files"), _expand(cfg["files"], "files")
+    if cfg.val_files:
+        val, train = _expand(cfg.val_files, "val_files"), _expand(cfg.files, "files")
         shared = {path.resolve() for path in val} & {path.resolve() for path in train}
         if shared:
             raise DataError(f"{min(shared)} is in data.files and in data.val_files; take it out of one of the two")
         yield from (("val", document) for document in _read_files(val, cfg))
         yield from (("train", document) for document in _read_files(train, cfg))
     else:
-        yield from _spread(_read_files(_expand(cfg["files"], "files"), cfg), cfg["val_fraction"], cfg["split_seed"])
+        yield from _spread(_read_files(_expand(cfg.files, "files"), cfg), cfg.val_fraction, cfg.split_seed)
 
 
-def input_files(cfg: Mapping[str, Any]) -> dict[str, int]:
+def input_files(cfg: Data) -> dict[str, int]:
     """The local files that `cfg` names and that exist, path → bytes; empty for a source that reads none."""
-    patterns = [pattern for key in ("files", "val_files") for pattern in _as_list(cfg.get(key))]
+    named = (cfg.files, cfg.val_files) if isinstance(cfg, TextFiles) else ()
+    patterns = [pattern for part in named for pattern in _as_list(part)]
     paths = {path for pattern in patterns for path in glob.glob(os.path.expanduser(pattern), recursive=True)}
     return {path: os.path.getsize(path) for path in sorted(paths) if os.path.isfile(path)}
 
@@ -128,15 +130,15 @@ def _spread(documents: Iterable[str], fraction: float, seed: int) -> Iterator[Do
         yield ("val" if picked else "train"), document
 
 
-def _read_files(paths: Iterable[Path], cfg: Mapping[str, Any]) -> Iterator[str]:
+def _read_files(paths: Iterable[Path], cfg: TextFiles) -> Iterator[str]:
     for path in paths:
         suffixes = [suffix.lower() for suffix in path.suffixes]
         compression = suffixes.pop() if suffixes and suffixes[-1] in OPENERS else ""
         kind = suffixes[-1] if suffixes else ""
         if kind in (".jsonl", ".json", ".parquet"):
-            documents = _read_rows(path, kind, cfg["column"])
+            documents = _read_rows(path, kind, cfg.column)
         elif kind in (".txt", ".text", ".md"):
-            documents = _read_text(path, compression, cfg["separator"])
+            documents = _read_text(path, compression, cfg.separator)
         else:
             known = "txt, jsonl and parquet, plain or with " + ", ".join(OPENERS)
             raise DataError(f"the kind of {path} is not known by its name; rename it or choose other files ({known})")
@@ -216,7 +218,7 @@ def _read_rows(path: Path, kind: str, column: str) -> Iterator[str]:
 # --- the Hugging Face Hub -------------------------------------------------------------------------------------------
 
 
-def openwebtext(cfg: Mapping[str, Any]) -> Iterator[Document]:
+def openwebtext(cfg: OpenWebText) -> Iterator[Document]:
     """OpenWebText in nanoGPT's split: test_size 0.0005, seed 2357, shuffled.
 
     Source: https://github.com/karpathy/nanoGPT/blob/master/data/openwebtext/prepare.py. `datasets` 4 dropped the
@@ -224,22 +226,22 @@ def openwebtext(cfg: Mapping[str, Any]) -> Iterator[Document]:
     Face cache.
     """
     errors = []
-    for revision in cfg["revisions"]:
+    for revision in cfg.revisions:
         try:
-            rows = _load(cfg["repository"], split="train", revision=revision, num_proc=os.cpu_count())
+            rows = _load(cfg.repository, split="train", revision=revision, num_proc=os.cpu_count())
             break
         except DataError as error:
             errors.append(str(error))
     else:
-        raise DataError(_unreachable(cfg["repository"], " | ".join(errors)))
+        raise DataError(_unreachable(cfg.repository, " | ".join(errors)))
     with _hub_errors():  # the shuffled order is written into the cache
-        halves = rows.train_test_split(test_size=cfg["val_fraction"], seed=cfg["split_seed"], shuffle=True)
+        halves = rows.train_test_split(test_size=cfg.val_fraction, seed=cfg.split_seed, shuffle=True)
     for split, part in (("val", "test"), ("train", "train")):
         for batch in halves[part].iter(batch_size=1000):
-            yield from ((split, document) for document in batch[cfg["column"]])
+            yield from ((split, document) for document in batch[cfg.column])
 
 
-def fineweb(cfg: Mapping[str, Any]) -> Iterator[Document]:
+def fineweb(cfg: FineWeb) -> Iterator[Document]:
     """FineWeb-Edu, streamed: nothing is kept on the disk but the shards. `max_tokens` ends the download early.
 
     Validation is the share `val_fraction` of the documents, evenly spread from a beginning that `split_seed` decides.
@@ -248,14 +250,14 @@ def fineweb(cfg: Mapping[str, Any]) -> Iterator[Document]:
 
     def documents() -> Iterator[str]:
         try:
-            rows = _load(cfg["repository"], name=cfg["subset"], split="train", streaming=True)
-            yield from (row[cfg["column"]] for row in rows)
+            rows = _load(cfg.repository, name=cfg.subset, split="train", streaming=True)
+            yield from (row[cfg.column] for row in rows)
         except DataError as error:
-            raise DataError(_unreachable(cfg["repository"], str(error))) from error
+            raise DataError(_unreachable(cfg.repository, str(error))) from error
         except Exception as error:  # a stream fails with whatever its network layer raises
-            raise DataError(_unreachable(cfg["repository"], f"{type(error).__name__}: {error}")) from error
+            raise DataError(_unreachable(cfg.repository, f"{type(error).__name__}: {error}")) from error
 
-    yield from _spread(documents(), cfg["val_fraction"], cfg["split_seed"])
+    yield from _spread(documents(), cfg.val_fraction, cfg.split_seed)
 
 
 def _load(repository: str, **options: Any) -> Any:
@@ -288,9 +290,12 @@ def _unreachable(repository: str, cause: str) -> str:
     )
 
 
-SOURCES: dict[str, Callable[[Mapping[str, Any]], Iterator[Document]]] = {
+SOURCES: dict[str, Callable[[Any], Iterator[Document]]] = {
     "stdlib": stdlib,
     "text": text,
     "openwebtext": openwebtext,
     "fineweb": fineweb,
 }
+
+SETTINGS = {"stdlib": Stdlib, "text": TextFiles, "openwebtext": OpenWebText, "fineweb": FineWeb}
+"""What each source is given."""

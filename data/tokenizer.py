@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Protocol
@@ -82,7 +82,7 @@ class GPT2Tokenizer:
         return b"".join(parts).decode("utf-8", "replace")
 
 
-TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
 @lru_cache
@@ -95,7 +95,7 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 def encode_documents(
     tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], threads: int, batch_chars: int = 1 << 20
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Generator[tuple[str, np.ndarray], None, None]:
     """Encode a stream of (split, text), in order, on `threads` threads and in bounded memory.
 
     Yields (split, ids (n,) uint16); each document is followed by `eot`. Documents are taken about a million characters
@@ -123,7 +123,8 @@ def encode_documents(
 
 def _batches(documents: Iterable[tuple[str, str]], batch_chars: int) -> Iterator[tuple[str, list[str]]]:
     """Consecutive documents of one split, until they hold `batch_chars` characters together."""
-    current, texts, chars = "", [], 0
+    current, chars = "", 0
+    texts: list[str] = []
     for split, text in documents:
         if texts and (split != current or chars >= batch_chars):
             yield current, texts

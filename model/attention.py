@@ -11,12 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim.casts import cast
+from optim.geonorm import cast
 
-HEAD_GATES = ("none", "token", "position")
 PG_OP_OVERHEAD = 0.016
 """Parameters of head gates, as a share of W_O, below which arXiv 2604.23681 states that PG-OP stays."""
-QK_CLIP_TARGETS = ("weights", "gain")
 
 # Rows of logits that QK-clip looks at together: bounds its memory at B·H·512·T numbers.
 _CLIP_ROWS = 512
@@ -84,6 +82,8 @@ class QKClip(nn.Module):
     def __init__(self, threshold: float, target: str, n_head: int) -> None:
         super().__init__()
         self.threshold, self.target = threshold, target
+        self.gain: Tensor | None
+        self.largest: Tensor
         self.register_buffer("gain", torch.ones(n_head, 1, 1) if target == "gain" else None)
         self.register_buffer("largest", torch.full((n_head,), -torch.inf), persistent=False)
 

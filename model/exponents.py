@@ -58,8 +58,8 @@ def near_collapse(model: GPT, batch: int, tokens: int, correlation: float, gener
     x_i = √ρ g + √(1 - ρ) z_i, with g common to a sequence; g and z_i standard normal.
     """
     d, embedding = model.config.n_embd, model.transformer
-    tables = [embedding[name].weight for name in ("wte", "wpe") if name in embedding]
-    scale = math.sqrt(sum(table.square().mean().item() for table in tables))
+    tables = [table for table in (embedding.wte, embedding.wpe) if table is not None]
+    scale = math.sqrt(sum(table.weight.square().mean().item() for table in tables))
     common, own = torch.randn(batch, 1, d, generator=generator), torch.randn(batch, tokens, d, generator=generator)
     x = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * own
     return embedding.entry(scale * x.to(embedding.wte.weight.device))
@@ -160,7 +160,7 @@ def closed_form(
     """
     config = model.config
     switched = config.qk_norm or config.logit_cap or config.head_gate != "none"
-    if config.residual["rule"] not in _PLAIN or switched or config.bias:
+    if config.residual.rule not in _PLAIN or switched or config.bias:
         raise ValueError(
             "the closed form is derived for residual=pre_norm, attention=plain and model.bias=false; measure this model instead"
         )

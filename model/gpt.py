@@ -2,99 +2,49 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import typing
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import PG_OP_OVERHEAD
+from model.config import GPTConfig
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import linear_cross_entropy
-from model.residual import ResidualRule, Stream, residual_problems, residual_rule
 from model.scale import StoredScale
-from optim.casts import cast
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT. The defaults are GPT-2 124M as nanoGPT trains it.
-
-    vocab_size may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units.
-    rope: rotary positions in place of the table of positions. mlp: a name of model.layers.MLPS. tied: whether the head is the embedding.
-    unit_weights: nGPT's matrices (arXiv 2410.01131), whose vectors of embedding space are to be kept at unit length, see
-        `GPT.unit_vectors`, with the learned scales s_qk, s_uv and s_z that this needs.
-    storage: the size at which s_qk and s_z are stored, see StoredScale; None for 1/√d. logit_scale: s_z at the start.
-    residual: the residual rule and its settings, see model.residual.
-    qk_norm, qk_clip (threshold of a logit; None: off), qk_clip_on, logit_cap (None: off), head_gate: see model/attention.py.
-    weight_scale: multiplies GPT-2's initial c_fc (σ_w of arXiv 2403.02579); residual_scale: its initial c_proj, which write into
-    the stream.
-    """
-
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = False
-    rope: bool = False
-    mlp: str = "gelu"
-    tied: bool = True
-    unit_weights: bool = False
-    storage: float | None = None
-    logit_scale: float = 1.0
-    residual: Mapping[str, Any] = field(default_factory=lambda: {"rule": "pre_norm"})
-    qk_norm: bool = False
-    qk_clip: float | None = None
-    qk_clip_on: str = "gain"
-    logit_cap: float | None = None
-    head_gate: str = "none"
-    weight_scale: float = 1.0
-    residual_scale: float = 1.0
-
-    def problems(self) -> list[str]:
-        """What does not fit together, each with its remedy; empty if nothing. Ranges of single values: training/settings.py."""
-        found = residual_problems(self.residual)
-        if self.n_embd % self.n_head:
-            found.append(
-                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them"
-            )
-        elif self.rope and self.n_embd // self.n_head % 2:
-            found.append(
-                f"model.rope turns pairs of channels, and a head has {self.n_embd // self.n_head}; make it even"
-            )
-        norm = "attention.qk_norm=true" if self.qk_norm else "model.unit_weights=true" if self.unit_weights else None
-        if norm and self.qk_clip and self.qk_clip_on == "weights":
-            found.append(
-                f"{norm} undoes what attention.qk_clip does to the weights; switch one off, or use attention.qk_clip_on=gain"
-            )
-        return found
-
-    @property
-    def stream(self) -> Stream:
-        """What a residual rule is told."""
-        radius = 1.0 if self.unit_weights else math.sqrt(self.n_embd)
-        return Stream(self.n_embd, self.n_layer, self.bias, radius)
+from optim.geonorm import cast
 
 
 class Block(nn.Module):
     """Attention and MLP, each joined to the stream by the residual rule."""
 
-    def __init__(self, config: GPTConfig, rule: ResidualRule, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = rule.join(config.stream, layer)
+        self.ln_1 = config.residual.join(config.stream, layer)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = rule.join(config.stream, layer)
+        self.ln_2 = config.residual.join(config.stream, layer)
         self.mlp = MLPS[config.mlp](config)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, T, d)."""
         x = self.ln_1(x, self.attn)
         return self.ln_2(x, self.mlp)
+
+
+class Transformer(nn.Module):
+    """Everything before the head; wpe is None with rotary positions."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.rope else nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.entry = config.residual.entry(config.stream)
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = typing.cast(Sequence[Block], blocks)
+        self.ln_f = config.residual.exit(config.stream)
 
 
 class GPT(nn.Module):
@@ -111,18 +61,7 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
-        rule = residual_rule(config.residual)
-        positions = {} if config.rope else {"wpe": nn.Embedding(config.block_size, config.n_embd)}
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                **positions,
-                "drop": nn.Dropout(config.dropout),
-                "entry": rule.entry(config.stream),
-                "h": nn.ModuleList(Block(config, rule, layer) for layer in range(config.n_layer)),
-                "ln_f": rule.exit(config.stream),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
@@ -131,7 +70,7 @@ class GPT(nn.Module):
         self.apply(self._init)
         for block in self.transformer.h:
             for sublayer in (block.attn, block.mlp):
-                rule.init(sublayer, config.stream)
+                config.residual.init(sublayer, config.stream)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.data.mul_(config.residual_scale)
@@ -156,6 +95,15 @@ class GPT(nn.Module):
         matrices = (name for name, p in self.named_parameters() if p.ndim == 2)
         return {name: 0 if name.endswith("c_proj.weight") else 1 for name in matrices}
 
+    def tied_names(self) -> dict[str, str]:
+        """Parameter name → the second name of the same weight."""
+        return {"transformer.wte.weight": "lm_head.weight"} if self.config.tied else {}
+
+    def clipped_names(self) -> list[str]:
+        """Matrices that QK-clip scales; none if it is off, or scales a gain beside them."""
+        clips = self.config.qk_clip and self.config.qk_clip_on == "weights"
+        return [name for name, _ in self.named_parameters() if name.endswith("c_attn.weight")] if clips else []
+
     def head_weight(self) -> Tensor:
         """The matrix (V, d) of the logits: the head's, with s_z multiplied in."""
         W = self.lm_head.weight
@@ -167,7 +115,7 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens exceeds model.block_size={self.config.block_size}; crop it")
         h = self.transformer.wte(x)
-        if not self.config.rope:
+        if self.transformer.wpe is not None:
             h = h + self.transformer.wpe(torch.arange(T, device=x.device))
         return self.transformer.entry(self.transformer.drop(h))
 
@@ -213,7 +161,8 @@ class GPT(nn.Module):
     def parameter_count(self, positions: bool = True) -> int:
         """Number of parameters, the tied head counted once; without the position table if `positions` is false."""
         total = sum(p.numel() for p in self.parameters())
-        return total if positions or self.config.rope else total - self.transformer.wpe.weight.numel()
+        table = self.transformer.wpe
+        return total if positions or table is None else total - table.weight.numel()
 
     def clip_logits(self) -> None:
         """QK-clip, if the configuration asks for it; to be called after every update."""

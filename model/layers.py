@@ -4,19 +4,15 @@ SwiGLU, and the scales that nGPT's unit weights need (arXiv 2410.01131)."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import HeadGate, QKClip, capped_attention, clip_head_weights
+from model.config import GPTConfig
 from model.scale import StoredScale
-from optim.casts import cast
-from optim.geonorm import to_sphere
-
-if TYPE_CHECKING:
-    from model.gpt import GPTConfig
+from optim.geonorm import cast, to_sphere
 
 ROTARY_BASE = 10_000.0
 
@@ -31,6 +27,8 @@ class Rotary(nn.Module):
         super().__init__()
         rate = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
         angle = torch.outer(torch.arange(block_size, dtype=torch.float64), rate)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", angle.cos().float(), persistent=False)  # (block_size, D/2)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
@@ -68,7 +66,9 @@ class CausalSelfAttention(nn.Module):
         """Queries, keys and values (B, H, T, D) of x (B, T, d), as the logits scale·q·k see them."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        if self.q_norm is not None:  # unit root mean square, times a learned gain (Henry et al., arXiv 2010.04245)
+        if (
+            self.q_norm is not None and self.k_norm is not None
+        ):  # unit root mean square, times a learned gain (Henry et al., arXiv 2010.04245)
             q, k = (cast(norm(cast(u, torch.float32)), v.dtype) for norm, u in ((self.q_norm, q), (self.k_norm, k)))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)

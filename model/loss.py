@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.casts import cast
+from optim.geonorm import cast
 
 # Up to this many logits (256 MiB in float32) one product is faster than chunks of _CHUNK_LOGITS.
 _FULL_LOGITS = 2**26
@@ -35,13 +35,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = cast(h[part] @ W.T, torch.float32)
             loss += F.cross_entropy(logits, y[part], reduction="sum")
-            if need:
+            if grad_h is not None and grad_W is not None:
                 probs = torch.softmax(logits, dim=-1)
                 probs.scatter_add_(1, y[part, None], torch.full_like(probs[:, :1], -1.0))
                 probs = cast(probs / h.size(0), h.dtype)
                 grad_h[part] = probs @ W
                 grad_W += probs.T @ h[part]
-        if need:
+        if grad_h is not None and grad_W is not None:
             ctx.save_for_backward(grad_h, cast(grad_W, W.dtype))
         return loss / h.size(0)
 

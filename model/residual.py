@@ -11,17 +11,19 @@ the flat rules are all GPT-2's LayerNorm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.scale import StoredScale
-from optim.casts import cast
-from optim.geonorm import DECAYS, geonorm_angle, retraction_angle, rotate, to_sphere
+from optim.geonorm import DECAYS, cast, geonorm_angle, retraction_angle, rotate, to_sphere
+
+Positive = Annotated[float, ("above", 0)]
+Decay = Annotated[str, ("options", tuple(DECAYS))]
 
 
 class Sublayer(Protocol):
@@ -49,10 +51,14 @@ class Stream:
 # ---- flat rules ----
 
 
+@dataclass(frozen=True)
 class ResidualRule:
-    """What a rule does where it does not say otherwise: nothing to the embedding, a final LayerNorm, GPT-2's initialisation."""
+    """What a rule does where it does not say otherwise: nothing to the embedding, a final LayerNorm, GPT-2's initialisation.
 
-    choices: ClassVar[Mapping[str, Collection[str]]] = {}
+    rule: its name in RESIDUAL_RULES.
+    """
+
+    rule: str
 
     def entry(self, stream: Stream) -> nn.Module:
         """What brings the embedding (B, T, d) into the stream."""
@@ -71,22 +77,6 @@ class ResidualRule:
         """Initialise a sublayer whose matrices are N(0, 0.02): the one that writes into the stream at 0.02/√(2L) (GPT-2)."""
         nn.init.normal_(sublayer.c_proj.weight, std=0.02 / math.sqrt(2 * stream.layers))
 
-    def problems(self) -> list[str]:
-        """What is wrong with the settings, each with its remedy."""
-        found = []
-        for name, kind in ((field.name, field.type) for field in fields(self)):
-            value, allowed = getattr(self, name), self.choices.get(name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if allowed is not None and not (isinstance(value, str) and value in allowed):
-                found.append(f"residual.{name} is {value!r}; choose one of {', '.join(allowed)}")
-            if kind == "bool" and not isinstance(value, bool):
-                found.append(f"residual.{name} is {value!r}; choose true or false")
-            optional = "None" in kind
-            if kind.startswith("float") and not (number and 0 < value <= 1e15) and not (optional and value is None):
-                remedy = "give a number above 0" + " (or null)" * optional
-                found.append(f"residual.{name} is {value!r}; {remedy}")
-        return found
-
 
 @dataclass(frozen=True)
 class PreNorm(ResidualRule):
@@ -99,7 +89,7 @@ class PreNorm(ResidualRule):
 class PreNormJoint(nn.LayerNorm):
     """x + f(LayerNorm(x))."""
 
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:  # type: ignore[override]  # a norm that is given the sublayer too
         return x + sublayer(super().forward(x))
 
 
@@ -110,7 +100,7 @@ class PostNormJoint(nn.LayerNorm):
         super().__init__(stream.width, bias=stream.bias)
         self.gain = gain
 
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:  # type: ignore[override]  # as above
         return super().forward(torch.add(sublayer(x), x, alpha=self.gain))
 
 
@@ -159,8 +149,7 @@ class SandwichNorm(ResidualRule):
     depth_gain: "none" (gain 1, as published) or "sqrt" (1/√(l+1), as a public port of GeoNorm's baselines has it).
     """
 
-    depth_gain: str
-    choices: ClassVar[Mapping[str, Collection[str]]] = {"depth_gain": ("none", "sqrt")}
+    depth_gain: Literal["none", "sqrt"]
 
     def join(self, stream: Stream, layer: int) -> nn.Module:
         return TwoNormJoint(stream, DECAYS[self.depth_gain](layer, stream.layers))
@@ -258,17 +247,10 @@ class _OnSphere(ResidualRule):
     final_norm: "none", or "rms": the same before the head. Default: none, for the same reason.
     """
 
-    embedding: str
-    radius: str
-    input_norm: str
-    final_norm: str
-    choices: ClassVar[Mapping[str, Collection[str]]] = {
-        "embedding": ("normalize", "none"),
-        "radius": ("auto", "sqrt_d", "unit"),
-        "input_norm": ("none", "rms"),
-        "final_norm": ("none", "rms"),
-        "decay": tuple(DECAYS),
-    }
+    embedding: Literal["normalize", "none"]
+    radius: Literal["auto", "sqrt_d", "unit"]
+    input_norm: Literal["none", "rms"]
+    final_norm: Literal["none", "rms"]
 
     def radius_of(self, stream: Stream) -> float:
         """The radius in numbers."""
@@ -297,7 +279,7 @@ class GeoNorm(_OnSphere):
     decay: how the angle shrinks with depth: a name of optim.geonorm.DECAYS. Default: harmonic, as in both ports.
     """
 
-    decay: str
+    decay: Decay
 
     def angle(self, layer: int, layers: int) -> nn.Module:
         return GeodesicAngle(DECAYS[self.decay](layer, layers))
@@ -312,8 +294,8 @@ class ProjSphere(_OnSphere):
     decay: how the step shrinks with depth: a name of DECAYS. Default: none, since the step is learned for each sublayer.
     """
 
-    alpha: float
-    decay: str
+    alpha: Positive
+    decay: Decay
 
     def angle(self, layer: int, layers: int) -> nn.Module:
         return RetractionAngle(self.alpha, 1.0, False, DECAYS[self.decay](layer, layers))
@@ -335,7 +317,7 @@ class PSphere(ProjSphere):
         at a finite p without saying which, or whether it is learned; ours starts at 2 and is learned.
     """
 
-    p: float
+    p: Positive
     learn_p: bool
 
     def angle(self, layer: int, layers: int) -> nn.Module:
@@ -363,8 +345,8 @@ class NGPT(_OnSphere):
     alpha: the step at the start. storage: the stored parameter's value at the start; null for 1/√d.
     """
 
-    alpha: float
-    storage: float | None
+    alpha: Positive
+    storage: Annotated[float | None, ("above", 0), ("null", "means 1/√n_embd")]
 
     def join(self, stream: Stream, layer: int) -> nn.Module:
         norm = GainNorm(stream.width, stream.radius) if self.input_norm == "rms" else nn.Identity()
@@ -387,21 +369,6 @@ RESIDUAL_RULES: dict[str, type[ResidualRule]] = {
 """Residual rules by the name that `residual=` gives; their settings stand in configs/residual."""
 
 
-def residual_problems(settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a rule and its settings, each with its remedy; empty if nothing is."""
-    name = settings.get("rule")
-    rule = RESIDUAL_RULES.get(name) if isinstance(name, str) else None
-    if rule is None:
-        return [f"residual.rule is {name!r}; choose one of {', '.join(RESIDUAL_RULES)}"]
-    wanted, given = {field.name for field in fields(rule)}, settings.keys() - {"rule"}
-    found = [f"residual.{name} is missing; give it, or choose residual={settings['rule']}" for name in wanted - given]
-    found += [
-        f"residual.{name} is no setting of {settings['rule']}; it has {', '.join(sorted(wanted)) or 'none'}"
-        for name in sorted(given - wanted)
-    ]
-    return found or residual_rule(settings).problems()
-
-
 def residual_rule(settings: Mapping[str, Any]) -> ResidualRule:
-    """The rule of settings without problems: `rule`, a name of RESIDUAL_RULES, and the rule's fields."""
-    return RESIDUAL_RULES[settings["rule"]](**{name: value for name, value in settings.items() if name != "rule"})
+    """The rule of plain settings without problems: `rule`, a name of RESIDUAL_RULES, and the rule's fields."""
+    return RESIDUAL_RULES[settings["rule"]](**settings)

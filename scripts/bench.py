@@ -76,7 +76,7 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
     contestants, flops = {}, {}
     for name, overrides in SETTINGS.items():
         cfg = compose(overrides)
-        rule = cfg["optim"]["muon"]["rule"]
+        rule = cfg.optim.muon.rule
         if rule["kind"] == "certified":  # by name, so that what is counted is what this device does
             rule["products"] = products_for(where, rule["products"]).precision
         optimizers = build_optimizers(matrices(layers, width, where), cfg)
@@ -230,12 +230,10 @@ def bench_scaling(options: dict[str, Any]) -> Rows:
     sizes = {"gpt2_124m": [], "gpt2_350m": [], "gpt2_774m": [], "1.5B": ["model=gpt2_774m", *WIDTH_1600]}
     for size, overrides in sizes.items():
         cfg = compose(["assignment=hetero", *(overrides or [f"model={size}"])])
-        rule = step_rule(cfg["optim"])
+        rule = step_rule(cfg.optim)
         with torch.device("meta"):
             shapes = {name: tuple(p.shape) for name, p in GPT(gpt_config(cfg)).named_parameters()}
-        matrices = [
-            row for row in assign(shapes, cfg["assignment"]["rules"], cfg["optim"]["always_adamw"]) if row.manifold
-        ]
+        matrices = [row for row in assign(shapes, cfg.assignment.rules, cfg.optim.always_adamw) if row.manifold]
         costs = [step_flops(rule, max(row.shape), min(row.shape), row.manifold) for row in matrices]
         numbers = [row.shape[0] * row.shape[1] for row in matrices]
         for world in (1, 2, 4, 8, 16, 32, 64):

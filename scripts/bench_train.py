@@ -21,6 +21,7 @@ from scripts.timing import NOT_MEASURED, PEAK, device, measure, median, peak_byt
 from training.build import Optimizers, build_optimizers, gpt_config
 from training.config import compose
 from training.run import compiled, device_name, resolve_device
+from training.settings import Settings
 from training.step import accumulate, clip
 
 Rows = list[dict[str, Any]]
@@ -30,16 +31,16 @@ _TRACED_STEPS = 2
 _KERNELS = 12
 
 
-def gradients_of(cfg: dict[str, Any], options: dict[str, Any]) -> tuple[GPT, int, Callable[[], Tensor]]:
+def gradients_of(cfg: Settings, options: dict[str, Any]) -> tuple[GPT, int, Callable[[], Tensor]]:
     """A configuration's model, the tokens of a step, and what computes and clips the gradients of random text and returns their norm."""
-    where, block = device(), cfg["model"]["block_size"]
+    where, block = device(), cfg.model.block_size
     micro = options["micro_batch_size"] or (32 if where.type == "cuda" else 2)
     windows = max(1, options["tokens"] // block // micro) * micro
     model = GPT(gpt_config(cfg)).to(where)
     _, dtype = resolve_device(cfg)
     autocast = torch.autocast(where.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     replica = compiled(model, cfg, where)
-    batch = torch.randint(cfg["model"]["vocab_size"], (windows, block + 1)).numpy().astype("uint16")
+    batch = torch.randint(cfg.model.vocab_size, (windows, block + 1)).numpy().astype("uint16")
 
     def gradients() -> Tensor:
         accumulate(replica, batch, micro, where, autocast)
@@ -151,15 +152,15 @@ def bench_probes(options: dict[str, Any]) -> Rows:
     """
     cfg = compose(["experiment=paper", *([f"model={options['model']}"] if options["model"] else [])])
     model, tokens, gradients = gradients_of(cfg, options)
-    shape = cfg["probe"]["windows"], cfg["model"]["block_size"]
-    watched = torch.randint(cfg["model"]["vocab_size"], shape, device=device())
+    shape = cfg.probe.windows, cfg.model.block_size
+    watched = torch.randint(cfg.model.vocab_size, shape, device=device())
 
     def step() -> None:
         gradients()
         model.zero_grad(set_to_none=True)
 
     times = measure({"step": step, "probe": lambda: probe(model, watched)}, options["repeats"] or 3)
-    whole = statistics.median(times["step"]) * cfg["global_batch_tokens"] / tokens
-    seconds, interval = statistics.median(times["probe"]), cfg["probe"]["interval"]
+    whole = statistics.median(times["step"]) * cfg.global_batch_tokens / tokens
+    seconds, interval = statistics.median(times["probe"]), cfg.probe.interval
     row = {"probe s": seconds, "step s": whole, "measured tokens": tokens, "probe.interval": interval}
     return [{**row, "share of training": f"{100 * seconds / (interval * whole):.3f}%", "all probe s": times["probe"]}]

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from scripts.analysis.study import Experiment, Study
 from scripts.command import UsageError, parse, run
-from training.launch import refusal
+from training.command import refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_KEYS = {  # keys of train.py that an experiment decides, and what to do instead

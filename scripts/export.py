@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,15 @@ def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"{target} cannot be written; name a file in an existing directory, such as gpt.pt")
     model, config, step = load_model(directory)
+    plain = vars(GPTConfig())
     foreign = [] if config["residual"]["rule"] == "pre_norm" else [f"residual={config['residual']['rule']}"]
     foreign += [
-        f"model.{key}={value}"
-        for key, value in config["model"].items()
-        if key not in NANOGPT and value != getattr(GPTConfig, key)
+        f"model.{key}={value}" for key, value in config["model"].items() if key not in NANOGPT and value != plain[key]
     ]
     if foreign:
         raise UsageError(
             f"{directory} was trained with {', '.join(foreign)}, which nanoGPT does not have; only GPT-2 itself can be exported"
         )
-    plain = asdict(GPTConfig())
     switched = [
         key for key in ("qk_norm", "qk_clip", "logit_cap", "head_gate") if config["attention"][key] != plain[key]
     ]

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
@@ -28,6 +27,7 @@ from training.checks import check
 from training.config import compose
 from training.data import open_data
 from training.log import read_records
+from training.settings import Settings
 
 RUNS = ("adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
 SETTINGS = [
@@ -59,7 +59,7 @@ class Race:
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)  # seconds a step, most seconds beside the steps
     compiled: bool = False  # whether this process has trained one of them
 
-    def config(self, name: str, steps: int) -> dict[str, Any]:
+    def config(self, name: str, steps: int) -> Settings:
         """The configuration of a run up to so many steps."""
         fixed = [f"assignment={name}", f"max_steps={steps}", f"schedule.decay_steps={self.most}"]
         return compose([*self.overrides, *fixed, "logger.mode=disabled", "resume=auto"])
@@ -81,10 +81,10 @@ class Race:
             self.note(name, cfg, steps - before, time.monotonic() - start)
             gc.collect()  # of this model, before the next one is made
 
-    def note(self, name: str, cfg: dict[str, Any], steps: int, seconds: float) -> None:
+    def note(self, name: str, cfg: Settings, steps: int, seconds: float) -> None:
         """Keep what a run cost: seconds a step by its last record, and the rest."""
         last = list(read_records(self.folder / name, "train"))[-1]
-        a_step = cfg["global_batch_tokens"] / last["tokens_per_s"]
+        a_step = cfg.global_batch_tokens / last["tokens_per_s"]
         _, before = self.costs.get(name, (0.0, 0.0))
         self.costs[name], self.compiled = (a_step, max(before, seconds - a_step * steps)), True
         (self.folder / "costs.json").write_text(json.dumps(self.costs, indent=2) + "\n")

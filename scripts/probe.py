@@ -37,6 +37,7 @@ from scripts.command import UsageError, parse, run
 from training.build import gpt_config
 from training.checkpoint import load
 from training.data import open_data
+from training.settings import read_sound
 
 HEADINGS = (
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
@@ -58,7 +59,7 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
     for path in found:
         loaded = load(path)
         config = loaded.state["config"]
-        model = GPT(gpt_config(config))
+        model = GPT(gpt_config(read_sound(config)[0]))
         model.load_state_dict(loaded.state["model"])
         yield loaded.step, model, config
 
@@ -97,7 +98,9 @@ def work(arguments: list[str]) -> int:
         raise UsageError("name one run and, if you like, windows= (at least 1) and figures=; see --help")
     directory = Path(others[0])
     for step, model, config in checkpoints(directory):
-        windows = validation_windows(open_data(config).val, config["model"]["block_size"], options["windows"])
+        windows = validation_windows(
+            open_data(read_sound(config)[0]).val, config["model"]["block_size"], options["windows"]
+        )
         x = torch.from_numpy(windows[:, :-1].astype("int64"))
         shape = model.config
         count = ambiguous_dimensions(x.numel(), shape.n_head, shape.n_embd // shape.n_head)

@@ -29,7 +29,7 @@ def tiny_data(tmp_path_factory):
         (folder / f"{name}.txt").write_text("\n".join(lines))
     files = [f"data.files=[{folder}/train.txt]", f"data.val_files=[{folder}/val.txt]"]
     overrides = ["data=text", *files, f"data.dir={folder}/prepared", "data.tokenizer=bytes"]
-    prepare(compose(overrides)["data"], progress=False)
+    prepare(compose(overrides).data, progress=False)
     return overrides
 
 

@@ -275,7 +275,7 @@ def test_stays_on_the_manifold_and_moves(manifold):
 
 def test_the_published_rules_state_can_be_resumed_by_this_one():
     params, optimizer = optimizer_of("stiefel")
-    published = step_rule(compose(["optim=paper"])["optim"])
+    published = step_rule(compose(["optim=paper"]).optim)
     groups = [{"params": params, "manifold": "stiefel"}]
     before = ManifoldMuon(groups, published, lr=0.05, momentum=0.95, nesterov=True, weight_decay=0.1)
     for one in (optimizer, before):

@@ -14,15 +14,16 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from data import shards, sources
-from data.command import CONFIGS, prepare_command
+from data.command import prepare_command
 from data.prepare import prepare
+from data.settings import Data
 from data.shards import DataError, open_dataset
 from data.tokenizer import get_tokenizer
 from training.config import compose
@@ -31,13 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOKS = [f"Book {i}.\n\nÉtude — 文字 number {i}.\n" + "word " * i for i in range(40)]
 
 
-def config(name: str, directory: Path, **changes) -> dict:
-    """The plain `data` group of configs/data/<name>.yaml with its directory in the test's folder."""
-    cfg = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text())
-    return {**cfg, "dir": str(directory / "prepared" / name), **changes}
+def config(name: str, directory: Path, **changes) -> Data:
+    """The settings of configs/data/<name>.yaml with its directory in the test's folder."""
+    return replace(compose([f"data={name}"]).data, **{"dir": str(directory / "prepared" / name), **changes})
 
 
-def text_config(tmp_path: Path, **changes) -> dict:
+def text_config(tmp_path: Path, **changes) -> Data:
     """`data=text` over BOOKS in one file, bytes, small shards."""
     (tmp_path / "books.txt").write_text("\n<|endoftext|>\n".join(BOOKS))
     defaults = {"files": str(tmp_path / "books.txt"), "tokenizer": "bytes", "shard_tokens": 1000, "val_fraction": 0.1}
@@ -156,9 +156,9 @@ def test_a_damaged_manifest_is_named(prepared, damage):
 def test_missing_data_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"python -m data\.prepare data=openwebtext$"):
-        open_dataset("data/prepared/openwebtext", settings=compose(["data=openwebtext"])["data"])
+        open_dataset("data/prepared/openwebtext", settings=compose(["data=openwebtext"]).data)
     with pytest.raises(DataError, match=r"python -m data\.prepare data=books data\.dir=elsewhere$"):
-        open_dataset("elsewhere", settings=compose(["data=books", "data.dir=elsewhere"])["data"])
+        open_dataset("elsewhere", settings=compose(["data=books", "data.dir=elsewhere"]).data)
     Path("elsewhere").mkdir()
     with pytest.raises(DataError, match=r"holds no manifest\.json, so it is not prepared data.* set data\.dir"):
         open_dataset("elsewhere")
@@ -170,7 +170,13 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch):
         ["data=openwebtext"],
         ["data=books", "data.tokenizer=bytes"],
         ["data=text", "data.name=mine", "data.files=corpus/**/*.txt", "data.val_files=[b.txt]"],
-        ["data=text", "data.name=1e3", "data.files=['a b.txt','c,d*.txt']", "data.separator=''", "data.column='null'"],
+        [
+            "data=text",
+            "data.name='1e3'",
+            "data.files=['a b.txt','c,d*.txt']",
+            "data.separator=''",
+            "data.column='null'",
+        ],
         ["data=text", "data.name='a|b $x'", "data.files=x.txt", "data.separator=null", "data.dir=/nowhere"],
         ["data=fineweb", "data.max_tokens=1000", "data.val_fraction=0.00001"],
         ["data=stdlib", "data.dir=somewhere/else", "data.auto_prepare=false"],
@@ -179,14 +185,14 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch):
 )
 def test_a_recommended_command_prepares_what_was_asked_for(overrides):
     """Pasted into a shell, the command composes the very settings."""
-    asked = compose(overrides)["data"]
+    asked = compose(overrides).data
     words = shlex.split(prepare_command(asked))
     assert words[:3] == ["python", "-m", "data.prepare"]
-    assert {**compose(words[3:])["data"], "auto_prepare": None} == {**asked, "auto_prepare": None}
+    assert replace(compose(words[3:]).data, auto_prepare=asked.auto_prepare) == asked
 
 
 def test_a_name_without_files_asks_for_them():
-    assert prepare_command(compose(["data=text", "data.name=mine"])["data"]) == (
+    assert prepare_command(compose(["data=text", "data.name=mine"]).data) == (
         "python -m data.prepare data=text data.name=mine 'data.files=your/folder/*.txt'"
     )
 
@@ -194,9 +200,9 @@ def test_a_name_without_files_asks_for_them():
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", None, 3])
 def test_a_name_stays_in_its_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    cfg = {**text_config(tmp_path), "name": name, "dir": f"data/prepared/{name}"}
+    cfg = replace(text_config(tmp_path), name=name, dir=f"data/prepared/{name}")
     before = sorted(tmp_path.rglob("*"))
-    for call in (lambda: prepare(cfg, progress=False), lambda: open_dataset(cfg["dir"], settings=cfg)):
+    for call in (lambda: prepare(cfg, progress=False), lambda: open_dataset(cfg.dir, settings=cfg)):
         with pytest.raises(DataError, match=r"data\.name=.* is not the name of a folder"):
             call()
     assert sorted(tmp_path.rglob("*")) == before
@@ -300,11 +306,11 @@ def test_changed_files_are_refused_and_removed_ones_are_not_needed(tmp_path, pre
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     cfg = text_config(tmp_path)
-    Path(cfg["dir"]).mkdir(parents=True)
-    (Path(cfg["dir"]) / "thesis.tex").write_text("years of work")
+    Path(cfg.dir).mkdir(parents=True)
+    (Path(cfg.dir) / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match="holds no manifest"):
         prepare(cfg, progress=False)
-    assert (Path(cfg["dir"]) / "thesis.tex").read_text() == "years of work"
+    assert (Path(cfg.dir) / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("cap", [1, 700, 1500])
@@ -317,8 +323,8 @@ def test_max_tokens_caps_training_only(tmp_path, prepared, cap):
     assert capped.val.tokens > 0
 
 
-def nothing_left(cfg: dict) -> bool:
-    return not os.listdir(Path(cfg["dir"]).parent)
+def nothing_left(cfg: Data) -> bool:
+    return not os.listdir(Path(cfg.dir).parent)
 
 
 def test_a_full_disk_leaves_nothing_and_says_how_much(tmp_path, monkeypatch):
@@ -362,7 +368,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, error):
     assert nothing_left(cfg)
 
 
-def killed_half_way(cfg: dict) -> None:
+def killed_half_way(cfg: Data) -> None:
     def source(settings):
         for _ in range(4):
             yield "train", "x" * (1 << 20)
@@ -379,7 +385,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    (left,) = Path(cfg["dir"]).parent.iterdir()
+    (left,) = Path(cfg.dir).parent.iterdir()
     assert any(left.iterdir())
     directory = prepare(cfg, progress=False)
     assert os.listdir(directory.parent) == [directory.name]
@@ -407,7 +413,7 @@ def test_processes_that_prepare_at_once_wait_for_the_first(tmp_path, monkeypatch
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert calls.value == 1
-    assert os.listdir(Path(cfg["dir"]).parent) == ["text"]
+    assert os.listdir(Path(cfg.dir).parent) == ["text"]
 
 
 def test_the_lock_is_gone_with_the_preparation(prepared):

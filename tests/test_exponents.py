@@ -110,7 +110,7 @@ def test_ngpt_is_measured_as_training_begins_with_it(experiment):
 
 @pytest.mark.parametrize("rule", ["ngpt", "geonorm", "proj_sphere", "pre_norm"])
 def test_a_stream_on_a_sphere_stays_there_at_any_strength(rule):
-    model = random_gpt(0, residual=compose([f"residual={rule}"])["residual"])
+    model = random_gpt(0, residual=compose([f"residual={rule}"]).residual)
     x = near_collapse(model, 2, TOKENS, 0.9, torch.Generator().manual_seed(0))
     for strength, skip in ((0.5, "normalised"), (2.0, "one")):
         lengths = [torch.linalg.vector_norm(X, dim=-1) for X in streams(model, x, strength, skip)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,15 +126,15 @@ def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
 
     def train(cfg, directory):
         begun = max((int(p.name[5:]) for p in directory.glob("checkpoints/step_*")), default=0)
-        now[0] += 3 + cfg["max_steps"] - begun
-        trained.append((directory.name, cfg["max_steps"]))
-        (directory / "checkpoints" / f"step_{cfg['max_steps']:08d}").mkdir(parents=True)
-        record = {"kind": "train", "step": cfg["max_steps"], "tokens_per_s": float(cfg["global_batch_tokens"])}
+        now[0] += 3 + cfg.max_steps - begun
+        trained.append((directory.name, cfg.max_steps))
+        (directory / "checkpoints" / f"step_{cfg.max_steps:08d}").mkdir(parents=True)
+        record = {"kind": "train", "step": cfg.max_steps, "tokens_per_s": float(cfg.global_batch_tokens)}
         (directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
     def compose(overrides):
         steps = next(int(o.removeprefix("max_steps=")) for o in overrides if o.startswith("max_steps="))
-        return {"max_steps": steps, "global_batch_tokens": 128}
+        return SimpleNamespace(max_steps=steps, global_batch_tokens=128)
 
     monkeypatch.setattr(gpu_runs, "train", train)
     monkeypatch.setattr(gpu_runs, "compose", compose)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,14 @@ from harness import TORCHRUN, finish, records, start_ranks, train_in_process
 
 from training import launch
 from training.checkpoint import load_newest
+from training.command import refusal
 from training.config import compose
 from training.ranks import LostRanks, Ranks
 from training.signals import Stopped, StopSignal
 from training.sweep import directory_name, plan_job
 from training.validate import ConfigError
 
-SETTINGS = {"device": "cpu", "dtype": "auto", "launcher": {"nproc": 2, "timeout_s": 60}}
+SETTINGS = compose(["device=cpu", "launcher.nproc=2", "launcher.timeout_s=60"])
 HAS_SUBMITIT = importlib.util.find_spec("submitit") is not None
 HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
 
@@ -71,7 +73,7 @@ def test_one_process_talks_to_itself():
 
 
 def fall_silent(how):
-    ranks = Ranks.init({**SETTINGS, "launcher": {"nproc": 2, "timeout_s": 3}})
+    ranks = Ranks.init(replace(SETTINGS, launcher=replace(SETTINGS.launcher, timeout_s=3)))
     ranks.barrier()
     if ranks.rank == 1:
         time.sleep(30)
@@ -123,7 +125,7 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost():
 def stop_one(cfg, directory):
     """A rank that is stopped, while the other is busy."""
     if os.environ["RANK"] == "1":
-        raise Stopped(cfg["signal"])
+        raise Stopped(signal.SIGUSR2)
     time.sleep(60)
 
 
@@ -132,7 +134,7 @@ def test_the_parent_of_ranks_learns_of_their_end_and_passes_it_on():
     before = signal.signal(signal.SIGUSR2, lambda signum, _: heard.append(signum))
     try:
         with pytest.raises(Stopped) as caught:
-            launch.launch(stop_one, {**SETTINGS, "signal": signal.SIGUSR2}, None)
+            launch.launch(stop_one, SETTINGS, None)
         assert caught.value.code == 140
         assert heard == [signal.SIGUSR2]  # so that submitit, which listens to it, requeues the job
         signal.raise_signal(signal.SIGUSR2)
@@ -194,9 +196,9 @@ def test_a_plugin_that_is_not_installed_is_named(tmp_path, monkeypatch, others_a
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     importlib.invalidate_caches()
     assert (importlib.util.find_spec("hydra_plugins") is not None) == others_are_installed
-    assert "pip install -e '.[slurm]'" in launch.refusal(["-m", "hydra/launcher=submitit_slurm"])
-    assert "pip install -e '.[hpo]'" in launch.refusal(["-m", "hydra/sweeper=optuna"])
-    assert launch.refusal(["-m", "seed=1,2"]) is None
+    assert "pip install -e '.[slurm]'" in refusal(["-m", "hydra/launcher=submitit_slurm"])
+    assert "pip install -e '.[hpo]'" in refusal(["-m", "hydra/sweeper=optuna"])
+    assert refusal(["-m", "seed=1,2"]) is None
 
 
 def test_endings_cross_between_processes():
@@ -207,7 +209,7 @@ def test_endings_cross_between_processes():
 
 
 def test_a_sweep_under_torchrun_is_refused(tmp_path):
-    assert launch.refusal(["-m", "seed=1,2"]) is None
+    assert refusal(["-m", "seed=1,2"]) is None
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     words = [sys.executable, str(ROOT / "train.py"), "-m", "seed=1,2", "assignment.rules={attn: stiefel}"]
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
@@ -260,15 +262,15 @@ def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fa
 
 def test_a_job_whose_directory_holds_another_run_is_refused(tiny, tmp_path):
     cfg = compose([*tiny, "assignment=adamw", "max_steps=5"])
-    run, going_on = tmp_path / "run", {**cfg, "resume": "auto"}
+    run, going_on = tmp_path / "run", replace(cfg, resume="auto")
     assert plan_job(cfg, run) == (going_on, None)
     assert finish(start_ranks(1, train_in_process, cfg)) == [0]
     planned, best = plan_job(cfg, run)
     assert planned == going_on and best == records(run)[-1]["best_val_loss"]
     with pytest.raises(ConfigError, match=r"grad_clip: 1.0 → 2.0.*choose a sweep.name"):
-        plan_job({**cfg, "grad_clip": 2.0}, run)
+        plan_job(replace(cfg, grad_clip=2.0), run)
     with pytest.raises(ConfigError, match=r"sweep.resume=true"):
-        plan_job({**cfg, "sweep": {**cfg["sweep"], "resume": False}}, run)
+        plan_job(replace(cfg, sweep=replace(cfg.sweep, resume=False)), run)
 
 
 # ---- clusters, searches, W&B ----
@@ -364,7 +366,7 @@ def test_the_wandb_sweep_gives_valid_runs(monkeypatch):
     from training.checks import check
 
     check(cfg)
-    assert cfg["output_dir"] == "outputs/wandb_sweep/abc123" and cfg["logger"]["mode"] == "online"
+    assert cfg.output_dir == "outputs/wandb_sweep/abc123" and cfg.logger.mode == "online"
 
 
 def test_a_timer_that_cannot_join_itself_is_not_heard_of():

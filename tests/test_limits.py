@@ -149,7 +149,7 @@ def written_run(directory, cfg, **records):
 
 
 def test_a_table_keeps_its_columns_whatever_runs_are_called(tmp_path):
-    plain = compose(["assignment=hetero"])
+    plain = compose(["assignment=hetero"]).plain()
     for i, name in enumerate(NAMES):
         written_run(tmp_path / str(i), {**plain, "assignment": {**plain["assignment"], "name": name}})
     groups = [[read_run(tmp_path / str(i))] for i in range(len(NAMES))]
@@ -176,7 +176,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_foreign_configuration_is_a_message(tmp_path, capsys, kind):
-    written_run(tmp_path / "run", compose())
+    written_run(tmp_path / "run", compose().plain())
     (tmp_path / "run/config.yaml").write_text(CONFIGS[kind])
     assert report.main([str(tmp_path)]) == 2
     err = capsys.readouterr().err
@@ -186,14 +186,14 @@ def test_a_foreign_configuration_is_a_message(tmp_path, capsys, kind):
 @pytest.mark.parametrize("content", ["[1]", "{", "[" * 100_000, "\udcff"], ids=["list", "torn", "nested", "bytes"])
 @pytest.mark.parametrize("name", ["environment.json", "cost.json"])
 def test_foreign_side_files_are_a_message(tmp_path, capsys, name, content):
-    run = written_run(tmp_path / "run", compose())
+    run = written_run(tmp_path / "run", compose().plain())
     (run / name).write_text(content, errors="surrogateescape")
     assert report.main([str(tmp_path)]) == 2
     assert str(run) in capsys.readouterr().err
 
 
 def test_foreign_records_are_left_out_and_counted(tmp_path, capsys):
-    run = written_run(tmp_path / "run", compose())
+    run = written_run(tmp_path / "run", compose().plain())
     good = [
         {"kind": "eval", "step": 4, "loss": 2.5},
         {"kind": "spectra", "step": 4, "name": "h.0.attn.w", "sigma": [2.0, 1.0]},
@@ -215,7 +215,7 @@ def test_foreign_records_are_left_out_and_counted(tmp_path, capsys):
 
 
 def test_side_files_do_not_make_a_run_of_their_own(tmp_path, capsys):
-    run = written_run(tmp_path / "run", compose())
+    run = written_run(tmp_path / "run", compose().plain())
     shutil.copy(run / "metrics.jsonl", run / "metrics.jsonl.1.old")
     shutil.copy(run / "metrics.jsonl", run / "metrics.jsonl.damaged")
     assert report.main([str(tmp_path)]) == 0

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from harness import finish, records, start, start_ranks, train_as_rank, wait_unt
 
 from scripts import reproduce
 from train import train
-from training import launch
 from training.checks import check
+from training.command import refusal
 from training.config import compose
 from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import RunLog
@@ -28,9 +29,7 @@ from training.signals import Stopped
 from training.sweep import note_failure
 from training.validate import ConfigError
 
-NEVER, AUTO = (
-    {"output_dir": None, "name": None, "resume": r, "assignment": {"name": "Hetero-Inv"}} for r in ("never", "auto")
-)
+NEVER, AUTO = (compose(["assignment=hetero_inv", f"resume={r}"]) for r in ("never", "auto"))
 
 
 def write_run(directory, name=None, when=None):
@@ -107,7 +106,7 @@ def claim_at(moment, cfg, where, number):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_of_eight_that_claim_at_once_each_has_its_own(tmp_path, given):
-    cfg = {**NEVER, "output_dir": "run" if given else None}
+    cfg = replace(NEVER, output_dir="run" if given else None)
     moment = time.time() + 1.5
     assert set(finish([start(claim_at, moment, cfg, str(tmp_path), n) for n in range(8)])) == {0}
     claimed = [p.read_text() for p in tmp_path.glob("*.claimed")]
@@ -134,11 +133,11 @@ def test_any_name_of_a_directory_is_taken_up_again(day, name):
     write_run(day / f"{name}.3", f"{name}.3", when=3000)  # the first of a name that looks like the third of ours
     (day / f"{name}.4").mkdir()  # nothing in it
     (day / f"{name}.5").touch()
-    with claim({**AUTO, "name": name}) as lock:
+    with claim(replace(AUTO, name=name)) as lock:
         assert lock.directory == newest
         with pytest.raises(InUse):
-            claim({**AUTO, "name": name})
-    with claim({**NEVER, "name": name}) as lock:
+            claim(replace(AUTO, name=name))
+    with claim(replace(NEVER, name=name)) as lock:
         assert lock.directory.parent != day and lock.directory.name == name
 
 
@@ -159,7 +158,7 @@ def test_names_that_leave_their_folder_are_refused(tiny, tmp_path, name):
     for key in ("name", "sweep.name"):
         with pytest.raises(ConfigError, match=rf"- {key} (is|has)"):
             check(compose([*tiny, f"{key}={name}"]))
-        refused = launch.refusal(["-m", "seed=1,2", f"{key}={name}"])
+        refused = refusal(["-m", "seed=1,2", f"{key}={name}"])
         assert (refused is None) == (key == "name")
     assert not any(tmp_path.iterdir())
 
@@ -169,9 +168,9 @@ def test_a_directory_that_cannot_be_written_is_a_message(tmp_path):
     (tmp_path / "nowhere").symlink_to("missing")
     for place in ("file", "file/run", "nowhere", "nowhere/run", "x" * 300):
         with pytest.raises(ConfigError, match=r"cannot be written to .*choose another output_dir"):
-            claim({**NEVER, "output_dir": str(tmp_path / place)})
+            claim(replace(NEVER, output_dir=str(tmp_path / place)))
     with pytest.raises(ConfigError, match="File name too long"):
-        claim({**NEVER, "output_dir": str(tmp_path / "new" / ("x" * 300))})
+        claim(replace(NEVER, output_dir=str(tmp_path / "new" / ("x" * 300))))
     assert {p.name for p in tmp_path.iterdir()} == {"file", "nowhere"}
 
 
@@ -194,14 +193,14 @@ def test_a_live_run_is_left_alone(tiny, tmp_path, capsys):
         before = everything(run)
         for resume in ("auto", "never", str(run / "checkpoints" / "step_00000005")):
             with pytest.raises(InUse):
-                train({**cfg, "resume": resume, "max_steps": 10})
+                train(replace(cfg, resume=resume, max_steps=10))
         note_failure(run, ValueError("not of this run"))
         assert everything(run) == before
         done = run_train(*tiny, "max_steps=10", "resume=auto", cwd=tmp_path)
         assert done.returncode == 2 and f"is in use by process {os.getpid()} on" in done.stderr
         assert "Traceback" not in done.stderr and done.stderr.count("in use") == 1
         assert everything(run) == before
-    train({**cfg, "resume": "auto"})
+    train(replace(cfg, resume="auto"))
 
 
 def test_a_run_that_was_killed_before_it_wrote_its_end_writes_it(tiny, tmp_path):
@@ -209,7 +208,7 @@ def test_a_run_that_was_killed_before_it_wrote_its_end_writes_it(tiny, tmp_path)
     best, whole = train(cfg), (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join(whole[:-1]))
     for _ in range(2):
-        assert train({**cfg, "resume": "auto"}) == best
+        assert train(replace(cfg, resume="auto")) == best
         assert [r["kind"] for r in records(run)] == [json.loads(line)["kind"] for line in whole]
         assert records(run)[-1]["best_val_loss"] == best
 
@@ -223,7 +222,7 @@ def test_ranks_learn_of_a_refusal(tiny, tmp_path):
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(tiny, tmp_path, monkeypatch):
-    cfg = {**compose(tiny), "resume": str(tmp_path / "none")}
+    cfg = replace(compose(tiny), resume=str(tmp_path / "none"))
     with pytest.raises(Exception, match="no checkpoint"):
         train(cfg)
     monkeypatch.setattr("train.Run.__init__", lambda *_: signal.raise_signal(signal.SIGTERM))

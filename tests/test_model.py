@@ -30,7 +30,7 @@ def tokens():
 def test_sizes(size, millions):
     cfg = compose([f"model={size}"])
     with torch.device("meta"):
-        count = GPT(GPTConfig(**cfg["model"])).parameter_count()
+        count = GPT(GPTConfig(**vars(cfg.model))).parameter_count()
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
 
 
@@ -136,7 +136,9 @@ def test_generate(model, tokens):
 
 def test_impossible_shapes_are_refused_with_every_reason():
     with pytest.raises(ValueError, match=r"n_embd=30 is not divisible by model.n_head=4") as caught:
-        GPT(GPTConfig(n_embd=30, n_head=4, residual={"rule": "none"}))
-    assert "residual.rule" in str(caught.value)
+        GPT(GPTConfig(n_embd=30, n_head=4, qk_norm=True, qk_clip=1.0, qk_clip_on="weights"))
+    assert "attention.qk_norm=true undoes" in str(caught.value)
+    with pytest.raises(TypeError, match="a GPT has no setting n_emb"):
+        GPTConfig(n_emb=32)
     with pytest.raises(ValueError, match="exceeds"):
         GPT(TINY)(torch.zeros(1, 17, dtype=torch.long))

@@ -53,7 +53,7 @@ def commands(block):
 def little_stdlib(tmp_path_factory):
     """Overrides naming the default data, cut short."""
     overrides = ["data.max_tokens=20000", f"data.dir={tmp_path_factory.mktemp('data')}/stdlib"]
-    prepare(compose(overrides)["data"], progress=False)
+    prepare(compose(overrides).data, progress=False)
     return overrides
 
 
@@ -119,7 +119,7 @@ def test_what_needs_another_machine_is_a_valid_configuration_as_it_stands(needs)
         overrides = [re.sub(r"^(assignment=\w+),.*", r"\1", word) for word in overrides]  # of a sweep, its first job
         cfg = compose([word for word in overrides if not word.startswith(own)])
         if "data.prepare" not in words:
-            train.check(cfg, cfg["launcher"]["nproc"])
+            train.check(cfg, cfg.launcher.nproc)
 
 
 # ---- several devices ----
@@ -160,7 +160,7 @@ def check_cluster_sweep(words, tiny):
     key, _, choices = swept.partition("=")
     for choice in choices.split(","):
         cfg = compose([*common, f"{key}={choice}", *tiny])
-        assert cfg["launcher"]["nproc"] == 2
+        assert cfg.launcher.nproc == 2
         train.check(cfg, 2)
     if importlib.util.find_spec("submitit") is not None:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
@@ -252,7 +252,7 @@ def test_commands_for_your_own_text_run(tmp_path, monkeypatch, capsys):
         )
     printed = capsys.readouterr().out
     assert "mine in data/prepared/mine" in printed and "best validation loss" in printed
-    assert compose(["data=text", "data.name=mine", "model=mini", "experiment=one_gpu"])["model"]["n_embd"] == 384
+    assert compose(["data=text", "data.name=mine", "model=mini", "experiment=one_gpu"]).model.n_embd == 384
 
 
 # ---- Python ----
@@ -293,7 +293,7 @@ def check_training(rules, rule, added):
     """Three steps of a model by either step rule: certified, and every weight on its manifold."""
     torch.manual_seed(0)
     cfg = compose(["model=demo", f"optim={rule}", "assignment=custom", f"assignment.rules={rules}"])
-    model = GPT(GPTConfig(**cfg["model"]))
+    model = GPT(GPTConfig(**vars(cfg.model)))
     optimizers = build_optimizers(model, cfg)
     optimizers.watch(True)
     for _ in range(3):
@@ -371,7 +371,7 @@ def mean_loss(file, **wanted):
 
 CLAIMS = {  # numbers with decimals in the README's prose: what they say, and where it is known from
     "0.8": lambda: GPT(gpt_config(compose())).parameter_count() / 1e6,
-    "0.5": lambda: compose()["stability"]["max_rise"],
+    "0.5": lambda: compose().stability.max_rise,
     "2.386": lambda: mean_loss("crossing/table.json", assignment="unconstrained", residual="geonorm"),
     "2.433": lambda: mean_loss("crossing/table.json", assignment="unconstrained", residual="pre_norm"),
     "2.431": lambda: mean_loss("crossing/table.json", assignment="all_dgram", residual="geonorm"),

@@ -1,6 +1,7 @@
 """Every remedy keeps its promise: logits bounded, gates that begin as the identity, column norms capped, rates and blocks by pattern."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_learning_rates_by_pattern_scale_the_step():
         torch.manual_seed(0)
         model = tiny_gpt()
         cfg = compose(["assignment=unconstrained", "optim=manifold_muon", f"optim.muon.lr_scale={{attn: {scale}}}"])
-        optimizers = build_optimizers(model, {**cfg, "compile": False})
+        optimizers = build_optimizers(model, cfg)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         x = torch.randint(40, (2, 17), generator=torch.Generator().manual_seed(0))
         model(x[:, :-1], x[:, 1:])[1].backward()
@@ -204,7 +205,7 @@ def test_learning_rates_by_pattern_scale_the_step():
 def test_blocks_put_every_head_on_the_manifold_by_itself():
     cfg = compose(["assignment=all_stiefel", "optim=manifold_muon", "optim.muon.blocks={c_attn: 6}"])
     model = tiny_gpt()
-    optimizers = build_optimizers(model, {**cfg, "compile": False})
+    optimizers = build_optimizers(model, cfg)
     x = torch.randint(40, (2, 17))
     for _ in range(3):
         model(x[:, :-1], x[:, 1:])[1].backward()
@@ -270,7 +271,7 @@ def test_every_switch_trains_and_resumes_bitwise(tiny, tmp_path, attention):
     straight, halved = tmp_path / "straight", tmp_path / "halved"
     train(compose([*common, f"output_dir={straight}", "max_steps=10"]))
     first = compose([*common, f"output_dir={halved}", "max_steps=10"])
-    train({**first, "max_steps": 5})
+    train(replace(first, max_steps=5))
     train(compose([*common, f"output_dir={halved}", "max_steps=10", "resume=auto"]))
     a, b = load_model(straight)[0].state_dict(), load_model(halved)[0].state_dict()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -290,7 +291,7 @@ def test_a_model_with_switches_is_not_exported_as_gpt2(tiny, tmp_path):
 
 def test_every_remedy_composes_and_the_plain_run_has_none():
     plain = compose(["experiment=mechanism", "assignment=all_dgram"])
-    assert gpt_config(plain) == GPTConfig(**plain["model"])
+    assert gpt_config(plain) == GPTConfig(**vars(plain.model))
     for name, overrides in mechanism.REMEDIES.items():
         cfg = compose(["experiment=mechanism", "assignment=all_dgram", *overrides])
         check(cfg)

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.gpt import GPT, GPTConfig
-from model.residual import RESIDUAL_RULES, Stream, residual_problems, residual_rule
+from model.residual import RESIDUAL_RULES, Stream, residual_rule
 from training.build import build_optimizers
 from training.checks import check
 from training.config import compose
+from training.fields import Section
+from training.settings import Settings
 from training.validate import ConfigError
 
 RULES = list(RESIDUAL_RULES)
@@ -20,6 +22,7 @@ SPHERE = ["geonorm", "proj_sphere", "cayley_sphere", "p_sphere", "ngpt"]
 ASSIGNMENTS = ["adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv"]
 WIDTH, LAYERS, LAYER = 16, 4, 1
 STREAM = Stream(WIDTH, LAYERS, bias=False, radius=math.sqrt(WIDTH))
+RESIDUAL = Section(Settings).kinds["residual"]
 TINY = {"block_size": 8, "vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": WIDTH}
 
 
@@ -29,7 +32,11 @@ def composed(*overrides):
 
 
 def settings(name, **changed):
-    return {**composed(f"residual={name}")["residual"], **changed}
+    return {**composed(f"residual={name}").plain()["residual"], **changed}
+
+
+def rule_of(name, **changed):
+    return residual_rule(settings(name, **changed))
 
 
 def sublayer(seed=0, scale=1.0):
@@ -73,13 +80,13 @@ FORMULAS = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_is_its_formula(rule):
-    joint, x, f = residual_rule(settings(rule)).join(STREAM, LAYER), on_sphere(), sublayer()
+    joint, x, f = rule_of(rule).join(STREAM, LAYER), on_sphere(), sublayer()
     assert torch.allclose(joint(x, f), FORMULAS[rule](x, f), atol=2e-6)
 
 
 def test_settings_change_what_they_say():
     x, f = on_sphere(), sublayer()
-    join = lambda rule, **changed: residual_rule(settings(rule, **changed)).join(STREAM, LAYER)(x, f)  # noqa: E731
+    join = lambda rule, **changed: rule_of(rule, **changed).join(STREAM, LAYER)(x, f)  # noqa: E731
     assert torch.allclose(
         join("sandwich_norm", depth_gain="sqrt"), x + norm(f(norm(x))) / math.sqrt(LAYER + 1), atol=1e-6
     )
@@ -91,7 +98,7 @@ def test_settings_change_what_they_say():
         geodesic(x, f(x), lambda t: t.clamp_max(math.pi / 4)),
         atol=2e-6,
     )
-    unit_stream = residual_rule(settings("geonorm", radius="unit", input_norm="rms")).join(STREAM, LAYER)
+    unit_stream = rule_of("geonorm", radius="unit", input_norm="rms").join(STREAM, LAYER)
     assert torch.allclose(unit_stream(x / 4, f).norm(dim=-1), torch.ones(2, 5), atol=1e-6)
 
 
@@ -103,9 +110,9 @@ def test_first_order_is_pre_norms_euler_step_in_the_tangent_direction(rule):
         x, direction, gaps = on_sphere(), sublayer()(on_sphere()), []
         for e in (1e-2, 1e-3):
             if rule == "ngpt":  # its step is alpha, toward a point on the sphere
-                joint, g, step = residual_rule(settings(rule, alpha=e)).join(STREAM, 0), 4 * unit(direction), e
+                joint, g, step = rule_of(rule, alpha=e).join(STREAM, 0), 4 * unit(direction), e
             else:
-                joint, g, step = residual_rule(settings(rule)).join(STREAM, 0), e * direction, 1.0
+                joint, g, step = rule_of(rule).join(STREAM, 0), e * direction, 1.0
             v = step * (g - (x * g).sum(-1, keepdim=True) / WIDTH * x)
             gaps.append((joint.double()(x, lambda _, g=g: g) - x - v).norm().item())
         assert gaps[1] / gaps[0] == pytest.approx(1e-2, rel=0.1)
@@ -117,10 +124,10 @@ def test_first_order_is_pre_norms_euler_step_in_the_tangent_direction(rule):
 @pytest.mark.parametrize("rule", SPHERE)
 def test_the_stream_keeps_its_length_through_48_layers(rule, dtype):
     deep = Stream(WIDTH, 48, bias=False, radius=math.sqrt(WIDTH))
-    x = residual_rule(settings(rule)).entry(deep)(torch.randn(2, 50, WIDTH)).to(dtype)
+    x = rule_of(rule).entry(deep)(torch.randn(2, 50, WIDTH)).to(dtype)
     errors = []
     for layer in range(48):
-        joint, f = residual_rule(settings(rule)).join(deep, layer), sublayer(layer, scale=2.0)
+        joint, f = rule_of(rule).join(deep, layer), sublayer(layer, scale=2.0)
         for _ in range(2):
             x = joint(x, lambda h, f=f: f(h.float()).to(dtype))
             errors.append((x.double().norm(dim=-1) / 4 - 1).abs().max().item())
@@ -131,14 +138,14 @@ def test_the_stream_keeps_its_length_through_48_layers(rule, dtype):
 
 @pytest.mark.parametrize("rule", SPHERE)
 def test_gradcheck(rule):
-    joint, f = residual_rule(settings(rule)).join(STREAM, LAYER).double(), torch.nn.Linear(WIDTH, WIDTH).double()
+    joint, f = rule_of(rule).join(STREAM, LAYER).double(), torch.nn.Linear(WIDTH, WIDTH).double()
     x = on_sphere(n=1).double()[:1].requires_grad_()
     parameters = [p for p in joint.parameters() if p.requires_grad]
     assert torch.autograd.gradcheck(lambda x, *_: joint(x, f), (x, *parameters))
 
 
 def test_unit_weights_are_given_a_unit_stream():
-    model = GPT(GPTConfig(**TINY, unit_weights=True, residual=settings("geonorm")))
+    model = GPT(GPTConfig(**TINY, unit_weights=True, residual=rule_of("geonorm")))
     h = model.features(torch.randint(32, (2, 8)))
     assert torch.allclose(h.norm(dim=-1), torch.ones(2, 8), atol=1e-6)
     assert model.transformer.ln_f(h) is h and isinstance(model.transformer.ln_f, nn.Identity)
@@ -149,7 +156,7 @@ def test_unit_weights_are_given_a_unit_stream():
 def test_every_rule_trains_with_every_assignment(rule, assignment):
     cfg = composed(f"assignment={assignment}", "optim.muon.lr=0.05", "optim.adamw.lr=0.01")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**TINY, "n_layer": 1}, residual=settings(rule)))
+    model = GPT(GPTConfig(**{**TINY, "n_layer": 1}, residual=rule_of(rule)))
     optimizers = build_optimizers(model, cfg)
     x = torch.randint(8, (4, 9))
     losses = []
@@ -169,7 +176,7 @@ def test_every_rule_trains_with_every_assignment(rule, assignment):
 def test_one_graph_and_the_same_numbers_when_traced(rule):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**TINY, "n_layer": 1}, residual=settings(rule)))
+    model = GPT(GPTConfig(**{**TINY, "n_layer": 1}, residual=rule_of(rule)))
     x = torch.randint(32, (2, 9))
     plain = model(x[:, :-1], x[:, 1:])[1]
     traced = torch.compile(model, backend="aot_eager", fullgraph=True)(x[:, :-1], x[:, 1:])[1]
@@ -182,7 +189,7 @@ def test_one_graph_and_the_same_numbers_when_traced(rule):
 @pytest.mark.parametrize("rule", SPHERE)
 def test_bfloat16_products_leave_a_float32_stream(rule):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**TINY, residual=settings(rule)))
+    model = GPT(GPTConfig(**TINY, residual=rule_of(rule)))
     x = torch.randint(32, (2, 8))
     exact = model.features(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -194,7 +201,7 @@ def test_bfloat16_products_leave_a_float32_stream(rule):
 def test_deep_norm_initialisation():
     """Xavier's, and β = (8L)^-1/4 on values, output and MLP, not on queries and keys."""
     torch.manual_seed(0)
-    config = GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=256, residual=settings("deep_norm"))
+    config = GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=256, residual=rule_of("deep_norm"))
     block, beta = GPT(config).transformer.h[0], 16**-0.25
     q, k, v = block.attn.c_attn.weight.chunk(3)
     square = (2 / 512) ** 0.5
@@ -205,7 +212,7 @@ def test_deep_norm_initialisation():
 
 
 def test_rotary_scores_depend_on_distance_only():
-    model = GPT(GPTConfig(**TINY, rope=True, residual=settings("pre_norm")))
+    model = GPT(GPTConfig(**TINY, rope=True, residual=rule_of("pre_norm")))
     rotary = model.transformer.h[0].attn.rotary
     torch.manual_seed(0)
     q, k = (torch.randn(1, 1, 1, 8).expand(1, 1, 8, 8) for _ in range(2))
@@ -241,14 +248,12 @@ def test_swiglu_and_an_untied_head():
     ],
 )
 def test_bad_settings_are_named_with_their_remedy(rule, changed, message):
-    [problem] = residual_problems(settings(rule, **changed))
-    assert problem.startswith(message)
-    with pytest.raises(ValueError, match="residual"):
-        GPT(GPTConfig(**TINY, residual=settings(rule, **changed)))
+    [problem] = RESIDUAL.problems("residual", settings(rule, **changed))
+    assert str(problem).startswith(message)
 
 
 def test_missing_settings_and_bad_parts_come_at_once():
-    assert len(residual_problems({"rule": "ngpt"})) == 6
+    assert len(RESIDUAL.problems("residual", {"rule": "ngpt"})) == 6
     with pytest.raises(ConfigError) as caught:
         check(compose(["residual=geonorm", "residual.radius=big", "residual.decay=slow", "model.mlp=relu"]))
     assert len(caught.value.problems) == 3

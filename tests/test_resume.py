@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from train import train
 from training import checkpoint
 from training.build import build
 from training.checkpoint import CheckpointError, load_newest
+from training.checks import USER_ERRORS
 from training.config import compose
 from training.log import METRICS_FILE, read_records
 from training.ranks import Ranks
@@ -71,7 +73,7 @@ def test_records_whose_checkpoints_are_gone_are_not_erased(copied, ended):
     before = files(run)
     with pytest.raises(CheckpointError, match=r"records of a run up to step 10, but no checkpoint") as caught:
         train(compose([*overrides, "resume=auto", "max_steps=12"]))
-    assert isinstance(caught.value, module.USER_ERRORS) and "choose another output_dir" in str(caught.value)
+    assert isinstance(caught.value, USER_ERRORS) and "choose another output_dir" in str(caught.value)
     assert files(run) == before
 
 
@@ -163,7 +165,7 @@ def restored(directory, overrides, *changes):
     model, optimizers = build(cfg)
     guard = FiniteGuard([name for name, _ in model.named_parameters()], torch.device("cpu"))
     loaded = load_newest(directory / "checkpoints")
-    _, _, notes = restore(loaded, cfg, model, optimizers, Stability(**cfg["stability"]), guard)
+    _, _, notes = restore(loaded, cfg, model, optimizers, Stability(cfg.stability), guard)
     return model, optimizers, loaded.state, notes
 
 
@@ -365,7 +367,7 @@ def test_the_first_failure_is_remembered_over_a_stop(tiny, tmp_path, monkeypatch
         patch.setattr(module, "StopSignal", Stopping)
         train(cfg)
     assert state_of(tmp_path / "run")["step"] == 8 and not records(tmp_path / "run", "event")
-    train({**cfg, "resume": "auto"})
+    train(replace(cfg, resume="auto"))
     [event] = records(tmp_path / "run", "event")
     assert event["step"] == 7 and "the gradient of transformer.wte.weight is not finite on rank 0" in event["message"]
     assert records(tmp_path / "run", "train")[-1]["skipped_updates"] == 1

@@ -8,6 +8,7 @@ import gzip
 import json
 import logging
 import lzma
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -15,21 +16,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from data import sources
-from data.prepare import CONFIGS, main, prepare
+from data.prepare import main, prepare
+from data.settings import Data
 from data.shards import DataError, open_dataset
 from data.tokenizer import get_tokenizer
+from training.config import compose
 
 DOCUMENTS = [f"Document {i}.\n\nÉtude — 文字\n" + "word " * (i % 5) for i in range(40)]
 PLAIN = "\n<|endoftext|>\n".join(DOCUMENTS).encode()
 LINES = "".join(json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate(DOCUMENTS)).encode()
 
 
-def config(name: str, **changes) -> dict:
-    cfg = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text())
-    return {**cfg, **changes}
+def config(name: str, **changes) -> Data:
+    return replace(compose([f"data={name}"]).data, **changes)
 
 
 def zst(path: Path, raw: bytes) -> None:
@@ -107,7 +108,7 @@ def test_val_files_are_the_validation(tmp_path):
     cfg = config("text", files=str(tmp_path / "train.txt"), val_files=str(tmp_path / "val.txt"))
     assert sorted(sources.text(cfg)) == [("train", "train"), ("val", "val")]
     with pytest.raises(DataError, match=r"val\.txt is in data\.files and in data\.val_files; take it out"):
-        list(sources.text({**cfg, "files": str(tmp_path / "*.txt")}))
+        list(sources.text(replace(cfg, files=str(tmp_path / "*.txt"))))
 
 
 @pytest.mark.parametrize("fraction", [0.0005, 0.05, 0.3, 0.5, 0.9])
@@ -159,11 +160,11 @@ def test_an_impossible_share_is_refused(tmp_path, changes):
 
 
 def test_an_empty_split_names_the_remedy_and_the_remedy_works(tmp_path):
-    cfg = config("text", files=write(tmp_path / "a.txt", b"one document\n\n" * 200), tokenizer="bytes")
-    cfg["dir"] = str(tmp_path / "out" / "x")
+    files, directory = write(tmp_path / "a.txt", b"one document\n\n" * 200), str(tmp_path / "out" / "x")
+    cfg = config("text", files=files, dir=directory, tokenizer="bytes")
     with pytest.raises(DataError, match=r"none of the 1 documents fell into the split 'val'; .*data\.separator=''"):
         prepare(cfg, progress=False)
-    manifest = open_dataset(prepare({**cfg, "separator": ""}, progress=False)).manifest
+    manifest = open_dataset(prepare(replace(cfg, separator=""), progress=False)).manifest
     assert (manifest.splits["train"].documents, manifest.splits["val"].documents) == (198, 2)
 
 

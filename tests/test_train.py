@@ -1,6 +1,7 @@
 """The command line: a run ends, resumes bitwise, sweeps, and refuses bad input before it writes anything."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from scripts.analysis.runs import load_model
 from train import train
 from training import checkpoint
 from training.checkpoint import CheckpointError
-from training.checks import USER_ERRORS, check
+from training.checks import USER_ERRORS, check, read
 from training.config import compose
 from training.data import open_data
 from training.log import read_records
@@ -51,7 +52,7 @@ def test_a_resumed_run_ends_bitwise_like_an_undisturbed_one(tiny, tmp_path, opti
     train(compose([*common, f"output_dir={straight}"]))
     # As if it had been killed at step 13: what came after the checkpoint of step 10 is on disk, and will be done again.
     halfway = compose([*common, f"output_dir={stopped}"])
-    train({**halfway, "max_steps": 13, "schedule": {**halfway["schedule"], "decay_steps": 20}})
+    train(replace(halfway, max_steps=13, schedule=replace(halfway.schedule, decay_steps=20)))
     later = stopped / "checkpoints" / "step_00000013"
     for file in later.iterdir():
         file.unlink()
@@ -126,9 +127,10 @@ def test_the_whole_validation_split_is_evaluated_once_at_the_end(tiny, tmp_path)
         where = f"output_dir={tmp_path}/{full}"
         train(compose([*tiny[:-1], "assignment=adamw", "max_steps=6", "eval_interval=3", f"full_eval={full}", where]))
     [record], [end] = records(tmp_path / "true", "full_eval"), records(tmp_path / "true", "end")
-    model, cfg, _ = load_model(tmp_path / "true")
+    model, saved, _ = load_model(tmp_path / "true")
+    cfg = read(saved)
     windows = torch.from_numpy(validation_windows(open_data(cfg).val, 16).astype("int64"))
-    assert len(windows) == open_data(cfg).val.tokens // 17 > cfg["eval_windows"]
+    assert len(windows) == open_data(cfg).val.tokens // 17 > cfg.eval_windows
     with torch.no_grad():
         losses = torch.stack([model(w[None, :-1], w[None, 1:])[1] for w in windows])
     assert record["step"] == 6 and record["tokens"] == 16 * len(windows)
@@ -144,7 +146,7 @@ def test_the_whole_validation_split_is_evaluated_once_at_the_end(tiny, tmp_path)
 
 @pytest.mark.parametrize("experiment", ["paper", "one_gpu", "ngpt_124m", "instability_one_gpu"])
 def test_the_published_scale_evaluates_as_much_as_the_published_code(experiment):
-    assert compose([f"experiment={experiment}"])["eval_windows"] == 200 * 64
+    assert compose([f"experiment={experiment}"]).eval_windows == 200 * 64
 
 
 def test_a_run_that_turns_non_finite_is_a_result(tiny, tmp_path, monkeypatch):

@@ -8,16 +8,17 @@ from conftest import ROOT
 
 from train import train
 from training.config import compose
+from training.fields import Section
 from training.log import read_records
-from training.stability import Stability
-from training.warning import EarlyWarning, crossing
+from training.stability import Stability, StabilityRules
+from training.warning import EarlyWarning, WarningRules, crossing
 
 SETTINGS = {"logit": 100.0, "horizon": 100, "probes": 5, "entropy": 0.1}
 
 
 def stability(**changes):
     rest = {"on_unstable": "mark", "max_skipped": None, "warning": None}
-    return Stability(**{"max_rise": 0.5, "z_threshold": None, "z_steps": 5, **rest, **changes})
+    return Stability(StabilityRules(**{"max_rise": 0.5, "z_threshold": None, "z_steps": 5, **rest, **changes}))
 
 
 def seen(logit, norm=None, entropy=0.9):
@@ -41,7 +42,7 @@ def test_the_crossing_of_a_line():
 
 def test_a_planted_failure_is_foreseen_to_the_step():
     """Singular values that grow linearly make the logit grow with the square: 100 at step 500 exactly."""
-    step, alarm = first_alarm(EarlyWarning(**SETTINGS), lambda s: seen((10 * s / 500) ** 2), 600)
+    step, alarm = first_alarm(EarlyWarning(WarningRules(**SETTINGS)), lambda s: seen((10 * s / 500) ** 2), 600)
     assert step == 400 and alarm.expected_step == 500 and alarm.lead == 100
     assert "step 500, in 100 steps" in alarm.message
 
@@ -50,7 +51,7 @@ def test_noise_moves_the_forecast_by_little():
     rng = random.Random(0)
     for _ in range(20):
         curve = {s: seen((10 * s / 500) ** 2 * math.exp(rng.gauss(0, 0.02))) for s in range(0, 601, 10)}
-        step, alarm = first_alarm(EarlyWarning(**SETTINGS), curve.__getitem__, 600)
+        step, alarm = first_alarm(EarlyWarning(WarningRules(**SETTINGS)), curve.__getitem__, 600)
         assert 300 <= step <= 450 and abs(alarm.expected_step - 500) < 100
 
 
@@ -65,21 +66,21 @@ def test_noise_moves_the_forecast_by_little():
     ],
 )
 def test_healthy_curves_are_let_alone(curve):
-    assert first_alarm(EarlyWarning(**SETTINGS), curve, 2000) == (None, None)
+    assert first_alarm(EarlyWarning(WarningRules(**SETTINGS)), curve, 2000) == (None, None)
 
 
 def test_logits_that_grow_without_their_weights_are_not_extrapolated():
-    warning = EarlyWarning(**SETTINGS)
+    warning = EarlyWarning(WarningRules(**SETTINGS))
     assert first_alarm(warning, lambda s: seen(min(90.0, s / 5), norm=2.0), 480) == (None, None)
 
 
 def test_collapse_is_told_at_once_and_once():
     for curve in (lambda s: seen(5.0, entropy=0.05 if s >= 30 else 0.9), lambda s: seen(120.0 if s >= 30 else 5.0)):
-        warning = EarlyWarning(**SETTINGS)
+        warning = EarlyWarning(WarningRules(**SETTINGS))
         step, alarm = first_alarm(warning, curve, 100)
         assert step == 30 and alarm.lead == 0
         assert warning.observe(40, curve(40)) is None and warning.warned_step == 30
-    assert EarlyWarning(**SETTINGS).observe(0, seen(math.nan, entropy=math.nan)) is not None
+    assert EarlyWarning(WarningRules(**SETTINGS)).observe(0, seen(math.nan, entropy=math.nan)) is not None
 
 
 def test_a_warning_taken_over_goes_on_as_if_never_interrupted():
@@ -87,7 +88,7 @@ def test_a_warning_taken_over_goes_on_as_if_never_interrupted():
         return seen((10 * step / 500) ** 2)
 
     for cut in range(0, 600, 70):
-        first, second = (stability(warning=SETTINGS) for _ in range(2))
+        first, second = (stability(warning=WarningRules(**SETTINGS)) for _ in range(2))
         told = []
         for step in range(0, 600, 10):
             current = first if step < cut else second
@@ -99,22 +100,22 @@ def test_a_warning_taken_over_goes_on_as_if_never_interrupted():
 
 @pytest.mark.parametrize(("key", "value"), [("logit", 0), ("probes", 2), ("horizon", 0), ("entropy", 1.0)])
 def test_a_senseless_setting_names_itself_and_what_to_give(key, value):
-    with pytest.raises(ValueError, match=rf"warning.{key} is {value}; give"):
-        EarlyWarning(**{**SETTINGS, key: value})
+    [problem] = Section(WarningRules).problems("stability.warning", {**SETTINGS, key: value})
+    assert str(problem).startswith(f"stability.warning.{key} is {value}; give")
 
 
 # ---- the record of stability ----
 
 
 def test_the_lead_is_told_when_both_came_in_this_order():
-    early = stability(warning=SETTINGS)
+    early = stability(warning=WarningRules(**SETTINGS))
     assert early.lead is None
     early.probe(0, seen(500.0))
     assert early.lead is None
     early.validation(10, 2.0)
     early.validation(120, 3.0)
     assert early.lead == 120
-    late = stability(warning=SETTINGS)
+    late = stability(warning=WarningRules(**SETTINGS))
     late.nonfinite(5, "loss")
     late.probe(10, seen(500.0))
     assert late.lead is None
@@ -126,8 +127,8 @@ def test_on_unstable():
         assert not record.stopped
         record.nonfinite(5, "loss")
     assert stopped.stopped and not marked.stopped
-    with pytest.raises(ValueError, match="on_unstable is 'halt'; choose mark or stop"):
-        stability(on_unstable="halt")
+    [problem] = Section(StabilityRules).problems("stability", {**vars(marked.rules), "on_unstable": "halt"})
+    assert str(problem) == "stability.on_unstable is 'halt'; choose mark or stop"
 
 
 # ---- in training ----
@@ -160,8 +161,8 @@ def test_a_run_driven_to_failure_is_warned_of_first_and_stopped(tiny, tmp_path):
 def test_the_demonstration_runs_on_record_were_not_warned_of():
     runs = sorted((ROOT / "tests" / "oracles" / "healthy").glob("*.jsonl"))
     assert len(runs) == 10
-    settings = compose([])["stability"]["warning"]
+    settings = compose([]).stability.warning
     for path in runs:
         records = list(read_records(path, "probe"))
-        warning = EarlyWarning(**settings)
+        warning = EarlyWarning(settings)
         assert len(records) > 5 and not any(warning.observe(r["step"], r) for r in records), path.name

@@ -8,9 +8,13 @@ import pytest
 from conftest import run_train
 
 import train
+from data.sources import SOURCES
+from data.tokenizer import TOKENIZERS
+from model.layers import MLPS
 from training import checks
-from training.config import compose
-from training.settings import Settings, problems
+from training.config import compose, compose_plain
+from training.fields import Section
+from training.settings import Settings, read_sound
 from training.validate import ConfigError
 
 # Together they have every section and every setting.
@@ -112,7 +116,7 @@ def changed(cfg, key, value):
 
 @pytest.fixture(scope="module")
 def configurations():
-    return {name: compose(overrides) for name, overrides in CONFIGURATIONS.items()}
+    return {name: compose_plain(overrides) for name, overrides in CONFIGURATIONS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +127,7 @@ def verdicts(configurations):
     def build_once(cfg):
         """A model that has been tried is not built again: most changes do not concern it."""
         names = ("model", "attention", "init", "residual", "transfer", "assignment", "optim", "max_steps")
-        part = repr([cfg[name] for name in names])
+        part = repr([getattr(cfg, name) for name in names])
         if part not in known:
             known[part] = build(cfg)
         return known[part]
@@ -135,7 +139,7 @@ def verdicts(configurations):
         for key in (key for key in keys(cfg) if key not in tried):
             for label, value in VALUES.items():
                 try:
-                    checks.check(changed(cfg, key, value))
+                    checks.check(checks.read(changed(cfg, key, value)))
                     found[name, key, label] = None
                 except ConfigError as error:
                     found[name, key, label] = str(error)
@@ -169,17 +173,24 @@ def test_what_is_legal_is_accepted_somewhere(verdicts):
 
 def test_every_setting_is_in_one_of_the_configurations(configurations):
     """A setting that no configuration has would not be tried."""
-    from training import settings
 
     def names(type, prefix=""):
-        for name, kind in settings.Section(type).kinds.items():
+        for name, kind in Section(type).kinds.items():
             yield prefix + name
             parts = [getattr(kind, "type", None), getattr(getattr(kind, "kind", None), "type", None)]
-            for part in filter(None, [*parts, *getattr(kind, "types", {}).values()]):
+            of_variants = {} if name == "residual" else getattr(kind, "types", {})
+            for part in filter(None, [*parts, *of_variants.values()]):
                 yield from names(part, f"{prefix}{name}.")
 
     tried = {key for cfg in configurations.values() for key in keys(cfg)}
     assert set(names(Settings)) - tried == set()
+
+
+def test_the_choices_are_what_there_is():
+    kinds = Section(Settings).kinds
+    assert set(kinds["model"].kinds["mlp"].choices) == set(MLPS)
+    for source, settings in kinds["data"].types.items():
+        assert source in SOURCES and set(Section(settings).kinds["tokenizer"].choices) == set(TOKENIZERS)
 
 
 def test_a_missing_and_an_unknown_key_are_named(configurations):
@@ -192,9 +203,9 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
                 place = place[name]
             del place[last]
             in_mapping = any(part in key for part in ("rules.", "lr_scale."))
-            found = [problem.key for problem in problems(without)]
+            found = [problem.key for problem in read_sound(without)[1]]
             assert in_mapping or key in found
-    [problem] = problems({**configurations["default"], "grad_clipp": 1.0})
+    [problem] = read_sound({**configurations["default"], "grad_clipp": 1.0})[1]
     assert str(problem) == "grad_clipp is no setting; did you mean grad_clip?"
 
 
@@ -226,19 +237,20 @@ def test_the_message_says_what_to_give(override, message):
 
 def test_whole_numbers_may_be_written_with_an_exponent():
     cfg = compose(["eval_windows=1e9", "data.max_tokens=2e6", "optim.adamw.lr=1"])
-    assert (cfg["eval_windows"], cfg["data"]["max_tokens"]) == (10**9, 2 * 10**6)
-    assert type(cfg["eval_windows"]) is int and type(cfg["optim"]["adamw"]["lr"]) is int
+    assert (cfg.eval_windows, cfg.data.max_tokens) == (10**9, 2 * 10**6)
+    assert type(cfg.eval_windows) is int and type(cfg.optim.adamw.lr) is int
     checks.check(cfg)
 
 
 def test_settings_are_typed(configurations):
     for cfg in configurations.values():
-        settings = Settings.from_dict(cfg)
+        settings = checks.read(cfg)
+        assert settings.plain() == cfg
         assert settings.model.n_embd == cfg["model"]["n_embd"] and settings.data.dir == cfg["data"]["dir"]
         assert settings.optim.adamw.betas == (0.9, 0.95) and settings.optim.muon.rule.kind in ("published", "certified")
         assert settings.stability.warning.horizon == cfg["stability"]["warning"]["horizon"]
     with pytest.raises(ConfigError, match="seed is -1"):
-        Settings.from_dict({**cfg, "seed": -1})
+        checks.read({**cfg, "seed": -1})
 
 
 # ---- the command line ----

@@ -6,22 +6,24 @@ builds by hand and forgets either has another model than the configuration says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from optim.assignment import AssignmentError, Row, adamw_groups, assign, folded, muon_groups
 from optim.certified import CertifiedStep
 from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.published import PublishedStep
 from optim.unit_norm import UnitNorm
+from training.settings import CertifiedRule, Optim, Settings
 from training.transfer import transferred
 
 
-def build(cfg: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[GPT, Optimizers]:
+def build(cfg: Settings, device: torch.device | str = "cpu") -> tuple[GPT, Optimizers]:
     """The model of a configuration, with weights drawn from torch's global generator, and its optimizers.
 
     Raises:
@@ -31,10 +33,10 @@ def build(cfg: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[G
     return model, build_optimizers(model, transferred(cfg), model.unit_vectors())
 
 
-def gpt_config(cfg: Mapping[str, Any]) -> GPTConfig:
+def gpt_config(cfg: Settings) -> GPTConfig:
     """The model's shape, residual rule, switches of attention, and initial scales."""
     cfg = transferred(cfg)
-    return GPTConfig(**cfg["model"], **cfg["attention"], **cfg["init"], residual=cfg["residual"])
+    return GPTConfig(**vars(cfg.model), **vars(cfg.attention), **vars(cfg.init), residual=cfg.residual)
 
 
 class Optimizers:
@@ -47,7 +49,7 @@ class Optimizers:
         self.optimizers, self.rows, self.unit_norm = optimizers, rows, unit_norm
         self.peak_lr = [[float(g["lr"]) for g in o.param_groups] for o in optimizers]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
         return iter(self.optimizers)
 
     @property
@@ -74,7 +76,7 @@ class Optimizers:
         The answer travels as `found_inf`, the attribute by which torch.amp.GradScaler tells fused optimizers the same.
         """
         for optimizer in self.optimizers:
-            optimizer.found_inf = None if skip is None else skip.float()
+            optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # torch's own way
             optimizer.step()
         self.unit_norm()
 
@@ -140,53 +142,30 @@ def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, 
     return {name: saved["state"].get(i, {}) for name, i in zip(order, indices)} if len(order) == len(indices) else {}
 
 
-def _published(rule: Mapping[str, Any]) -> StepRule:
-    msign_dtype = getattr(torch, rule["msign_dtype"])
-    settings = {key: rule[key] for key in ("dual_steps", "alpha", "msign_steps", "decay_manifolds", "retraction")}
-    return PublishedStep(msign_dtype=msign_dtype, **settings)
-
-
-def _certified(rule: Mapping[str, Any]) -> StepRule:
-    settings = {key: rule[key] for key in ("quality", "products", "length", "norm_cap")}
-    return CertifiedStep(compiled=rule["compile"], **settings)
-
-
-STEP_RULES: dict[str, Callable[[Mapping[str, Any]], StepRule]] = {
-    "published": _published,
-    "certified": _certified,
-}
-"""Step rules of ManifoldMuon by the name that `optim.muon.rule.kind` gives, each made from its own settings."""
-
-
-def step_rule(settings: Mapping[str, Any]) -> StepRule:
-    """The step rule of an `optim` configuration."""
-    rule = settings["muon"]["rule"]
-    if rule["kind"] not in STEP_RULES:
-        raise ValueError(f"unknown kind {rule['kind']!r}; choose one of {', '.join(STEP_RULES)}")
-    return STEP_RULES[rule["kind"]](rule)
+def step_rule(settings: Optim) -> StepRule:
+    """The step rule of ManifoldMuon."""
+    rule = settings.muon.rule
+    if isinstance(rule, CertifiedRule):
+        return CertifiedStep(rule.quality, rule.products, rule.length, rule.norm_cap, rule.compile)
+    dtype = getattr(torch, rule.msign_dtype)
+    return PublishedStep(rule.dual_steps, rule.alpha, rule.msign_steps, dtype, rule.decay_manifolds, rule.retraction)
 
 
 def rehearse(
-    shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any], unit_vectors: Mapping[str, int] | None = None
+    shapes: Mapping[str, tuple[int, ...]], cfg: Settings, unit_vectors: Mapping[str, int] | None = None
 ) -> tuple[list[Row], list[str]]:
     """What `build_optimizers` would assign to parameters of these names and shapes, and everything it would refuse, with remedies."""
-    settings, rows, problems = cfg["optim"], [], []
+    rows: list[Row] = []
     try:
-        step_rule(settings)
-    except (ValueError, TypeError) as error:
-        problems.append(f"optim.muon.rule: {error}")
-    try:
-        rows = assign(shapes, cfg["assignment"]["rules"] or {}, settings["always_adamw"], unit_vectors)
-        muon_groups(rows, settings["muon"])
-        adamw_groups(rows, settings["adamw"])
+        rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
+        muon_groups(rows, vars(cfg.optim.muon))
+        adamw_groups(rows, vars(cfg.optim.adamw))
     except AssignmentError as error:
-        problems += error.problems
-    return rows, problems
+        return rows, error.problems
+    return rows, []
 
 
-def build_optimizers(
-    model: nn.Module, cfg: Mapping[str, Any], unit_vectors: Mapping[str, int] | None = None
-) -> Optimizers:
+def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str, int] | None = None) -> Optimizers:
     """The optimizers of a model under a configuration; constrained weights are brought onto their manifold.
 
     Args:
@@ -197,27 +176,17 @@ def build_optimizers(
     Raises:
         AssignmentError: see `assign`, `muon_groups` and `adamw_groups`.
     """
-    settings = cfg["optim"]
-    params = dict(model.named_parameters())
+    params, muon, adamw = dict(model.named_parameters()), cfg.optim.muon, cfg.optim.adamw
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    rows = assign(shapes, cfg["assignment"]["rules"] or {}, settings["always_adamw"], unit_vectors)
+    rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
+
+    def with_params(groups: list[tuple[list[str], dict[str, Any]]]) -> list[dict[str, Any]]:
+        return [{"params": [params[name] for name in names], "names": names, **group} for names, group in groups]
+
     optimizers: list[torch.optim.Optimizer] = []
-    muon = settings["muon"]
-    groups = [
-        {"params": [params[name] for name in names], "names": names, **group}
-        for names, group in muon_groups(rows, muon)
-    ]
-    if groups:
-        rule = step_rule(settings)
-        common = {k: muon[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
-        optimizers.append(ManifoldMuon(groups, rule, **common))
-    adamw = settings["adamw"]
-    groups = [
-        {"params": [params[name] for name in names], "names": names, **group}
-        for names, group in adamw_groups(rows, adamw)
-    ]
-    if groups:
-        optimizers.append(
-            torch.optim.AdamW(groups, lr=adamw["lr"], betas=tuple(adamw["betas"]), eps=adamw["eps"], fused=True)
-        )
+    if groups := with_params(muon_groups(rows, vars(muon))):
+        common = {"lr": muon.lr, "momentum": muon.momentum, "weight_decay": muon.weight_decay}
+        optimizers.append(ManifoldMuon(groups, step_rule(cfg.optim), nesterov=muon.nesterov, **common))
+    if groups := with_params(adamw_groups(rows, vars(adamw))):
+        optimizers.append(torch.optim.AdamW(groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True))
     return Optimizers(optimizers, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))

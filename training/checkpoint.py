@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -192,12 +192,12 @@ class _DigestFile:
 def _write_files(temp: Path, step: int, state: dict[str, Any], metric: float | None) -> None:
     with (temp / STATE_FILE).open("wb") as file:
         sink = _DigestFile(file)
-        torch.save(state, sink)
+        torch.save(state, cast(IO[bytes], sink))  # torch asks for no more of a file than this one has
         if sink.error is not None:
             raise sink.error
         _sync_file(file)
-    comparable = metric is not None and math.isfinite(metric)
-    manifest = _Manifest(int(step), float(metric) if comparable else None, sink.size, sink.digest.hexdigest())
+    comparable = float(metric) if metric is not None and math.isfinite(metric) else None
+    manifest = _Manifest(int(step), comparable, sink.size, sink.digest.hexdigest())
     with (temp / MANIFEST_FILE).open("wb") as file:
         file.write(manifest.render())
         _sync_file(file)
@@ -224,8 +224,8 @@ def _retire(directory: Path, step: int, keep: int) -> None:
         except CheckpointError:
             continue
     past = [path for path in manifests if manifests[path].step <= step and not path.name.startswith(".")]
-    measured = [path for path in past if manifests[path].metric is not None]
-    best = min(measured, key=lambda path: manifests[path].metric, default=None)
+    measured = [(metric, i) for i, path in enumerate(past) if (metric := manifests[path].metric) is not None]
+    best = past[min(measured)[1]] if measured else None
     for path in paths:
         if path not in past[:keep] and path != best:
             _discard(path)
@@ -305,7 +305,7 @@ def load_newest(directory: str | Path) -> Loaded | None:
 
     Raises CheckpointError if there are some and none is good: starting over would throw a run away without asking.
     """
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for path in _checkpoints(Path(directory)):
         try:
             return replace(load(path), skipped=skipped)

@@ -1,23 +1,26 @@
-"""The data of a run."""
+"""A run's data."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from data.prepare import prepare
 from data.shards import Dataset, open_dataset
+from training.settings import Settings
 from training.validate import ConfigError
 
 
-def open_data(cfg: dict[str, Any]) -> Dataset:
-    """The prepared data; the kind that takes seconds prepares itself."""
-    if cfg["data"]["auto_prepare"]:
-        prepare(cfg["data"])
-    dataset = open_dataset(cfg["data"]["dir"], settings=cfg["data"])
-    if dataset.manifest.vocab_size > cfg["model"]["vocab_size"]:
+def open_data(cfg: Settings) -> Dataset:
+    """The prepared data; the kind that takes seconds prepares itself.
+
+    Raises:
+        DataError: it is not prepared, or damaged. ConfigError: the model has too small a vocabulary for it.
+    """
+    if cfg.data.auto_prepare:
+        prepare(cfg.data)
+    dataset = open_dataset(cfg.data.dir, settings=cfg.data)
+    if dataset.manifest.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
             [
-                f"model.vocab_size={cfg['model']['vocab_size']} is smaller than the data's vocabulary of {dataset.manifest.vocab_size} "
+                f"model.vocab_size={cfg.model.vocab_size} is smaller than the data's vocabulary of {dataset.manifest.vocab_size} "
                 f"({dataset.manifest.tokenizer} tokens); raise it to at least that"
             ]
         )

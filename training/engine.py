@@ -106,7 +106,7 @@ def run_here(job: Job) -> Outcome:
     from train import train
 
     try:
-        return Outcome(job, run_job(train, compose(job.overrides), job.directory))
+        return Outcome(job, run_job(train, lambda: compose(job.overrides), job.directory))
     except InUse:
         raise
     except Exception as error:  # whatever it is, the other jobs are worth having
@@ -264,7 +264,7 @@ def work() -> None:
 
     torch.set_num_threads(task["threads"])
     try:
-        run_job(train, compose(task["overrides"]), Path(task["directory"]))
+        run_job(train, lambda: compose(task["overrides"]), Path(task["directory"]))
     except Exception as error:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(USER_ERROR if isinstance(error, USER_ERRORS) else 1) from None

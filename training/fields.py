@@ -1,36 +1,39 @@
-"""What values a setting may have: each field of a section states its type and range once, and one checker reads them all.
+"""What values a setting may have: the annotation of each field says it once, and one checker reads them all.
 
-A section of the configuration is a frozen dataclass whose fields are made by the functions of this module:
+A section of the configuration is a frozen dataclass whose fields have no defaults, which stand in configs/:
 
     @dataclass(frozen=True)
     class Log:
-        interval: int = whole(low=1)
-        interval_spectra: int | None = optional(whole(low=1))
+        interval: Annotated[int, ("low", 1)]
+        interval_spectra: Annotated[int, ("low", 1)] | None
 
-`problems` lists everything that is wrong with the values of such a section, `read` makes an instance of it. No field has a default:
-the defaults stand in configs/.
+An annotation is a type (bool, int, float, str, Literal, tuple, Mapping, another section, or a union of these). Annotated adds
+conditions, pairs of a name and what it asks, or a Kind of one's own:
+
+    low, high, above, below     of a number; `low` and `high` belong to the range
+    shortest, longest           of text
+    path                        true for text that is the path of a file or folder
+    options                     words, of which a text must be one
+    null                        what null does, in words, of a type that may be None
+    by, types                   of one of several sections: the key that tells them apart, and its values with their sections
+
+`Section(type).problems` lists everything that is wrong with the values of such a section, `read` makes an instance, `plain` leads back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 MISSING = "???"  # OmegaConf's word for a value that must still be given
-_KIND = "kind"  # of a field's metadata
 MOST = 10**15  # no number of a configuration is larger
-YAML_WORDS = {
-    "no": False,
-    "off": False,
-    "n": False,
-    "yes": True,
-    "on": True,
-    "y": True,
-}  # YAML 1.1's booleans, text here
+# YAML 1.1's booleans, which are text here
+YAML_WORDS = {"no": False, "off": False, "n": False, "yes": True, "on": True, "y": True}
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,16 @@ class Problem:
 
 
 class Kind:
-    """The values that a setting may have. `remedy` says what to give instead of a wrong one."""
+    """The values that a setting may have."""
 
-    remedy = ""
+    @property
+    def remedy(self) -> str:
+        """What to give instead of a wrong value."""
+        raise NotImplementedError
 
     def fits(self, value: Any) -> bool:
         """Whether a value is one of them."""
-        raise NotImplementedError
+        return not self.wrong("", value)
 
     def hint(self, value: Any) -> str:
         """What the user probably meant by a wrong value, to be added to the remedy."""
@@ -64,24 +70,24 @@ class Kind:
         """Everything that is wrong with the value at a dotted key."""
         if isinstance(value, str) and value == MISSING:
             return [Problem(key, f"{key} is missing; give it, or choose an experiment")]
-        return [] if self.fits(value) else self.wrong(key, value)
+        return self.wrong(key, value)
 
     def wrong(self, key: str, value: Any) -> list[Problem]:
-        """What is wrong with a value that does not fit."""
-        return [Problem(key, f"{key} is {shown(value)}; {self.remedy}{self.hint(value)}")]
+        """What is wrong with a value that is there."""
+        return [] if self.fits(value) else [self.refusal(key, value)]
+
+    def refusal(self, key: str, value: Any) -> Problem:
+        """That a value is not one of them."""
+        return Problem(key, f"{key} is {shown(value)}; {self.remedy}{self.hint(value)}")
 
     def read(self, value: Any) -> Any:
         """The typed object that a value without problems stands for."""
         return value
 
-    def plain(self, value: Any) -> Any:
-        """The value with whole numbers as such: 1e9, which YAML reads as a float, is 1000000000. Anything else is left as it is."""
-        return value
-
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number in a range; `low` and `high` belong to it, `above` and `below` do not."""
+    """A finite number in a range. A whole one may be written 1e9, which YAML reads as a float."""
 
     whole: bool
     low: float | None = None
@@ -99,7 +105,7 @@ class Number(Kind):
         return f"give {noun} {' and '.join(limits)}".rstrip()
 
     def fits(self, value: Any) -> bool:
-        if not is_number(value) or abs(value) > MOST or (self.whole and not isinstance(value, int)):
+        if not is_number(value) or abs(value) > MOST or (self.whole and value != int(value)):
             return False
         return (
             (self.low is None or value >= self.low)
@@ -111,20 +117,20 @@ class Number(Kind):
     def hint(self, value: Any) -> str:
         return f", and at most {MOST:.0e}" if is_number(value) and value > MOST else ""
 
-    def plain(self, value: Any) -> Any:
-        return int(value) if self.whole and isinstance(value, float) and value.is_integer() else value
+    def read(self, value: Any) -> Any:
+        return int(value) if self.whole else value
 
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of a few words or booleans; `options` gives them, since a registry may grow."""
+    """One of a few words or booleans; a function gives them where a registry may grow."""
 
-    options: Callable[[], Collection[Any]]
+    options: Collection[Any] | Callable[[], Collection[Any]]
 
     @property
-    def choices(self) -> list[Any]:
+    def choices(self) -> Collection[Any]:
         """The words and booleans, as they are now."""
-        return list(self.options())
+        return self.options() if callable(self.options) else self.options
 
     @property
     def remedy(self) -> str:
@@ -181,27 +187,21 @@ class Optional(Kind):
     """What another kind takes, or null; `null` says what that does."""
 
     kind: Kind
-    null: str
+    null: str = "switches it off"
 
     @property
     def remedy(self) -> str:
         return f"{self.kind.remedy} (null {self.null})"
 
-    def fits(self, value: Any) -> bool:
-        return value is None or self.kind.fits(value)
-
     def wrong(self, key: str, value: Any) -> list[Problem]:
-        found = self.kind.wrong(key, value)
-        return found if any(problem.key != key for problem in found) else super().wrong(key, value)
+        found = [] if value is None else self.kind.wrong(key, value)
+        return [self.refusal(key, value) if problem.key == key else problem for problem in found]
 
     def hint(self, value: Any) -> str:
         return self.kind.hint(value)
 
     def read(self, value: Any) -> Any:
         return None if value is None else self.kind.read(value)
-
-    def plain(self, value: Any) -> Any:
-        return None if value is None else self.kind.plain(value)
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,6 @@ class Several(Kind):
     def read(self, value: Any) -> Any:
         return tuple(map(self.kind.read, value))
 
-    def plain(self, value: Any) -> Any:
-        return list(map(self.kind.plain, value)) if isinstance(value, list) else value
-
 
 @dataclass(frozen=True)
 class Patterns(Kind):
@@ -237,16 +234,13 @@ class Patterns(Kind):
     def remedy(self) -> str:
         return f"give a mapping such as {{pattern: value}}, and for each value {self.kind.remedy.removeprefix('give ')}"
 
-    def fits(self, value: Any) -> bool:
-        return not self.wrong("", value)
-
     def wrong(self, key: str, value: Any) -> list[Problem]:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
-            return super().wrong(key, value)
+            return [self.refusal(key, value)]
         return [problem for name, item in value.items() for problem in self.kind.problems(_dotted(key, name), item)]
 
-    def plain(self, value: Any) -> Any:
-        return {k: self.kind.plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+    def read(self, value: Any) -> Any:
+        return {name: self.kind.read(item) for name, item in value.items()}
 
 
 @dataclass(frozen=True)
@@ -263,46 +257,46 @@ class Either(Kind):
     def fits(self, value: Any) -> bool:
         return self.first.fits(value) or self.second.fits(value)
 
+    def read(self, value: Any) -> Any:
+        return (self.first if self.first.fits(value) else self.second).read(value)
+
+
+_KINDS: dict[type[Any], Mapping[str, Kind]] = {}
+
 
 @dataclass(frozen=True)
 class Section(Kind):
-    """A mapping with the keys of a dataclass."""
+    """A mapping with the keys of a dataclass; `owner` is the name it has among several."""
 
-    type: Any
+    type: type[Any]
+    owner: str = ""
 
     @property
-    def kinds(self) -> dict[str, Kind]:
+    def kinds(self) -> Mapping[str, Kind]:
         """The kind of each setting, by name."""
-        return {f.name: f.metadata[_KIND] for f in dataclasses.fields(self.type) if _KIND in f.metadata}
+        if self.type not in _KINDS:
+            hints = get_type_hints(self.type, include_extras=True)
+            _KINDS[self.type] = {field.name: kind_of(hints[field.name]) for field in dataclasses.fields(self.type)}
+        return _KINDS[self.type]
 
     @property
     def remedy(self) -> str:
         return f"give a section with the keys {', '.join(self.kinds)}"
 
-    def fits(self, value: Any) -> bool:
-        return not self.wrong("", value)
-
     def wrong(self, key: str, value: Any) -> list[Problem]:
-        kinds = self.kinds
         if not isinstance(value, Mapping):
-            return super().wrong(key, value)
-        found = []
+            return [self.refusal(key, value)]
+        found, of = [], f" of {self.owner}" if self.owner else ""
         for name in value:
-            if name not in kinds:
-                hint = _did_you_mean(name, kinds) or "; remove it"
-                found.append(Problem(_dotted(key, name), f"{_dotted(key, name)} is no setting{hint}"))
-        for name, kind in kinds.items():
+            if name not in self.kinds:
+                hint = _did_you_mean(name, self.kinds) or "; remove it"
+                found.append(Problem(_dotted(key, name), f"{_dotted(key, name)} is no setting{of}{hint}"))
+        for name, kind in self.kinds.items():
             found += kind.problems(_dotted(key, name), value.get(name, MISSING))
         return found
 
     def read(self, value: Any) -> Any:
         return self.type(**{name: kind.read(value[name]) for name, kind in self.kinds.items()})
-
-    def plain(self, value: Any) -> Any:
-        kinds = self.kinds
-        if not isinstance(value, Mapping):
-            return value
-        return {name: kinds[name].plain(item) if name in kinds else item for name, item in value.items()}
 
 
 @dataclass(frozen=True)
@@ -310,105 +304,65 @@ class Variant(Kind):
     """One of several sections, told apart by the value of the key `by`."""
 
     by: str
-    types: Mapping[str, Any]
+    types: Mapping[str, type[Any]]
 
     @property
     def remedy(self) -> str:
         return f"give a section with the key {self.by} and what belongs to it"
 
-    def fits(self, value: Any) -> bool:
-        return not self.wrong("", value)
-
     def wrong(self, key: str, value: Any) -> list[Problem]:
         if not isinstance(value, Mapping):
-            return super().wrong(key, value)
+            return [self.refusal(key, value)]
         name = value.get(self.by, MISSING)
-        unknown = Choice(lambda: self.types).problems(_dotted(key, self.by), name)
-        return unknown or self._section(name).wrong(key, value)
+        unknown = Choice(self.types).problems(_dotted(key, self.by), name)
+        return unknown or Section(self.types[name], name).wrong(key, value)
 
     def read(self, value: Any) -> Any:
-        return self._section(value[self.by]).read(value)
-
-    def plain(self, value: Any) -> Any:
-        name = value.get(self.by) if isinstance(value, Mapping) else None
-        return self._section(name).plain(value) if isinstance(name, str) and name in self.types else value
-
-    def _section(self, name: str) -> Section:
-        return Section(self.types[name])
+        return Section(self.types[value[self.by]]).read(value)
 
 
-# ---- the fields of a section ----
+# ---- from annotations to kinds ----
 
 
-def of(kind: Kind) -> Any:
-    """A field of any kind."""
-    return dataclasses.field(metadata={_KIND: kind})
+def kind_of(hint: Any) -> Kind:
+    """The values that an annotation allows."""
+    conditions: dict[str, Any] = {}
+    if get_origin(hint) is Annotated:
+        hint, *notes = get_args(hint)
+        if isinstance(notes[0], Kind):
+            return notes[0]
+        conditions = dict(notes)
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType) and type(None) in parts:
+        null = conditions.pop("null", Optional.null)
+        rest: Any = Union.__getitem__(tuple(part for part in parts if part is not type(None)))
+        return Optional(kind_of(Annotated[(rest, *conditions.items())] if conditions else rest), null)
+    if "by" in conditions:
+        return Variant(**conditions)
+    if "options" in conditions or origin is Literal:
+        return Choice(conditions.get("options", parts))
+    if origin in (Union, types.UnionType):
+        return Either(*map(kind_of, parts))
+    if origin is tuple:
+        return Several(kind_of(parts[0]), None if parts[1] is Ellipsis else len(parts))
+    if origin is not None:
+        return Patterns(kind_of(parts[1]))
+    if hint is bool:
+        return Choice((True, False))
+    if hint in (int, float):
+        return Number(hint is int, **conditions)
+    if hint is str:
+        return PathText() if "path" in conditions else Text(**conditions)
+    return Section(hint)
 
 
-def number(
-    low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None
-) -> Any:
-    """A finite number in a range."""
-    return of(Number(False, low, high, above, below))
-
-
-def whole(low: int, high: int | None = None) -> Any:
-    """A whole number of at least `low`, and at most `high` if that is given."""
-    return of(Number(True, low, high))
-
-
-def flag() -> Any:
-    """True or false."""
-    return choice(True, False)
-
-
-def choice(*choices: Any) -> Any:
-    """One of these words (or booleans)."""
-    return of(Choice(lambda: choices))
-
-
-def text(longest: int = 10_000, shortest: int = 1) -> Any:
-    """Text of this length."""
-    return of(Text(shortest, longest))
-
-
-def path() -> Any:
-    """The path of a file or folder."""
-    return of(PathText())
-
-
-def optional(field: Any, null: str = "switches it off") -> Any:
-    """What another field takes, or null; `null` completes the sentence "null ..."."""
-    return of(Optional(_kind(field), null))
-
-
-def several(field: Any, count: int | None = None) -> Any:
-    """A list of what another field takes, of `count` items if that is given."""
-    return of(Several(_kind(field), count))
-
-
-def either(first: Any, second: Any) -> Any:
-    """What one of two other fields takes."""
-    return of(Either(_kind(first), _kind(second)))
-
-
-def patterns(field: Any) -> Any:
-    """A mapping from patterns of names to what another field takes."""
-    return of(Patterns(_kind(field)))
-
-
-def section(type: Any) -> Any:
-    """A section of its own."""
-    return of(Section(type))
-
-
-def variant(by: str, types: Mapping[str, Any]) -> Any:
-    """One of several sections, told apart by the value of the key `by`."""
-    return of(Variant(by, types))
-
-
-def _kind(field: Any) -> Kind:
-    return field.metadata[_KIND]
+def plain(value: Any) -> Any:
+    """What `read` was given, as YAML and a checkpoint hold it: dicts, lists, numbers and text."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 # ---- words ----

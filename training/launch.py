@@ -10,16 +10,14 @@ import json
 import logging
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,19 +25,13 @@ from types import FrameType
 from typing import Any
 
 from training.ranks import LostRanks
-from training.run import refused_name
+from training.settings import Settings
 from training.signals import STOP_SIGNALS, Stopped, leave, leave_at_once
 
-Worker = Callable[[dict[str, Any], "Path | None"], float]
+Worker = Callable[[Settings, "Path | None"], float]
 """What a rank does: a configuration and a directory become the best validation loss. Importable by name, for spawned ranks."""
 
 USER_ERROR = 2
-
-EXTRAS = (
-    ("hydra/launcher=submitit", "hydra_submitit_launcher", "slurm"),
-    ("hydra/sweeper=optuna", "hydra_optuna_sweeper", "hpo"),
-)
-"""How a word of the command line begins, the Hydra plugin that it needs, and the extra that brings it."""
 
 
 class RankFailed(Exception):
@@ -54,13 +46,13 @@ class RankFailed(Exception):
 
 
 def launch(
-    worker: Worker, cfg: dict[str, Any], directory: Path | None, user_errors: tuple[type[Exception], ...] = ()
+    worker: Worker, cfg: Settings, directory: Path | None, user_errors: tuple[type[Exception], ...] = ()
 ) -> float:
     """Run a job on its ranks; returns what rank 0's worker returns.
 
     Args:
         worker: run by every rank with `cfg` and `directory`.
-        cfg: plain configuration; `launcher.nproc` ranks are started unless this process is a rank already.
+        cfg: configuration; `launcher.nproc` ranks are started unless this process is a rank already.
         directory: of the job, or None where the worker is to choose.
         user_errors: exceptions whose message is all that a rank prints; with exit code 2, or their own `exit_code`.
 
@@ -71,7 +63,7 @@ def launch(
     if "RANK" in os.environ:
         return run_rank(worker, cfg, directory, user_errors)
     try:
-        if cfg["launcher"]["nproc"] == 1 and _slurm_nodes() == 1:
+        if cfg.launcher.nproc == 1 and _slurm_nodes() == 1:
             return worker(cfg, directory)
         return _start_ranks(worker, cfg, directory, user_errors)
     except Stopped as stopped:
@@ -81,46 +73,6 @@ def launch(
         if callable(handler) and handler not in (signal.default_int_handler, leave):
             handler(stopped.signal, None)
         raise
-
-
-def refusal(arguments: Sequence[str]) -> str | None:
-    """Why this command line cannot run here, and what to do instead; None if it can."""
-    for word, plugin, extra in EXTRAS:
-        if any(a.startswith(word) for a in arguments) and not _is_installed(plugin):
-            return f"{word}... needs a plugin that is not installed; get it with: pip install -e '.[{extra}]'"
-    # Hydra makes a sweep's directory before any of its jobs could look at the name.
-    for name in _values("sweep.name", arguments):
-        if why := refused_name(name):
-            return f"sweep.name {why}"
-    flags = {"-m", "--multirun"}
-    if "RANK" not in os.environ or not flags & set(arguments):
-        return None
-    # Every rank would sweep by itself, and the second job would find the process group of the first.
-    wanted = [a for a in arguments if a not in flags and not a.startswith("launcher.nproc=")]
-    nproc = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return "a sweep cannot run under torchrun, since each of its jobs starts its own ranks; use: " + shlex.join(
-        ["python", "train.py", "-m", f"launcher.nproc={nproc}", *wanted]
-    )
-
-
-def _is_installed(plugin: str) -> bool:
-    try:
-        return find_spec(f"hydra_plugins.{plugin}") is not None
-    except ModuleNotFoundError:  # not a single plugin is
-        return False
-
-
-def _values(key: str, arguments: Sequence[str]) -> Iterator[Any]:
-    """What the command line gives a key, read as Hydra reads it; what Hydra cannot read, it will say itself."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
-
-    for argument in arguments:
-        if argument.lstrip("+").startswith(f"{key}="):
-            with suppress(OverrideParseException):
-                override = OverridesParser.create().parse_override(argument)
-                if not override.is_sweep_override():
-                    yield override.value()
 
 
 def is_main_process() -> bool:
@@ -133,7 +85,7 @@ def is_main_process() -> bool:
 
 def run_rank(
     worker: Worker,
-    cfg: dict[str, Any],
+    cfg: Settings,
     directory: Path | None,
     user_errors: tuple[type[Exception], ...],
     parent: Connection | None = None,
@@ -149,16 +101,13 @@ def run_rank(
     try:
         return worker(cfg, directory)
     except Stopped as stopped:
-        code = stopped.code
+        code = 128 + stopped.signal
         if is_main_process():
             print(stopped.message, file=sys.stderr) if parent is None else parent.send(stopped.what)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except user_errors as error:
-        code = getattr(error, "exit_code", USER_ERROR)
-        _tell_parent(str(error))
-        if code != USER_ERROR or (parent is None and os.environ.get("LOCAL_RANK", "0") == "0"):
-            print(error, file=sys.stderr)
+        code = tell_user(error, heard=parent is not None)
     except LostRanks as error:
         code = 1
         print(error, file=sys.stderr)
@@ -170,24 +119,30 @@ def run_rank(
     os._exit(code)
 
 
-def _tell_parent(message: str) -> None:
-    """Leave a message where torch's launcher, which named the file, looks for the first failure's."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+def tell_user(error: Exception, heard: bool = False) -> int:
+    """Print what a user can mend, once a node where all ranks meet the same; the exit code that belongs to it.
+
+    heard: a parent of this rank hears it, where torch's launcher, which named the file, looks for the first failure's message.
+    """
+    code: int = getattr(error, "exit_code", USER_ERROR)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+    if code != USER_ERROR or (not heard and os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(error, file=sys.stderr)
+    return code
 
 
 # ---- the parent of ranks ----
 
 
 def _start_ranks(
-    worker: Worker, cfg: dict[str, Any], directory: Path | None, user_errors: tuple[type[Exception], ...]
+    worker: Worker, cfg: Settings, directory: Path | None, user_errors: tuple[type[Exception], ...]
 ) -> float:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    nproc, nodes = cfg["launcher"]["nproc"], _slurm_nodes()
+    nproc, nodes = cfg.launcher.nproc, _slurm_nodes()
     endpoint, run_id, meeting = _slurm_rendezvous() if nodes > 1 else ("localhost:0", uuid.uuid4().hex, {})
     config = LaunchConfig(
         min_nodes=nodes,
@@ -196,7 +151,7 @@ def _start_ranks(
         run_id=run_id,
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
-        rdzv_configs={"timeout": cfg["launcher"]["timeout_s"], **meeting},
+        rdzv_configs={"timeout": cfg.launcher.timeout_s, **meeting},
         max_restarts=0,
         start_method="spawn",
         signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours

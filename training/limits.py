@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from training.files import FULL_DISK, NOT_ALLOWED, remedy
+from training.settings import Settings
 
 # torch has a class of its own for CUDA's memory alone; what its other allocators say is a RuntimeError.
 _NO_MEMORY = re.compile(
@@ -22,7 +22,7 @@ class MachineError(Exception):
 
 
 @contextmanager
-def machine_limits(cfg: Mapping[str, Any]) -> Iterator[None]:
+def machine_limits(cfg: Settings) -> Iterator[None]:
     """A context in which want of memory or disk becomes MachineError; every other error passes."""
     try:
         yield
@@ -39,11 +39,11 @@ def machine_limits(cfg: Mapping[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _out_of_memory(cfg: Mapping[str, Any], error: BaseException) -> str:
-    model = cfg["model"]
+def _out_of_memory(cfg: Settings, error: BaseException) -> str:
+    model = cfg.model
     cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"out of memory with {model['n_layer']} layers of width {model['n_embd']}, a vocabulary of {model['vocab_size']}, and "
-        f"micro_batch_size={cfg['micro_batch_size']} windows of {model['block_size']} tokens; lower micro_batch_size (an update stays the "
+        f"out of memory with {model.n_layer} layers of width {model.n_embd}, a vocabulary of {model.vocab_size}, and "
+        f"micro_batch_size={cfg.micro_batch_size} windows of {model.block_size} tokens; lower micro_batch_size (an update stays the "
         f"same: the rest is accumulated) or take a smaller model, then go on with resume=auto ({cause})"
     )

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.run import resolve_device
+from training.settings import Settings
 from training.validate import ConfigError
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Ranks:
     _control: Any = field(default=None, repr=False)  # the gloo group
 
     @classmethod
-    def init(cls, cfg: dict[str, Any]) -> Ranks:
+    def init(cls, cfg: Settings) -> Ranks:
         """Join the process group that the environment describes (as torchrun sets it); a world of 1 needs none.
 
         `device` and `launcher.timeout_s` are read from the configuration.
@@ -64,7 +65,7 @@ class Ranks:
             ConfigError: more ranks on this node than CUDA devices.
             LostRanks: the other ranks do not appear in time.
         """
-        device, timeout_s, world = resolve_device(cfg)[0], cfg["launcher"]["timeout_s"], world_size()
+        device, timeout_s, world = resolve_device(cfg)[0], cfg.launcher.timeout_s, world_size()
         if world == 1:
             return cls(0, 0, 1, device, timeout_s)
         rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
@@ -172,9 +173,9 @@ class Ranks:
                 outcome = (work(*arguments), None)
             except Exception as error:
                 outcome = (None, _portable(error))
-        value, error = self.broadcast_object(outcome)
-        if error is not None:
-            raise error
+        value, raised = self.broadcast_object(outcome)
+        if raised is not None:
+            raise raised
         return value
 
 

@@ -16,6 +16,7 @@ from training.files import read_config
 from training.log import METRICS_FILE, read_records
 from training.ranks import LostRanks, Ranks
 from training.run import environment
+from training.settings import Settings
 from training.stability import Stability
 from training.step import FiniteGuard
 
@@ -49,7 +50,7 @@ _PARTS: dict[str, tuple[type, ...]] = {
 
 
 def state_of(
-    cfg: dict[str, Any],
+    cfg: Settings,
     data: str,
     model: nn.Module,
     optimizers: Any,
@@ -64,7 +65,7 @@ def state_of(
     `guard` is FiniteGuard's state, `rng` every rank's `rng_state()`. All ranks must call.
     """
     return {
-        "config": cfg,
+        "config": cfg.plain(),
         "data": data,
         "model": model.state_dict(),
         "optimizers": optimizers.state_dict(),
@@ -85,16 +86,16 @@ def rng_state() -> dict[str, Any]:
 # ---- which checkpoint ----
 
 
-def find_checkpoint(cfg: dict[str, Any], directory: Path, data: str) -> Loaded | None:
+def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
     """The checkpoint to go on from, if `resume` asks for one and there is one; it must be of this model and data.
 
     Raises:
         CheckpointError: it is not; or going on would drop records that belong to another run or to checkpoints that are gone.
     """
-    if cfg["resume"] == "never":
+    if cfg.resume == "never":
         return None
     own = directory / "checkpoints"
-    loaded = load_newest(own) if cfg["resume"] == "auto" else load(cfg["resume"])
+    loaded = load_newest(own) if cfg.resume == "auto" else load(cfg.resume)
     if loaded is None:
         _require_no_lost_checkpoints(cfg, directory)
         return None
@@ -104,9 +105,9 @@ def find_checkpoint(cfg: dict[str, Any], directory: Path, data: str) -> Loaded |
             f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or go on "
             "with the run there by resume=auto"
         )
-    changed = [] if cfg["allow_changes"] else check_same(loaded.state["config"], cfg, ignore=HARMLESS)
+    changed = [] if cfg.allow_changes else check_same(loaded.state["config"], cfg.plain(), ignore=HARMLESS)
     if loaded.state["data"] != data:
-        changed.append(f"data: the shards in {cfg['data']['dir']} are not those the run was trained on")
+        changed.append(f"data: the shards in {cfg.data.dir} are not those the run was trained on")
     if changed:
         raise CheckpointError(
             f"{loaded.path} belongs to another run, so it is not continued; go back to its settings, or start anew with "
@@ -127,7 +128,7 @@ def check_parts(loaded: Loaded) -> None:
         )
 
 
-def _require_no_lost_checkpoints(cfg: dict[str, Any], directory: Path) -> None:
+def _require_no_lost_checkpoints(cfg: Settings, directory: Path) -> None:
     """Raise where records tell of checkpoints that are gone.
 
     A run that was stopped before its first checkpoint starts anew; RunLog keeps its records under another name.
@@ -137,7 +138,7 @@ def _require_no_lost_checkpoints(cfg: dict[str, Any], directory: Path) -> None:
     try:
         first = int(read_config(directory)["checkpoint"]["interval"])
     except (OSError, ValueError, LookupError, TypeError):
-        first = cfg["checkpoint"]["interval"]
+        first = cfg.checkpoint.interval or cfg.max_steps
     last, ended = 0, False
     for record in read_records(directory):
         last, ended = max(last, record["step"]), ended or record["kind"] == "end"
@@ -149,7 +150,7 @@ def _require_no_lost_checkpoints(cfg: dict[str, Any], directory: Path) -> None:
         )
 
 
-def agreed_checkpoint(ranks: Ranks, cfg: dict[str, Any], directory: Path, data: str) -> Loaded | None:
+def agreed_checkpoint(ranks: Ranks, cfg: Settings, directory: Path, data: str) -> Loaded | None:
     """The checkpoint that rank 0 finds, read by every rank: the run's directory is one that all nodes see."""
     found: list[Loaded | None] = []
 
@@ -166,7 +167,7 @@ def agreed_checkpoint(ranks: Ranks, cfg: dict[str, Any], directory: Path, data: 
 
 def restore(
     loaded: Loaded,
-    cfg: dict[str, Any],
+    cfg: Settings,
     model: nn.Module,
     optimizers: Any,
     stability: Stability,
@@ -186,8 +187,8 @@ def restore(
     """
     state = loaded.state
     with foreign(loaded):
-        changed = [f"changed: {change}" for change in check_same(state["config"], cfg, ignore=HARMLESS)]
-        missed = take_weights(model, loaded, allow_changes=cfg["allow_changes"])
+        changed = [f"changed: {change}" for change in check_same(state["config"], cfg.plain(), ignore=HARMLESS)]
+        missed = take_weights(model, loaded, allow_changes=cfg.allow_changes)
         missed += optimizers.load_state_dict(state["optimizers"])
         stability.load_state_dict(state["stability"])
         guard.load_state_dict(state["guard"] if "guard" in state else _guard_of_old(state))
@@ -197,6 +198,15 @@ def restore(
             if torch.cuda.is_available() and rng["cuda"] is not None:
                 torch.cuda.set_rng_state(rng["cuda"])
         return state["step"], float(state["seconds"]), changed + missed
+
+
+def resumption(loaded: Loaded | None, cfg: Settings, notes: list[str]) -> list[str]:
+    """What a person is told of a checkpoint that a run goes on from: which were skipped, its step, and what is not as it was."""
+    if loaded is None:
+        return []
+    skipped = [f"skipped {path}: {reason}" for path, reason in loaded.skipped]
+    resumed = f"resumed from {loaded.path}, step {loaded.step} of {cfg.max_steps}"
+    return [*skipped, resumed, *(f"  - {note}" for note in notes)]
 
 
 def _guard_of_old(state: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import nn
 from training.files import CONFIG_FILE, read_config
 from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import METRICS_FILE, parse_record
+from training.settings import Settings
 from training.stability import Stability
 from training.validate import ConfigError
 
@@ -28,41 +29,46 @@ _TAIL_BYTES = 1 << 16  # of a log, in which the record of the end surely fits
 LONGEST_NAME = 250  # bytes; a file system's 255 less a dot and a number
 
 
-def resolve_device(cfg: dict[str, Any]) -> tuple[torch.device, torch.dtype]:
+def resolve_device(cfg: Settings) -> tuple[torch.device, torch.dtype]:
     """What `auto` means here: CUDA where there is one, and bfloat16 on it."""
-    name = cfg["device"] if cfg["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     automatic = "bfloat16" if name == "cuda" else "float32"
-    return torch.device(name), getattr(torch, automatic if cfg["dtype"] == "auto" else cfg["dtype"])
+    return torch.device(name), getattr(torch, automatic if cfg.dtype == "auto" else cfg.dtype)
 
 
 # Programs that torch keeps of one function before it gives up compiling it, which it does not say: a table compares a dozen models.
 _PROGRAMS = 64
 
 
-def compiled(module: nn.Module, cfg: dict[str, Any], device: torch.device) -> nn.Module:
+def compiled(module: nn.Module, cfg: Settings, device: torch.device) -> nn.Module:
     """The module through torch.compile where the configuration asks for it: `auto` does on CUDA, where it pays within a minute.
 
     Shapes and numbers are constants of a program. The default makes them variables once a second value is seen, and so the last, smaller
     batch of an evaluation would make the program of training a slower one.
     """
-    if not (device.type == "cuda" if cfg["compile"] == "auto" else cfg["compile"]):
+    if not (device.type == "cuda" if cfg.compile == "auto" else cfg.compile):
         return module
     import torch._dynamo  # here, because it takes seconds
 
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.recompile_limit = _PROGRAMS
-    return torch.compile(module, dynamic=False)
+    program: Any = torch.compile(module, dynamic=False)
+    return program
 
 
-def run_name(cfg: dict[str, Any]) -> str:
+def run_name(cfg: Settings) -> str:
     """The configured name, or the assignment's as one lower-case word."""
-    return str(cfg["assignment"]["name"]).lower().replace("-", "_") if cfg["name"] is None else str(cfg["name"])
+    return _as_name(cfg.assignment.name) if cfg.name is None else cfg.name
 
 
-def problems_of_names(cfg: dict[str, Any]) -> list[str]:
+def _as_name(assignment: str) -> str:
+    return assignment.lower().replace("-", "_")
+
+
+def problems_of_names(cfg: Settings) -> list[str]:
     """Whether the names of the run and of its sweep can be names of directories."""
-    run = "assignment.name" if cfg["name"] is None else "name"
-    names = {run: run_name(cfg), "sweep.name": cfg["sweep"]["name"]}
+    run = "assignment.name" if cfg.name is None else "name"
+    names = {run: run_name(cfg), "sweep.name": cfg.sweep.name}
     return [f"{key} {why}" for key, name in names.items() if (why := refused_name(name))]
 
 
@@ -80,7 +86,7 @@ def refused_name(name: Any) -> str | None:
 
 
 @contextmanager
-def claimed(ranks: Ranks, cfg: dict[str, Any], directory: Path | None) -> Iterator[Path]:
+def claimed(ranks: Ranks, cfg: Settings, directory: Path | None) -> Iterator[Path]:
     """The directory of this run, the same on all ranks; inside, rank 0 holds its lock.
 
     Args:
@@ -103,22 +109,22 @@ def claimed(ranks: Ranks, cfg: dict[str, Any], directory: Path | None) -> Iterat
             lock.release()
 
 
-def claim(cfg: dict[str, Any], directory: Path | None = None) -> DirectoryLock:
+def claim(cfg: Settings, directory: Path | None = None) -> DirectoryLock:
     """Choose where a run is written and lock it. Resuming without a directory takes the newest run of the same name.
 
     Raises:
         InUse: another process is writing there. ConfigError: a run is there, and `resume` does not ask to go on with it; the
         directory cannot be written to.
     """
-    given = directory or (Path(cfg["output_dir"]) if cfg["output_dir"] else None)
+    given = directory or (Path(cfg.output_dir) if cfg.output_dir else None)
     try:
         if given is None:
-            return (_claim_newest(run_name(cfg)) if cfg["resume"] == "auto" else None) or _claim_new(run_name(cfg))
+            return (_claim_newest(run_name(cfg)) if cfg.resume == "auto" else None) or _claim_new(run_name(cfg))
         lock = DirectoryLock(given)
     except OSError as error:
         where = given or error.filename
         raise ConfigError([f"{where} cannot be written to ({error.strerror}); choose another output_dir"]) from error
-    if cfg["resume"] == "never" and (given / METRICS_FILE).exists():
+    if cfg.resume == "never" and (given / METRICS_FILE).exists():
         lock.release()
         raise ConfigError(
             [f"{given} already holds a run; add resume=auto to continue it, or choose another output_dir"]
@@ -162,8 +168,9 @@ def _is_named(directory: Path, name: str) -> bool:
         return False
     config = directory / CONFIG_FILE
     try:
-        return run_name(read_config(directory)) == name if config.exists() else True
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = read_config(directory) if config.exists() else None
+        return saved is None or str(saved["name"] or _as_name(saved["assignment"]["name"])) == name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True
 
 

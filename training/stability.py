@@ -18,55 +18,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from training.fields import Section, choice, number, optional, section, whole
-from training.warning import Alarm, EarlyWarning
+from training.warning import Alarm, EarlyWarning, WarningRules
+
+Positive = Annotated[float, ("above", 0)]
 
 # A spread below this share of the mean is taken for this share: a loss that hardly moves must not raise an alarm when
 # it moves a little.
 _LEAST_RELATIVE_SPREAD = 1e-3
 
 
-@dataclass
+@dataclass(frozen=True)
+class StabilityRules:
+    """The definition; configs/config.yaml.
+
+    ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``on_unstable``: "mark" trains on, "stop" ends
+    the run; ``max_skipped`` ends it once more updates than that were left out because something was not finite (None: never).
+    """
+
+    max_rise: Positive
+    z_threshold: Positive | None
+    z_steps: Annotated[int, ("low", 1)]
+    on_unstable: Literal["mark", "stop"]
+    max_skipped: Annotated[int | None, ("low", 0), ("null", "means no limit")]
+    warning: WarningRules | None
+
+
 class Stability:
     """The record of one run. Each observation returns True at the one step that makes the run unstable.
 
-    ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``decay`` is that of the exponential
-    moving mean and variance of the training loss; until 1/(1 - decay) losses were seen they are plain averages, and the
-    third rule waits. ``on_unstable``: "mark" trains on, "stop" ends the run; ``max_skipped`` ends it once more updates than
-    that were left out because something was not finite (None: never). ``warning``: an EarlyWarning or its settings;
-    None for none.
+    ``decay`` is that of the exponential moving mean and variance of the training loss; until 1/(1 - decay) losses were seen
+    they are plain averages, and the third rule waits.
     """
 
-    max_rise: float = number(above=0)
-    z_threshold: float | None = optional(number(above=0))
-    z_steps: int = whole(low=1)
-    on_unstable: str = choice("mark", "stop")
-    max_skipped: int | None = optional(whole(low=0), null="means no limit")
-    warning: EarlyWarning | Mapping[str, Any] | None = optional(section(EarlyWarning))
-
     decay: ClassVar[float] = 0.98
-    unstable_step: int | None = field(default=None, init=False)
-    reason: str | None = field(default=None, init=False)
-    best: float = field(default=math.inf, init=False)
-    best_step: int | None = field(default=None, init=False)
-    _mean: float = field(default=0.0, init=False)
-    _variance: float = field(default=0.0, init=False)
-    _seen: int = field(default=0, init=False)
-    _high_steps: int = field(default=0, init=False)
-    _skipped: int = field(default=0, init=False)
-    _early: EarlyWarning | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        settings = {name: getattr(self, name) for name in Section(Stability).kinds}
-        early = self.warning
-        if isinstance(early, EarlyWarning):
-            settings["warning"] = None  # checked when it was made
-        if found := Section(Stability).problems("stability", settings):
-            raise ValueError("; ".join(map(str, found)))
-        self._early = EarlyWarning(**early) if isinstance(early, Mapping) else early
+    def __init__(self, rules: StabilityRules) -> None:
+        self.rules = rules
+        self.unstable_step: int | None = None
+        self.reason: str | None = None
+        self.best = math.inf
+        self.best_step: int | None = None
+        self._mean = self._variance = 0.0
+        self._seen = self._high_steps = self._skipped = 0
+        self._early = None if rules.warning is None else EarlyWarning(rules.warning)
 
     @property
     def lead(self) -> int | None:
@@ -83,8 +80,8 @@ class Stability:
     @property
     def stopped(self) -> bool:
         """Whether the run is to end here, by ``on_unstable`` or because too many updates were left out."""
-        too_many = self.max_skipped is not None and self._skipped > self.max_skipped
-        return too_many or (self.on_unstable == "stop" and self.unstable_step is not None)
+        too_many = self.rules.max_skipped is not None and self._skipped > self.rules.max_skipped
+        return too_many or (self.rules.on_unstable == "stop" and self.unstable_step is not None)
 
     def skipped(self, count: int) -> None:
         """Observe how many updates were left out so far because something was not finite."""
@@ -97,10 +94,10 @@ class Stability:
         if self._is_high(loss):
             # Kept out of the statistics: a spike that widened them would hide the spikes after it.
             self._high_steps += 1
-            if self._high_steps >= self.z_steps:
+            if self._high_steps >= self.rules.z_steps:
                 return self._mark(
                     step,
-                    f"training loss {loss:.4g} is more than {self.z_threshold:g} standard deviations above its "
+                    f"training loss {loss:.4g} is more than {self.rules.z_threshold:g} standard deviations above its "
                     f"running mean {self._mean:.4g}, for {self._high_steps} steps on end",
                 )
             return False
@@ -114,7 +111,7 @@ class Stability:
             return self._mark(step, f"validation loss is {loss}")
         if loss < self.best:
             self.best, self.best_step = loss, step
-        if loss > self.best + self.max_rise:
+        if loss > self.best + self.rules.max_rise:
             rise = loss - self.best
             return self._mark(
                 step,
@@ -144,10 +141,10 @@ class Stability:
             self._early.load_state_dict(state["early"])
 
     def _is_high(self, loss: float) -> bool:
-        if self.z_threshold is None or self._seen * (1 - self.decay) < 1:
+        if self.rules.z_threshold is None or self._seen * (1 - self.decay) < 1:
             return False
         spread = max(math.sqrt(self._variance), _LEAST_RELATIVE_SPREAD * abs(self._mean))
-        return loss - self._mean > self.z_threshold * spread
+        return loss - self._mean > self.rules.z_threshold * spread
 
     def _average(self, loss: float) -> None:
         """Update the moving mean and variance (Finch 2009, section 9); early on the k-th loss weighs 1/k."""

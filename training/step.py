@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,8 +31,8 @@ def accumulate(
     replica = getattr(model, "_orig_mod", model)  # inside torch.compile
     for x, y in micro_batches(windows, size, device):
         seen += len(x)
-        waits = isinstance(replica, DistributedDataParallel) and seen < len(windows)  # ranks exchange gradients once
-        with replica.no_sync() if waits else nullcontext():
+        waits = seen < len(windows)  # ranks exchange gradients once
+        with replica.no_sync() if waits and isinstance(replica, DistributedDataParallel) else nullcontext():
             with autocast:
                 _, loss = model(x, y)
             share = loss * (len(x) / len(windows))
@@ -41,17 +41,18 @@ def accumulate(
     return total
 
 
-def clip(gradients: list[Tensor], largest: float | None) -> tuple[Tensor, Tensor]:
+def clip(gradients: Sequence[Tensor | None], largest: float | None) -> tuple[Tensor, Tensor]:
     """Scale the gradients, in place, to a global norm of at most `largest`; None leaves them alone.
 
     Returns:
         The global norm before (0-d) and the norm of each gradient (N,), on the device. The arithmetic is that of
         torch.nn.utils.clip_grad_norm_.
     """
-    norms = torch.stack(torch._foreach_norm(gradients))
+    every: Any = gradients  # there is one of every parameter, after a backward pass
+    norms = torch.stack(torch._foreach_norm(every))
     total = torch.linalg.vector_norm(norms)
     if largest is not None:
-        torch._foreach_mul_(gradients, (largest / (total + 1e-6)).clamp_max(1.0))
+        torch._foreach_mul_(every, (largest / (total + 1e-6)).clamp_max(1.0))
     return total, norms
 
 

@@ -13,8 +13,9 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS
 from training.run import end_of
+from training.settings import Settings
 from training.signals import Stopped
 from training.validate import ConfigError
 
@@ -57,7 +59,7 @@ def directory_name(overrides: str) -> str:
 OmegaConf.register_new_resolver("directory_name", directory_name, replace=True)
 
 
-def run_job(worker: Worker, cfg: dict[str, Any], directory: Path) -> float:
+def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) -> float:
     """Run a job in this process, or go on with it; returns its best validation loss (nats a token), at once if it is finished.
 
     A failure is written into the job's records, for whoever watches, and then raised: the caller may go on with the other jobs.
@@ -67,6 +69,7 @@ def run_job(worker: Worker, cfg: dict[str, Any], directory: Path) -> float:
         `launch` raises.
     """
     try:
+        cfg = configure()
         check(cfg)
         cfg, best = plan_job(cfg, directory)
     except USER_ERRORS as error:
@@ -96,11 +99,12 @@ def hydra_job(config: Any) -> float:
     from hydra.errors import CompactHydraException
 
     from train import train
-    from training.config import plain
+    from training.checks import read
+    from training.config import resolved
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
-        return run_job(train, plain(config), directory)
+        return run_job(train, lambda: read(resolved(config)), directory)
     except Exception as error:
         print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
         if isinstance(error, (*USER_ERRORS, RankFailed)):
@@ -111,24 +115,24 @@ def hydra_job(config: Any) -> float:
 # ---- what a directory says ----
 
 
-def plan_job(cfg: dict[str, Any], directory: Path) -> tuple[dict[str, Any], float | None]:
+def plan_job(cfg: Settings, directory: Path) -> tuple[Settings, float | None]:
     """What is to be done with a job: the configuration to run, and the best validation loss if it is finished already.
 
     Args:
-        cfg: the job's plain configuration.
+        cfg: the job's configuration.
         directory: of the job; it may hold an earlier attempt, which is continued.
 
     Raises:
         ConfigError: the directory holds another run, or `sweep.resume` is false and it holds any.
     """
-    if cfg["sweep"]["resume"]:
-        cfg = {**cfg, "resume": "auto"}
+    if cfg.sweep.resume:
+        cfg = replace(cfg, resume="auto")
     elif (directory / METRICS_FILE).exists():
         raise ConfigError([f"{directory} already holds a run; set sweep.resume=true to go on with it, or a sweep.name"])
     return cfg, finished(cfg, directory)
 
 
-def finished(cfg: dict[str, Any], directory: Path, remedy: str = "choose a sweep.name") -> float | None:
+def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name") -> float | None:
     """The best validation loss of a job that has come to its end; None if something is left to do.
 
     Raises:
@@ -140,7 +144,7 @@ def finished(cfg: dict[str, Any], directory: Path, remedy: str = "choose a sweep
         saved = read_config(directory)
     except (OSError, ValueError) as error:
         raise ConfigError([f"{error}; mend that file, or {remedy}"]) from error
-    if changed := other_settings(saved, cfg):
+    if changed := other_settings(saved, cfg.plain()):
         raise ConfigError([f"{directory} holds a run with other settings ({'; '.join(changed)}); {remedy}"])
     end = end_of(directory)
     return None if end is None else end["best_val_loss"]
@@ -152,11 +156,11 @@ def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return check_same(saved, now, ignore=[key for key in HARMLESS if key != "max_steps"])
 
 
-def note_failure(directory: Path, error: BaseException, cfg: Mapping[str, Any] | None = None) -> None:
+def note_failure(directory: Path, error: BaseException, cfg: Settings | None = None) -> None:
     """Write into a job's records that it failed, and its configuration where it has none; not where another process goes on with it."""
     with suppress(InUse), DirectoryLock(directory):
         if cfg is not None and not (directory / CONFIG_FILE).exists():
-            write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg, sort_keys=False))
+            write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
         exists = (directory / METRICS_FILE).exists()
         step = max((record["step"] for record in read_records(directory)), default=0) if exists else 0
         log = RunLog(directory)

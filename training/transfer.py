@@ -6,12 +6,14 @@ at its own width, depth and number of steps. The configuration a run writes down
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-_INPUT, _HIDDEN, _HEAD = "wte", "c_attn|c_fc|c_proj", "lm_head"  # patterns of parameter names
+from model.config import RATE_GROUPS
+from model.residual import NGPT
+from training.settings import NoTransfer, Settings
+
+_SCALES = "optim.adamw.lr_scale."
 
 
 @dataclass(frozen=True)
@@ -25,98 +27,84 @@ class Change:
     why: str
 
 
-def problems_of_transfer(cfg: Mapping[str, Any]) -> list[str]:
+def problems_of_transfer(cfg: Settings) -> list[str]:
     """Whether the model is one that the transfer rule was measured for, and there is something to carry over."""
-    transfer, model = cfg["transfer"], cfg["model"]
-    if transfer["rule"] == "none":
+    transfer, model = cfg.transfer, cfg.model
+    if isinstance(transfer, NoTransfer):
         return []
     found = []
-    if not model["unit_weights"] or model["tied"] or cfg["residual"]["rule"] != "ngpt":
+    if not model.unit_weights or model.tied or not isinstance(cfg.residual, NGPT):
         found.append(
             "transfer=nu carries nGPT's settings over; choose a model of it, such as model=ngpt_demo, or transfer=none"
         )
-    if any(choice != "adamw" for choice in (cfg["assignment"]["rules"] or {}).values()):
+    if any(choice != "adamw" for choice in (cfg.assignment.rules or {}).values()):
         found.append("transfer=nu was measured for Adam on every matrix; choose assignment=adamw, or transfer=none")
-    if not cfg["optim"]["adamw"]["lr"] > 0:
+    if not cfg.optim.adamw.lr > 0:
         found.append(
             "transfer=nu multiplies optim.adamw.lr, which is 0; give a number above 0, or choose transfer=none"
         )
-    heads = [shape["n_embd"] / shape["n_head"] for shape in (transfer["base"], model)]
+    heads = [shape.n_embd / shape.n_head for shape in (transfer.base, model)]
     if heads[0] != heads[1]:
         found.append(
             f"transfer=nu keeps the width of a head, {heads[0]:g} at the base and {heads[1]:g} here; "
-            f"choose model.n_head={model['n_embd'] / heads[0]:g}"
+            f"choose model.n_head={model.n_embd / heads[0]:g}"
         )
     return found
 
 
-def changes(cfg: Mapping[str, Any]) -> list[Change]:
+def changes(cfg: Settings) -> list[Change]:
     """Every setting that transfer touches, in the order of the paper's table; none without transfer.
 
     With m_width, m_depth and m_steps the ratios of this model's width, depth and number of steps to the base's.
     """
-    t = cfg["transfer"]
-    if t["rule"] == "none":
+    t, model, residual = cfg.transfer, cfg.model, cfg.residual
+    if isinstance(t, NoTransfer) or not isinstance(residual, NGPT):
         return []
-    base, model, residual, lr = t["base"], cfg["model"], cfg["residual"], cfg["optim"]["adamw"]["lr"]
-    width, depth = model["n_embd"] / base["n_embd"], model["n_layer"] / base["n_layer"]
-    steps = cfg["max_steps"] / t["base_steps"]
-    overall = lr * steps ** t["horizon"]
-    scaled = {name: f"m_width^{power:g}, m_width = {width:g}" for name, power in t["width"].items()}
+    width, depth = model.n_embd / t.base.n_embd, model.n_layer / t.base.n_layer
+    steps, lr = cfg.max_steps / t.base_steps, cfg.optim.adamw.lr
 
-    def rate(name: str, factor: float = 1.0) -> float:
-        return overall * factor * width ** t["width"][name]
+    def scaled(group: str, key: str, value: float, ratio: str, of: float, power: float) -> Change:
+        return Change(group, key, value, value * of**power, f"{ratio}^{power:.3g}, {ratio} = {of:g}")
 
+    overall = scaled("every learning rate", "optim.adamw.lr", lr, "m_steps", steps, t.horizon)
+
+    def rate(group: str, name: str, power: float, factor: float = 1.0) -> Change:
+        change = scaled(group, _SCALES + RATE_GROUPS[name], overall.after * factor, "m_width", width, power)
+        return replace(change, before=lr, why=change.why if factor == 1 else f"{factor:g} {change.why}")
+
+    stored = "the same at every width"
     return [
-        Change(
-            "every learning rate", "optim.adamw.lr", lr, overall, f"m_steps^{t['horizon']:.3g}, m_steps = {steps:g}"
-        ),
-        Change("input embedding", f"optim.adamw.lr_scale.{_INPUT}", lr, rate("embedding"), scaled["embedding"]),
-        Change("hidden matrices", f"optim.adamw.lr_scale.{_HIDDEN}", lr, rate("hidden"), scaled["hidden"]),
-        Change(
-            "head",
-            f"optim.adamw.lr_scale.{_HEAD}",
-            lr,
-            rate("head", t["head_factor"]),
-            f"{t['head_factor']:g} {scaled['head']}",
-        ),
-        Change(
-            "alpha, at the start",
-            "residual.alpha",
-            residual["alpha"],
-            residual["alpha"] * depth ** t["alpha_depth"],
-            f"m_depth^{t['alpha_depth']:g}, m_depth = {depth:g}",
-        ),
-        Change("alpha, stored", "residual.storage", residual["storage"], t["storage"], "the same at every width"),
-        Change("s_qk and s_z, stored", "model.storage", model["storage"], t["storage"], "the same at every width"),
-        Change(
-            "s_z, at the start",
-            "model.logit_scale",
-            model["logit_scale"],
-            model["logit_scale"] * width ** t["logit_width"],
-            f"m_width^{t['logit_width']:g}, m_width = {width:g}",
-        ),
+        overall,
+        rate("input embedding", "embedding", t.width.embedding),
+        rate("hidden matrices", "hidden", t.width.hidden),
+        rate("head", "head", t.width.head, t.head_factor),
+        scaled("alpha, at the start", "residual.alpha", residual.alpha, "m_depth", depth, t.alpha_depth),
+        Change("alpha, stored", "residual.storage", residual.storage, t.storage, stored),
+        Change("s_qk and s_z, stored", "model.storage", model.storage, t.storage, stored),
+        scaled("s_z, at the start", "model.logit_scale", model.logit_scale, "m_width", width, t.logit_width),
     ]
 
 
-def transferred(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with its settings carried over; a copy, and equal to the original without transfer."""
-    result = copy.deepcopy(dict(cfg))
-    adamw, factors = result["optim"]["adamw"], {}
-    for change in changes(cfg):
-        *path, name = change.key.split(".")
-        if path[-1] == "lr_scale":
-            factors[name] = change.after / adamw["lr"]
-        elif change.key == "optim.adamw.lr":
-            adamw["lr"] = change.after
-        else:
-            result[path[0]][name] = change.after
-    if factors:
-        adamw["lr_scale"] = {**factors, **(adamw["lr_scale"] or {})}
-    return result
+def transferred(cfg: Settings) -> Settings:
+    """The configuration with its settings carried over; the same without transfer."""
+    after = {change.key: change.after for change in changes(cfg)}
+    if not after:
+        return cfg
+
+    def of(section: str) -> dict[str, Any]:
+        return {key.removeprefix(section): value for key, value in after.items() if key.startswith(section)}
+
+    lr, given = after["optim.adamw.lr"], cfg.optim.adamw.lr_scale or {}
+    scales = {**{pattern: rate / lr for pattern, rate in of(_SCALES).items()}, **given}
+    return replace(
+        cfg,
+        optim=replace(cfg.optim, adamw=replace(cfg.optim.adamw, lr=lr, lr_scale=scales)),
+        residual=replace(cfg.residual, **of("residual.")),
+        model=replace(cfg.model, **of("model.")),
+    )
 
 
-def transfer_table(cfg: Mapping[str, Any]) -> str:
+def transfer_table(cfg: Settings) -> str:
     """What each group's learning rate and scales became, and why, as text; empty without transfer."""
     lines = [("", "at the base", "here", "why")]
     for change in changes(cfg):

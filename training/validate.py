@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from training.batch import micro_batch_size
 from training.schedule import warmup_updates
+
+if TYPE_CHECKING:
+    from training.settings import Settings
 
 
 class ConfigError(Exception):
@@ -27,13 +30,13 @@ class ConfigError(Exception):
         return type(self), (self.problems,)  # the message alone could not be turned back into problems
 
 
-def problems_of_machine(cfg: Mapping[str, Any]) -> list[str]:
+def problems_of_machine(cfg: Settings) -> list[str]:
     """Whether this machine has the device that is asked for, and room for the run's directory."""
     found = []
-    if cfg["device"] == "cuda" and not torch.cuda.is_available():
+    if cfg.device == "cuda" and not torch.cuda.is_available():
         found.append("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
-    if cfg["output_dir"] is not None:
-        found += problems_of_directory(Path(cfg["output_dir"]))
+    if cfg.output_dir is not None:
+        found += problems_of_directory(Path(cfg.output_dir))
     return found
 
 
@@ -50,9 +53,9 @@ def problems_of_directory(directory: Path) -> list[str]:
     return []
 
 
-def problems_of_batch(cfg: Mapping[str, Any], world: int) -> list[str]:
+def problems_of_batch(cfg: Settings, world: int) -> list[str]:
     """Whether every rank has the same number of windows of the global batch."""
-    tokens, block = cfg["global_batch_tokens"], cfg["model"]["block_size"]
+    tokens, block = cfg.global_batch_tokens, cfg.model.block_size
     share = block * world
     if tokens % share == 0:
         return []
@@ -64,29 +67,15 @@ def problems_of_batch(cfg: Mapping[str, Any], world: int) -> list[str]:
     ]
 
 
-def shortened(cfg: Mapping[str, Any], world: int) -> list[str]:
+def shortened(cfg: Settings, world: int) -> list[str]:
     """What a run does otherwise than its configuration says, because there is not more of something; one line each."""
     found = []
-    windows, wanted = cfg["global_batch_tokens"] // cfg["model"]["block_size"] // world, cfg["micro_batch_size"]
+    windows, wanted = cfg.global_batch_tokens // cfg.model.block_size // world, cfg.micro_batch_size
     size = micro_batch_size(windows, wanted)
     if size < wanted:
         found.append(f"micro_batch_size={wanted}: a rank has {windows} windows an update and takes {size} at once")
-    wanted, updates = cfg["schedule"]["warmup_steps"], cfg["schedule"]["decay_steps"]
-    steps = warmup_updates(wanted, updates)
-    if wanted >= 1 and steps < wanted:
-        found.append(f"schedule.warmup_steps={wanted} does not fit into {updates} updates; {steps} of them are warm-up")
+    asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
+    steps = warmup_updates(asked, updates)
+    if asked >= 1 and steps < asked:
+        found.append(f"schedule.warmup_steps={asked} does not fit into {updates} updates; {steps} of them are warm-up")
     return found
-
-
-def problems_of_clip(cfg: Mapping[str, Any], rows: Iterable[Any]) -> list[str]:
-    """Whether QK-clip would take the fused matrices of a manifold, named in `rows` (optim.assignment.Row), off it."""
-    attention = cfg["attention"]
-    if not attention["qk_clip"] or attention["qk_clip_on"] != "weights":
-        return []
-    held = [row.name for row in rows if row.manifold not in (None, "euclidean") and "c_attn" in row.name.split(".")]
-    if not held:
-        return []
-    return [
-        f"attention.qk_clip_on=weights would take {len(held)} matrices such as '{held[0]}' off their manifold; "
-        "use attention.qk_clip_on=gain"
-    ]

@@ -24,7 +24,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from training.log import METRICS_FILE
 
@@ -66,7 +66,7 @@ class WandbSink:
     def __init__(
         self,
         *,
-        mode: str,
+        mode: Literal["online", "offline", "disabled"],
         project: str,
         group: str | None,
         name: str,
@@ -89,7 +89,7 @@ class WandbSink:
 
     def _start(
         self,
-        mode: str,
+        mode: Literal["online", "offline", "disabled"],
         project: str,
         group: str | None,
         name: str,

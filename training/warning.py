@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-from training.fields import Section, number, optional, whole
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 # Below this share of the limit nothing is forecast: every run's logits grow quickly at first, and most level off.
 _LEAST_SHARE = 0.25
@@ -28,35 +26,36 @@ class Alarm:
     lead: int
 
 
-@dataclass
-class EarlyWarning:
-    """Warns once in a run.
+@dataclass(frozen=True)
+class WarningRules:
+    """When to warn; configs/config.yaml.
 
     logit: the largest logit at which attention counts as saturated; null switches the forecast off. horizon: a warning comes when this
     logit is expected within so many steps. probes: how many of the last probes the line is drawn through; before that many were seen,
     there is no forecast. entropy: a layer whose mean entropy, relative to log(position), is below this is warned of at once.
     """
 
-    logit: float | None = optional(number(above=0), null="switches the forecast off")
-    horizon: int = whole(low=1)
-    probes: int = whole(low=3)
-    entropy: float = number(low=0, below=1)
+    logit: Annotated[float | None, ("above", 0), ("null", "switches the forecast off")]
+    horizon: Annotated[int, ("low", 1)]
+    probes: Annotated[int, ("low", 3)]
+    entropy: Annotated[float, ("low", 0), ("below", 1)]
 
-    steps: list[int] = field(default_factory=list, init=False)
-    logits: list[float] = field(default_factory=list, init=False)
-    norms: list[float] = field(default_factory=list, init=False)
-    warned_step: int | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        settings = {name: getattr(self, name) for name in Section(EarlyWarning).kinds}
-        if found := Section(EarlyWarning).problems("stability.warning", settings):
-            raise ValueError("; ".join(map(str, found)))
+class EarlyWarning:
+    """Warns once in a run, by its rules."""
+
+    def __init__(self, rules: WarningRules) -> None:
+        self.rules = rules
+        self.steps: list[int] = []
+        self.logits: list[float] = []
+        self.norms: list[float] = []
+        self.warned_step: int | None = None
 
     def observe(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
         """Take the summary of a probe (`largest_logit`, `largest_qk_norm`, `least_entropy`); the alarm, once."""
-        self.steps = [*self.steps, step][-self.probes :]
-        self.logits = [*self.logits, seen["largest_logit"]][-self.probes :]
-        self.norms = [*self.norms, seen["largest_qk_norm"]][-self.probes :]
+        self.steps = [*self.steps, step][-self.rules.probes :]
+        self.logits = [*self.logits, seen["largest_logit"]][-self.rules.probes :]
+        self.norms = [*self.norms, seen["largest_qk_norm"]][-self.rules.probes :]
         if self.warned_step is not None:
             return None
         alarm = self._collapsed(step, seen) or self._forecast(step)
@@ -66,25 +65,26 @@ class EarlyWarning:
 
     def _collapsed(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
         entropy, logit = seen["least_entropy"], seen["largest_logit"]
-        if not entropy >= self.entropy:
+        if not entropy >= self.rules.entropy:
             return Alarm(f"attention's entropy has fallen to {entropy:.2g} of its maximum in a layer", step, 0)
-        if self.logit is not None and not logit < self.logit:
+        if self.rules.logit is not None and not logit < self.rules.logit:
             return Alarm(f"attention's largest logit is {logit:.3g}, where the softmax saturates", step, 0)
         return None
 
     def _forecast(self, step: int) -> Alarm | None:
         """Both the logit and the norm behind it must head for the limit: one of them alone is often noise."""
-        if self.logit is None or len(self.steps) < self.probes or not self.logits[-1] >= _LEAST_SHARE * self.logit:
+        limit = self.rules.logit
+        if limit is None or len(self.steps) < self.rules.probes or not self.logits[-1] >= _LEAST_SHARE * limit:
             return None
-        by_logit = crossing(self.steps, [math.sqrt(max(x, 0.0)) for x in self.logits], math.sqrt(self.logit))
+        by_logit = crossing(self.steps, [math.sqrt(max(x, 0.0)) for x in self.logits], math.sqrt(limit))
         # The logit that the norm stands for: in proportion, as of now.
-        norm_limit = self.norms[-1] * self.logit / self.logits[-1]
+        norm_limit = self.norms[-1] * limit / self.logits[-1]
         by_norm = crossing(self.steps, [math.sqrt(x) for x in self.norms], math.sqrt(norm_limit))
         latest = max(by_logit, by_norm)
-        if not latest < math.inf or (expected := round(latest)) - step > self.horizon:
+        if not latest < math.inf or (expected := round(latest)) - step > self.rules.horizon:
             return None
         message = (
-            f"attention's largest logit is {self.logits[-1]:.3g} and growing; at this pace it reaches {self.logit:g}, where the "
+            f"attention's largest logit is {self.logits[-1]:.3g} and growing; at this pace it reaches {limit:g}, where the "
             f"softmax saturates, at step {expected}, in {expected - step} steps"
         )
         return Alarm(message, expected, expected - step)

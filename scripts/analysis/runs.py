@@ -272,6 +272,7 @@ def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
     """
     from model.gpt import GPT
     from training.build import gpt_config
+    from training.settings import read_sound
 
     directory = Path(directory)
     if not directory.is_dir():
@@ -282,7 +283,7 @@ def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
     check_parts(loaded)
     config = loaded.state["config"]
     with foreign(loaded):
-        model = GPT(gpt_config(config))
+        model = GPT(gpt_config(read_sound(config)[0]))
         if not isinstance(config["data"]["tokenizer"], str):
             raise TypeError("its data has no tokenizer")
     take_weights(model, loaded)

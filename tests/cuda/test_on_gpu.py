@@ -1,5 +1,7 @@
 """What only a GPU can show. Without one everything here is skipped; the same checks run on the CPU in tests/test_compiled.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from device_checks import (
@@ -76,7 +78,7 @@ def test_a_resumed_run_agrees_with_an_undisturbed_one(tiny, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(compose([*common, f"output_dir={straight}"]))
     halfway = compose([*common, f"output_dir={stopped}"])
-    train({**halfway, "max_steps": 10, "schedule": {**halfway["schedule"], "decay_steps": 20}})
+    train(replace(halfway, max_steps=10, schedule=replace(halfway.schedule, decay_steps=20)))
     train(compose([*common, f"output_dir={stopped}", "resume=auto"]))
     for kind in ("train", "eval"):
         a, b = ([r["loss"] for r in read_records(d, kind)] for d in (straight, stopped))

@@ -1,0 +1,115 @@
+"""The settings of a GPT: its shape and parts, what attention has beside its matrices, and the scales it begins with.
+
+Annotated gives the range of a setting; training/fields.py reads it. The defaults stand in configs/.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from model.residual import Positive, ResidualRule, Stream, residual_rule
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RATE_GROUPS = {"embedding": "wte", "hidden": "c_attn|c_fc|c_proj", "head": "lm_head"}
+"""Patterns of parameter names: the groups whose learning rates change with the size, see training/transfer.py."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a GPT and its parts; configs/model.
+
+    vocab_size may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units.
+    rope: rotary positions in place of the table of positions. tied: whether the head is the embedding.
+    unit_weights: nGPT's matrices (arXiv 2410.01131), whose vectors of embedding space are to be kept at unit length, see
+        `GPT.unit_vectors`, with the learned scales s_qk, s_uv and s_z that this needs.
+    storage: the size at which s_qk and s_z are stored, see StoredScale; None for 1/√d. logit_scale: s_z at the start.
+    """
+
+    block_size: Annotated[int, ("low", 1), ("high", 2**24)]
+    vocab_size: Annotated[int, ("low", 1), ("high", 2**24)]
+    n_layer: Annotated[int, ("low", 1), ("high", 1000)]
+    n_head: Annotated[int, ("low", 1), ("high", 2**16)]
+    n_embd: Annotated[int, ("low", 1), ("high", 2**20)]
+    dropout: Annotated[float, ("low", 0), ("below", 1)]
+    bias: bool
+    rope: bool
+    mlp: Literal["gelu", "swiglu"]
+    tied: bool
+    unit_weights: bool
+    storage: Annotated[float | None, ("above", 0), ("null", "means 1/√n_embd")]
+    logit_scale: Positive
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What attention has beside its matrices, see model/attention.py; configs/attention. None: off."""
+
+    qk_norm: bool
+    qk_clip: Positive | None
+    qk_clip_on: Literal["weights", "gain"]
+    logit_cap: Positive | None
+    head_gate: Literal["none", "token", "position"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """Factors of GPT-2's initial scales: of c_fc (σ_w of arXiv 2403.02579), and of c_proj, which writes into the stream."""
+
+    weight_scale: Positive
+    residual_scale: Positive
+
+
+@cache
+def _gpt2() -> dict[str, Any]:
+    """GPT-2 124M, as configs/ has it."""
+    files = ("model/gpt2", "model/gpt2_124m", "attention/plain", "residual/pre_norm", "config")
+    parts, shape, attention, residual, config = (yaml.safe_load((CONFIGS / f"{f}.yaml").read_text()) for f in files)
+    del shape["defaults"]
+    return {**parts, **shape, **attention, **config["init"], "residual": residual_rule(residual)}
+
+
+@dataclass(frozen=True, init=False)
+class GPTConfig(Shape, Attention, Init):
+    """All settings of a GPT in one: GPTConfig(n_layer=24, n_head=16, n_embd=1024). What is not given is as in GPT-2 124M.
+
+    Raises:
+        TypeError: a setting is unknown.
+    """
+
+    residual: ResidualRule
+
+    def __init__(self, **settings: Any) -> None:
+        settings = {**_gpt2(), **settings}
+        if wrong := settings.keys() - {field.name for field in fields(self)}:
+            raise TypeError(f"a GPT has no setting {', '.join(sorted(wrong))}; see model/config.py")
+        vars(self).update(settings)
+
+    def problems(self) -> list[str]:
+        """What does not fit together, each with its remedy; empty if nothing. The ranges of single values are training/fields.py's concern."""
+        found = []
+        if self.n_embd % self.n_head:
+            found.append(
+                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them"
+            )
+        elif self.rope and self.n_embd // self.n_head % 2:
+            found.append(
+                f"model.rope turns pairs of channels, and a head has {self.n_embd // self.n_head}; make it even"
+            )
+        norm = "attention.qk_norm=true" if self.qk_norm else "model.unit_weights=true" if self.unit_weights else None
+        if norm and self.qk_clip and self.qk_clip_on == "weights":
+            found.append(
+                f"{norm} undoes what attention.qk_clip does to the weights; switch one off, or use attention.qk_clip_on=gain"
+            )
+        return found
+
+    @property
+    def stream(self) -> Stream:
+        """What a residual rule is told."""
+        radius = 1.0 if self.unit_weights else math.sqrt(self.n_embd)
+        return Stream(self.n_embd, self.n_layer, self.bias, radius)

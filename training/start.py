@@ -1,0 +1,41 @@
+"""What a run writes about itself, and says, before its first step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from model.gpt import GPT
+from optim.assignment import parameter_table
+from training.build import Optimizers
+from training.files import CONFIG_FILE, write_whole
+from training.log import RunLog
+from training.progress import ProgressSink
+from training.run import environment, run_name
+from training.settings import Settings
+from training.transfer import transfer_table
+from training.wandb_sink import WandbSink
+
+
+def open_log(cfg: Settings, directory: Path, optimizers: Optimizers, step: int, resumed: bool) -> RunLog:
+    """The run's directory with its configuration, parameter table and environment, and the log with its sinks."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
+    write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
+    write_whole(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name, "name": directory.name}
+    wandb = WandbSink(mode=cfg.logger.mode, directory=directory, resume=resumed, config=cfg.plain(), **about)
+    progress = ProgressSink(run_name(cfg), cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
+    return RunLog(directory, [wandb, progress], resume_step=step if resumed else -1)
+
+
+def print_start(cfg: Settings, directory: Path, model: GPT, optimizers: Optimizers, remarks: list[str]) -> None:
+    """The table of geometries, what was carried over from a base, where the run goes, and remarks, a line each."""
+    print(parameter_table(optimizers.rows, model.tied_names()))
+    if carried_over := transfer_table(cfg):
+        print(carried_over)
+    if optimizers.muon is not None:
+        print(f"ManifoldMuon: {optimizers.muon.rule.describe(model.lm_head.weight.device)}")
+    print(f"{model.describe()} → {directory}", *remarks, sep="\n", flush=True)
