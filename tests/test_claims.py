@@ -12,6 +12,7 @@ from conftest import ROOT
 from documents import EXPERIMENTS, FORMULAS, FRONT
 
 from model.gpt import GPT
+from model.residual import RESIDUAL_RULES
 from optim.msign import msign
 from training.build import gpt_config
 from training.config import compose
@@ -153,6 +154,11 @@ def test_two_runs_of_the_retractions_became_unstable_and_a_smaller_first_step_he
         assert mean_loss("residual_alpha/table.json", residual=rule) < mean_loss(
             "residual_rules/table.json", residual=rule
         )
+
+
+def test_there_are_ten_residual_rules():
+    assert "ten rules" in text(FRONT) and "all ten rules" in text(EXPERIMENTS)
+    assert len(RESIDUAL_RULES) == 10 == len({r["residual"] for r in result("residual_rules/table.json")["rows"]})
 
 
 # ---- numbers ----

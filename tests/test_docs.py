@@ -102,22 +102,22 @@ def test_what_needs_another_machine_is_a_valid_configuration_as_it_stands(needs)
 
 @pytest.mark.slow
 def test_commands_for_several_devices_run_on_two(tiny_data, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment, started = {**os.environ, "PYTHONPATH": str(ROOT)}, []
     for words in SHELL["several devices"]:
         words = [word.replace("=8", "=2") if "nproc" in word else word for word in words]
-        where = f"output_dir={tmp_path}/{words[0]}"
-        tiny = [*TINY_MODEL[:1], *TINY_RUN, *tiny_data, where]
+        tiny = [*TINY_MODEL[:1], *TINY_RUN, *tiny_data, f"output_dir={tmp_path}/{words[0]}"]
         if "-m" in words:
             check_cluster_sweep(words[2:], tiny)
             continue
         program = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else [sys.executable]
         script = words.index("train.py")
         command = [*program, *words[1:script], str(ROOT / "train.py"), *words[script + 1 :], *tiny]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("best validation loss") == 1
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
+    for process in started:  # side by side, which takes less time
+        printed, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        assert printed.count("best validation loss") == 1
     alone, under_torchrun = (
         [r["loss"] for r in read_records(tmp_path / name, "eval")] for name in ("python", "torchrun")
     )
