@@ -12,6 +12,8 @@ from pathlib import Path
 from conftest import ROOT
 
 from data import prepare as preparing
+from scripts.analysis import study
+from training.engine import run_here
 
 FRONT, EXPERIMENTS, FORMULAS = ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "formulas.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -94,3 +96,26 @@ def in_process(words, overrides, monkeypatch):
         script = importlib.import_module(Path(words[1]).with_suffix("").as_posix().replace("/", "."))
         main = getattr(script, "main", None) or script.work
         assert main([*words[2:], *overrides]) == 0
+
+
+LESS = {  # of every experiment's lists, as little as draws a picture
+    "crossing": ["assignment=hetero", "residual=geonorm", "seeds=1"],
+    "exponents": ["init.residual_scale=0.5,1", "init.weight_scale=1", "scan=2", "models=1", "assignments=adamw"],
+    "instability_one_gpu": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram,hetero"],
+    "instability_small": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram", "seeds=1"],
+    "lr_transfer": ["optim.adamw.lr=0.01,0.02", "around=16,1,2", "head=8"],
+    "mechanism": ["assignment=all_dgram", "remedy=none,norm_cap"],
+    "momentum": ["assignment=all_stiefel", "optim.muon.momentum=0.8"],
+    "residual_rules": ["residual=geonorm", "seeds=1"],
+    "solver_sweep": ["assignment=hetero", "optim.muon.lr=0.02", "seeds=1"],
+}
+
+
+def without_workers(monkeypatch):
+    """Run the jobs of an experiment one after the other in this process: to start workers takes longer than the runs."""
+
+    def run_all(jobs, workers, launcher):
+        outcomes = [run_here(job) for job in jobs]
+        return {outcome.job.directory: outcome.failure for outcome in outcomes if outcome.failure}
+
+    monkeypatch.setattr(study, "run_all", run_all)

@@ -1,8 +1,10 @@
 """The recipes of CONTRIBUTING.md at work, in a copy of the repository to which tests/test_contributing.py has applied them."""
 
+import re
+
 import pytest
 import torch
-from documents import CONTRIBUTING, blocks, commands, in_process
+from documents import CONTRIBUTING, LESS, TINY_RUN, blocks, commands, in_process, without_workers
 from test_contributing import WHERE
 
 from data import prepare as preparing
@@ -29,14 +31,16 @@ def little_stdlib(tmp_path_factory):
 @pytest.mark.parametrize("heading", HEADINGS)
 def test_the_commands_and_examples_run(heading, little_stdlib, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    without_workers(monkeypatch)
     for block in (block for block in BLOCKS if block.heading == heading):
         if block.language == "python":
             exec(compile(block.code, block.file, "exec"), {"__name__": "example"})
             continue
         for words in commands(block.code):
             data = [] if any(word.startswith("data=") for word in words) else little_stdlib
-            in_process(words, [*data, *WIDTH] if words[1] == "train.py" else [], monkeypatch)
-    assert "best validation loss" in capsys.readouterr().out
+            tiny = {"train.py": [*data, *WIDTH], "scripts/experiment.py": [*LESS.get(words[2], []), *TINY_RUN, *data]}
+            in_process(words, tiny.get(words[1], []), monkeypatch)
+    assert re.search("best validation loss|written to", capsys.readouterr().out)
 
 
 # ---- manifolds ----

@@ -95,14 +95,14 @@ def test_the_rules_at_their_best_rates_differ_as_the_page_says():
 def test_no_run_of_the_experiments_on_attention_became_unstable():
     assert "No run of these experiments became unstable" in text(EXPERIMENTS)
     for name in ATTENTION:
-        assert {row["status"] for row in result(f"{name}/instability.json")["rows"]} == {"ok"}
+        assert {row["status"] for row in result(f"{name}/table.json")["rows"]} == {"ok"}
 
 
 def test_hetero_is_ahead_exactly_where_attention_on_dgram_saturates():
     assert "Where attention on DGram saturates, Hetero ends with a lower loss" in text(EXPERIMENTS)
     seen = set()
     for name in ATTENTION:
-        rows = [r for r in result(f"{name}/instability.json")["rows"] if r["assignment"] in ("all_dgram", "hetero")]
+        rows = [r for r in result(f"{name}/table.json")["rows"] if r["assignment"] in ("all_dgram", "hetero")]
         for _, group in groupby(sorted(rows, key=setting_of), setting_of):
             cases = [list(c) for _, c in groupby(sorted(group, key=assignment_of), assignment_of)]
             dgram, hetero = (fmean(r["val_loss_final"] for r in case) for case in cases)
@@ -122,7 +122,7 @@ def assignment_of(row):
 
 def test_what_restores_attention():
     losses = {name: {} for name in ("all_dgram", "hetero_inv")}
-    for row in result("mechanism/mechanism.json")["rows"]:
+    for row in result("mechanism/table.json")["rows"]:
         losses[row["assignment"]][row["remedy"]] = row
     for rows in losses.values():
         assert set(sorted(rows, key=lambda remedy: rows[remedy]["val_loss_final"])[:2]) == {"norm_cap", "decay"}
@@ -173,9 +173,9 @@ CLAIMS = {  # numbers with decimals in the prose: what they say, and where it is
     "2.427": lambda: mean_loss("crossing/table.json", assignment="all_dgram", residual="pre_norm"),
     "2.660": lambda: mean_loss("residual_rules/table.json", residual="geonorm"),
     "2.389": lambda: mean_loss("residual_rules/table.json", residual="pre_norm"),
-    "0.87": lambda: result("exponents/exponents.json")["rank_correlation"]["|λ_a|"],
-    "0.39": lambda: result("exponents/exponents.json")["rank_correlation"]["|λ_g|"],
-    "0.64": lambda: result("exponents/exponents.json")["rank_correlation"]["sum"],
+    "0.87": lambda: result("exponents/table.json")["rank_correlation"]["|λ_a|"],
+    "0.39": lambda: result("exponents/table.json")["rank_correlation"]["|λ_g|"],
+    "0.64": lambda: result("exponents/table.json")["rank_correlation"]["sum"],
 }
 ABOVE = {"0.001"}  # a bound, which test_the_seeds_differ_as_the_front_says compares
 

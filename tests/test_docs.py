@@ -17,6 +17,7 @@ from documents import (
     CONTRIBUTING,
     DOCUMENTS,
     FRONT,
+    LESS,
     TINY_MODEL,
     TINY_RUN,
     anchors,
@@ -25,10 +26,12 @@ from documents import (
     in_process,
     links,
     outside_code,
+    without_workers,
 )
 
 import train
 from data import prepare as preparing
+from scripts.experiment import load, names, study_of
 from training.config import compose
 from training.log import read_records
 
@@ -83,16 +86,19 @@ def test_python_runs_as_it_stands(capsys):
 
 @pytest.mark.parametrize("needs", SHELL)
 def test_what_needs_another_machine_is_a_valid_configuration_as_it_stands(needs):
-    own = ("hydra/", "--", "-m", "widths=", "seeds=", "scan=", "train=", "workers=")  # no keys of a run
     for words in SHELL[needs]:
         assert words[0] in ("python", "torchrun")
         program = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "data.prepare")
         options = words[program + 1 :]
         if words[program] == "scripts/experiment.py":
-            options = options[1:]
-        overrides = [re.sub(r"^scale=", "experiment=", word) for word in options]
-        overrides = [re.sub(r"^(assignment=\w+),.*", r"\1", word) for word in overrides]  # of a sweep, its first job
-        cfg = compose([word for word in overrides if not word.startswith(own)])
+            study = study_of(load(options[0]), options[1:])[0]
+            overrides = [*study.experiment.base, *study.settings(study.cases()[0]), *study.overrides]
+        else:
+            overrides = [re.sub(r"^scale=", "experiment=", word) for word in options if not word.startswith("hydra/")]
+            overrides = [
+                re.sub(r"^(assignment=\w+),.*", r"\1", word) for word in overrides
+            ]  # of a sweep, its first job
+        cfg = compose(overrides)
         if "data.prepare" not in words:
             train.check(cfg)
 
@@ -142,6 +148,39 @@ def check_cluster_sweep(words, tiny):
         assert (job.tasks_per_node, job.gpus_per_node) == (1, 2)
 
 
+# ---- experiments ----
+
+
+@pytest.mark.parametrize("words", SHELL["an hour"], ids=lambda words: words[2])
+def test_an_experiment_runs_and_writes_its_results(words, tiny_data, tmp_path, monkeypatch):
+    without_workers(monkeypatch)
+    places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
+    in_process(words, [*TINY_MODEL[:1], *TINY_RUN, *tiny_data, *LESS[words[2]], *places], monkeypatch)
+    written = {path.suffix for path in (tmp_path / "results").iterdir()}
+    assert written == {".md", ".json", ".png"}
+
+
+def test_every_experiment_is_named():
+    assert {words[2] for block in SHELL.values() for words in block if "experiment.py" in words[1]} == set(names())
+
+
+# ---- one GPU ----
+
+
+def test_commands_for_one_gpu_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    without_workers(monkeypatch)
+    texts = [{"text": f"page {i} says that {i} times {i} is {i * i}"} for i in range(4000)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(texts))
+    for words in SHELL["a GPU and 9 billion tokens"]:
+        tiny = ["data.tokenizer=bytes", *(["model.n_layer=1"] if words[1] != "-m" else [])]
+        if words[1].startswith("scripts/"):
+            tiny += [*TINY_RUN, f"output_dir=outputs/{words[1]}", "results=results", *LESS.get(words[2], [])]
+        in_process(words, tiny, monkeypatch)
+    assert {path.name for path in tmp_path.glob("results/*")} >= {"table.md", "val_loss.png", "instability.png"}
+    assert capsys.readouterr().out.count("best validation loss") == 2
+
+
 # ---- your own text ----
 
 
@@ -186,23 +225,3 @@ def test_the_map_of_the_folders_says_nothing_that_is_not_so():
     layout = FRONT.read_text().split("## Map of the folders")[1].split("```")[1]
     rooms = re.findall(r"^(\S+)", layout, re.MULTILINE) + re.findall(r"scripts/\w+/", layout)
     assert len(rooms) >= 11 and all((ROOT / room).exists() for room in rooms)
-
-
-# ---- one GPU ----
-
-
-def test_commands_for_one_gpu_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    texts = [{"text": f"page {i} says that {i} times {i} is {i * i}"} for i in range(4000)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(texts))
-    for words in SHELL["a GPU and 9 billion tokens"]:
-        tiny = ["data.tokenizer=bytes"]
-        if words[1] != "-m":
-            tiny.append("model.n_layer=1")
-        if words[1].startswith("scripts/"):
-            tiny += [*TINY_RUN, "output_dir=outputs/of_script", "results=results"]
-        if words[1] == "scripts/experiment.py":
-            continue
-        in_process(words, tiny, monkeypatch)
-    assert {path.name for path in tmp_path.glob("results/*")} >= {"table.md", "val_loss.png"}
-    assert capsys.readouterr().out.count("best validation loss") == 2
