@@ -8,7 +8,6 @@ from documents import CONTRIBUTING, LESS, TINY_RUN, blocks, commands, in_process
 from test_contributing import WHERE
 
 from data import prepare as preparing
-from model.residual import RESIDUAL_RULES
 from optim.certificate import certify
 from optim.certified import direction
 from optim.manifolds import MANIFOLDS
@@ -68,9 +67,8 @@ def test_both_step_rules_train_on_a_new_manifold(rule):
     """Three steps of a model: certified, and every weight on its manifold."""
     torch.manual_seed(0)
     rules = "{attn.c_attn: stiefel, attn.c_proj: stiefel_by_head, mlp: frobenius}"
-    model, optimizers = build(
-        compose(["model=demo", f"optim={rule}", "assignment=custom", f"assignment.rules={rules}"])
-    )
+    small = ["model=demo", "model.n_layer=2", f"optim={rule}"]
+    model, optimizers = build(compose([*small, "assignment=custom", f"assignment.rules={rules}"]))
     optimizers.watch(True)
     for _ in range(3):
         x = torch.randint(0, 257, (2, 17))
@@ -92,6 +90,18 @@ def test_both_step_rules_train_on_a_new_manifold(rule):
 def test_the_residual_rule_is_its_formula():
     from test_residual import LAYER, STREAM, norm, on_sphere, residual_rule, settings, sublayer
 
-    assert "layer_scale" in RESIDUAL_RULES
     joint, x, f = residual_rule(settings("layer_scale")).join(STREAM, LAYER), on_sphere(), sublayer()
     assert torch.allclose(joint(x, f), x + 0.1 * f(norm(x)), atol=2e-6)
+
+
+# ---- a step rule ----
+
+
+def test_the_step_rule_takes_feasible_steps():
+    model, optimizers = build(compose(["model=demo", "model.n_layer=1", "optim=projected", "assignment=hetero"]))
+    optimizers.watch(True)
+    x = torch.randint(0, 257, (2, 17))
+    model(x[:, :-1], x[:, 1:])[1].backward()
+    optimizers.step()
+    for certificate in optimizers.muon.certificates().values():
+        assert 0.3 < certificate["feas"] <= 1 and certificate["tangency"] < 1e-2  # bfloat16 msign

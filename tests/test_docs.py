@@ -29,9 +29,9 @@ from documents import (
     without_workers,
 )
 
-import train
 from data import prepare as preparing
 from scripts.experiment import load, names, study_of
+from training.checks import check
 from training.config import compose
 from training.log import read_records
 
@@ -94,13 +94,14 @@ def test_what_needs_another_machine_is_a_valid_configuration_as_it_stands(needs)
             study = study_of(load(options[0]), options[1:])[0]
             overrides = [*study.experiment.base, *study.settings(study.cases()[0]), *study.overrides]
         else:
-            overrides = [re.sub(r"^scale=", "experiment=", word) for word in options if not word.startswith("hydra/")]
+            overrides = [re.sub(r"^scale=", "experiment=", word) for word in options if word[0] != "-"]
+            overrides = [word for word in overrides if not word.startswith("hydra/")]
             overrides = [
                 re.sub(r"^(assignment=\w+),.*", r"\1", word) for word in overrides
             ]  # of a sweep, its first job
         cfg = compose(overrides)
         if "data.prepare" not in words:
-            train.check(cfg)
+            check(cfg)
 
 
 # ---- several devices ----
@@ -141,7 +142,7 @@ def check_cluster_sweep(words, tiny):
     assert "launcher.nproc=2" in common
     key, _, choices = swept.partition("=")
     for choice in choices.split(","):
-        train.check(compose([*common, f"{key}={choice}", *tiny]))
+        check(compose([*common, f"{key}={choice}", *tiny]))
     if importlib.util.find_spec("submitit") is not None:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             job = hydra_compose("config", [*common, launcher], return_hydra_config=True).hydra.launcher
