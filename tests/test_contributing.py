@@ -64,9 +64,8 @@ def test_every_recipe_works_as_it_stands(tmp_path):
         apply(block, copy)
     tests = ["tests/recipes.py", "tests/test_manifolds.py", "tests/test_residual.py", "tests/test_data_command.py"]
     names = "recipes or frobenius or (layer_scale and not formula) or sums"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=12", *tests, "-k", names]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", names]
     done = subprocess.run(
         command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True, check=False
     )
-    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
