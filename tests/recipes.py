@@ -98,7 +98,9 @@ def test_the_residual_rule_is_its_formula():
 
 
 def test_the_step_rule_takes_feasible_steps():
-    model, optimizers = build(compose(["model=demo", "model.n_layer=1", "optim=projected", "assignment=hetero"]))
+    model, optimizers = build(
+        compose(["model=demo", "model.n_layer=1", "optim=paper", "optim.muon.rule.kind=projected"])
+    )
     optimizers.watch(True)
     x = torch.randint(0, 257, (2, 17))
     model(x[:, :-1], x[:, 1:])[1].backward()

@@ -33,10 +33,10 @@ def test_a_recipe_is_short(recipe):
 
 
 def apply(block, root):
-    """Do with a block what a reader would: write the file, append to it, or change what a diff shows. Blocks of another kind stay."""
+    """Do what a block says: write the file, append to it, or change what a diff shows. Returns its path, None for another block."""
     where = WHERE.match(block.code)
     if where is None:
-        return
+        return None
     path, code = root / where[1], block.code[where.end() :]
     if block.language == "diff":
         old, new = ("".join(line[1:] for line in code.splitlines(True) if line[0] in f" {sign}") for sign in "-+")
@@ -48,6 +48,7 @@ def apply(block, root):
     else:
         assert not path.exists(), f"{where[1]} exists"
         path.write_text(code)
+    return path
 
 
 @pytest.mark.slow
@@ -60,8 +61,9 @@ def test_every_recipe_works_as_it_stands(tmp_path):
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "prepared"))
         else:
             shutil.copy(source, target)
-    for block in blocks(CONTRIBUTING):
-        apply(block, copy)
+    changed = {apply(block, copy) for block in blocks(CONTRIBUTING)} - {None}
+    python = sorted(str(path) for path in changed if path.suffix == ".py")
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--check", *python], cwd=copy, check=True)
     tests = ["tests/recipes.py", "tests/test_manifolds.py", "tests/test_residual.py", "tests/test_data_command.py"]
     names = "recipes or frobenius or (layer_scale and not formula) or sums"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", names]
