@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from optim.schedule import lr_multiplier
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +38,7 @@ from training.log import NoLog, RunLog
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
 from training.run import claimed, compiled, end_of, resolve_device, summary
+from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
 from training.stability import Stability

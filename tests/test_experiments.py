@@ -253,7 +253,7 @@ def test_what_cannot_be_is_one_message_and_nothing_is_written(words, said, tmp_p
 
 def test_a_launcher_that_is_not_installed_is_refused_with_the_remedy(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.launch._is_installed", lambda plugin: False)
+    monkeypatch.setattr("training.command._is_installed", lambda plugin: False)
     words = ["crossing", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
     assert experiment.main(words) == 2 and list(tmp_path.iterdir()) == []
     assert "pip install -e '.[slurm]'" in capsys.readouterr().err
