@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Loader, Prefetcher, validation_windows
 from model.probes import probe
-from optim.spectra import spectra
+from model.spectra import spectra
+from optim.manifolds import MANIFOLDS
 from training import checkpoint
 from training.batch import micro_batch_size
 from training.build import build
@@ -219,8 +220,11 @@ class Run:
         if self.ranks.is_main:
             groups = self.optimizers.muon.param_groups if self.optimizers.muon else []
             blocks = {name: group["blocks"] for group in groups for name in group["names"]}
+            residuals = {name: manifold.residual for name, manifold in MANIFOLDS.items()}
             ruled = [row for row in self.optimizers.rows if row.ruled]
-            matrices = {row.name: (self.params[row.name], row.manifold, blocks.get(row.name, 1)) for row in ruled}
+            matrices = {
+                r.name: (self.params[r.name], residuals.get(r.manifold or ""), blocks.get(r.name, 1)) for r in ruled
+            }
             for name, record in spectra(matrices):
                 log.write("spectra", self.step, name=name, **record)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim.spectra import singular_values
+from model.spectra import singular_values
 
 # Singular values below this share of the largest are not counted as a direction in use.
 _WIDTH_TOLERANCE = 1e-3

@@ -96,7 +96,9 @@ def assign(
         for pattern, choice in rules.items()
         if choice not in choices
     ]
-    rows, used, contested = [], set(), {}
+    rows: list[Row] = []
+    used: set[str] = set()
+    contested: dict[str, list[str]] = {}
     for name, shape in shapes.items():
         hits = [pattern for pattern in rules if matches(pattern, name)]
         table = any(matches(pattern, name) for pattern in always_adamw)
@@ -209,13 +211,13 @@ def adamw_groups(rows: list[Row], adamw: Mapping[str, Any]) -> list[tuple[list[s
 def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:
     """The assignment as text, equal layers folded into one line (`h.0-11`). `aliases` maps a name to a tied twin, for display."""
     aliases, lines = aliases or {}, [("", "shape", "optimizer", "manifold")]
-    alike: dict[tuple, list[str]] = {}
+    alike: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
-        kind = (" x ".join(map(str, row.shape)), row.optimizer, row.geometry)
-        alike.setdefault((re.sub(r"\.\d+\.", ".#.", row.name), *kind), []).append(row.name)
-    for (_, *kind), names in alike.items():
+        pattern, shape = re.sub(r"\.\d+\.", ".#.", row.name), " x ".join(map(str, row.shape))
+        alike.setdefault((pattern, shape, row.optimizer, row.geometry), []).append(row.name)
+    for (_, shape, optimizer, geometry), names in alike.items():
         [name] = folded(names)
-        lines.append((name + (f" (= {aliases[names[0]]})" if names[0] in aliases else ""), *kind))
+        lines.append((name + (f" (= {aliases[names[0]]})" if names[0] in aliases else ""), shape, optimizer, geometry))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 

@@ -24,7 +24,7 @@ T direction; V trial point; E = P(VᵀV) - target, VᵀV - I on Stiefel. Shapes:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from optim.linalg import (
     Products,
     cap_fit,
     column_norms,
+    compiled,
     diagonal,
     exact_sums,
     eye_like,
@@ -87,6 +88,12 @@ def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tenso
 
         return f
 
+    def inverse_root(f: Callable[[Tensor], Tensor], e: Tensor) -> Tensor:
+        return f(e.sqrt()) / e.sqrt()
+
+    def capped(p: Sequence[float], norm: Tensor, s: Tensor) -> Tensor:
+        return s * torch.stack([x * (s / norm) ** (2 * j) for j, x in enumerate(p)]).sum(0)
+
     W, G = W.double(), G.double() / torch.linalg.matrix_norm(G.double())
     if manifold.rotations and W.size(0) == W.size(1):
         K = 0.5 * (W.T @ G - G.T @ W)
@@ -97,7 +104,7 @@ def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tenso
         X = G + 2 * W @ L
         smooth = quintics(effort.su_steps, effort.su_lower, torch.linalg.matrix_norm(X.T @ X).sqrt())
         A = on_singular_values(X, smooth)
-        Z = on_singular_values(X.T @ X, lambda e, f=smooth: f(e.sqrt()) / e.sqrt())
+        Z = on_singular_values(X.T @ X, partial(inverse_root, smooth))
         H = manifold.tangency(W, A)
         dL = su_step(manifold.project, lambda p: d[:, None] * p, H[None], Z[None], d, effort.conjugate_gradients)[0]
         L = L + effort.relaxation * dL
@@ -107,7 +114,7 @@ def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tenso
     for _ in range(effort.caps if manifold.constrained else 0):
         norm = torch.linalg.matrix_norm(T, 2)
         p = cap_polynomial(norm.view(1, 1, 1), effort).flatten().tolist()
-        T = on_singular_values(T, lambda s, p=p, norm=norm: s * sum(x * (s / norm) ** (2 * j) for j, x in enumerate(p)))
+        T = on_singular_values(T, partial(capped, p, norm))
         T = manifold.tangent(W, T)
     return T / torch.linalg.matrix_norm(T, 2).clamp_min(1)
 
@@ -127,6 +134,10 @@ class Frame(NamedTuple):
     def d(self) -> Tensor:
         """diag(WᵀW) as (k, n)."""
         return self.c.squeeze(-1).square()
+
+    def metric(self, L: Tensor) -> Tensor:
+        """WᵀW L (k, n, n) where columns are orthogonal."""
+        return self.d[:, :, None] * L
 
     def tangency(self, N: Tensor) -> Tensor:
         """H = P(WᵀA + AᵀW) (k, n, n) from N = UᵀA."""
@@ -163,8 +174,7 @@ def multiplier(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products)
     for _ in range(effort.su):
         Z = gram_stage(over(S, frobenius(S)).to(mm.dtype), coefficients, mm)  # (k, n, n) ≈ (XᵀX)^(-1/2), up to a factor
         H = frame.tangency(mm(C + 2 * cL, Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
-        d = frame.d[:, :, None]
-        dL = su_step(frame.manifold.project, lambda p, d=d: d * p, H, Z, frame.d, effort.conjugate_gradients, mm)
+        dL = su_step(frame.manifold.project, frame.metric, H, Z, frame.d, effort.conjugate_gradients, mm)
         cL = (cL + effort.relaxation * frame.c * dL).to(mm.dtype)
         S = gram_of_X(cL)
     return cL, S
@@ -342,7 +352,7 @@ class CertifiedStep:
         quality: a key of a manifold's `efforts`: "default" or "high".
         products: a name of PRECISIONS, or None for the device's own.
         length, norm_cap: see `step`; weight decay comes with the stacks.
-        compiled: put `step` through torch.compile, which fuses what lies between the products; None for the device's own: on CUDA.
+        compile: put `step` through torch.compile, which fuses what lies between the products; None for the device's own: on CUDA.
 
     Raises:
         ValueError: an unknown quality, precision or length.
@@ -356,20 +366,20 @@ class CertifiedStep:
         products: str | None = None,
         length: str = "spectral",
         norm_cap: float | None = None,
-        compiled: bool | None = None,
+        compile: bool | None = None,
     ) -> None:
         for manifold in MANIFOLDS.values():
             effort_of(manifold, quality)
         products_for(torch.device("cpu"), products)
         if length not in LENGTHS:
             raise ValueError(f"unknown step length {length!r}; choose one of {', '.join(LENGTHS)}")
-        self.quality, self.products, self.compiled = quality, products, compiled
+        self.quality, self.products, self.compile = quality, products, compile
         self.settings: dict[str, Any] = {"length": length, "norm_cap": norm_cap}
 
     @cached_property
     def compiled_step(self) -> Any:
         """`step`, compiled once."""
-        return torch.compile(step, fullgraph=True, dynamic=False)
+        return compiled(step)
 
     def describe(self, device: torch.device) -> str:
         """What a person should know of the rule on this device, in one line."""
@@ -389,13 +399,14 @@ class CertifiedStep:
         W, level, manifold = stack.W, stack.level, MANIFOLDS[stack.manifold]
         given = (W, stack.G, stack.eta, level, stack.keep, manifold, effort_of(manifold, self.quality))
         settings = {"decay": stack.weight_decay, **self.settings}
-        call = self.compiled_step if (W.is_cuda if self.compiled is None else self.compiled) else step
+        call = self.compiled_step if (W.is_cuda if self.compile is None else self.compile) else step
         with torch.no_grad(), exact_sums(W.device):
             moved = call(*given, products_for(W.device, self.products), rounds=2 if stack.highest else 1, **settings)
             if stack.highest < 2:
                 return moved
             exact = step(*given, Products("float32"), rounds=0, **settings)  # rare: not worth a compilation
-            return Moved(*(torch.where((level == 2).view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(exact, moved)))
+            asked = level.eq(2)
+            return Moved(*(torch.where(asked.view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(exact, moved)))
 
 
 def effort_of(manifold: Manifold, quality: str) -> Effort:
@@ -425,9 +436,11 @@ def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, 
     if W.shape != G.shape or W.ndim not in (2, 3):
         raise ValueError(f"W {tuple(W.shape)} and G {tuple(G.shape)} must be equally shaped (m, n) or (k, m, n)")
     M = MANIFOLDS[manifold]
-    flat = [tall(X).float().reshape(-1, *tall(X).shape[-2:]) for X in (W, G)]
+    stacks = [tall(X).float().reshape(-1, *tall(X).shape[-2:]) for X in (W, G)]
     with torch.no_grad(), exact_sums(W.device):
-        T, scale = direction_and_length(*flat, M, effort_of(M, quality), products_for(W.device, products))
+        T, scale = direction_and_length(
+            stacks[0], stacks[1], M, effort_of(M, quality), products_for(W.device, products)
+        )
         T = torch.where(scale > 0, T.double(), 0)
         T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)  # the step is content with an estimate
     return like(T.reshape(tall(W).shape), W).to(W.dtype)

@@ -17,10 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from optim.casts import at_least_float32
 from optim.msign import polar_express_coefficients
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -109,6 +111,15 @@ def exact_sums(device: torch.device) -> Iterator[None]:
         matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
+def compiled(function: Callable) -> Any:
+    """The function through torch.compile, whole and for fixed shapes, with fitted coefficients as constants of the program."""
+    for constant in (sign_coefficients, cap_fit):
+        torch.compiler.assume_constant_result(
+            constant
+        )  # not a decorator: it would import the compiler, which takes seconds
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 # ---- small helpers ----
 
 
@@ -130,11 +141,6 @@ def inner(X: Tensor, Y: Tensor) -> Tensor:
 def frobenius(X: Tensor) -> Tensor:
     """‖X‖_F of every matrix, as (k, 1, 1), float32 at least."""
     return torch.linalg.vector_norm(at_least_float32(X), dim=(-2, -1), keepdim=True)
-
-
-def at_least_float32(X: Tensor) -> Tensor:
-    """X, or its float32 where it has 16 bits."""
-    return X.float() if X.element_size() < 4 else X
 
 
 def symmetric_sum(X: Tensor) -> Tensor:
@@ -160,7 +166,6 @@ def column_norms(X: Tensor) -> Tensor:
 # ---- the matrix sign ----
 
 
-@torch.compiler.assume_constant_result
 def sign_coefficients(steps: int, lower: float) -> Coefficients:
     """Polar Express for singular values in [lower, 1]: the best composition of exactly `steps` odd quintics (optim/msign.py)."""
     return polar_express_coefficients(steps, lower=lower)
@@ -197,13 +202,12 @@ def matrix_sign(
     coefficients = sign_coefficients(sum(stages), lower)
     S = mm(X.mT, X) if S is None else S  # (k, n, n)
     size = frobenius(S)  # its root is at least ‖X‖₂
-    S, scale = over(S, size).to(mm.dtype), size.sqrt()
+    S = over(S, size).to(mm.dtype)
     done = 0
     for steps in stages:
-        if done:
-            S, scale = mm(X.mT, X), None
+        S = mm(X.mT, X) if done else S
         Q = gram_stage(S, coefficients[done : done + steps], mm)
-        X = mm(X, Q if scale is None else over(Q, scale))
+        X = mm(X, Q if done else over(Q, size.sqrt()))
         done += steps
     return X, lambda: mm(Q, mm(S, Q))
 
@@ -297,7 +301,6 @@ def inverse_sqrt_increment(E: Tensor, rounded: Tensor, mm: Products) -> Tensor:
     return 0.375 * mm.wide(rounded, rounded) - 0.5 * E
 
 
-@torch.compiler.assume_constant_result
 def cap_fit(degree: int, from_: float, like: Tensor, nodes: int = 48) -> tuple[Tensor, Tensor]:
     """Nodes u (nodes,) in [from_, 1], and the matrix (degree + 1, nodes) that fits values at them by a polynomial in u².
 

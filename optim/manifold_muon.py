@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from optim.certificate import certify
+from optim.linalg import compiled
 from optim.manifolds import MANIFOLDS, is_wide, tall
 
 
@@ -31,7 +32,7 @@ class Stack(NamedTuple):
     W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
     eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
     keep: 0-d bool on W's device; where true, nothing moves.
-    level: for a rule that is `levelled`, (k,) what the last step of each matrix asked for, 0, 1 or 2; highest: the largest, on the host.
+    level: (k,) float32, what the last step of each matrix asked for, 0, 1 or 2; highest: the largest, on the host.
     """
 
     W: Tensor
@@ -40,23 +41,23 @@ class Stack(NamedTuple):
     eta: Tensor
     weight_decay: float
     keep: Tensor
-    level: Tensor | None = None
-    highest: int = 0
+    level: Tensor
+    highest: int
 
 
 class Moved(NamedTuple):
     """What a step rule returns of a stack.
 
     W: new weights (k, m, n). T, scale: the direction that was taken is scale·T, T (k, m, n) of any float dtype and scale (k, 1, 1), 0 where
-    none was. Of a levelled rule also level: (k,) float32, what the next step of each matrix is to take, and fallback: (k,) bool, whether
-    this step was not the ordinary one, or kept the weight.
+    none was. level: (k,) float32, what the next step of each matrix is to take. fallback: (k,) bool, whether this step was not the
+    ordinary one, or kept the weight.
     """
 
     W: Tensor
     T: Tensor
     scale: Tensor
-    level: Tensor | None = None
-    fallback: Tensor | None = None
+    level: Tensor
+    fallback: Tensor
 
     @property
     def direction(self) -> Tensor:
@@ -65,9 +66,13 @@ class Moved(NamedTuple):
 
 
 class StepRule(Protocol):
-    """What ManifoldMuon needs of a rule. levelled: whether it reads Stack.level and returns Moved.level and Moved.fallback."""
+    """What ManifoldMuon needs of a rule."""
 
-    levelled: bool
+    @property
+    def levelled(self) -> bool:
+        """Whether it reads Stack.level and says something by Moved.level and Moved.fallback, which are then kept as state."""
+
+    def __hash__(self) -> int: ...
 
     def describe(self, device: torch.device) -> str:
         """What a person should know of the rule on this device, in one line."""
@@ -117,7 +122,7 @@ class Bucket:
     highest: OnHost | None = None
     seen: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def stack(self, tensors: Iterable[Tensor]) -> Tensor:
+    def stack(self, tensors: Iterable[Any]) -> Tensor:
         """Parameters or gradients as one tall float32 (k, m, n) copy."""
         return torch.cat([tall(row_blocks(t, self.blocks)) for t in tensors]).float()
 
@@ -136,7 +141,7 @@ def step_flops(rule: StepRule, m: int, n: int, manifold: str) -> int:
     """Operations (two a multiply-add) in the products of one step of one tall (m, n) matrix, counted on tensors without storage."""
     W, eta = torch.empty(1, m, n, device="meta"), torch.empty((), device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        rule([Stack(W, W, manifold, eta, 0.0, eta.bool(), W[:, 0, 0])])
+        rule([Stack(W, W, manifold, eta, 0.0, eta.bool(), W[:, 0, 0], 0)])
     return counter.get_total_flops()
 
 
@@ -205,7 +210,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     @cached_property
     def compiled_advance(self) -> Any:
         """`advance`, compiled: one pass instead of four."""
-        return torch.compile(advance, fullgraph=True, dynamic=False)
+        return compiled(advance)
 
     @staticmethod
     def _check(group: dict[str, Any]) -> None:
@@ -265,7 +270,7 @@ class ManifoldMuon(torch.optim.Optimizer):
                     p.copy_(self.rule.init(row_blocks(p, group["blocks"]), group["manifold"]).reshape(p.shape))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: a step is one pass
         """One update of every matrix. Gradients must all be there; the host waits for nothing of this step.
 
         Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
@@ -279,7 +284,7 @@ class ManifoldMuon(torch.optim.Optimizer):
                 for p, w in zip(bucket.params, targets)
             ]
             torch._foreach_copy_(bucket.params, targets)
-            if moved.level is not None and moved.fallback is not None:
+            if self.rule.levelled:
                 bucket.state["level"].copy_(moved.level)
                 bucket.state["fallbacks"].add_(moved.fallback)
                 bucket.highest = OnHost(moved.level.amax())
@@ -296,19 +301,10 @@ class ManifoldMuon(torch.optim.Optimizer):
             g, momentum, group["momentum"], group["nesterov"], keep
         )
         momentum.copy_(advanced)
-        level = bucket.state.get("level")
-        if level is not None and bucket.highest is None:
-            bucket.highest = OnHost(level.amax())
-        return Stack(
-            bucket.stack(bucket.params),
-            G,
-            group["manifold"],
-            group["lr"],
-            group["weight_decay"],
-            keep,
-            level,
-            bucket.highest.read() if bucket.highest is not None else 0,
-        )
+        level = bucket.state.get("level", keep.expand(len(g)))
+        bucket.highest = bucket.highest or OnHost(level.amax())
+        W, highest = bucket.stack(bucket.params), bucket.highest.read()
+        return Stack(W, G, group["manifold"], group["lr"], group["weight_decay"], keep, level, highest)
 
     def certificates(self) -> dict[str, dict[str, float]]:
         """How good the last step of this rank's matrices was, by name (optim/certificate.py); empty unless it was `watched`.

@@ -108,15 +108,20 @@ class PublishedStep:
 
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
         """The step of each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
-        moved = [self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay) for s in stacks]
-        return [Moved(torch.where(s.keep, s.W, new.W), new.T, new.scale) for s, new in zip(stacks, moved)]
+        moved = []
+        for s in stacks:
+            W, A = self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay)
+            ones, no = W.new_ones(len(W), 1, 1), torch.zeros_like(s.level, dtype=torch.bool)
+            moved.append(Moved(torch.where(s.keep, s.W, W), A, ones, s.level, no))
+        return moved
 
-    def update(self, W: Tensor, G: Tensor, manifold: Manifold, eta: Tensor, weight_decay: float) -> Moved:
-        """The step of tall W, G (k, m, n) float32 at the 0-d learning rate eta."""
-        ones = W.new_ones(W.size(0), 1, 1)
+    def update(
+        self, W: Tensor, G: Tensor, manifold: Manifold, eta: Tensor, weight_decay: float
+    ) -> tuple[Tensor, Tensor]:
+        """The new weight, and A, of tall W, G (k, m, n) float32 at the 0-d learning rate eta."""
         if not manifold.constrained:
             A = self.polar(G).float()
-            return Moved(W * (1 - eta * weight_decay) - eta * A, A, ones)
+            return W * (1 - eta * weight_decay) - eta * A, A
         A = dual_ascent(W, G, manifold, self.dual_steps, self.alpha, self.polar)
         kept = W * (1 - eta * weight_decay) if self.decay_manifolds else W
-        return Moved(self.retract(kept - eta * A, manifold), A, ones)
+        return self.retract(kept - eta * A, manifold), A

@@ -16,7 +16,7 @@ import torch
 
 from model.gpt import GPT, GPTConfig
 from model.probes import probe
-from optim.spectra import spectra
+from model.spectra import spectra
 from training.log import RunLog, read_records
 from training.wandb_sink import OVER_HEADS, WANDB_RUNS_FILE, WandbSink, flatten
 

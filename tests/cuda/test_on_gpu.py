@@ -15,10 +15,10 @@ from device_checks import (
     check_step_equals_the_cpus,
 )
 
+from model.spectra import spectrum
 from optim.certified import step
 from optim.linalg import Products
 from optim.manifolds import MANIFOLDS
-from optim.spectra import spectrum
 from train import train
 from training.config import compose
 from training.log import read_records
@@ -88,9 +88,9 @@ def test_a_resumed_run_agrees_with_an_undisturbed_one(tiny, tmp_path):
 def test_a_spectrum_equals_that_of_an_svd_on_the_cpu():
     torch.manual_seed(0)
     W = torch.randn(96, 64)
-    found = spectrum(W.cuda(), "stiefel")
+    found = spectrum(W.cuda(), MANIFOLDS["stiefel"].residual)
     assert found["sigma"] == pytest.approx(torch.linalg.svdvals(W.double()).tolist(), rel=2e-6)
-    assert found["residual"] == pytest.approx(spectrum(W, "stiefel")["residual"], rel=1e-4)
+    assert found["residual"] == pytest.approx(spectrum(W, MANIFOLDS["stiefel"].residual)["residual"], rel=1e-4)
 
 
 def test_the_peak_of_a_run_is_its_own(tiny, tmp_path):

@@ -7,12 +7,14 @@ what is returned is noise of that size; above it the error is smaller than that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim.manifolds import MANIFOLDS, tall
+Residual = Callable[[Tensor], Tensor]
+"""The distance (...,) of matrices (..., m, n) from what they are to be, such as optim.manifolds.Manifold.residual."""
 
 # Numbers that are converted to float64 together: 1 GiB, so that the spectra of a large model do not run it out of memory.
 _TOGETHER = 2**27
@@ -31,44 +33,45 @@ def _roots(gram: Tensor) -> Tensor:
     return torch.where(sound, sigma, torch.full_like(sigma, torch.nan))
 
 
-def spectrum(W: Tensor, manifold: str | None = None, blocks: int = 1) -> dict[str, list[float] | float]:
+def spectrum(W: Tensor, residual: Residual | None = None, blocks: int = 1) -> dict[str, Any]:
     """Spectrum of a matrix W (m, n), any float dtype.
 
     Returns:
         sigma: its min(m, n) singular values, descending, see above. gram_diagonal: the squared column norms of the tall form.
-        off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. residual: distance from `manifold`, if one is named; with `blocks`, into
-        which the rows are cut, that of the block farthest from it. Floats carry six significant digits, what float32 weights are worth.
+        off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. residual: what the function of this name says, if one is given; with
+        `blocks`, into which the rows are cut, the largest of a block. Floats carry six significant digits, what float32 weights are worth.
     """
-    return _spectra_of_stack(W.unsqueeze(0), manifold, blocks)[0]
+    return _spectra_of_stack(W.unsqueeze(0), residual, blocks)[0]
 
 
 @torch.no_grad()
-def _spectra_of_stack(W: Tensor, manifold: str | None, blocks: int) -> list[dict[str, list[float] | float]]:
-    T = tall(W.detach()).double()  # (k, m, n)
+def _spectra_of_stack(W: Tensor, residual: Residual | None, blocks: int) -> list[dict[str, Any]]:
+    T = W.detach().double()
+    T = T if T.size(-2) >= T.size(-1) else T.mT  # (k, m, n), tall
     gram = T.mT @ T
     diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
     off = torch.linalg.matrix_norm(gram - torch.diag_embed(diagonal)) / torch.linalg.matrix_norm(gram)
     columns = {"sigma": _roots(gram), "gram_diagonal": diagonal, "off_diagonal": off}
-    if manifold is not None:
-        columns["residual"] = MANIFOLDS[manifold].residual(W.unflatten(1, (blocks, -1))).amax(-1)
+    if residual is not None:
+        columns["residual"] = residual(W.unflatten(1, (blocks, -1))).amax(-1)
     read = {name: values.tolist() for name, values in columns.items()}
     return [{name: _rounded(values[i]) for name, values in read.items()} for i in range(len(W))]
 
 
-def _rounded(value: list[float] | float) -> list[float] | float:
+def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
-def spectra(matrices: Mapping[str, tuple[Tensor, str | None, int]]) -> Iterator[tuple[str, dict]]:
-    """`spectrum` of each named (matrix, manifold, blocks), in order; alike ones are decomposed together."""
+def spectra(matrices: Mapping[str, tuple[Tensor, Residual | None, int]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`spectrum` of each named (matrix, residual, blocks), in order; alike ones are decomposed together."""
     alike: dict[tuple, list[str]] = {}
-    for name, (W, manifold, blocks) in matrices.items():
-        alike.setdefault((W.shape, manifold, blocks), []).append(name)
+    for name, (W, residual, blocks) in matrices.items():
+        alike.setdefault((W.shape, residual, blocks), []).append(name)
     found: dict[str, dict] = {}
-    for (shape, manifold, blocks), names in alike.items():
+    for (shape, residual, blocks), names in alike.items():
         at_once = max(1, _TOGETHER // shape.numel())
         for start in range(0, len(names), at_once):
             part = names[start : start + at_once]
             stack = torch.stack([matrices[name][0].detach() for name in part])
-            found.update(zip(part, _spectra_of_stack(stack, manifold, blocks)))
+            found.update(zip(part, _spectra_of_stack(stack, residual, blocks)))
     yield from ((name, found[name]) for name in matrices)
