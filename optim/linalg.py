@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.casts import at_least_float32
 from optim.msign import polar_express_coefficients
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -121,6 +120,19 @@ def compiled(function: Callable) -> Any:
 
 
 # ---- small helpers ----
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; x itself where it has it.
+
+    `x.to(x.dtype)` is an alias of x, and torch 2.11 compiles an autograd.Function that returns one with a gradient of zero, silently.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, or its float32 where it has 16 bits."""
+    return x.float() if x.element_size() < 4 else x
 
 
 def diagonal(S: Tensor) -> Tensor:

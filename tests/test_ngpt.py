@@ -13,13 +13,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.gpt import GPT
-from optim.assignment import AssignmentError, adamw_groups, assign, parameter_table
+from optim.assignment import AssignmentError, assign, parameter_table
 from optim.unit_norm import UnitNorm
 from train import train
 from training import checkpoint
 from training.build import build_optimizers, gpt_config
 from training.checks import check
 from training.config import compose
+from training.groups import adamw_groups
+from training.settings import AdamW
 from training.transfer import changes, transfer_table, transferred
 from training.validate import ConfigError
 
@@ -241,14 +243,14 @@ def test_a_new_manifold_is_taken_for_another_owner():
 def test_learning_rates_by_group():
     shapes = {"a.wte.weight": (4, 2), "a.mlp.c_fc.weight": (2, 2), "a.ln": (2,)}
     rows = assign(shapes, {"mlp": "adamw"}, ["wte"])
-    adamw = {"lr": 0.1, "weight_decay": 0.3, "lr_scale": {"wte|ln": 2, "c_*": 0.5}}
+    adamw = AdamW(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3, lr_scale={"wte|ln": 2, "c_*": 0.5})
     assert adamw_groups(rows, adamw) == [
         (["a.wte.weight"], {"weight_decay": 0.3, "lr": 0.2}),
         (["a.mlp.c_fc.weight"], {"weight_decay": 0.3, "lr": 0.05}),
         (["a.ln"], {"weight_decay": 0.0, "lr": 0.2}),
     ]
     with pytest.raises(AssignmentError, match="pattern 'wpe' matches no matrix or vector"):
-        adamw_groups(rows, {**adamw, "lr_scale": {"wpe": 2}})
+        adamw_groups(rows, replace(adamw, lr_scale={"wpe": 2}))
     _, optimizers = build("optim.adamw.lr_scale={lm_head: 0.5}")
     optimizers.set_lr(0.1)
     [adamw] = optimizers

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from model.attention import HeadGate, QKClip, capped_attention, causal_logits
 from model.gpt import GPT, GPTConfig
-from optim.assignment import AssignmentError, by_pattern
+from optim.assignment import AssignmentError
 from optim.manifold_muon import Stack
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
@@ -20,6 +20,7 @@ from train import train
 from training.build import build_optimizers, gpt_config
 from training.checks import check
 from training.config import compose
+from training.groups import by_pattern
 from training.validate import ConfigError
 
 TINY = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from model.config import GPTConfig
 from model.gpt import GPT
-from optim.assignment import AssignmentError, Row, adamw_groups, assign, folded, muon_groups
+from optim.assignment import AssignmentError, Row, assign, folded
 from optim.certified import CertifiedStep
 from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.published import PublishedStep
 from optim.unit_norm import UnitNorm
+from training.groups import adamw_groups, muon_groups
 from training.settings import CertifiedRule, Optim, Settings
 from training.transfer import transferred
 
@@ -158,8 +159,8 @@ def rehearse(
     rows: list[Row] = []
     try:
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
-        muon_groups(rows, vars(cfg.optim.muon))
-        adamw_groups(rows, vars(cfg.optim.adamw))
+        muon_groups(rows, cfg.optim.muon)
+        adamw_groups(rows, cfg.optim.adamw)
     except AssignmentError as error:
         return rows, error.problems
     return rows, []
@@ -184,9 +185,9 @@ def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str,
         return [{"params": [params[name] for name in names], "names": names, **group} for names, group in groups]
 
     optimizers: list[torch.optim.Optimizer] = []
-    if groups := with_params(muon_groups(rows, vars(muon))):
+    if groups := with_params(muon_groups(rows, muon)):
         common = {"lr": muon.lr, "momentum": muon.momentum, "weight_decay": muon.weight_decay}
         optimizers.append(ManifoldMuon(groups, step_rule(cfg.optim), nesterov=muon.nesterov, **common))
-    if groups := with_params(adamw_groups(rows, vars(adamw))):
+    if groups := with_params(adamw_groups(rows, adamw)):
         optimizers.append(torch.optim.AdamW(groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True))
     return Optimizers(optimizers, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))
