@@ -24,7 +24,7 @@ T direction; V trial point; E = P(VᵀV) - target, VᵀV - I on Stiefel. Shapes:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -75,47 +75,35 @@ DISTANCE_STEPS = 4  # Lanczos iterations for ‖E‖₂; the limits above leave 
 def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tensor:
     """T / max(1, ‖T‖₂) of one tall W, G (m, n), in float64 and by singular value decompositions: what the batched step must agree with."""
 
-    def on_singular_values(X: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        Q, s, Rt = torch.linalg.svd(X, full_matrices=False)
-        return Q @ torch.diag(f(s)) @ Rt
-
-    def quintics(steps: int, lower: float, scale: Tensor) -> Callable[[Tensor], Tensor]:
-        def f(s: Tensor) -> Tensor:
-            s = s / scale
-            for a, b, c in sign_coefficients(steps, lower):
-                s = a * s + b * s**3 + c * s**5
-            return s
-
-        return f
-
-    def inverse_root(f: Callable[[Tensor], Tensor], e: Tensor) -> Tensor:
-        return f(e.sqrt()) / e.sqrt()
-
-    def capped(p: Sequence[float], norm: Tensor, s: Tensor) -> Tensor:
-        return s * torch.stack([x * (s / norm) ** (2 * j) for j, x in enumerate(p)]).sum(0)
+    def smoothed(s: Tensor, X: Tensor, steps: int, lower: float) -> Tensor:
+        """What `steps` quintics, fitted for [lower, 1], make of the singular values s of X / ‖XᵀX‖_F^½."""
+        s = s / torch.linalg.matrix_norm(X.T @ X).sqrt()
+        for a, b, c in sign_coefficients(steps, lower):
+            s = a * s + b * s**3 + c * s**5
+        return s
 
     W, G = W.double(), G.double() / torch.linalg.matrix_norm(G.double())
     if manifold.rotations and W.size(0) == W.size(1):
         K = 0.5 * (W.T @ G - G.T @ W)
-        return W @ on_singular_values(K, quintics(SKEW_STEPS, SKEW_LOWER, torch.linalg.matrix_norm(K @ K).sqrt()))
+        Q, s, Rt = torch.linalg.svd(K)
+        return W @ (Q * smoothed(s, K, SKEW_STEPS, SKEW_LOWER)) @ Rt
     d = (W * W).sum(0)
     L = -0.5 * manifold.normal(manifold.tangency(W, G), d)
     for _ in range(effort.su):
         X = G + 2 * W @ L
-        smooth = quintics(effort.su_steps, effort.su_lower, torch.linalg.matrix_norm(X.T @ X).sqrt())
-        A = on_singular_values(X, smooth)
-        Z = on_singular_values(X.T @ X, partial(inverse_root, smooth))
-        H = manifold.tangency(W, A)
-        dL = su_step(manifold.project, lambda p: d[:, None] * p, H[None], Z[None], d, effort.conjugate_gradients)[0]
-        L = L + effort.relaxation * dL
+        Q, s, Rt = torch.linalg.svd(X, full_matrices=False)
+        f = smoothed(s, X, effort.su_steps, effort.su_lower)
+        H, Z = manifold.tangency(W, (Q * f) @ Rt), (Rt.T * (f / s)) @ Rt
+        dL = su_step(manifold.project, lambda p: d[:, None] * p, H[None], Z[None], d, effort.conjugate_gradients)
+        L = L + effort.relaxation * dL[0]
     X = G + 2 * W @ L
-    T = on_singular_values(X, quintics(sum(effort.stages), effort.lower, torch.linalg.matrix_norm(X.T @ X).sqrt()))
-    T = manifold.tangent(W, T)
+    Q, s, Rt = torch.linalg.svd(X, full_matrices=False)
+    T = manifold.tangent(W, (Q * smoothed(s, X, sum(effort.stages), effort.lower)) @ Rt)
     for _ in range(effort.caps if manifold.constrained else 0):
-        norm = torch.linalg.matrix_norm(T, 2)
-        p = cap_polynomial(norm.view(1, 1, 1), effort).flatten().tolist()
-        T = on_singular_values(T, partial(capped, p, norm))
-        T = manifold.tangent(W, T)
+        Q, s, Rt = torch.linalg.svd(T, full_matrices=False)
+        p = cap_polynomial(s[:1].view(1, 1, 1), effort).flatten()
+        powers = torch.stack([(s / s[0]) ** (2 * j) for j in range(len(p))])
+        T = manifold.tangent(W, (Q * (s * (p @ powers))) @ Rt)
     return T / torch.linalg.matrix_norm(T, 2).clamp_min(1)
 
 
@@ -357,8 +345,6 @@ class CertifiedStep:
     Raises:
         ValueError: an unknown quality, precision or length.
     """
-
-    levelled = True
 
     def __init__(
         self,

@@ -68,10 +68,6 @@ class Moved(NamedTuple):
 class StepRule(Protocol):
     """What ManifoldMuon needs of a rule."""
 
-    @property
-    def levelled(self) -> bool:
-        """Whether it reads Stack.level and says something by Moved.level and Moved.fallback, which are then kept as state."""
-
     def __hash__(self) -> int: ...
 
     def describe(self, device: torch.device) -> str:
@@ -109,8 +105,8 @@ class OnHost:
 class Bucket:
     """The matrices of one parameter group that have the same tall shape; `blocks` row blocks of each parameter stand in a row.
 
-    state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. Of a levelled rule also
-    level: (k,) float32, what the last step asked for, and fallbacks: (k,) float32, how many steps were not the ordinary one.
+    state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. level: (k,) float32, what
+    the last step asked for. fallbacks: (k,) float32, how many steps were not the ordinary one.
     highest: the largest level, on its way to the host.
     seen: W, G, T (k, m, n) of the last step, if it was watched.
     """
@@ -134,6 +130,11 @@ class Bucket:
 def row_blocks(t: Tensor, blocks: int) -> Tensor:
     """(m, n) as (blocks, m / blocks, n), a view where t is contiguous."""
     return t.reshape(blocks, t.size(0) // blocks, t.size(1))
+
+
+def state_shapes(p: Tensor, blocks: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a parameter's state, see Bucket."""
+    return {"momentum": tuple(tall(row_blocks(p, blocks)).shape), "level": (blocks,), "fallbacks": (blocks,)}
 
 
 @cache
@@ -204,7 +205,6 @@ class ManifoldMuon(torch.optim.Optimizer):
             group["lr"] = torch.as_tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
         self.owners = self._choose_owners()
         self.buckets = [bucket for group in self.param_groups for bucket in self._buckets_of(group)]
-        self._link_state()
         self.bring_onto_manifold()
 
     @cached_property
@@ -237,29 +237,20 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     def _buckets_of(self, group: dict[str, Any]) -> list[Bucket]:
         """This rank's matrices of a group, by shape, with their state."""
-        by_shape: dict[torch.Size, list[Tensor]] = {}
+        blocks, by_shape = group["blocks"], dict[tuple[int, ...], list[Tensor]]()
         for p in group["params"]:
             if self.owners[p] == self.rank:
-                by_shape.setdefault(tall(row_blocks(p, group["blocks"])).shape[-2:], []).append(p)
+                by_shape.setdefault(tuple(tall(row_blocks(p, blocks)).shape[-2:]), []).append(p)
         buckets = []
-        for shape, params in by_shape.items():
-            k, device = len(params) * group["blocks"], params[0].device
-            state = {name: torch.zeros(k, *size, device=device) for name, size in self._state_sizes(shape).items()}
-            if self.rule.levelled:
-                state["level"].fill_(1)  # how far the first trial point will lie from the manifold, nobody knows
-            buckets.append(Bucket(params, group["blocks"], group, state))
+        for params in by_shape.values():
+            shapes, device = state_shapes(params[0], blocks), params[0].device
+            state = {name: torch.zeros(len(params) * k, *size, device=device) for name, (k, *size) in shapes.items()}
+            state["level"].fill_(1)  # how far the first trial point will lie from the manifold is not known
+            bucket = Bucket(params, blocks, group, state)
+            for i, p in enumerate(params):  # views: batched arithmetic, and an ordinary state_dict
+                self.state[p] = {name: whole[bucket.rows_of(i)] for name, whole in state.items()}
+            buckets.append(bucket)
         return buckets
-
-    def _state_sizes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
-        """Names of the state of a tall (m, n) matrix, and the size of each."""
-        return {"momentum": tuple(shape), **({"level": (), "fallbacks": ()} if self.rule.levelled else {})}
-
-    def _link_state(self) -> None:
-        """Every parameter's state is a view into its bucket: batched arithmetic, and an ordinary state_dict."""
-        for bucket in self.buckets:
-            for i, p in enumerate(bucket.params):
-                for name, whole in bucket.state.items():
-                    self.state[p][name] = whole[bucket.rows_of(i)]
 
     @torch.no_grad()
     def bring_onto_manifold(self, names: Collection[str] | None = None) -> None:
@@ -284,10 +275,9 @@ class ManifoldMuon(torch.optim.Optimizer):
                 for p, w in zip(bucket.params, targets)
             ]
             torch._foreach_copy_(bucket.params, targets)
-            if self.rule.levelled:
-                bucket.state["level"].copy_(moved.level)
-                bucket.state["fallbacks"].add_(moved.fallback)
-                bucket.highest = OnHost(moved.level.amax())
+            bucket.state["level"].copy_(moved.level)
+            bucket.state["fallbacks"].add_(moved.fallback)
+            bucket.highest = OnHost(moved.level.amax())
             bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None
         if self.world > 1:
             self._exchange()
@@ -301,10 +291,9 @@ class ManifoldMuon(torch.optim.Optimizer):
             g, momentum, group["momentum"], group["nesterov"], keep
         )
         momentum.copy_(advanced)
-        level = bucket.state.get("level", keep.expand(len(g)))
+        W, level = bucket.stack(bucket.params), bucket.state["level"]
         bucket.highest = bucket.highest or OnHost(level.amax())
-        W, highest = bucket.stack(bucket.params), bucket.highest.read()
-        return Stack(W, G, group["manifold"], group["lr"], group["weight_decay"], keep, level, highest)
+        return Stack(W, G, group["manifold"], group["lr"], group["weight_decay"], keep, level, bucket.highest.read())
 
     def certificates(self) -> dict[str, dict[str, float]]:
         """How good the last step of this rank's matrices was, by name (optim/certificate.py); empty unless it was `watched`.
@@ -319,8 +308,7 @@ class ManifoldMuon(torch.optim.Optimizer):
             certificate = certify(*bucket.seen, bucket.group["manifold"])
             bucket.seen = None
             fields = {"feas": certificate.feas, "norm": -certificate.norm, "tangency": -certificate.tangency}
-            if self.rule.levelled:
-                fields["fallbacks"] = -bucket.state["fallbacks"]
+            fields["fallbacks"] = -bucket.state["fallbacks"]
             numbers = {name: values.tolist() for name, values in fields.items()}
             names = dict(zip(bucket.group["params"], bucket.group["names"]))
             for i, p in enumerate(bucket.params):
@@ -351,38 +339,29 @@ class ManifoldMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state on every rank, as one rank alone would have it; on several ranks, all must call."""
-        if self.world > 1:
-            for p, owner in self.owners.items():
-                for name, shape in self._state_shapes(p).items():
-                    mine = self.state[p].get(name) if owner == self.rank else torch.empty(shape, device=p.device)
-                    mine = mine.contiguous()
-                    dist.broadcast(mine, src=owner)
-                    self.state[p][name] = mine
-        state = super().state_dict()
-        if self.world > 1:
-            for p, owner in self.owners.items():
+        borrowed = [p for p, owner in self.owners.items() if owner != self.rank]
+        blocks = {p: group["blocks"] for group in self.param_groups for p in group["params"]}
+        for p, owner in self.owners.items() if self.world > 1 else ():
+            for name, shape in state_shapes(p, blocks[p]).items():
+                whole = self.state[p][name].contiguous() if owner == self.rank else torch.empty(shape, device=p.device)
+                dist.broadcast(whole, src=owner)
                 if owner != self.rank:
-                    del self.state[p]
+                    self.state[p][name] = whole
+        state = super().state_dict()
+        for p in borrowed:
+            del self.state[p]
         return state
-
-    def _state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of a parameter's state."""
-        blocks = next(g["blocks"] for g in self.param_groups if any(q is p for q in g["params"]))
-        sizes = self._state_sizes(tall(row_blocks(p, blocks)).shape[-2:])
-        return {name: (blocks, *size) for name, size in sizes.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of this rank's matrices; settings and learning rates stay the configuration's.
 
-        Takes what `state_dict` returned on any number of ranks. Of another rule's state the momentum is taken; what that rule did not
-        keep stays as it is.
+        Takes what `state_dict` returned on any number of ranks. What is not in it, such as another rule's levels, stays as it is.
         """
         order = [p for group in self.param_groups for p in group["params"]]
-        saved = state_dict["state"]
+        saved = {p: state_dict["state"][i] for i, p in enumerate(order) if self.owners[p] == self.rank}
+        for p, state in saved.items():
+            for name, value in self.state[p].items():
+                value.copy_(state.get(name, value))
         for bucket in self.buckets:
-            for p in bucket.params:
-                index = next(i for i, q in enumerate(order) if q is p)
-                for name, value in self.state[p].items():
-                    value.copy_(saved[index].get(name, value))
             bucket.highest = None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -79,8 +78,6 @@ class PublishedStep:
     msign_dtype: torch.dtype
     decay_manifolds: bool = False
     retraction: str = "sorted_svd"
-
-    levelled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.retraction not in RETRACTIONS:

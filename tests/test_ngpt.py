@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.gpt import GPT
+from model.unit_norm import UnitNorm
 from optim.assignment import AssignmentError, assign, parameter_table
-from optim.unit_norm import UnitNorm
 from train import train
 from training import checkpoint
 from training.build import build_optimizers, gpt_config

@@ -133,7 +133,10 @@ CHANGES = {
     "gates": (["attention=gated"], [r"head_gate\.weight: starts anew"]),
     "bfloat16": (["dtype=bfloat16"], []),
     "layers": (["model.n_layer=3"], [r"transformer\.h\.2\.mlp\.c_fc\.weight: starts anew"]),
-    "blocks": (["optim.muon.blocks={c_attn: 6}"], [r"ManifoldMuon's momentum of transformer\.h\.0-1\.attn\.c_attn"]),
+    "blocks": (
+        ["optim.muon.blocks={c_attn: 6}"],
+        [r"ManifoldMuon's momentum, level, fallbacks of transformer\.h\.0-1\.attn\.c_attn"],
+    ),
     "biases": (["model.bias=true"], [r"transformer\.h\.0-1\.mlp\.c_fc\.bias: starts anew"]),
     "no warning": (["stability.warning=null"], []),
 }

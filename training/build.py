@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.unit_norm import UnitNorm
 from optim.assignment import AssignmentError, Row, assign, folded
 from optim.certified import CertifiedStep
 from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.published import PublishedStep
-from optim.unit_norm import UnitNorm
 from training.groups import adamw_groups, muon_groups
 from training.settings import CertifiedRule, Optim, Settings
 from training.transfer import transferred
