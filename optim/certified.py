@@ -16,9 +16,11 @@ So a good L makes sign(X) nearly tangent, and any L bounds the optimum from abov
 
 A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)).
 
-Legend.  W weight, c the lengths of its columns, U = W/c; G momentum at ‖G‖_F = 1; C = UᵀG; `cL` the multiplier L with row i times c_i,
-so that W L = U·cL and nothing overflows where lengths differ; A matrix sign; N = UᵀA; K the normal part's factor, W K or U·cK; B = TᵀT;
-T direction; V trial point; E = P(VᵀV) - target, VᵀV - I on Stiefel. Shapes: k matrices of one tall shape, (k, m, n); products by optim/linalg.py.
+Legend.  W weight, c the lengths of its columns, U = W/c; G momentum, scaled to the largest entry LARGEST_ENTRY; C = UᵀG; `cL` the
+multiplier L with row i times c_i, so that W L = U·cL and nothing overflows where lengths differ; S = XᵀX; A matrix sign; N = UᵀA; K the
+factor of the normal part, which is W K or U·cK; B has the symmetric part TᵀT; T direction; R what caps it, T R; V trial point;
+E = P(VᵀV) - target, on Stiefel VᵀV - I; M what a round of the retraction adds, V (I + M). Shapes: k matrices of one tall shape,
+(k, m, n). Matrices are kept in the precision of the products (optim/linalg.py); weights, V, E and M are float32.
 """
 
 from __future__ import annotations

@@ -305,9 +305,6 @@ def su_step(
     return dL
 
 
-# ---- near the identity ----
-
-
 def inverse_sqrt_increment(E: Tensor, rounded: Tensor, mm: Products) -> Tensor:
     """(I + E)^(-1/2) - I (k, n, n) float32 for small symmetric E, and the same rounded, to second order: the error is 5/16·‖E‖³. One product."""
     return 0.375 * mm.wide(rounded, rounded) - 0.5 * E

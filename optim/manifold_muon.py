@@ -245,7 +245,6 @@ class ManifoldMuon(torch.optim.Optimizer):
         for params in by_shape.values():
             shapes, device = state_shapes(params[0], blocks), params[0].device
             state = {name: torch.zeros(len(params) * k, *size, device=device) for name, (k, *size) in shapes.items()}
-            state["level"].fill_(1)  # how far the first trial point will lie from the manifold is not known
             bucket = Bucket(params, blocks, group, state)
             for i, p in enumerate(params):  # views: batched arithmetic, and an ordinary state_dict
                 self.state[p] = {name: whole[bucket.rows_of(i)] for name, whole in state.items()}
