@@ -22,17 +22,20 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from model.config import GPTConfig
+from model.gpt import GPT
 from scripts.command import UsageError, as_code, parse, run
 from scripts.timing import device, device_folder, measure
 from training.config import compose
 from training.run import device_name, environment
+from training.settings import CertifiedRule
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,14 +45,12 @@ Rows = list[dict[str, Any]]
 # ---- optimizer ----
 
 
-def matrices(layers: int, width: int, where: torch.device) -> nn.Module:
+def matrices(layers: int, width: int, where: torch.device) -> GPT:
     """A GPT-2 of some width with hardly a vocabulary, and gradients in its matrices.
 
     The gradients decay over their singular directions as trained ones do; isotropic ones would be too easy.
     """
-    from model.gpt import GPT, GPTConfig
-
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers, n_embd=width)).to(where)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers, n_head=1, n_embd=width)).to(where)
     for p in model.parameters():
         if p.ndim == 2:
             p.grad = torch.randn_like(p) * torch.logspace(0, -3, p.size(1), device=where) * (1e-3 / p.size(0) ** 0.5)
@@ -73,21 +74,23 @@ def bench_optimizer(options: dict[str, Any]) -> Rows:
 
     where = device()
     layers, width = options["layers"] or (12 if where.type == "cuda" else 1), options["width"] or 768
-    contestants, flops = {}, {}
+    contestants: dict[str, Callable[[], object]] = {}
+    flops: dict[str, float] = {}
     for name, overrides in SETTINGS.items():
         cfg = compose(overrides)
         rule = cfg.optim.muon.rule
-        if rule["kind"] == "certified":  # by name, so that what is counted is what this device does
-            rule["products"] = products_for(where, rule["products"]).precision
-        optimizers = build_optimizers(matrices(layers, width, where), cfg)
-        muon = optimizers.muon
+        if isinstance(rule, CertifiedRule):  # named here, so that the operations are counted as this device does them
+            rule = replace(rule, products=products_for(where, rule.products).precision)
+            cfg = replace(cfg, optim=replace(cfg.optim, muon=replace(cfg.optim.muon, rule=rule)))
+        muon = build_optimizers(matrices(layers, width, where), cfg).muon
+        if muon is None:
+            raise ValueError(f"{name} gives no matrix to ManifoldMuon; change its assignment in SETTINGS")
         contestants[name] = muon.step
-        flops[name] = sum(
-            step_flops(muon.rule, max(p.shape), min(p.shape), group["manifold"])
-            for group in muon.param_groups
-            for p in group["params"]
-        )
-    mine = [p for p in matrices(layers, width, where).transformer.h.parameters() if p.ndim == 2]
+        stepped = [(p, group["manifold"]) for group in muon.param_groups for p in group["params"]]
+        counted = sum(step_flops(muon.rule, max(p.shape), min(p.shape), manifold) for p, manifold in stepped)
+        flops[name] = counted
+    blocks = matrices(layers, width, where).transformer.h
+    mine = [p for block in blocks for p in block.parameters() if p.ndim == 2]
     contestants["AdamW (fused)"] = torch.optim.AdamW(mine, lr=1e-3, fused=True).step
     flops["AdamW (fused)"] = 16.0 * sum(p.numel() for p in mine)
     times = measure(contestants, options["repeats"] or 3)
@@ -135,7 +138,7 @@ def bench_lmo(options: dict[str, Any]) -> Rows:
     from optim.certified import direction
     from optim.linalg import PRECISIONS
     from optim.manifolds import MANIFOLDS
-    from scripts.analysis.solvers import METHODS, solve
+    from scripts.analysis.solvers import METHODS, Answer, solve
 
     path = Path(options["problems"] or ROOT / "tests" / "oracles" / "lmo_problems.npz")
     if not path.exists():
@@ -147,16 +150,17 @@ def bench_lmo(options: dict[str, Any]) -> Rows:
         W, G = (torch.from_numpy(data[f"{key}/{x}"]).float().to(device()) for x in "WG")
         manifold = key.partition("_")[0]
         W = MANIFOLDS[manifold].retract(W)  # the file is rounded to float16
-        contestants: dict[tuple[str, int], Callable[[], torch.Tensor]] = {
+        contestants: dict[tuple[str, int], Callable[[], torch.Tensor | Answer]] = {
             (f"step, {quality}, {precision}", 1): partial(direction, W, G, manifold, precision, quality)
             for quality in MANIFOLDS[manifold].efforts
             for precision in PRECISIONS
         }
         for method in METHODS:
             for calls in (1,) if method == "least_squares" else (1, 3, 6, 12, 24):
-                contestants[method, calls] = lambda m=method, c=calls, W=W, G=G, on=manifold: solve(W, G, on, m, c).T
+                contestants[method, calls] = partial(solve, W, G, manifold, method, calls)
         for (solver, calls), call in contestants.items():
-            T, seconds = call(), statistics.median(measure({"": call}, 3, warmup=0)[""])
+            answer, seconds = call(), statistics.median(measure({"": call}, 3, warmup=0)[""])
+            T = answer.T if isinstance(answer, Answer) else answer
             value = (T.double() * G.double()).sum().item() / float(data[f"{key}/optimum"])
             row = {"problem": key, "solver": solver, "calls": calls, "⟨G,A⟩/optimum": value}
             rows.append({**row, "certified feas": certify(W, G, T, manifold).feas.item(), "seconds": seconds})
@@ -221,7 +225,6 @@ def bench_residual(options: dict[str, Any]) -> Rows:
 
 def bench_scaling(options: dict[str, Any]) -> Rows:
     """The heaviest rank's operations and the bytes each rank receives a step, by counting; the rest of the step is not included."""
-    from model.gpt import GPT
     from optim.assignment import assign
     from optim.manifold_muon import share_out, step_flops
     from training.build import gpt_config, step_rule
@@ -233,7 +236,7 @@ def bench_scaling(options: dict[str, Any]) -> Rows:
         rule = step_rule(cfg.optim)
         with torch.device("meta"):
             shapes = {name: tuple(p.shape) for name, p in GPT(gpt_config(cfg)).named_parameters()}
-        matrices = [row for row in assign(shapes, cfg.assignment.rules, cfg.optim.always_adamw) if row.manifold]
+        matrices = [row for row in assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw) if row.manifold]
         costs = [step_flops(rule, max(row.shape), min(row.shape), row.manifold) for row in matrices]
         numbers = [row.shape[0] * row.shape[1] for row in matrices]
         for world in (1, 2, 4, 8, 16, 32, 64):
@@ -323,8 +326,9 @@ def work(arguments: list[str]) -> int:
         options["results"] or ROOT / "results" / ("counted" if name in ("scaling", "counts") else device_folder())
     )
     folder.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python scripts/bench.py", *arguments])
     facts = {
-        "command": " ".join(["python scripts/bench.py", *arguments]),
+        "command": command,
         "device": device_name(),
         "environment": environment(),
         "rows": rows,
@@ -332,7 +336,7 @@ def work(arguments: list[str]) -> int:
     file = options["file"] or f"bench_{name}"
     (folder / f"{file}.json").write_text(json.dumps(facts, indent=2) + "\n")
     (folder / f"{file}.md").write_text(
-        f"{text}\n\nWritten by {as_code(facts['command'])} on {device_name()}, torch {torch.__version__}.\n"
+        f"{text}\n\nWritten by {as_code(command)} on {device_name()}, torch {torch.__version__}.\n"
     )
     print(f"\nwritten to {folder}: {file}.md, {file}.json")
     return 0

@@ -106,12 +106,13 @@ def ceilings(sizes: dict[str, Any], where: torch.device) -> Iterator[Ceiling]:
 
         yield Ceiling(f"{k} products {n}³, {name} to float32", batched, 2e-12 * k * n**3, "TFLOP/s")
 
-    yield from decompositions(*sizes["matrix"], random)
-    yield from attention(*sizes["attention"], random)
+    yield from decompositions(sizes["matrix"], random)
+    yield from attention(sizes["attention"], random)
 
 
-def decompositions(m: int, n: int, random: Callable[..., Tensor]) -> Iterator[Ceiling]:
+def decompositions(size: tuple[int, int], random: Callable[..., Tensor]) -> Iterator[Ceiling]:
     """Of one m × n matrix, and of the Gram matrix that gives the same singular values; 12 of them at once."""
+    m, n = size
 
     def gram(dtype: torch.dtype, count: int) -> Tensor:
         X = random(count, m, n).to(dtype)
@@ -130,11 +131,12 @@ def decompositions(m: int, n: int, random: Callable[..., Tensor]) -> Iterator[Ce
     yield Ceiling("eigh of its Gram matrix, float32", call(torch.linalg.eigh, lambda: gram(torch.float32, 1)))
     for count in (1, 12):
         what = f"eigvalsh of {count} Gram {'matrix' if count == 1 else 'matrices'}, float64"
-        yield Ceiling(what, call(torch.linalg.eigvalsh, lambda count=count: gram(torch.float64, count)))
+        yield Ceiling(what, call(torch.linalg.eigvalsh, partial(gram, torch.float64, count)))
 
 
-def attention(B: int, H: int, T: int, w: int, random: Callable[..., Tensor]) -> Iterator[Ceiling]:
+def attention(size: tuple[int, int, int, int], random: Callable[..., Tensor]) -> Iterator[Ceiling]:
     """Causal attention in bfloat16 by each kernel of scaled_dot_product_attention; its work counted dense, as customary."""
+    B, H, T, w = size
     forward = 4e-12 * B * H * T * T * w
     for name, kernel in ATTENTION.items():
         for backward in (False, True):

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.gpt import GPT
 from model.probes import probe
+from scripts.command import UsageError
 from scripts.timing import NOT_MEASURED, PEAK, device, measure, median, peak_bytes, seconds_of
 from training.build import Optimizers, build_optimizers, gpt_config
 from training.config import compose
@@ -56,7 +57,7 @@ class Contestant:
     assignment: str
     optim: str
     size: str
-    model: nn.Module
+    model: GPT
     optimizers: Optimizers
     tokens: int
     gradients: Callable[[], Tensor]
@@ -98,8 +99,9 @@ def bench_train(options: dict[str, Any]) -> Rows:
     peak = next((flops for part, flops in PEAK.items() if part in device_name()), None)
     rows = []
     for name, one in made.items():
-        row = {"assignment": one.assignment, "optim": one.optim, "model": one.size, "tokens a step": one.tokens}
         seconds = times[name]
+        row: dict[str, Any] = {"assignment": one.assignment, "optim": one.optim, "model": one.size}
+        row["tokens a step"] = one.tokens
         row |= dict.fromkeys(("tokens/s", "MFU", "optimizer s", "optimizer share"), NOT_MEASURED)
         row |= {"step s": median(seconds), "peak GiB": NOT_MEASURED, "all s": seconds}
         if seconds:
@@ -162,5 +164,7 @@ def bench_probes(options: dict[str, Any]) -> Rows:
     times = measure({"step": step, "probe": lambda: probe(model, watched)}, options["repeats"] or 3)
     whole = statistics.median(times["step"]) * cfg.global_batch_tokens / tokens
     seconds, interval = statistics.median(times["probe"]), cfg.probe.interval
+    if interval is None:
+        raise UsageError("experiment=paper has no probe.interval, so a probe has no share of its time; set it there")
     row = {"probe s": seconds, "step s": whole, "measured tokens": tokens, "probe.interval": interval}
     return [{**row, "share of training": f"{100 * seconds / (interval * whole):.3f}%", "all probe s": times["probe"]}]

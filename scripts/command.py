@@ -66,7 +66,7 @@ def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, descr
         return getattr(error, "exit_code", 2)
     except Stopped as stopped:
         print(stopped.message, file=sys.stderr)
-        return stopped.code
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -27,6 +27,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scripts.analysis.study import Experiment, Study
 from scripts.command import UsageError, parse, run
@@ -67,7 +68,7 @@ def describe(name: str) -> str:
     return "\n".join([experiment.hypothesis, "", *(f"    {key}={value}" for key, value in options.items())])
 
 
-def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, dict[str, object], list[str]]:
+def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, dict[str, Any], list[str]]:
     """What the words after the name ask for: the study, the command's own options, and the overrides that choose a launcher.
 
     Raises:

@@ -66,7 +66,8 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
 
 def layer_table(model: GPT, x: torch.Tensor) -> str:
     """The table of one model on the windows x (B, T), for a terminal."""
-    seen, lines, mixable = probe(model, x), [HEADINGS], head_mixing(model, x).amin(1).tolist()
+    seen, mixable = probe(model, x), head_mixing(model, x).amin(1).tolist()
+    lines = [list(HEADINGS)]
     for i, block in enumerate(model.transformer.h):
         heads = [seen[key][i] for key in ("logit_max", "logit_p999", "entropy", "saturated", "jacobian", "recovery")]
         logit, high, entropy, saturated, jacobian, recovered = heads
@@ -82,7 +83,7 @@ def layer_table(model: GPT, x: torch.Tensor) -> str:
             min(recovered),
         ]
         hidden = null_space(block.attn.c_proj.weight.detach())
-        lines.append((str(i), *(f"{n:.3g}" for n in numbers), str(hidden), f"{mixable[i]:,}"))
+        lines.append([str(i), *(f"{n:.3g}" for n in numbers), str(hidden), f"{mixable[i]:,}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
 

@@ -226,16 +226,16 @@ def decay_of(cfg: dict[str, Any]) -> str:
     return f"{muon['weight_decay']:g} acts on {on}"
 
 
-def accept(plan: Plan) -> str:
+def accept(plan: Plan, committed: Path) -> str:
     """Make a table the committed one: copy what was written into results/<name>, and renew it in the Markdown files that show it."""
-    plan.committed.mkdir(parents=True, exist_ok=True)
+    committed.mkdir(parents=True, exist_ok=True)
     for name in ("table.md", "table.json", "val_loss.png", "spectra.png"):
-        if (plan.results / name).exists() and plan.results != plan.committed:
-            shutil.copyfile(plan.results / name, plan.committed / name)
-    table = (plan.committed / "table.md").read_text()
+        if (plan.results / name).exists() and plan.results != committed:
+            shutil.copyfile(plan.results / name, committed / name)
+    table = (committed / "table.md").read_text()
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    renewed = [str(page.relative_to(ROOT)) for page in pages if renew(page, plan.name, table)]
-    return f"  accepted: {', '.join([f'results/{plan.name}', *renewed])}"
+    renewed = [str(page.relative_to(ROOT)) for page in pages if renew(page, committed.name, table)]
+    return f"  accepted: {', '.join([f'results/{committed.name}', *renewed])}"
 
 
 def renew(page: Path, name: str, table: str) -> bool:
@@ -264,8 +264,8 @@ def work(arguments: list[str]) -> int:
         return 130
     try:
         print("\n" + write_results(plan))
-        if plan.accept and not failures:
-            print(accept(plan))
+        if plan.accept and plan.committed and not failures:
+            print(accept(plan, plan.committed))
     except OSError as error:
         raise UsageError(
             f"{error.filename or plan.results} cannot be written ({error}); the runs are kept: give another results="

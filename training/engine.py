@@ -133,6 +133,7 @@ def submit(jobs: Sequence[Job], launcher: Sequence[str]) -> list[Outcome]:
     where = [f"hydra.sweep.dir={_quoted(parent)}", f"sweep.name={_quoted(parent.name)}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
+        assert hydra is not None  # the `with` statement has made it
         overrides = [*jobs[0].overrides, *where, *launcher]
         config = hydra.compose_config("config", overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
@@ -199,10 +200,12 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the parent, which tells the workers
         )
+        assert self._process.stdin is not None  # it is a pipe
+        self._stdin = self._process.stdin
         task = {"overrides": job.overrides, "directory": str(job.directory), "threads": threads}
         with contextlib.suppress(BrokenPipeError):  # it was killed already
-            self._process.stdin.write(json.dumps(task).encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps(task).encode() + b"\n")
+            self._stdin.flush()
 
     @property
     def ended(self) -> bool:
@@ -214,11 +217,11 @@ class _Worker:
         lines = self._words.read().decode(errors="replace").strip().splitlines()
         self._words.close()
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._stdin.close()
         code, go_on = self._process.returncode, "the same command goes on with it"
         signum = code - 128 if code > 128 else -code
-        if code == 0:
-            return Outcome(self.job, end_of(self.job.directory)["best_val_loss"])
+        if code == 0 and (end := end_of(self.job.directory)) is not None:
+            return Outcome(self.job, end["best_val_loss"])
         if signum in STOP_SIGNALS:
             return Outcome(self.job, None, f"stopped by {signal.Signals(signum).name}; {go_on}")
         if code < 0:

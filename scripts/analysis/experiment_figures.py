@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from scripts.analysis.figures import COLOURS, STYLE, figure_of, save
-from scripts.analysis.runs import Run
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from scripts.analysis.figures import COLOURS, picture
+from scripts.analysis.runs import Run, final_losses
 from scripts.analysis.statistics import Estimate, optimum
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Curves = Mapping[str, Mapping[float, Sequence[float]]]
 """Label → learning rate → final losses, one a seed."""
@@ -20,28 +23,27 @@ Curves = Mapping[str, Mapping[float, Sequence[float]]]
 
 def heat_map(groups: Sequence[Sequence[Run]], across: str, down: str, path: Path) -> Path:
     """The mean final validation loss over two axes of an experiment; the error below each number, a cross for unstable."""
-    import matplotlib
-
     cells = {(group[0].value_of(across), group[0].value_of(down)): group for group in groups}
     columns, rows = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
-    means = {key: sum(r.final for r in runs) / len(runs) for key, runs in cells.items() if all(r.stable for r in runs)}
+    stable = {key: runs for key, runs in cells.items() if all(r.stable for r in runs)}
+    means = {key: Estimate.of(final_losses(runs)).mean for key, runs in stable.items()}
+    norm = Normalize(min(means.values(), default=0.0), max(means.values(), default=1.0))
     grid = [[means.get((x, y), math.nan) for x in columns] for y in rows]
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = figure_of(2.2 + 1.25 * max(2, len(columns)), 1.1 + 0.62 * len(rows))
+    with picture(path, 2.2 + 1.25 * max(2, len(columns)), 1.1 + 0.62 * len(rows), grid=False) as figure:
         axes = figure.subplots()
-        shade = axes.imshow(grid, cmap="viridis_r", aspect="auto")
+        shade = axes.imshow(grid, cmap="viridis_r", norm=norm, aspect="auto")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(length=0)
         for i, y in enumerate(rows):
             for j, x in enumerate(columns):
                 mean = means.get((x, y))
-                colour = "white" if mean is not None and shade.norm(mean) > 0.5 else "black"
+                colour = "white" if mean is not None and norm(mean) > 0.5 else "black"
                 text = _heat(cells.get((x, y), []))
                 axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
         axes.set_title("final validation loss: light is good", loc="left", fontsize=9)
         figure.colorbar(shade, label="nats a token")
-        return save(figure, path)
+    return path
 
 
 def _heat(runs: Sequence[Run]) -> str:
@@ -49,19 +51,17 @@ def _heat(runs: Sequence[Run]) -> str:
         return "not run"
     if unstable := sum(not r.stable for r in runs):
         return f"✗ {unstable} of {len(runs)}\nunstable"
-    return Estimate.of([r.final for r in runs]).text(3).replace(" ", "\n", 1)
+    return Estimate.of(final_losses(runs)).text(3).replace(" ", "\n", 1)
 
 
 def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rates: str = "learning rate") -> Path:
     """Final loss over learning rate: rows of panels, each with a title and its curves; a large dot marks the optimum of each."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = figure_of(3.2 * len(panels[0]), 0.4 + 2.6 * len(panels))
-        shared = {"sharex": True, "sharey": "col" if len(panels) > 1 else True, "squeeze": False}
-        for row, wanted in zip(figure.subplots(len(panels), len(panels[0]), **shared), panels):
+    with picture(path, 3.2 * len(panels[0]), 0.4 + 2.6 * len(panels)) as figure:
+        sharey: Literal["col", "all"] = "col" if len(panels) > 1 else "all"
+        grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey=sharey, squeeze=False)
+        for row, wanted in zip(grid, panels):
             for axes, (title, curves) in zip(row, wanted):
-                shades = matplotlib.colormaps["viridis_r"]
+                shades = colormaps["viridis_r"]
                 for i, (label, curve) in enumerate(curves.items()):
                     shade = shades((i + 1) / len(curves))
                     points = {rate: Estimate.of(v) for rate, v in sorted(curve.items()) if all(map(math.isfinite, v))}
@@ -77,7 +77,7 @@ def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rat
                 axes.legend(frameon=False, fontsize=7)
                 axes.set_xlabel(rates)
             row[0].set_ylabel("validation loss (nats a token)")
-        return save(figure, path)
+    return path
 
 
 SIGNS = [  # record kind, field, title, and whether the axis is logarithmic
@@ -93,11 +93,7 @@ def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
 
     A colour an assignment, a thin line a seed. A triangle marks the early warning, a cross the step that made a run unstable.
     """
-    import matplotlib
-    from matplotlib.lines import Line2D
-
-    with matplotlib.rc_context(STYLE):
-        figure = figure_of(12.0, 0.7 + 2.35 * len(rows))
+    with picture(path, 12.0, 0.7 + 2.35 * len(rows)) as figure:
         panels = figure.subplots(len(rows), len(SIGNS), squeeze=False, sharex=True, sharey="col")
         shown: dict[str, str] = {}
         for axes, (_, _, title, _) in zip(panels[0], SIGNS):
@@ -126,7 +122,7 @@ def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
             ncols=len(handles),
             frameon=False,
         )
-        return save(figure, path)
+    return path
 
 
 def _losses(run: Run) -> list[float]:
@@ -162,24 +158,21 @@ CURVES = [
 
 def curves(run: Run, path: Path) -> Path:
     """Everything the probes of a run saw over training; what has a value for each depth is a line each, dark at the bottom of the stack."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = figure_of(12.0, 5.0)
+    with picture(path, 12.0, 5.0) as figure:
         records = run.records["probe"]
         steps = [r["step"] for r in records]
         for axes, (field, title) in zip(figure.subplots(2, 4, sharex=True).flat, CURVES):
             series = [[_mean(v) for v in value] if isinstance(value := r[field], list) else [value] for r in records]
             depths = len(series[0])
             for depth in range(depths):
-                shade = matplotlib.colormaps["viridis"](0.9 * depth / max(1, depths - 1)) if depths > 1 else "#D55E00"
+                shade = colormaps["viridis"](0.9 * depth / max(1, depths - 1)) if depths > 1 else "#D55E00"
                 axes.plot(steps, [values[depth] for values in series], color=shade, linewidth=1.3)
             axes.set_title(title, loc="left", fontsize=9)
             if run.unstable_step is not None:
                 axes.axvline(run.unstable_step, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)))
         for axes in figure.axes[4:]:
             axes.set_xlabel("step")
-        return save(figure, path)
+    return path
 
 
 def _mean(value: Any) -> float:
@@ -188,13 +181,8 @@ def _mean(value: Any) -> float:
 
 def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
     """λ_a and λ_g over weight scale and residual strength; both zero lines in both panels, measured (solid) and closed form (dashed)."""
-    import matplotlib
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter
-
     lines = {"angle": "#111111", "gradient": "#7A1FA2"}
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = figure_of(9.6, 4.1)
+    with picture(path, 9.6, 4.1, grid=False) as figure:
         for axes, (field, title) in zip(
             figure.subplots(1, 2, sharey=True), (("angle", "λ_a (angle)"), ("gradient", "λ_g (gradient)"))
         ):
@@ -237,21 +225,18 @@ def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
             ncols=4,
             frameon=False,
         )
-        return save(figure, path)
+    return path
 
 
 def loss_against_exponents(cells: Sequence[Mapping[str, float]], path: Path) -> Path:
     """Final loss of every trained model against |λ_a| and |λ_g| at its initialisation; a cross is a loss that is not finite."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = figure_of(8.4, 3.6)
+    with picture(path, 8.4, 3.6) as figure:
         finite = [c["loss"] for c in cells if c["loss"] is not None and math.isfinite(c["loss"])]
         ceiling = max(finite, default=1.0) * 1.05
         for axes, (field, name) in zip(figure.subplots(1, 2, sharey=True), (("angle", "|λ_a|"), ("gradient", "|λ_g|"))):
             for cell in cells:
                 fine = cell["loss"] is not None and math.isfinite(cell["loss"])
-                shade = matplotlib.colormaps["viridis"](0.1 + 0.2 * math.log2(cell["weight_scale"] * 4))
+                shade = colormaps["viridis"](0.1 + 0.2 * math.log2(cell["weight_scale"] * 4))
                 axes.plot(
                     [abs(cell[field])],
                     [cell["loss"] if fine else ceiling],
@@ -262,4 +247,4 @@ def loss_against_exponents(cells: Sequence[Mapping[str, float]], path: Path) -> 
             axes.set_xlabel(name)
         figure.axes[0].set_ylabel("final validation loss")
         figure.axes[1].set_title("colour: weight scale, dark is small", loc="right", fontsize=8)
-        return save(figure, path)
+    return path

@@ -75,7 +75,7 @@ def estimates(overrides: Sequence[str], models: int, correlation: float) -> dict
 def phase(overrides: Sequence[str], points: int, models: int, correlation: float, skip: str) -> dict[str, Any]:
     """Both exponents over residual strength (rows) × scale of c_fc (columns), measured and by the closed form."""
     strengths = torch.linspace(*STRENGTHS, points).tolist()
-    scales = torch.logspace(*(math.log10(s) for s in SCALES), points).tolist()
+    scales = torch.logspace(math.log10(SCALES[0]), math.log10(SCALES[1]), points).tolist()
     fields: dict[str, list[list[float]]] = {
         key: [[0.0] * points for _ in strengths] for key in ("angle", "gradient", "angle_closed", "gradient_closed")
     }

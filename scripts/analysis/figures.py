@@ -7,16 +7,21 @@ colour vision tell apart (https://jfly.uni-koeln.de/color/).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
 
 from scripts.analysis.runs import SUBLAYERS, Run
 from scripts.analysis.tables import settings_columns
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = {
     "Unconstrained": "#5a5a5a",
@@ -27,11 +32,11 @@ COLOURS = {
 }
 OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D", "#1B1B1B")
 LARGEST, SMALLEST = "#D55E00", "#0072B2"  # singular values
-CROSS = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2}
-DASHES = {"color": "#888888", "linewidth": 0.9, "linestyle": (0, (3, 2))}
+CROSS: dict[str, Any] = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2}
+DASHES: dict[str, Any] = {"color": "#888888", "linewidth": 0.9, "linestyle": (0, (3, 2))}
 
 DPI = 130
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -64,11 +69,7 @@ def val_loss(groups: Groups, path: Path) -> Path:
 
     Runs of one group share a colour. A cross marks the step at which a run became unstable.
     """
-    import matplotlib
-    from matplotlib.lines import Line2D
-
-    with matplotlib.rc_context(STYLE):
-        figure = figure_of(9.2, 3.9)
+    with picture(path, 9.2, 3.9) as figure:
         whole, end = figure.subplots(1, 2, width_ratios=(1, 1.15))
         colours = _colours(groups)
         for group, colour in zip(groups, colours):
@@ -96,17 +97,13 @@ def val_loss(groups: Groups, path: Path) -> Path:
         end.set_title("second half", loc="left")
         if finals:
             _name_curves(end, groups, colours, last)
-        return save(figure, path)
+    return path
 
 
 def spectra(groups: Groups, path: Path) -> Path:
     """Largest and smallest singular value of every matrix over steps: a column for each group's first run, a row for each sublayer."""
-    import matplotlib
-    from matplotlib.lines import Line2D
-
-    with matplotlib.rc_context(STYLE):
-        runs = [next((r for r in group if r.records.get("spectra")), group[0]) for group in groups]
-        figure = figure_of(max(4.5, 0.8 + 1.75 * len(runs)), 4.4)
+    runs = [next((r for r in group if r.records.get("spectra")), group[0]) for group in groups]
+    with picture(path, max(4.5, 0.8 + 1.75 * len(runs)), 4.4) as figure:
         panels = figure.subplots(len(SUBLAYERS), len(runs), sharex=True, sharey="row", squeeze=False)
         for row, sublayer in zip(panels, SUBLAYERS):
             for axes, run in zip(row, runs):
@@ -122,7 +119,7 @@ def spectra(groups: Groups, path: Path) -> Path:
         if any(run.unstable_step is not None for run in runs):
             handles, names = [*handles, Line2D([], [], **DASHES)], [*names, "becomes unstable"]
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-        return save(figure, path)
+    return path
 
 
 # ---- pieces ----
@@ -200,7 +197,7 @@ def _top(cluster: Sequence[float], gap: float) -> float:
 def _spectrum(axes: Axes, run: Run, sublayer: str) -> None:
     """One panel: two thin lines a matrix, and the manifold's name."""
     matrices = run.spectra(sublayer)
-    style = {"linewidth": 1.1 if len(matrices) <= 8 else 0.7, "alpha": 0.75}
+    style: dict[str, Any] = {"linewidth": 1.1 if len(matrices) <= 8 else 0.7, "alpha": 0.75}
     for records in matrices.values():
         steps = [r["step"] for r in records]
         axes.plot(steps, [r["sigma_max"] for r in records], color=LARGEST, **style)
@@ -214,8 +211,6 @@ def _spectrum(axes: Axes, run: Run, sublayer: str) -> None:
 
 def _log_scale(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
     """A logarithmic scale for a row of panels, cut below: a smallest singular value may be zero."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     values = [r[key] for r in records for key in ("sigma_max", "sigma_min") if math.isfinite(r[key])]
     high = max(values, default=1.0)
     low = max(min(values, default=0.1), 1e-3 * high)
@@ -251,21 +246,17 @@ def _label(group: Sequence[Run], groups: Groups) -> str:
     return ", ".join([group[0].assignment, *settings[:2]])
 
 
-def figure_of(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches, without pyplot."""
-    from matplotlib.figure import Figure
+@contextmanager
+def picture(path: Path, width: float, height: float, grid: bool = True) -> Iterator[Figure]:
+    """An empty figure of that size in inches, in the style of all pictures, without pyplot; written to `path` as PNG at the end.
 
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG of at most 255 colours, a third of the full size; no date or version inside, so equal pictures are equal files."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    full = BytesIO()
-    figure.savefig(full, format="png")
+    The PNG has at most 255 colours, which makes it a third as large. It holds no date or version, so equal pictures are equal files.
+    """
+    style: Any = {**STYLE, "axes.grid": grid}  # matplotlib's own type lists every key
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        yield figure
+        full = BytesIO()
+        figure.savefig(full, format="png")
     image = Image.open(full).convert("RGB").quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
-    return path

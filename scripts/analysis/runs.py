@@ -158,6 +158,11 @@ class Run:
         return "+".join("-" if choice == "euclidean" else choice for choice in dict.fromkeys(chosen))
 
 
+def final_losses(runs: Iterable[Run]) -> list[float]:
+    """The final validation losses (nats a token) of the runs that were evaluated."""
+    return [r.final for r in runs if r.final is not None]
+
+
 def read_run(directory: Path) -> Run:
     """Read a run's directory.
 

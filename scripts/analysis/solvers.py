@@ -91,20 +91,21 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
     """
     if method not in METHODS or calls < 1:
         raise ValueError(f"choose a method among {', '.join(METHODS)}, and calls of 1 or more; got {method!r}, {calls}")
-    problem = StepProblem(*(tall(X).double().reshape(-1, *tall(X).shape[-2:]) for X in (W, G)), MANIFOLDS[manifold])
+    tall_W, tall_G = (tall(X).reshape(-1, *tall(X).shape[-2:]) for X in (W, G))
+    problem = StepProblem(tall_W, tall_G, MANIFOLDS[manifold])
     L = problem.least_squares()
     if method == "dual_ascent":
         L = -0.25 * problem.manifold.project(problem.C + problem.C.mT)
-    best, bound, past = None, None, ()
+    best = torch.zeros_like(problem.G)
+    bound = torch.full_like(problem.scale, torch.inf)
+    past: History = ()
     for k in range(calls):
         value, H, Z = problem.sign_at(L)
-        bound = value if bound is None else torch.minimum(bound, value)
+        bound = torch.minimum(bound, value)
         T = problem.tangent((problem.G + 2 * problem.W @ L) @ Z)
         T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)
-        if best is None or method == "dual_ascent":
-            best = T
-        else:
-            best = torch.where(inner(problem.G, T) > inner(problem.G, best), T, best)
+        last = k == 0 or method == "dual_ascent"
+        best = T if last else torch.where(inner(problem.G, T) > inner(problem.G, best), T, best)
         L, past = METHODS[method](problem, L, H, Z, k, calls, past)
     feas = (inner(problem.G, best) / bound).flatten()
     return Answer(like(best.reshape(tall(W).shape), W), feas, (bound * problem.scale).flatten())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.runs import Run, read_run
+from scripts.analysis.runs import Run, final_losses, read_run
 from scripts.analysis.statistics import Estimate, optimum
 from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError
@@ -179,13 +179,13 @@ class Study:
 # ---- tables of their own ----
 
 
-def final_losses(runs: Sequence[Run]) -> str:
+def loss_cell(runs: Sequence[Run]) -> str:
     """The final losses of some runs as a cell: mean ± standard error, and how many were unstable."""
     if not runs:
         return "not run"
     unstable = sum(r.unstable_step is not None for r in runs)
     mark = f" ({unstable} of {len(runs)} unstable)" if unstable else ""
-    return Estimate.of([r.final for r in runs]).text(3) + mark
+    return Estimate.of(final_losses(runs)).text(3) + mark
 
 
 def pivot(study: Study, across: str, heading: str) -> Table:
@@ -193,7 +193,7 @@ def pivot(study: Study, across: str, heading: str) -> Table:
     down = [axis for axis in study.axes if axis != across]
     cells, values = study.grouped(*down, across), study.axes[across]
     lines = [
-        [*map(runs[0].value_of, down), *(final_losses(cells.get((*key, value), [])) for value in values)]
+        [*map(runs[0].value_of, down), *(loss_cell(cells.get((*key, value), [])) for value in values)]
         for key, runs in study.grouped(*down).items()
     ]
     headings = [*(axis.rpartition(".")[2] for axis in down), *(f"{heading} {value}" for value in values)]
@@ -203,14 +203,14 @@ def pivot(study: Study, across: str, heading: str) -> Table:
 def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[Run]] | None:
     """The value of an axis with the lowest mean final loss of the runs that fit, none being unstable; None if there is none."""
     stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.unstable_step is None for r in runs)}
-    return min(stable.items(), key=lambda item: Estimate.of([r.final for r in item[1]]).mean, default=None)
+    return min(stable.items(), key=lambda item: Estimate.of(final_losses(item[1])).mean, default=None)
 
 
 def losses_by(runs: Sequence[Run], axis: str) -> dict[float, list[float]]:
     """Final losses by an axis of numbers, one a seed; infinite where a run was unstable."""
     found: dict[float, list[float]] = {}
     for r in runs:
-        found.setdefault(float(r.case[axis]), []).append(r.final if r.stable else float("inf"))
+        found.setdefault(float(r.case[axis]), []).append(r.final if r.stable and r.final is not None else math.inf)
     return found
 
 

@@ -131,12 +131,13 @@ def cell(values: Sequence[Value], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    if any(isinstance(value, str) for value in known):
+    numbers = [value for value in known if not isinstance(value, str)]
+    if len(numbers) < len(known):
         counts = Counter(known)
         return ", ".join(
             str(text) if len(counts) == 1 or count == 1 else f"{count} x {text}" for text, count in counts.items()
         )
-    return Estimate.of(known).text(digits)
+    return Estimate.of(numbers).text(digits)
 
 
 def rows_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -183,13 +184,18 @@ def settings_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
             key == "schedule.decay_steps" and "max_steps" in keys
         ):
             continue
-        columns.append(Column(key, key, lambda r, key=key: setting(r.config, key)))
+        columns.append(of_setting(key, key, key))
     return columns
+
+
+def of_setting(heading: str, name: str, key: str) -> Column:
+    """A column of the value at a dotted key of the configurations; its key in table.json is `name`."""
+    return Column(heading, name, lambda r: setting(r.config, key))
 
 
 def report_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
     """The table's columns with the optimizer's step rule, what tells the groups apart, and how far each run went."""
-    rule = Column("step rule", "step_rule", lambda r: setting(r.config, "optim.muon.rule.kind"))
+    rule = of_setting("step rule", "step_rule", "optim.muon.rule.kind")
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
     status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
     columns = [*COLUMNS[:3], rule, *settings_columns(groups), *COLUMNS[3:status], steps, *COLUMNS[status:]]

@@ -9,7 +9,8 @@ from scripts.analysis.tables import BEST, FINAL, STATUS, Column, case
 
 def target(study: Study) -> dict[str, float]:
     """The loss whose step is told: the one asked for, or the lowest that every run of every stable case reaches, rounded up."""
-    reached = [r.best for group in study.groups if all(r.stable for r in group) for r in group]
+    stable = [r for group in study.groups if all(r.stable for r in group) for r in group]
+    reached = [r.best for r in stable if r.best is not None]
     common = math.ceil(max(reached) * 100) / 100 if reached else math.inf
     return {"target": study.options["target"] or common}
 

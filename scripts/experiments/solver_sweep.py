@@ -1,8 +1,9 @@
 """Our step against the published one, each at its best learning rate."""
 
 from scripts.analysis.experiment_figures import loss_by_rate
+from scripts.analysis.runs import final_losses
 from scripts.analysis.statistics import Estimate
-from scripts.analysis.study import Experiment, Study, best_of, final_losses, losses_by, pivot
+from scripts.analysis.study import Experiment, Study, best_of, loss_cell, losses_by, pivot
 from scripts.analysis.tables import Table
 
 RATE = "optim.muon.lr"
@@ -14,12 +15,12 @@ def tables(study: Study) -> list[Table]:
     lines = []
     for assignment in study.axes["assignment"]:
         best = [best_of(study, RATE, assignment=assignment, optim=optim) for optim in RULES]
-        if all(best):
-            theirs, ours = (Estimate.of([r.final for r in runs]) for _, runs in best)
+        found = [rate_and_runs for rate_and_runs in best if rate_and_runs is not None]
+        if len(found) == len(RULES):
+            theirs, ours = (Estimate.of(final_losses(runs)) for _, runs in found)
             gain = f"{ours.mean - theirs.mean:+.3f} ± {(theirs.error**2 + ours.error**2) ** 0.5:.3f}"
-            lines.append(
-                [best[0][1][0].assignment, *(cell for rate, runs in best for cell in (final_losses(runs), rate)), gain]
-            )
+            cells = [cell for rate, runs in found for cell in (loss_cell(runs), rate)]
+            lines.append([found[0][1][0].assignment, *cells, gain])
     headings = ["assignment", "published", "at lr", "ours", "at lr", "ours − published"]
     return [pivot(study, RATE, "lr"), Table(headings, lines, [False, *[True] * 5], "Best against best:")]
 
