@@ -51,10 +51,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_h * cast(grad, grad_h.dtype), grad_W * cast(grad, grad_W.dtype), None, None
 
 
-@torch.compiler.assume_constant_result
 def _device_bytes(index: int) -> int:
-    """All memory of a CUDA device: a constant to torch.compile."""
+    """Total memory of a CUDA device; see `mark_constants`."""
     return torch.cuda.get_device_properties(index).total_memory
+
+
+def mark_constants() -> None:
+    """Tell torch.compile that `_device_bytes` is a constant. To be called before the model is compiled: it imports torch._dynamo, which takes seconds."""
+    torch.compiler.assume_constant_result(_device_bytes)
 
 
 def rows_at_once(rows: int, vocab: int, device: torch.device) -> int:
