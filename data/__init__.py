@@ -1,1 +1,1 @@
-"""Text in, windows of tokens out: sources → tokenizer → shards → loader. This package imports no other room."""
+"""From text to windows of tokens: sources → tokenizer → shards → loader. Only the command in prepare.py imports other packages of the project."""

@@ -19,15 +19,15 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def prepare_command(cfg: Data, configs: Path = CONFIGS) -> str:
     """The `python -m data.prepare` that leads to these settings.
 
-    Names the file in configs/data that the dataset is called after, or else its source, and what differs from that.
+    It names the file of configs/data that has the name of the dataset, or else of its source, and every setting that differs from that file.
     """
     group = next(
         (g for g in (cfg.name, cfg.source) if (configs / "data" / f"{Path(g).name}.yaml").exists()), cfg.source
     )
-    usual = _defaults(configs / "data" / f"{Path(group).name}.yaml", cfg.name)
+    defaults = _defaults(configs / "data" / f"{Path(group).name}.yaml", cfg.name)
     changed = {} if cfg.name == group else {"name": cfg.name}
     wanted = {"dir": cfg.dir, **cfg.content}
-    changed |= {key: value for key, value in wanted.items() if key != "name" and usual.get(key, ...) != value}
+    changed |= {key: value for key, value in wanted.items() if key != "name" and defaults.get(key, ...) != value}
     words = [f"data={group}", *(f"data.{key}={_word(value)}" for key, value in changed.items())]
     if cfg.source == "text" and not wanted["files"]:
         words = [w for w in words if not w.startswith("data.files=")] + ["data.files=your/folder/*.txt"]
@@ -35,7 +35,7 @@ def prepare_command(cfg: Data, configs: Path = CONFIGS) -> str:
 
 
 def _defaults(file: Path, name: str) -> dict[str, Any]:
-    """What a file of configs/data says, with the files it begins from, under the given name; empty if it cannot be resolved alone."""
+    """The settings of a file of configs/data and of its `defaults`, under the given name; empty if they cannot be resolved without the rest of configs/."""
     try:
         merged: Any = OmegaConf.to_container(OmegaConf.merge(_loaded(file), {"name": name}), resolve=True)
         return merged
@@ -50,7 +50,7 @@ def _loaded(file: Path) -> Any:
 
 
 def _word(value: Any) -> str:
-    """A value as Hydra reads it on the command line."""
+    """A value as the command line of Hydra expects it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Batches of windows, a pure function of (seed, step, rank): a resumed run reads what it would have read."""
+"""Batches of windows. A batch is a pure function of (seed, step, rank), so a resumed run reads the same batches as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from data.shards import DataError, Split
 class Loader:
     """Random windows of a split, as nanoGPT draws them: with replacement, at uniformly random offsets.
 
-    windows: size of the global batch; rank r of `world` receives its r-th contiguous part, so the ranks' batches
-    concatenated are the same batch whatever the world.
-    Raises DataError if the split is shorter than a window, ValueError if `windows` cannot be shared out.
+    windows: size of the global batch. Rank r of `world` receives its r-th contiguous part, so the global batch is the same for any
+    number of ranks.
+
+    Raises:
+        DataError: the split is shorter than a window. ValueError: `windows` is not a multiple of `world`.
     """
 
     def __init__(self, split: Split, block_size: int, seed: int, windows: int, rank: int = 0, world: int = 1):
@@ -23,7 +25,7 @@ class Loader:
             raise ValueError(f"rank {rank} does not exist in a world of {world}; ranks go from 0 to {world - 1}")
         if windows < 1 or windows % world:
             raise ValueError(
-                f"{windows} windows a step cannot be shared by {world} ranks; set global_batch_tokens to a multiple of "
+                f"{windows} windows a step cannot be divided among {world} ranks; set global_batch_tokens to a multiple of "
                 f"{world} x {block_size} tokens or change the number of ranks"
             )
         _require_window(split, block_size)
@@ -32,9 +34,8 @@ class Loader:
 
     def offsets(self, step: int) -> np.ndarray:
         """Where this rank's windows begin at `step`: (windows // world,) int64."""
-        # Philox is a function of (key, counter): no state to carry along or to store. We reduce its raw output
-        # ourselves, since numpy promises a stable stream for bit generators only. The bias, tokens / 2^64, is below
-        # 1e-9.
+        # Philox is a function of (key, counter), so there is no state to save. NumPy guarantees a stable stream for bit generators
+        # only, so we reduce the raw output ourselves; the bias, tokens / 2^64, is below 1e-9.
         key = np.array([self.seed % 2**64, step], dtype=np.uint64)
         places = np.uint64(self.split.tokens - self.block_size)
         drawn = np.random.Philox(key=key).random_raw(self.windows) % places
@@ -49,10 +50,10 @@ class Loader:
 def validation_windows(split: Split, block_size: int, count: int | None = None) -> np.ndarray:
     """At most `count` windows, evenly spaced and without overlap, the same for every run: (n, block_size + 1) uint16.
 
-    A split too short for `count` gives as many as fit, and None asks for these: the whole split. DataError if not even one fits.
+    If fewer than `count` fit, or `count` is None, the windows cover the whole split. DataError if not one fits.
     """
     if count is not None and count < 1:
-        raise ValueError(f"{count} validation windows measure nothing; ask for at least 1")
+        raise ValueError(f"{count} validation windows measure nothing; use at least 1")
     _require_window(split, block_size)
     fitting = split.tokens // (block_size + 1)
     count = fitting if count is None else min(count, fitting)
@@ -61,14 +62,14 @@ def validation_windows(split: Split, block_size: int, count: int | None = None) 
 
 
 class Prefetcher:
-    """Prepares the next `depth` batches of `loader` on a thread while the current one is trained on.
+    """Reads the next `depth` batches of `loader` in a thread while the model trains on the current one.
 
-    A thread, not worker processes: reading windows is light, and workers would lose the save on a SIGTERM.
+    A thread is enough, because reading windows is cheap. Worker processes would also receive a SIGTERM and could prevent the save.
     """
 
     def __init__(self, loader: Loader, first_step: int, depth: int = 2):
         if depth < 1:
-            raise ValueError(f"a depth of {depth} prepares no batch; use 1 or more")
+            raise ValueError(f"a depth of {depth} reads no batch; use 1 or more")
         self.loader, self.depth = loader, depth
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._pending: deque[Future] = deque()
@@ -81,7 +82,7 @@ class Prefetcher:
         self._next = step
 
     def next(self, step: int) -> np.ndarray:
-        """`loader.batch(step)`; what reading it raised is raised here. A step out of turn restarts from there."""
+        """`loader.batch(step)`. An error from reading it is raised here. If `step` is not the expected one, reading restarts there."""
         if step != self._next:
             self._start(step)
         batch = self._pending.popleft()
@@ -90,7 +91,7 @@ class Prefetcher:
         return batch.result()
 
     def close(self) -> None:
-        """Stop the thread and drop what it has prepared; may be called twice."""
+        """Stop the thread and drop the batches it has read. A second call does nothing."""
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.command import CONFIGS
-from data.settings import Data, Expected, OpenWebText
+from data.settings import Data
 from data.shards import (
     FORMAT,
     TOKEN,
@@ -31,22 +31,21 @@ from data.shards import (
     require_name,
     write_manifest,
 )
-from data.sources import SOURCES, input_files
+from data.sources import Expected, OpenWebText
 from data.tokenizer import encode_documents, get_tokenizer
 
 log = logging.getLogger(__name__)
 
 
 def prepare(cfg: Data, progress: bool = True) -> Path:
-    """Prepare the dataset that these settings describe; its directory.
+    """Prepare the dataset that these settings describe; returns its directory.
 
-    Does nothing if the directory already holds the same preparation. Everything is written into a sibling directory
-    that takes the final name at the very end, so an error, Ctrl-C or a full disk leaves nothing behind, and what a
-    killed process leaves is removed by the next one. Processes that prepare the same directory at once wait for the
-    first.
+    Does nothing if the directory already holds this dataset. Everything is written into a temporary directory beside it, which is
+    renamed at the end: an error, Ctrl-C or a full disk leaves nothing behind, and the next call removes what a killed process left. If
+    several processes prepare the same directory at the same time, the others wait for the first.
 
-    Raises DataError if the directory holds something else, the source or tokenizer cannot be read, or it cannot be
-    written.
+    Raises:
+        DataError: the directory holds something else, the source or the tokenizer cannot be read, or the directory cannot be written.
     """
     require_name(cfg.name)
     directory = Path(cfg.dir).expanduser()
@@ -54,14 +53,14 @@ def prepare(cfg: Data, progress: bool = True) -> Path:
         return directory
     if directory.resolve() in (here := Path.cwd(), *here.parents):
         raise DataError(
-            f"data.dir={directory} is where this runs; set it to a folder of its own, such as data/prepared/mine"
+            f"data.dir={directory} is, or contains, the current directory; set it to a folder of its own, such as data/prepared/mine"
         )
     written = 0
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _require_space(directory, cfg)
         with _temporary(directory) as temporary:
-            if not _holds(directory, cfg):  # another process may have been faster
+            if not _holds(directory, cfg):  # another process may have prepared it meanwhile
                 try:
                     write_manifest(temporary, _write(temporary, cfg, progress))
                     _sync(temporary)
@@ -78,7 +77,7 @@ def prepare(cfg: Data, progress: bool = True) -> Path:
 
 
 def _holds(directory: Path, cfg: Data) -> bool:
-    """Whether the directory is prepared from these settings; DataError if it holds anything else."""
+    """Whether the directory holds the data of these settings; DataError if it holds anything else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     manifest = open_dataset(directory, verify=False, settings=replace(cfg, dir=str(directory))).manifest
@@ -91,8 +90,8 @@ def _holds(directory: Path, cfg: Data) -> bool:
             f"{key}: {manifest.settings.get(key)!r} there, {settings.get(key)!r} asked" for key in differing
         )
         raise DataError(f"{directory} was prepared with other settings ({changes}); {remedy}")
-    inputs = input_files(cfg)
-    if inputs and inputs != manifest.inputs:  # none: the originals may have been removed since
+    inputs = cfg.input_files()
+    if inputs and inputs != manifest.inputs:  # if there are none, the original files may have been removed
         changed = sorted({file for file, _ in inputs.items() ^ manifest.inputs.items()})
         raise DataError(
             f"the files that {directory} was prepared from have changed ({', '.join(changed[:3])}); {remedy}"
@@ -101,11 +100,11 @@ def _holds(directory: Path, cfg: Data) -> bool:
 
 
 def _write(directory: Path, cfg: Data, progress: bool) -> Manifest:
-    """Write the shards of both splits and say what they hold."""
+    """Write the shards of both splits; returns their manifest."""
     tokenizer = get_tokenizer(cfg.tokenizer)
-    threads = len(os.sched_getaffinity(0)) if tokenizer.name == "gpt2" else 1  # bytes need no computing
-    encoded = encode_documents(tokenizer, SOURCES[cfg.source](cfg), threads)
-    inputs = input_files(cfg)
+    threads = len(os.sched_getaffinity(0)) if tokenizer.name == "gpt2" else 1  # encoding bytes costs nothing
+    encoded = encode_documents(tokenizer, cfg.documents(), threads)
+    inputs = cfg.input_files()
     shard_tokens, cap = cfg.shard_tokens, cfg.max_tokens
     with (
         ShardWriter(directory, "train", shard_tokens) as train,
@@ -117,7 +116,7 @@ def _write(directory: Path, cfg: Data, progress: bool) -> Manifest:
         for split, ids in encoded:
             if split == "train" and cap is not None:
                 ids = ids[: cap - train.tokens]
-            documents = int(np.count_nonzero(ids == tokenizer.eot))  # those that the cap left whole
+            documents = int(np.count_nonzero(ids == tokenizer.eot))  # complete ones only: the cap may cut the last
             writers[split].write(ids, documents)
             report(documents, train.tokens + val.tokens)
             if cap is not None and train.tokens >= cap and val.tokens:
@@ -144,8 +143,8 @@ def _write(directory: Path, cfg: Data, progress: bool) -> Manifest:
 def _empty(split: str, splits: Mapping[str, SplitInfo]) -> str:
     total = sum(info.documents for info in splits.values())
     remedy = (
-        "name other files for it (data.val_files), raise data.val_fraction, or make more documents of the text "
-        "(data.separator='' takes paragraphs)"
+        "name other files for it (data.val_files), raise data.val_fraction, or split the text into more documents "
+        "(data.separator='' makes each paragraph one)"
         if split == "val"
         else "name more files (data.files) or lower data.val_fraction"
     )
@@ -153,7 +152,7 @@ def _empty(split: str, splits: Mapping[str, SplitInfo]) -> str:
 
 
 def _compare(splits: Mapping[str, SplitInfo], cfg: Data) -> dict[str, Any]:
-    """The published counts beside whether ours are the same; a difference is a warning that says both numbers."""
+    """The published counts, and whether ours are equal; a difference is logged as a warning with both numbers."""
     expected = _expected(cfg)
     if expected is None or expected.tokenizer != cfg.tokenizer or cfg.max_tokens is not None:
         return {}
@@ -185,7 +184,7 @@ def _made_by() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _progress(cfg: Data, shown: bool) -> Iterator[Any]:
-    """A function of (new documents, tokens so far) that moves a bar: documents, documents/s, tokens, tokens/s."""
+    """A function of (new documents, tokens so far) that updates a progress bar: documents, documents/s, tokens, tokens/s."""
     from tqdm import tqdm
 
     expected = _expected(cfg)
@@ -203,10 +202,9 @@ def _progress(cfg: Data, shown: bool) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _temporary(directory: Path) -> Iterator[Path]:
-    """An empty sibling of `directory`, ours alone; removed at the end unless it was renamed.
+    """An empty directory beside `directory`, locked by this process; removed at the end unless it was renamed.
 
-    The directory itself carries the lock, so nothing else is left behind; the kernel lets go of it when a process is
-    killed.
+    The lock is on the directory itself, so no lock file is left behind. The kernel releases it when the process ends.
     """
     path = directory.with_name(f".{directory.name}.partial")
     while True:
@@ -215,12 +213,12 @@ def _temporary(directory: Path) -> Iterator[Path]:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except FileNotFoundError:
-            continue  # its owner finished between the two lines
+            continue  # the process that held it finished between the two lines
         if _is_same(path, lock):
             break
-        os.close(lock)  # we waited for a directory that has been renamed or removed since
+        os.close(lock)  # it was renamed or removed while we waited
     try:
-        for stale in path.iterdir():  # of a process that was killed
+        for stale in path.iterdir():  # left by a killed process
             stale.unlink()
         yield path
     finally:
@@ -237,7 +235,7 @@ def _is_same(path: Path, descriptor: int) -> bool:
 
 
 def _sync(directory: Path) -> None:
-    """Make the names in a directory durable."""
+    """Write the names in a directory to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -246,7 +244,7 @@ def _sync(directory: Path) -> None:
 
 
 def _needed_bytes(cfg: Data) -> int | None:
-    """What the shards will take, where published counts say so."""
+    """The size of all shards, if published counts tell it."""
     expected = _expected(cfg)
     if expected is None or expected.tokenizer != cfg.tokenizer:
         return None
@@ -254,7 +252,7 @@ def _needed_bytes(cfg: Data) -> int | None:
 
 
 def _require_space(directory: Path, cfg: Data) -> None:
-    """Refuse before the first byte if the disk cannot hold what is known to come."""
+    """Raise DataError before anything is written if the disk is known to be too small."""
     needed = _needed_bytes(cfg)
     if needed is not None and shutil.disk_usage(directory.parent).free < needed:
         raise DataError(_disk_is_full(directory, cfg, written=0))
@@ -263,10 +261,10 @@ def _require_space(directory: Path, cfg: Data) -> None:
 def _disk_is_full(directory: Path, cfg: Data, written: int) -> str:
     needed = _needed_bytes(cfg)
     needs = f"more than the {_size(written)} written so far" if needed is None else _size(needed)
-    free = _size(shutil.disk_usage(directory.parent).free)  # what was written has been removed by now
+    free = _size(shutil.disk_usage(directory.parent).free)  # what was written has already been removed
     return (
         f"the disk of {directory.parent.resolve()} is too small: {cfg.name} needs {needs} and {free} are free; "
-        "free some space or set data.dir to a folder on a larger disk (nothing was left behind)"
+        "free some space, or set data.dir to a folder on a larger disk (no files were left behind)"
     )
 
 
@@ -279,7 +277,7 @@ def _size(size: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int:
-    """The command; its exit code is 2 where the configuration or the data has a problem."""
+    """The command; returns its exit code: 2 if the configuration or the data has a problem."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -293,7 +291,7 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
         with initialize_config_dir(str(configs), version_base="1.3"):
             cfg = read_data(OmegaConf.to_container(compose("config", overrides=arguments).data, resolve=True))
         directory = prepare(cfg)
-        print(_summary(directory, cfg))
+        print(_counts(directory, cfg))
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -301,13 +299,13 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
+        print("interrupted; no files were left behind", file=sys.stderr)
         return 130
     return 0
 
 
-def _summary(directory: Path, cfg: Data) -> str:
-    """What a prepared directory holds, for a person."""
+def _counts(directory: Path, cfg: Data) -> str:
+    """The counts of a prepared directory, as text."""
     manifest = open_dataset(directory, verify=False, settings=cfg).manifest
     lines = [f"{cfg.name} in {directory}: tokenizer {manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"]
     for split, info in manifest.splits.items():
@@ -315,7 +313,7 @@ def _summary(directory: Path, cfg: Data) -> str:
         lines.append(f"  {split:<5} {info.tokens:>14,} tokens {info.documents:>10,} documents  {shards}")
     if manifest.expected:
         counts = ", ".join(f"{manifest.expected[key]:,} {key}" for key in ("documents", "train_tokens", "val_tokens"))
-        lines.append(f"  expected {counts}: {'exactly so' if manifest.expected['met'] else 'NOT met'}")
+        lines.append(f"  expected {counts}: {'equal' if manifest.expected['met'] else 'NOT equal'}")
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
-"""Token shards on disk: how they are written, what is promised about them, and how they are read back.
+"""Token shards on disk: how they are written, verified and read.
 
 A prepared dataset is a directory of
 
-    manifest.json      what the shards hold, how they were made, and the SHA-256 of each
+    manifest.json      the counts, the settings and the SHA-256 of every shard
     train_00000.bin    tokens, little-endian uint16, no header; every document is followed by the tokenizer's `eot`
     val_00000.bin
-    verified.json      which shards were already hashed on this machine (a cache, rewritten at will)
+    verified.json      the shards that were already verified (a cache; it may be deleted)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ANEW = "set data.dir to a folder that does not exist yet, and prepare the data 
 
 
 class DataError(Exception):
-    """The data a user named cannot be used; the message says why and what to do about it."""
+    """The data cannot be used; the message names the cause and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What one split ("train" or "val") holds, its shards in reading order."""
+    """The counts of one split ("train" or "val"), and its shards in reading order."""
 
     tokens: int
     documents: int
@@ -56,12 +56,12 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The promise a prepared directory makes.
+    """What manifest.json says about a prepared directory.
 
-    settings: the configuration the data was made from; preparing again with the same settings does nothing.
+    settings: the settings the data was prepared with; preparing again with the same settings does nothing.
     inputs: local files the tokens came from, path → bytes; empty for sources that are not files.
-    expected: published counts of this dataset, where there are any; they may differ from `splits`.
-    made_by: versions, platform and time; recorded for people, compared by nobody.
+    expected: published counts of this dataset, if there are any; they may differ from `splits`.
+    made_by: versions, platform and time; for information only.
     """
 
     format: int
@@ -77,14 +77,14 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the tokens and of nothing else: the same text prepared elsewhere has the same one."""
+        """SHA-256 of the tokens and their splits: the same text has the same fingerprint on every machine."""
         splits = {split: asdict(info) for split, info in self.splits.items()}
         return _digest([self.format, self.tokenizer, self.vocab_size, splits])
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split as a sequence of tokens; cheap to copy to other threads and processes."""
+    """One split as a sequence of tokens; threads and processes may share it."""
 
     directory: Path
     shards: tuple[Shard, ...]
@@ -97,13 +97,15 @@ class Split:
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens `start : start + length` as a new array (length,) uint16, across shard borders.
 
-        Reads the file instead of mapping it, so that resident memory does not grow with the pages a long run touches.
-        Raises IndexError outside the split, DataError if a shard has shrunk or gone since it was opened.
+        The file is read, not memory-mapped, so that the resident memory of a long run does not grow.
+
+        Raises:
+            IndexError: outside the split. DataError: a shard was removed or truncated after the dataset was opened.
         """
         if start < 0 or length < 0 or start + length > self.tokens:
             raise IndexError(f"tokens {start} to {start + length} of a split of {self.tokens}; stay inside the split")
         out = np.empty(length, dtype=np.uint16)
-        done, first = 0, 0  # tokens copied; position of the shard's first token in the split
+        done, first = 0, 0  # tokens copied so far; position of the shard's first token in the split
         for shard in self.shards:
             offset = start + done - first
             if done < length and offset < shard.tokens:
@@ -116,7 +118,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared directory, checked and ready to read."""
+    """A prepared directory that was checked."""
 
     directory: Path
     manifest: Manifest
@@ -125,15 +127,17 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """The manifest's fingerprint; a checkpoint stores it to notice that it is continued on other data."""
+        """The manifest's fingerprint; a checkpoint stores it, so that a run is not resumed on other data."""
         return self.manifest.fingerprint
 
 
 class ShardWriter:
     """Writes one split into `directory`, a new file every `shard_tokens` tokens; `finish` returns what was written.
 
-    Hashes while writing; every finished file is on the disk (fsync). A context manager: leaving it lets go of a file
-    that was not finished. OSError passes through.
+    Every finished file is hashed and on the disk (fsync). As a context manager, it closes an unfinished file at the end.
+
+    Raises:
+        DataError: `shard_tokens` is below 1. OSError: a file cannot be written.
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int):
@@ -151,13 +155,11 @@ class ShardWriter:
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # on a full disk even closing fails, and the first error is the one to tell
+            with contextlib.suppress(OSError):  # on a full disk closing fails too; the first error is the one to report
                 self._file.close()
 
     def write(self, ids: np.ndarray, documents: int) -> None:
-        """Append `ids` (n,) uint16, which hold `documents` documents."""
+        """Append `ids` (n,) uint16, which are the tokens of `documents` documents."""
         ids = ids.astype(TOKEN, copy=False)
         self.documents += documents
         self.tokens += len(ids)
@@ -182,14 +184,14 @@ class ShardWriter:
         self._file = None
 
     def finish(self) -> SplitInfo:
-        """Finish the last shard and say what the split holds."""
+        """Finish the last shard; returns the counts of the split."""
         if self._file is not None:
             self._finish_shard()
         return SplitInfo(self.tokens, self.documents, tuple(self._shards))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json with a checksum over itself, on the disk when this returns."""
+    """Write manifest.json with a checksum of its content; it is on the disk when this returns."""
     content = json.loads(json.dumps(asdict(manifest)))
     content["checksum"] = _digest(content)
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
@@ -215,7 +217,7 @@ def read_manifest(directory: Path) -> Manifest:
         if content["format"] != FORMAT:
             raise DataError(f"{path} has format {content['format']!r}, this code reads format {FORMAT}; {_ANEW}")
         if checksum != _digest(content):
-            raise DataError(f"{path} is damaged: its checksum does not fit what it says; {_ANEW}")
+            raise DataError(f"{path} is damaged: its checksum does not match its content; {_ANEW}")
         splits = {
             name: SplitInfo(info["tokens"], info["documents"], tuple(Shard(**shard) for shard in info["shards"]))
             for name, info in content.pop("splits").items()
@@ -229,7 +231,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _problem_of(manifest: Manifest) -> str | None:
-    """What a manifest says that none can that was written by us, whatever its checksum: it comes from a file."""
+    """What is impossible in a manifest, even if its checksum is right; None if nothing is."""
 
     def count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 1 << 62
@@ -242,35 +244,31 @@ def _problem_of(manifest: Manifest) -> str | None:
         return f"a vocabulary of {manifest.vocab_size!r} tokens"
     counts = [manifest.expected.get(key) for key in ("documents", "train_tokens", "val_tokens")]
     if manifest.expected and not (all(map(count, counts)) and "met" in manifest.expected):
-        return "its published counts are no numbers"
+        return "its published counts are not numbers"
     if sorted(manifest.splits) != ["train", "val"]:
         return f"its splits are {', '.join(sorted(manifest.splits)) or 'none'} instead of train and val"
     for split, info in manifest.splits.items():
         for shard in info.shards:
-            if (
-                not isinstance(shard.file, str)
-                or shard.file in ("", ".", "..")
-                or "\0" in shard.file
-                or "/" in shard.file
-            ):
-                return f"the shard {shard.file!r} is not a file of its own directory"
+            if not _is_file_name(shard.file):
+                return f"the shard {shard.file!r} is not a file name"
             if not count(shard.tokens) or not isinstance(shard.sha256, str):
-                return f"the size or the SHA-256 of {shard.file} is none"
+                return f"the size or the SHA-256 of {shard.file} is not valid"
         if not count(info.documents) or info.tokens != sum(shard.tokens for shard in info.shards):
             return f"the counts of the split {split} do not agree"
     return None
 
 
 def open_dataset(directory: str | Path, verify: bool = True, settings: Data | None = None) -> Dataset:
-    """Open a prepared directory and check what its manifest promises.
+    """Open a prepared directory and check it against its manifest.
 
-    The size of every shard is checked always. With `verify` its SHA-256 and its largest token are checked too, once:
-    shards found good are noted with their size and modification time in verified.json, and read again only when one of
-    these has changed (17 GB are not read at every start; a file altered behind an unchanged time stamp is not noticed).
-    `settings` is the `data` group of the configuration, from which a message makes the command that it recommends.
+    The size of every shard is always checked. With `verify`, its SHA-256 and its largest token are checked too. verified.json records the
+    size and the modification time of every verified shard, which is read again only if one of them has changed: 17 GB are not read
+    at every start, but a change that keeps both goes unnoticed. `settings` is the section `data` of the configuration; error
+    messages use it to name the command that prepares the data.
 
-    Raises DataError for a missing directory, a damaged manifest, a missing, truncated or altered shard, and a name that
-    would leave its folder.
+    Raises:
+        DataError: the directory is missing, its manifest is damaged, a shard is missing, truncated or altered, or the name of the dataset
+            is not that of a folder.
     """
     directory = Path(directory)
     if settings is not None:
@@ -284,7 +282,7 @@ def open_dataset(directory: str | Path, verify: bool = True, settings: Data | No
         manifest = read_manifest(directory)
     except FileNotFoundError:
         raise DataError(
-            f"{directory} holds no {MANIFEST}, so it is not prepared data, and nothing in it was touched; set data.dir to "
+            f"{directory} holds no {MANIFEST}, so it is not prepared data, and it was not changed; set data.dir to "
             "a folder that does not exist yet or is empty"
         ) from None
     remedy = f"move {directory} elsewhere and run: {command}"
@@ -298,9 +296,14 @@ def open_dataset(directory: str | Path, verify: bool = True, settings: Data | No
 
 
 def require_name(name: Any) -> None:
-    """Raise DataError unless a dataset's name is one folder's, which stays in the folder of all prepared data."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+    """Raise DataError unless the name of a dataset can be the name of a folder."""
+    if not _is_file_name(name):
         raise DataError(f"data.name={name!r} is not the name of a folder; give one without '/', such as data.name=mine")
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether a value is the name of one file or folder, not a path."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def _check_size(path: Path, shard: Shard, remedy: str) -> None:
@@ -321,12 +324,12 @@ def _check_hashes(directory: Path, shards: list[Shard], vocab_size: int, remedy:
     fresh = [shard for shard in shards if known.get(shard.file) != states[shard.file]]
     if not fresh:
         return
-    with ThreadPoolExecutor(min(len(fresh), 8)) as pool:  # hashing lets go of the GIL
+    with ThreadPoolExecutor(min(len(fresh), 8)) as pool:  # hashing releases the GIL
         found = pool.map(_hash_file, [directory / shard.file for shard in fresh])
         for shard, (digest, largest) in zip(fresh, found):
             path = directory / shard.file
             if digest != shard.sha256:
-                raise DataError(f"shard {path} is altered: its SHA-256 is not the one noted; {remedy}")
+                raise DataError(f"shard {path} is altered: its SHA-256 is not the recorded one; {remedy}")
             if largest >= vocab_size:
                 raise DataError(f"shard {path} holds token {largest}, but its vocabulary is {vocab_size}; {remedy}")
     _write_verified(directory, states)
@@ -344,9 +347,9 @@ def _write_verified(directory: Path, states: Mapping[str, list]) -> None:
     temporary = directory / f".{VERIFIED}.{os.getpid()}"
     try:
         temporary.write_text(json.dumps(states, indent=2), encoding="utf-8")
-        temporary.replace(directory / VERIFIED)  # several ranks may do this at once: the last one wins
+        temporary.replace(directory / VERIFIED)  # if several ranks do this at once, the last one wins
     except OSError:
-        temporary.unlink(missing_ok=True)  # a read-only directory is no reason to stop: it is hashed again next time
+        temporary.unlink(missing_ok=True)  # a read-only directory: verified again next time
 
 
 def _read_file(path: Path, offset: int, count: int) -> np.ndarray:
@@ -357,7 +360,9 @@ def _read_file(path: Path, offset: int, count: int) -> np.ndarray:
             f"cannot read shard {path} ({error}); prepare the data again in another folder (data.dir)"
         ) from error
     if len(tokens) != count:
-        raise DataError(f"shard {path} was truncated while in use; prepare the data again in another folder (data.dir)")
+        raise DataError(
+            f"shard {path} was truncated while it was used; prepare the data again in another folder (data.dir)"
+        )
     return tokens
 
 

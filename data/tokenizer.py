@@ -1,4 +1,4 @@
-"""Text to token ids and back: raw bytes, or GPT-2's byte-pair encoding by tiktoken."""
+"""From text to token ids and back: raw bytes, or GPT-2's byte-pair encoding (tiktoken)."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ UNKNOWN = "\ufffd"
 
 
 class Tokenizer(Protocol):
-    """name: as in the configuration; vocab_size: number of ids, all below 65,536; eot: the id after each document."""
+    """name: as in the configuration. vocab_size: number of ids, at most 65,536. eot: the id after each document."""
 
     name: str
     vocab_size: int
     eot: int
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (n,) uint16, without `eot`; special words in the text are text."""
+        """Ids (n,) uint16, without `eot`; words such as <|endoftext|> are ordinary text."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; ids outside the vocabulary (a padded embedding may produce them) become U+FFFD."""
 
 
 class ByteTokenizer:
-    """The 256 values of a UTF-8 byte, and 256 for the end of a document."""
+    """Ids 0 to 255 are the bytes of UTF-8; 256 ends a document."""
 
     name = "bytes"
     vocab_size = 257
     eot = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """UTF-8 bytes (n,) uint16; a lone surrogate becomes '?', as it has no UTF-8."""
+        """UTF-8 bytes (n,) uint16; a lone surrogate, which has no UTF-8, becomes '?'."""
         return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8 and ids above 256 become U+FFFD."""
+        """The text; invalid UTF-8 and ids above 256 become U+FFFD."""
         special = {self.eot: END_OF_TEXT.encode()}
         parts = (bytes([i]) if i < 256 else special.get(i, UNKNOWN.encode()) for i in map(int, ids))
         return b"".join(parts).decode("utf-8", "replace")
@@ -60,18 +60,18 @@ class GPT2Tokenizer:
 
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken lets every error of its download through
+        except Exception as error:  # tiktoken does not catch the errors of its download
             raise DataError(
                 f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}: {error}); tiktoken downloads it once: "
-                "connect to the network, or set TIKTOKEN_CACHE_DIR to a folder in which it has been downloaded before"
+                "connect to the network, or set TIKTOKEN_CACHE_DIR to a folder that contains it"
             ) from error
 
     def encode(self, text: str) -> np.ndarray:
         """tiktoken's `encode_ordinary` as (n,) uint16."""
         try:
-            # Arrays instead of lists of Python integers, and without the GIL; no special word is recognised.
+            # As an array and without the GIL. Words such as <|endoftext|> are ordinary text.
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary repairs
+        except UnicodeEncodeError:  # a lone surrogate, which encode_ordinary replaces
             ids = np.array(self._encoding.encode_ordinary(text))
         return ids.astype(np.uint16)
 
@@ -98,8 +98,8 @@ def encode_documents(
 ) -> Generator[tuple[str, np.ndarray], None, None]:
     """Encode a stream of (split, text), in order, on `threads` threads and in bounded memory.
 
-    Yields (split, ids (n,) uint16); each document is followed by `eot`. Documents are taken about a million characters
-    at a time, and never more than two batches a thread ahead of the consumer.
+    Yields (split, ids (n,) uint16); each document is followed by `eot`. A batch has about `batch_chars` characters; at most two batches
+    for each thread are read ahead.
     """
 
     def encode(texts: list[str]) -> np.ndarray:
@@ -122,7 +122,7 @@ def encode_documents(
 
 
 def _batches(documents: Iterable[tuple[str, str]], batch_chars: int) -> Iterator[tuple[str, list[str]]]:
-    """Consecutive documents of one split, until they hold `batch_chars` characters together."""
+    """Groups of consecutive documents of one split with at least `batch_chars` characters, the last of a split excepted."""
     current, chars = "", 0
     texts: list[str] = []
     for split, text in documents:

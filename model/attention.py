@@ -1,7 +1,7 @@
-"""What attention can be given beside its four matrices: a bound on the logits, and a gate for each head.
+"""Optional parts of attention: bounds on the logits, and a gate for each head.
 
-Every part here is a switch of configs/attention. They are remedies for one failure: logits grow until the softmax picks one token for
-good, and its gradient vanishes (arXiv 2606.13276, proposition 4.2). The plain path, without any of them, stays in model/layers.py.
+configs/attention switches each part on. They are remedies for one failure: logits grow until the softmax selects a single token, and
+its gradient vanishes (arXiv 2606.13276, proposition 4.2). Attention itself is in model/layers.py.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from optim.geonorm import cast
 
 PG_OP_OVERHEAD = 0.016
-"""Parameters of head gates, as a share of W_O, below which arXiv 2604.23681 states that PG-OP stays."""
+"""Parameters of head gates, as a share of W_O: arXiv 2604.23681 states that PG-OP stays below this."""
 
-# Rows of logits that QK-clip looks at together: bounds its memory at B·H·512·T numbers.
+# Rows of logits that QK-clip computes at a time: its memory is at most B·H·512·T numbers.
 _CLIP_ROWS = 512
 
 
 def causal_logits(q: Tensor, k: Tensor, cap: float | None = None, scale: float | None = None) -> Tensor:
     """scale·q·k for q, k (B, H, T, w) as float32 (B, H, T, T), -inf above the diagonal.
 
-    scale: None for 1/√w.  cap: unless None, cap·tanh(z/cap) stands for every logit z (soft-cap; Gemma 2, arXiv 2408.00118).
+    scale: None for 1/√w.  cap: unless None, every logit z becomes cap·tanh(z/cap) (soft cap; Gemma 2, arXiv 2408.00118).
     """
     z = cast(q @ k.mT, torch.float32) * (q.size(-1) ** -0.5 if scale is None else scale)
     if cap:
@@ -35,8 +35,8 @@ def causal_logits(q: Tensor, k: Tensor, cap: float | None = None, scale: float |
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, dropout: float, scale: float | None = None) -> Tensor:
     """Causal attention with soft-capped logits, (B, H, T, w) → (B, H, T, w).
 
-    Fused kernels take no function of the logits, so all B·H·T² of them are computed and kept for the backward pass: at GPT-2's
-    1024 tokens about six numbers a logit, 4.5 GiB a layer for 16 windows in float32. Choose micro_batch_size accordingly.
+    Fused kernels do not support it, so all B·H·T² logits are computed, and about six numbers for each are kept for the backward pass: for
+    GPT-2, 16 windows of 1024 tokens need 4.5 GiB a layer in float32. Choose micro_batch_size accordingly.
     """
     p = cast(torch.softmax(causal_logits(q, k, cap, scale), dim=-1), v.dtype)
     return F.dropout(p, dropout) @ v
@@ -45,14 +45,14 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, dropout: float
 class HeadGate(nn.Module):
     """A gate g ∈ (0, 2) for each token and head, applied to the head's output before the output projection.
 
-    Our reconstruction of PG-OP (arXiv 2604.23681), whose formula we have not seen; it states a parameter overhead below 1.6% of W_O
-    and that one head's part of the sum becomes easier to recover. Two readings:
+    Our reconstruction of PG-OP (arXiv 2604.23681). We have not seen its formula; the paper states a parameter overhead below 1.6% of
+    W_O, and that the output of each head becomes easier to recover from the sum. Two readings:
 
         token      g[i, h] = 2σ(x_i · w_h): H vectors of length d, 1/w of W_O for heads of width w (1.56% at w = 64)
-        position   g[i, h] = 2σ(t[i, h]): a learned table (T, H), T·H/d² of W_O: 2.08% at GPT-2 124M's 1024 positions, more than stated
+        position   g[i, h] = 2σ(t[i, h]): a learned table (T, H), T·H/d² of W_O: 2.08% for the 1024 positions of GPT-2 124M, more than stated
 
-    The weights start at zero, so that every gate starts at 1 and the model is the one without gates. They are kept flat: a vector is
-    AdamW's, whatever an assignment says of attention's matrices.
+    The weights start at zero, so every gate starts at 1, and the model starts as the one without gates. They are stored as one vector,
+    because AdamW updates vectors whatever an assignment says about matrices.
     """
 
     def __init__(self, kind: str, n_head: int, width: int, block_size: int) -> None:
@@ -69,14 +69,14 @@ class HeadGate(nn.Module):
 
 
 class QKClip(nn.Module):
-    """After each update, heads whose largest logit S of the batch exceeded τ are scaled back: γ = τ/S.
+    """After each update, scales down the logits of every head whose largest logit S in the batch exceeded τ, by γ = τ/S.
 
-    MuonClip's rule (Kimi K2, arXiv 2507.20534, section 2.1). What is scaled is a choice:
+    The rule of MuonClip (Kimi K2, arXiv 2507.20534, section 2.1). `target` is what is scaled:
 
-        weights   W_q and W_k of the head by √γ each, as published. Rows are scaled, so a matrix leaves its manifold.
-        gain      a number beside the head, by γ: the same function of the input, and the matrix stays where it is. [ours]
+        weights   W_q and W_k of the head, by √γ each, as published. This scales rows, so a matrix leaves its manifold.
+        gain      one number for each head, by γ: the same function of the input, and the matrix does not change. [ours]
 
-    The largest logits cost one more product QKᵀ a step, without its softmax and without a gradient.
+    Finding the largest logits costs one more product QKᵀ a step, without softmax and without gradient.
     """
 
     def __init__(self, threshold: float, target: str, n_head: int) -> None:
@@ -89,7 +89,7 @@ class QKClip(nn.Module):
 
     @torch.no_grad()
     def watch(self, q: Tensor, k: Tensor, scale: float) -> None:
-        """Take the logits scale·q·k of q, k (B, H, T, w) into the largest ones (H,) since the last clip."""
+        """Update the largest logit of each head (H,) since the last clip with the logits scale·q·k of q, k (B, H, T, w)."""
         T = q.size(-2)
         for start in range(0, T, _CLIP_ROWS):
             stop = min(start + _CLIP_ROWS, T)
@@ -100,10 +100,10 @@ class QKClip(nn.Module):
 
     @torch.no_grad()
     def shrink(self) -> Tensor:
-        """The factor γ ≤ 1 of every head's logits (H,), the same on all ranks; begins a new batch."""
+        """The factor γ ≤ 1 for the logits of each head (H,), the same on all ranks. Starts a new maximum."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.largest, dist.ReduceOp.MAX)
-        # A head that saw nothing finite is left alone: the update of that step is skipped as well.
+        # A head without a finite largest logit is not scaled: the update of that step is skipped too.
         seen = self.largest.isfinite() & (self.largest > self.threshold)
         factor = torch.where(seen, self.threshold / self.largest, torch.ones_like(self.largest))
         self.largest.fill_(-torch.inf)

@@ -1,12 +1,12 @@
-"""The collapses of a transformer's representation, each as a number (after Cirrincione, arXiv 2604.23681).
+"""Measures of collapse in a transformer's representations (after Cirrincione, arXiv 2604.23681).
 
-    rank in depth                   the tokens of a sequence grow alike: `depth`
-    rank in width                   they use few of the directions they have: `depth`, its width_rank
-    head-channel identity           a head's output cannot be read from the sum over heads: `recovery` and `null_space` if the output
-                                    projection is known, `mixing_dimensions` if it is not
-    entropy                         attention looks at one token: `model.probes.attention_record`
+    rank in depth                   the tokens of a sequence become alike: `depth`
+    rank in width                   they use few of their directions: width_rank of `depth`
+    head-channel identity           the output of a head cannot be recovered from the sum over heads: `recovery` and `null_space` if the
+                                    output projection is known, `mixing_dimensions` if it is not
+    entropy                         attention selects a single token: `model.probes.attention_record`
 
-The paper names the collapses; how they are measured here is standard, and ours to choose. [inference]
+The paper names the collapses; the measures are our choice of standard ones. [inference]
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor
 
 from model.spectra import singular_values
 
-# Singular values below this share of the largest are not counted as a direction in use.
+# A direction with a singular value below this share of the largest counts as unused.
 _WIDTH_TOLERANCE = 1e-3
-# Tokens whose Gram matrix is decomposed: enough for a rank, few enough for a probe during training.
+# Number of tokens of which singular values are computed: few enough for a probe during training.
 _GRAM_TOKENS = 128
-# The sum over heads is read with this relative error (1% in amplitude): what needs more than that is not recovered.
+# Relative error (squared) with which the sum over heads is read: 1% in amplitude.
 _READING_NOISE = 1e-4
 
 
 def effective_rank(sigma: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values (..., k) → (...): k for equal ones, 1 for a single one."""
+    """exp of the entropy of the normalised singular values, (..., k) → (...): k if all are equal, 1 if only one is not zero."""
     p = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
     return torch.special.entr(p).sum(-1).exp()
 
 
 def depth(X: Tensor) -> dict[str, Tensor]:
-    """How far the tokens of each sequence X (B, T, d) have grown alike; 0-d float64, averaged over sequences.
+    """How alike the tokens of each sequence X (B, T, d) are; 0-d float64, averaged over sequences.
 
     Returns:
-        distance_from_mean: ‖X - 1x̄ᵀ‖_F / ‖X‖_F, 0 when all tokens are the same. mean_cosine: of all pairs, 1 then.
-        effective_rank: of at most 128 evenly spaced tokens. width_rank: share of their min(n, d) singular values above a
-        thousandth of the largest.
+        distance_from_mean: ‖X - 1x̄ᵀ‖_F / ‖X‖_F; 0 if all tokens are equal. mean_cosine: over all pairs of tokens; 1 if all are equal.
+        effective_rank: of n ≤ 128 evenly spaced tokens. width_rank: share of their min(n, d) singular values above a thousandth of
+        the largest.
     """
     X = X.double()
     T = X.size(1)
@@ -55,13 +55,13 @@ def depth(X: Tensor) -> dict[str, Tensor]:
 
 
 def recovery(heads: Tensor, W_o: Tensor) -> Tensor:
-    """R² (H,) with which each head's output can be read, linearly, from the sum over heads.
+    """R² (H,) of a linear prediction of each head's output from the sum over heads.
 
-    A ridge regression of the heads on y_i = Σ_h W_O^h o_ih, fitted on every second token and judged on the others. 1: the head is
-    there to be read; 0: it is lost. The ridge stands for reading y with an error of one per cent.
+    A ridge regression of the heads on y_i = Σ_h W_O^h o_ih, fitted on every second token and evaluated on the others. 1: the head can be
+    recovered; 0: it is lost. The ridge corresponds to an error of one per cent in y.
 
     Args:
-        heads: (N, H, w) outputs of the heads for N tokens. W_o: (d, H·w), the output projection as nn.Linear keeps it.
+        heads: (N, H, w) outputs of the heads for N tokens. W_o: (d, H·w), the output projection, as nn.Linear stores it.
     """
     o = heads.flatten(1).double()
     o = o - o.mean(0)
@@ -80,18 +80,18 @@ def recovery(heads: Tensor, W_o: Tensor) -> Tensor:
 
 
 def null_space(W_o: Tensor) -> int:
-    """Dimensions a token of head outputs (H·w) that the output projection W_o (d, H·w) does not show at all."""
+    """Dimension of the null space of the output projection W_o (d, H·w): directions of the head outputs (H·w) that it removes."""
     sigma = torch.linalg.svdvals(W_o.double())
     return W_o.size(1) - int((sigma > sigma[0] * max(W_o.shape) * torch.finfo(W_o.dtype).eps).sum())
 
 
 def mixing_dimensions(heads: Tensor) -> Tensor:
-    """Dimensions (H,) in which each head's output can change while the sum over heads stays, if the output projection is not known.
+    """Dimensions (H,) in which the output of each head can change without a change of the sum over heads, if W_O is not known.
 
-    For every invertible M (H·w, H·w), the heads M o and the projection W_O M⁻¹ have the sum W_O o. Near M = 1, head h changes by
-    Σ_g M_hg o_g. What its own channels could make of it (g = h) only renames them; what is left is, for each of its w channels, a vector
-    of the span of the other heads' outputs, without that of its own: w times the rank of that span. Directions below a thousandth of the
-    largest are not counted. [our measure of what arXiv 2604.23681 counts]
+    For every invertible M (H·w, H·w), the heads M o with the projection W_O M⁻¹ give the same sum W_O o. Near M = 1, head h changes by
+    Σ_g M_hg o_g. The term g = h only mixes the head's own channels, so it is not counted. For each of the w channels there remains a
+    vector in the span of the other heads' outputs, orthogonal to the head's own: w times the rank of that span. Directions below a
+    thousandth of the largest are not counted. [our measure of what arXiv 2604.23681 counts]
 
     Args:
         heads: (N, H, w) outputs of the heads for N tokens.
@@ -110,5 +110,5 @@ def mixing_dimensions(heads: Tensor) -> Tensor:
 
 
 def ambiguous_dimensions(tokens: int, n_head: int, width: int) -> int:
-    """n(H - 1)w, the count of arXiv 2604.23681: the same if every token could be mixed by an M of its own."""
+    """n(H - 1)w, the count of arXiv 2604.23681: as `mixing_dimensions`, but with a separate M for every token."""
     return tokens * (n_head - 1) * width

@@ -1,6 +1,6 @@
-"""The settings of a GPT: its shape and parts, what attention has beside its matrices, and the scales it begins with.
+"""The settings of a GPT: its shape and parts, the optional parts of attention, and the scales at initialisation.
 
-Annotated gives the range of a setting; training/fields.py reads it. The defaults stand in configs/.
+Annotated gives the range of a setting; training/fields.py reads it. The defaults are in configs/.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from model.residual import Positive, ResidualRule, Stream, residual_rule
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RATE_GROUPS = {"embedding": "wte", "hidden": "c_attn|c_fc|c_proj", "head": "lm_head"}
-"""Patterns of parameter names: the groups whose learning rates change with the size, see training/transfer.py."""
+"""Groups of parameters whose learning rates change with the model size (training/transfer.py), as patterns of names."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """The shape of a GPT and its parts; configs/model.
 
-    vocab_size may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units.
-    rope: rotary positions in place of the table of positions. tied: whether the head is the embedding.
-    unit_weights: nGPT's matrices (arXiv 2410.01131), whose vectors of embedding space are to be kept at unit length, see
-        `GPT.unit_vectors`, with the learned scales s_qk, s_uv and s_z that this needs.
+    vocab_size: may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units of GPUs.
+    rope: rotary positions instead of a table of positions. tied: whether the head and the embedding share their weight.
+    unit_weights: nGPT (arXiv 2410.01131): the rows or columns of the matrices have unit length, see `GPT.unit_vectors`, and there are the
+        learned scales s_qk, s_uv and s_z.
     storage: the size at which s_qk and s_z are stored, see StoredScale; None for 1/√d. logit_scale: s_z at the start.
     """
 
@@ -48,7 +48,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Attention:
-    """What attention has beside its matrices, see model/attention.py; configs/attention. None: off."""
+    """The optional parts of attention, see model/attention.py; configs/attention. None: off."""
 
     qk_norm: bool
     qk_clip: Positive | None
@@ -59,7 +59,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Init:
-    """Factors of GPT-2's initial scales: of c_fc (σ_w of arXiv 2403.02579), and of c_proj, which writes into the stream."""
+    """Factors of GPT-2's initial scales: for c_fc (σ_w of arXiv 2403.02579), and for c_proj, which writes into the stream."""
 
     weight_scale: Positive
     residual_scale: Positive
@@ -67,7 +67,7 @@ class Init:
 
 @cache
 def _gpt2() -> dict[str, Any]:
-    """GPT-2 124M, as configs/ has it."""
+    """The settings of GPT-2 124M in configs/."""
     files = ("model/gpt2", "model/gpt2_124m", "attention/plain", "residual/pre_norm", "config")
     parts, shape, attention, residual, config = (yaml.safe_load((CONFIGS / f"{f}.yaml").read_text()) for f in files)
     del shape["defaults"]
@@ -76,7 +76,7 @@ def _gpt2() -> dict[str, Any]:
 
 @dataclass(frozen=True, init=False)
 class GPTConfig(Shape, Attention, Init):
-    """All settings of a GPT in one: GPTConfig(n_layer=24, n_head=16, n_embd=1024). What is not given is as in GPT-2 124M.
+    """All settings of a GPT: GPTConfig(n_layer=24, n_head=16, n_embd=1024). Settings that are not given are those of GPT-2 124M.
 
     Raises:
         TypeError: a setting is unknown.
@@ -91,7 +91,7 @@ class GPTConfig(Shape, Attention, Init):
         vars(self).update(settings)
 
     def problems(self) -> list[str]:
-        """What does not fit together, each with its remedy; empty if nothing. The ranges of single values are training/fields.py's concern."""
+        """Combinations of settings that are not possible, with remedies. training/fields.py checks the single values."""
         found = []
         if self.n_embd % self.n_head:
             found.append(
@@ -99,7 +99,7 @@ class GPTConfig(Shape, Attention, Init):
             )
         elif self.rope and self.n_embd // self.n_head % 2:
             found.append(
-                f"model.rope turns pairs of channels, and a head has {self.n_embd // self.n_head}; make it even"
+                f"model.rope rotates pairs of channels, and a head has {self.n_embd // self.n_head}; make it even"
             )
         norm = "attention.qk_norm=true" if self.qk_norm else "model.unit_weights=true" if self.unit_weights else None
         if norm and self.qk_clip and self.qk_clip_on == "weights":
@@ -110,6 +110,6 @@ class GPTConfig(Shape, Attention, Init):
 
     @property
     def stream(self) -> Stream:
-        """What a residual rule is told."""
+        """The stream, as a residual rule needs it."""
         radius = 1.0 if self.unit_weights else math.sqrt(self.n_embd)
         return Stream(self.n_embd, self.n_layer, self.bias, radius)

@@ -1,10 +1,11 @@
-"""The two exponents of signal propagation at initialisation, measured on any GPT and derived for GPT-2's.
+"""The two exponents of signal propagation at initialisation: measured on any GPT, and in closed form for GPT-2.
 
-Angle: how fast tokens grow alike or apart. With q the mean square of a token's coordinates and p that of pairs of tokens,
-λ_a = log[(1 - c') / (1 - c)], c = p/q before and c' after a block; negative is collapse. Gradient: λ_g = log of the growth of the
-squared gradient through a block, backwards. Cowsik, Nebabu, Qi, Ganguli (arXiv 2403.02579) report that both together predict the final
-loss, which is best where both vanish; in our runs the final loss followed |λ_a| alone (results/exponents). They study attention without a causal mask; with one, tokens are no longer exchangeable, so c is taken over the
-last half of the positions. [our reading]
+Angle: how fast tokens become alike or different. With q the mean square of a token's coordinates and p the mean product of those of two
+tokens, λ_a = log[(1 - c') / (1 - c)], where c = p/q before a block and c' after it; below zero, tokens collapse. Gradient: λ_g = log of
+the growth of the squared gradient through a block, from output to input. Cowsik, Nebabu, Qi, Ganguli (arXiv 2403.02579) report that both
+together predict the final loss, which is best where both are zero; in our runs the final loss followed |λ_a| alone (results/exponents).
+They study attention without a causal mask. With a mask, positions are not equivalent, so c is taken over the second half of them.
+[our reading]
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from model.gpt import GPT
 
 SKIPS = ("one", "normalised")
-"""What multiplies the stream where a branch of strength α joins it: 1, or √(1 - α²) (both in arXiv 2403.02579)."""
+"""Factor of the stream where a branch of strength α is added: 1, or √(1 - α²) (both in arXiv 2403.02579)."""
 
-_PLAIN = ("pre_norm",)  # residual rules for which the closed form below was derived
+_PLAIN = ("pre_norm",)  # the residual rules of the closed form
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Exponents:
 
     @property
     def angle(self) -> float:
-        """λ_a: below zero tokens collapse, above they separate."""
+        """λ_a: below zero tokens collapse, above zero they separate."""
         return sum(self.angles) / len(self.angles)
 
     @property
     def gradient(self) -> float:
-        """λ_g: below zero gradients vanish towards the first block, above they explode."""
+        """λ_g: below zero gradients vanish towards the first block, above zero they explode."""
         return sum(self.gradients) / len(self.gradients)
 
 
@@ -53,9 +54,9 @@ class Exponents:
 
 
 def near_collapse(model: GPT, batch: int, tokens: int, correlation: float, generator: torch.Generator) -> Tensor:
-    """A stream (batch, tokens, d) of the embeddings' scale whose tokens all have the same correlation, near 1 at the collapse.
+    """A stream (batch, tokens, d) with the scale of the embeddings, in which all pairs of tokens have one correlation (1: collapse).
 
-    x_i = √ρ g + √(1 - ρ) z_i, with g common to a sequence; g and z_i standard normal.
+    x_i = √ρ g + √(1 - ρ) z_i, with one g for a sequence; g and z_i standard normal.
     """
     d, embedding = model.config.n_embd, model.transformer
     tables = [table for table in (embedding.wte, embedding.wpe) if table is not None]
@@ -67,7 +68,7 @@ def near_collapse(model: GPT, batch: int, tokens: int, correlation: float, gener
 
 @torch.no_grad()
 def embedded(model: GPT, x: Tensor) -> Tensor:
-    """The stream (B, T, d) that text x (B, T) int64 begins as."""
+    """The stream (B, T, d) before the first block for tokens x (B, T) int64."""
     return model.embed(x)
 
 
@@ -75,10 +76,10 @@ def embedded(model: GPT, x: Tensor) -> Tensor:
 
 
 def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> Iterator[Tensor]:
-    """The stream x (B, T, d) and what every block makes of it, each branch multiplied by `strength` (α).
+    """The stream x (B, T, d), and the stream after every block, with each branch multiplied by `strength` (α).
 
-    Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself. Where a rule keeps the stream
-    on a sphere, so does this: what α and the skip make of a token gets the length that the rule gives it.
+    Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself. If a rule keeps the stream
+    on a sphere, every token is scaled to the length that the rule gives it.
     """
     keep = 1.0 if skip == "one" else math.sqrt(1 - strength**2)
     yield x
@@ -90,23 +91,23 @@ def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> 
                 continue
             x = keep * x + strength * (joined - x)
             if isinstance(rule, (SphereJoint, LerpJoint)):
-                x = x * (
-                    torch.linalg.vector_norm(joined, dim=-1, keepdim=True)
-                    / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-                )
+                new, old = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (joined, x))
+                x = x * (new / old)
         yield x
 
 
 def misalignment(X: Tensor) -> Tensor:
-    """1 - c (0-d) of the last half of the tokens of X (B, T, d), by their deviations from the mean, which cancels nothing."""
+    """1 - c (0-d) of the second half of the tokens of X (B, T, d), from deviations from the mean, which avoids cancellation."""
     X = X[:, X.size(1) // 2 :].double()
     n, d = X.shape[1:]
     deviation = (X - X.mean(1, keepdim=True)).square().sum() / ((n - 1) * d)
     return deviation / (X.square().sum() / (n * d))
 
 
-def measure(model: GPT, x: Tensor, generator: torch.Generator, strength: float = 1.0, skip: str = "one") -> Exponents:
-    """Both exponents of a model on the stream x (B, T, d), T at least 4, in evaluation mode.
+def measured_exponents(
+    model: GPT, x: Tensor, generator: torch.Generator, strength: float = 1.0, skip: str = "one"
+) -> Exponents:
+    """Both exponents of a model for the stream x (B, T, d), T at least 4, in evaluation mode.
 
     λ_g of a block is log(‖∂s/∂X‖² / ‖∂s/∂X'‖²) with X before and X' after it, for s = ⟨X_L, R⟩ with R standard normal.
     """
@@ -132,7 +133,7 @@ def gaussian_mean(f: Tensor, u: Tensor) -> float:
 
 
 def gelu_moments(variance: float) -> tuple[float, float]:
-    """E[φ(u)²] and variance·E[φ'(u)²] of φ = GELU and u ~ N(0, variance): MLP covariance at c = 1, and its slope in c there."""
+    """E[φ(u)²] and variance·E[φ'(u)²] for φ = GELU and u ~ N(0, variance): covariance of the MLP at c = 1, and its slope in c."""
     grid = torch.linspace(-9, 9, 4001, dtype=torch.float64)
     u = (math.sqrt(variance) * grid).requires_grad_()
     value = F.gelu(u)
@@ -143,17 +144,17 @@ def gelu_moments(variance: float) -> tuple[float, float]:
 def closed_form(
     model: GPT, tokens: int, correlation: float, scale: float, strength: float = 1.0, skip: str = "one"
 ) -> Exponents:
-    """The exponents that mean-field theory expects of a pre-norm GPT near collapse. [our derivation]
+    """The exponents of a pre-norm GPT near collapse by mean-field theory. [our derivation]
 
-    Followed are two covariances between tokens, C of the stream (from scale²·correlation off the diagonal, scale² on it) and Γ of its
-    gradient. With k the mean square that a branch writes, a the skip, α the strength, and M the averaging over all earlier tokens that
-    attention amounts to while logits are small (M_ij = 1/i, j ≤ i):
+    Two covariances between tokens are followed from block to block: C of the stream (at the start scale² on the diagonal and
+    scale²·correlation off it) and Γ of its gradient. k is the mean square of what a branch writes, a the skip, α the strength. While
+    logits are small, attention averages over all earlier tokens: M_ij = 1/i for j ≤ i.
 
         attention   C' = a²C + α²k M ĉ Mᵀ             Γ = a²Γ' + (α²k/Q) MᵀΓ'M        k = (‖W_v‖_F²/d)(‖W_o‖_F²/d)
         MLP         C' = a²C + α²(k₀ - k₁(1 - ĉ))     Γ = (a² + α²k₁/Q) Γ'            k₀ = (‖W_2‖_F²/d) E[φ²],  k₁ = (‖W_2‖_F²/d) σ² E[φ'²]
 
-    with ĉ = C/Q, Q the mean of C's diagonal and σ² = ‖W_1‖_F²/d_mlp. Only Frobenius norms of the weights enter, so it holds for any
-    rotation-invariant initialisation: GPT-2's normal one, and its retractions. The norm removes two of d directions from a gradient.
+    Here ĉ = C/Q, Q is the mean of C's diagonal, and σ² = ‖W_1‖_F²/d_mlp. Only Frobenius norms of the weights enter, so this holds for any
+    rotation-invariant initialisation: GPT-2's normal one, and its retractions. LayerNorm removes two of d directions from a gradient.
 
     Raises:
         ValueError: another residual rule, a switch of attention that is on, or biases.
@@ -195,7 +196,7 @@ def mean_square_gain(W: Tensor, rows: int) -> float:
 
 
 def _gradient_exponents(backward: Sequence[tuple[Tensor, Tensor]], average: Tensor, keep: float) -> tuple[float, ...]:
-    """λ_g of every block from what its branches pass back, relative to the stream; starts from independent gradients at the end."""
+    """λ_g of every block from the gradient that its branches pass back, relative to the stream's; at the output, gradients are independent."""
     G = torch.eye(len(average), dtype=torch.float64)
     found = []
     for to_attention, to_mlp in reversed(backward):
@@ -207,7 +208,7 @@ def _gradient_exponents(backward: Sequence[tuple[Tensor, Tensor]], average: Tens
 
 
 def _misalignment_of(C: Tensor) -> float:
-    """1 - c of the last half of the tokens, from their covariance (T, T)."""
+    """1 - c of the second half of the tokens, from their covariance (T, T)."""
     C = C[len(C) // 2 :, len(C) // 2 :]
     n = len(C)
     q = C.trace() / n

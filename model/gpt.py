@@ -1,4 +1,4 @@
-"""GPT-2: embeddings → blocks → head, loss, generation, and the counts of parameters and operations."""
+"""GPT-2: embeddings → blocks → head; loss, generation, and the numbers of parameters and operations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from optim.geonorm import cast
 
 
 class Block(nn.Module):
-    """Attention and MLP, each joined to the stream by the residual rule."""
+    """Attention and MLP; the residual rule adds the output of each to the stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Everything before the head; wpe is None with rotary positions."""
+    """Everything before the head. With rotary positions, wpe is None."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 under nanoGPT's parameter names: transformer.{wte, wpe, h.<i>.{ln_1, attn, ln_2, mlp}, ln_f}, lm_head tied to wte.
 
-    Initialisation: N(0, 0.02); the residual rule initialises what writes into the stream; times the scales of the configuration.
+    Initialisation: N(0, 0.02); the residual rule initialises the matrices that write into the stream; then the factors of `Init`.
 
     Raises:
         ValueError: the configuration is impossible; the message lists every reason.
@@ -85,10 +85,10 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def unit_vectors(self) -> dict[str, int]:
-        """Matrices to be kept at unit length by whoever trains them: parameter name → the dimension along which their vectors lie.
+        """Matrices whose vectors the optimizer must keep at unit length: parameter name → the dimension along which the vectors lie.
 
-        With unit weights these are all vectors of embedding space: the rows of tables and of the matrices that read the stream, the
-        columns of those that write into it. Without, there are none.
+        With unit weights: the rows of tables and of the matrices that read the stream, and the columns of those that write into it.
+        Without unit weights, none.
         """
         if not self.config.unit_weights:
             return {}
@@ -100,17 +100,17 @@ class GPT(nn.Module):
         return {"transformer.wte.weight": "lm_head.weight"} if self.config.tied else {}
 
     def clipped_names(self) -> list[str]:
-        """Matrices that QK-clip scales; none if it is off, or scales a gain beside them."""
+        """Matrices that QK-clip scales; none if it is off or scales a gain."""
         clips = self.config.qk_clip and self.config.qk_clip_on == "weights"
         return [name for name, _ in self.named_parameters() if name.endswith("c_attn.weight")] if clips else []
 
     def head_weight(self) -> Tensor:
-        """The matrix (V, d) of the logits: the head's, with s_z multiplied in."""
+        """The matrix (V, d) of the logits: the weight of the head, times s_z if there is one."""
         W = self.lm_head.weight
         return W if self.s_z is None else W * self.s_z().unsqueeze(1)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Token ids (B, T) int64 → the stream (B, T, d) that they begin as."""
+        """Token ids (B, T) int64 → the stream (B, T, d) before the first block."""
         T = x.size(1)
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens exceeds model.block_size={self.config.block_size}; crop it")
@@ -120,25 +120,25 @@ class GPT(nn.Module):
         return self.transformer.entry(self.transformer.drop(h))
 
     def features(self, x: Tensor) -> Tensor:
-        """Token ids (B, T) int64 → the last hidden state (B, T, d), normed as the residual rule has it."""
+        """Token ids (B, T) int64 → the last hidden state (B, T, d), after the final norm of the residual rule."""
         h = self.embed(x)
         for block in self.transformer.h:
             h = block(h)
         return self.transformer.ln_f(h)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Logits (B, T, V) and no loss for x (B, T) int64 alone; with targets y (B, T), no logits and the mean loss in nats (0-d)."""
+        """For tokens x (B, T) int64: (logits (B, T, V), None). With targets y (B, T): (None, mean loss in nats, 0-d)."""
         h = self.features(x)
         if y is None:
             return F.linear(h, self.head_weight()), None
-        # Under autocast the norm returns float32; the head's product belongs in the autocast dtype.
+        # Under autocast the norm returns float32, but the product with the head is computed in the autocast dtype.
         if torch.is_autocast_enabled(h.device.type):
             h = cast(h, torch.get_autocast_dtype(h.device.type))
         return None, linear_cross_entropy(h.flatten(0, 1), self.head_weight(), y.flatten())
 
     @torch.no_grad()
     def generate(self, x: Tensor, new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """Continue x (B, T) int64 by `new_tokens` sampled tokens, → (B, T + new_tokens). temperature 0 takes the likeliest token.
+        """Continue x (B, T) int64 by `new_tokens` sampled tokens, → (B, T + new_tokens). temperature 0: the most likely token.
 
         Raises:
             ValueError: temperature is negative or top_k is not positive.
@@ -159,18 +159,18 @@ class GPT(nn.Module):
         return x
 
     def parameter_count(self, positions: bool = True) -> int:
-        """Number of parameters, the tied head counted once; without the position table if `positions` is false."""
+        """Number of parameters; a tied head counts once. Without the position table if `positions` is false."""
         total = sum(p.numel() for p in self.parameters())
         table = self.transformer.wpe
         return total if positions or table is None else total - table.weight.numel()
 
     def clip_logits(self) -> None:
-        """QK-clip, if the configuration asks for it; to be called after every update."""
+        """Apply QK-clip, if it is on. Must be called after every update."""
         for block in self.transformer.h:
             block.attn.clip_logits()
 
     def describe(self) -> str:
-        """The number of parameters, and what head gates add to the output projections they stand before."""
+        """The number of parameters, and how many head gates add to the output projections, as text."""
         text = f"{self.parameter_count():,} parameters"
         gates = [block.attn.head_gate for block in self.transformer.h if block.attn.head_gate is not None]
         if gates:
@@ -183,8 +183,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward per token: 6N + 12·L·d·T (PaLM, arXiv 2204.02311, appendix B).
 
-        N leaves out the tables that are only looked up: positions, and the embedding if the head is another matrix. Attention is
-        counted dense, as is customary.
+        N does not count tables that are only read by index: positions, and the embedding if the head is untied. Attention counts in
+        full, without the causal mask, as is usual.
         """
         c = self.config
         multiplied = self.parameter_count(positions=False) - (0 if c.tied else self.transformer.wte.weight.numel())

@@ -1,5 +1,5 @@
-"""Attention and MLP of GPT-2, under nanoGPT's parameter names so that weights can be exchanged, and their variants: rotary positions,
-SwiGLU, and the scales that nGPT's unit weights need (arXiv 2410.01131)."""
+"""Attention and MLP of GPT-2, with nanoGPT's parameter names so that weights can be exchanged, and their variants: rotary positions,
+SwiGLU, and the learned scales of nGPT (arXiv 2410.01131)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROTARY_BASE = 10_000.0
 
 
 class Rotary(nn.Module):
-    """Rotary positions (RoPE, arXiv 2104.09864): channels i and i + D/2 of a head turn by the angle position · base^(-2i/D).
+    """Rotary positions (RoPE, arXiv 2104.09864): channels i and i + D/2 of a head are rotated by the angle position · base^(-2i/D).
 
-    Which channels form a pair is a convention, a permutation of a head's channels; this is GPT-NeoX's.
+    Which channels form a pair is a convention; this is the one of GPT-NeoX.
     """
 
     def __init__(self, head_width: int, block_size: int) -> None:
@@ -42,8 +42,8 @@ class Rotary(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; queries, keys and values come from one fused matrix `c_attn` (3d, d).
 
-    With unit weights, queries and keys are normed within each head and scaled by s_qk, and the softmax's scale is √D, not 1/√D. The
-    switches of model/attention.py (QK-norm, QK-clip, soft-cap, head gates) are off unless the configuration asks for them.
+    With unit weights, queries and keys are normalised within each head and multiplied by s_qk, and the scale of the logits is √D, not
+    1/√D. The configuration may add the parts of model/attention.py: QK-norm, QK-clip, a soft cap, head gates.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -63,12 +63,11 @@ class CausalSelfAttention(nn.Module):
         self.scale = math.sqrt(width) if config.unit_weights else 1 / math.sqrt(width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, T, D) of x (B, T, d), as the logits scale·q·k see them."""
+        """Queries, keys and values (B, H, T, D) of x (B, T, d); the logits are scale·q·k."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        if (
-            self.q_norm is not None and self.k_norm is not None
-        ):  # unit root mean square, times a learned gain (Henry et al., arXiv 2010.04245)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Unit root mean square, times a learned gain (Henry et al., arXiv 2010.04245).
             q, k = (cast(norm(cast(u, torch.float32)), v.dtype) for norm, u in ((self.q_norm, q), (self.k_norm, k)))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
@@ -94,7 +93,7 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
 
     def clip_logits(self) -> None:
-        """Scale back the heads whose logits exceeded the threshold since the last call, if QK-clip is on."""
+        """If QK-clip is on, scale down the heads whose logits exceeded the threshold since the last call."""
         if self.qk_clip is None:
             return
         factor = self.qk_clip.shrink()
@@ -104,15 +103,15 @@ class CausalSelfAttention(nn.Module):
             self.qk_clip.gain.mul_(factor[:, None, None])
 
     def matrices(self) -> list[tuple[Tensor, bool]]:
-        """Queries, keys, values and output; only the last two multiply what the sublayer returns."""
+        """The matrices of queries, keys, values and output; the output is multiplied by the last two only."""
         q, k, v = self.c_attn.weight.chunk(3)
         return [(q, False), (k, False), (v, True), (self.c_proj.weight, True)]
 
 
 class MLP(nn.Module):
-    """Two matrices with an exact GELU between them, four times as wide as the stream.
+    """Two matrices with an exact GELU between them; the hidden layer is four times as wide as the stream.
 
-    With unit weights, what enters the non-linearity is scaled by √d · s_uv, which undoes the shortness of unit vectors' products.
+    With unit weights, the input of the non-linearity is multiplied by √d · s_uv, because products of unit vectors are small.
     """
 
     branches = 1
@@ -126,7 +125,7 @@ class MLP(nn.Module):
         self.s_uv = StoredScale(self.branches * hidden, math.sqrt(d), 1.0) if config.unit_weights else None
 
     def activation(self, h: Tensor) -> Tensor:
-        """What stands between the two matrices."""
+        """The non-linearity between the two matrices."""
         return F.gelu(h)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,19 +133,19 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(self.activation(self.hidden(x))))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What enters the non-linearity; s_uv multiplies the weights, which are fewer than the activations."""
+        """The input of the non-linearity. s_uv multiplies the weights, because they are fewer than the activations."""
         if self.s_uv is None:
             return self.c_fc(x)
         s, b = self.s_uv(), self.c_fc.bias
         return F.linear(x, self.c_fc.weight * s[:, None], b if b is None else b * s)
 
     def matrices(self) -> list[tuple[Tensor, bool]]:
-        """The matrices into the hidden layer and out of it; both multiply what the sublayer returns."""
+        """The matrices into the hidden layer and out of it; the output is multiplied by both."""
         return [(W, True) for W in (*self.c_fc.weight.chunk(self.branches), self.c_proj.weight)]
 
 
 class SwiGLU(MLP):
-    """u · SiLU(v), with u and v from one fused matrix `c_fc` (8d, d) (arXiv 2002.05202; the width is nGPT's)."""
+    """u · SiLU(v), with u and v from one fused matrix `c_fc` (8d, d): arXiv 2002.05202, with the width of nGPT."""
 
     branches = 2
 

@@ -1,7 +1,7 @@
-"""Cross entropy of a linear head without the full matrix of logits, where that matrix would be too large.
+"""Cross entropy of a linear head, without the full matrix of logits where that would be too large.
 
-At 124M parameters the logits of 16 windows of 1024 tokens are 3.3 GB in float32, more than all weights and activations of a small
-run; they are only ever needed a few rows at a time. A compiled loop, on the other hand, is unrolled: every chunk makes the graph longer.
+For GPT-2 124M, the logits of 16 windows of 1024 tokens take 3.3 GB in float32. Only a few rows of them are needed at a time. But
+torch.compile unrolls a loop, so every chunk of rows makes the graph longer.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from optim.geonorm import cast
 # Up to this many logits (256 MiB in float32) one product is faster than chunks of _CHUNK_LOGITS.
 _FULL_LOGITS = 2**26
 _CHUNK_LOGITS = 2**25
-# On CUDA a chunk has this many rows: enough to fill the device, few enough chunks to compile (8 for 65,536 tokens).
+# On CUDA a chunk has this many rows: they fill the device, and there are few chunks to compile (8 for 65,536 tokens).
 _CUDA_ROWS = 8192
-# A compiled head keeps a 16-bit logit and its gradient, and no float32 copy. Full logits may take this share of the device's memory.
+# A compiled head keeps 16-bit logits and their gradients, no float32 copy: bytes a logit. They may take this share of the memory.
 _COMPILED_BYTES = 4
 _SHARE = 0.25
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of h Wᵀ, a chunk of rows at a time; the gradient is computed with the forward, so no logit is kept or redone."""
+    """Mean cross entropy of h Wᵀ, a chunk of rows at a time. The forward pass also computes the gradient, so that no logit is kept."""
 
     @staticmethod
     def forward(ctx, h: Tensor, W: Tensor, y: Tensor, rows: int) -> Tensor:
@@ -51,19 +51,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_h * cast(grad, grad_h.dtype), grad_W * cast(grad, grad_W.dtype), None, None
 
 
-@torch.compiler.assume_constant_result
 def _device_bytes(index: int) -> int:
-    """All memory of a CUDA device: a constant to torch.compile."""
+    """Total memory of a CUDA device; see `mark_constants`."""
     return torch.cuda.get_device_properties(index).total_memory
 
 
+def mark_constants() -> None:
+    """Make `_device_bytes` a constant for torch.compile. Call it before a model is compiled; it imports torch._dynamo, which takes seconds."""
+    torch.compiler.assume_constant_result(_device_bytes)
+
+
 def rows_at_once(rows: int, vocab: int, device: torch.device) -> int:
-    """How many of the rows of h go through the head together; `rows` means full logits."""
+    """How many rows of h are multiplied by the head at a time; all `rows` means full logits."""
     if rows * vocab <= _FULL_LOGITS:
         return rows
     if device.type != "cuda":
         return max(1, _CHUNK_LOGITS // vocab)
-    # Eagerly the float32 logits, their softmax and its gradient would be kept as well: five times as much.
+    # Without torch.compile, the float32 logits, their softmax and its gradient are kept too: five times as much.
     fits = torch.compiler.is_compiling() and rows * vocab * _COMPILED_BYTES <= _SHARE * _device_bytes(device.index)
     return rows if fits else _CUDA_ROWS
 
@@ -78,7 +82,7 @@ def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
     """
     W = cast(W, h.dtype)
     if not torch.is_grad_enabled():
-        h, W = h.detach(), W.detach()  # the gradient comes with the forward, for whatever asks for one
+        h, W = h.detach(), W.detach()  # otherwise the forward pass would compute their gradients
     rows = rows_at_once(h.size(0), W.size(0), h.device)
     if rows >= h.size(0):
         return F.cross_entropy(cast(h @ W.T, torch.float32), y)

@@ -1,8 +1,8 @@
-"""What one forward pass on a fixed batch reveals: attention logits and entropy, the weights behind them, and collapse.
+"""Measurements in one forward pass on a fixed batch: logits and entropy of attention, norms of its weights, and collapse.
 
-The paper explains instability by logits that saturate the softmax (arXiv 2606.13276) and measured neither logits nor entropy. A probe
-does, on any model at any step: it computes attention explicitly, in evaluation mode and float32, beside the fused path of training,
-and leaves no trace: no gradient, no random number, no state.
+The paper (arXiv 2606.13276) explains instability by logits that saturate the softmax, but it measures neither logits nor entropy. A probe
+measures both, on any model at any step. It computes attention explicitly, in evaluation mode and float32, and does not change the run:
+it computes no gradient, draws no random number and changes no state.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from model.layers import CausalSelfAttention
 
 SATURATED = 0.99
-"""A row of attention counts as saturated when its largest probability exceeds this."""
+"""A row of attention is saturated if its largest probability exceeds this."""
 
-_SQUARINGS = 8  # of a Gram matrix: its 256th power leaves the largest eigenvalue to a relative error below 1e-3
+_SQUARINGS = 8  # the 256th power of a Gram matrix gives its largest eigenvalue with a relative error below 1e-3
 _TOP_SHARE = 1e-3  # the 99.9th percentile
 
 
 @torch.no_grad()
 def probe(model: GPT, x: Tensor) -> dict[str, Any]:
-    """One record of what happens inside a model on the windows x (B, T) int64, T at least 2; plain floats and lists.
+    """Measure a model on the windows x (B, T) int64, T at least 2; returns a record of floats and lists.
 
-    Lists of L layers of H heads: `logit_max`, `logit_p999`, `entropy` (over log of the position), `saturated` (share of rows),
+    For each of L layers a list over H heads: `logit_max`, `logit_p999`, `entropy` (divided by log of the position), `saturated` (share of rows),
     `jacobian` (mean ‖∂softmax‖_F), `qk_norm_product` (‖W_q‖₂‖W_k‖₂), `qk_product_norm` (‖W_qᵀW_k‖₂), `recovery` (R²).
-    Lists of L + 1 depths of the stream: `distance_from_mean`, `mean_cosine`, `effective_rank`, `width_rank`.
+    For each of L + 1 depths of the stream: `distance_from_mean`, `mean_cosine`, `effective_rank`, `width_rank`.
     Summary: `largest_logit`, `largest_qk_norm`; `least_entropy`, `greatest_saturation` of a layer (mean of its heads) and
     `least_head_entropy`, `greatest_head_saturation` of a head; `least_recovery` of a head.
     """
@@ -54,11 +54,11 @@ def probe(model: GPT, x: Tensor) -> dict[str, Any]:
     stacked |= qk_norms(torch.stack([block.attn.c_attn.weight for block in blocks]).float(), model.config.n_head)
     stacked |= {key: torch.stack([record[key] for record in streams]) for key in streams[0]}  # (L + 1,)
     record = {key: _rounded(value.tolist()) for key, value in stacked.items()}
-    return {**record, **summary(stacked)}
+    return {**record, **probe_summary(stacked)}
 
 
-def summary(stacked: dict[str, Tensor]) -> dict[str, float]:
-    """The one number of each kind that a curve, a table and a warning look at."""
+def probe_summary(stacked: dict[str, Tensor]) -> dict[str, float]:
+    """The extremes over layers and heads, which curves, tables and the early warning use."""
     entropy, saturated = stacked["entropy"], stacked["saturated"]
     numbers = {
         "largest_logit": stacked["logit_max"].max(),
@@ -74,7 +74,7 @@ def summary(stacked: dict[str, Tensor]) -> dict[str, float]:
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, autocast off; afterwards as before."""
+    """A context with dropout and autocast off; afterwards the mode of the model is as before."""
     training = model.training
     model.eval()
     try:
@@ -99,7 +99,7 @@ def head_mixing(model: GPT, x: Tensor) -> Tensor:
 
 
 def forward_with(hooks: Iterable[RemovableHandle], model: GPT, x: Tensor) -> None:
-    """Put x (B, T) through the model, dropout and autocast off, for its hooks to see; then remove them, also after an error."""
+    """Run the model on x (B, T) in evaluation mode with these hooks, then remove them, also after an error."""
     try:
         with evaluation_mode(model):
             model.features(x)
@@ -109,7 +109,7 @@ def forward_with(hooks: Iterable[RemovableHandle], model: GPT, x: Tensor) -> Non
 
 
 def explicit_attention(attn: CausalSelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and probabilities (B, H, T, T) of attention on its input x (B, T, d), and what its heads return (B·T, H, w)."""
+    """Logits and probabilities (B, H, T, T) of attention on its input x (B, T, d), and the outputs of its heads (B·T, H, w)."""
     q, k, v = attn.heads(x.float())
     z = causal_logits(q, k, attn.logit_cap, attn.scale)
     p = torch.softmax(z, dim=-1)
@@ -118,13 +118,13 @@ def explicit_attention(attn: CausalSelfAttention, x: Tensor) -> tuple[Tensor, Te
 
 
 def attention_record(attn: CausalSelfAttention, x: Tensor) -> dict[str, Tensor]:
-    """What attention does with its input x (B, T, d): statistics of each head, (H,) each."""
+    """Statistics of each head of attention on its input x (B, T, d); (H,) each."""
     z, p, tokens = explicit_attention(attn, x)
     return {**logit_statistics(z), **row_statistics(p), "recovery": recovery(tokens, attn.c_proj.weight)}
 
 
 def logit_statistics(z: Tensor) -> dict[str, Tensor]:
-    """Largest and 99.9th percentile (H,) of causal logits z (B, H, T, T), -inf above the diagonal."""
+    """Maximum and 99.9th percentile (H,) of causal logits z (B, H, T, T), -inf above the diagonal."""
     B, H, T, _ = z.shape
     above = math.ceil(_TOP_SHARE * B * T * (T + 1) / 2)
     top = z.transpose(0, 1).reshape(H, -1).topk(above, dim=-1).values  # descending
@@ -134,8 +134,8 @@ def logit_statistics(z: Tensor) -> dict[str, Tensor]:
 def row_statistics(p: Tensor) -> dict[str, Tensor]:
     """Entropy, saturation and Jacobian (H,) of causal attention p (B, H, T, T), averaged over all rows but the first.
 
-    entropy: -Σp log p over its largest possible value, log of the position. saturated: share of rows with a probability above .99.
-    jacobian: ‖diag(p) - ppᵀ‖_F, by which a gradient passes the softmax; its square is Σp² - 2Σp³ + (Σp²)².
+    entropy: -Σp log p divided by its largest possible value, log of the position. saturated: share of rows with a probability above .99.
+    jacobian: Frobenius norm of the Jacobian of the softmax, diag(p) - ppᵀ; its square is Σp² - 2Σp³ + (Σp²)².
     """
     p = p[:, :, 1:]
     positions = torch.arange(2, p.size(-1) + 1, device=p.device)
@@ -151,29 +151,27 @@ def row_statistics(p: Tensor) -> dict[str, Tensor]:
 def qk_norms(c_attn: Tensor, n_head: int) -> dict[str, Tensor]:
     """Spectral norms of each head's query and key matrices: ‖W_q‖₂‖W_k‖₂ and ‖W_qᵀW_k‖₂, (L, H) each.
 
-    c_attn: (L, 3d, d), the fused matrices. A logit is at most ‖W_qᵀW_k‖₂ times the squared length of the inputs, over √w.
+    c_attn: (L, 3d, d), the fused matrices. A logit is at most ‖W_qᵀW_k‖₂ times the squared length of the inputs, divided by √w.
     """
     L, _, d = c_attn.shape
     q, k, _ = c_attn.double().view(L, 3, n_head, -1, d).unbind(1)  # (L, H, w, d) each
-    Q, K, eye = (
-        q @ q.mT,
-        k @ k.mT,
-        torch.eye(q.size(-2), dtype=torch.float64, device=q.device).expand(L, n_head, -1, -1),
-    )
+    Q, K = q @ q.mT, k @ k.mT
+    eye = torch.eye(q.size(-2), dtype=torch.float64, device=q.device).expand(L, n_head, -1, -1)
     return {"qk_norm_product": product_norm(Q, eye) * product_norm(K, eye), "qk_product_norm": product_norm(Q, K)}
 
 
 def product_norm(Q: Tensor, K: Tensor) -> Tensor:
-    """‖AᵀB‖₂ (...,) of matrices given by Q = AAᵀ and K = BBᵀ (..., w, w): no decomposition, so cheap on any device.
+    """‖AᵀB‖₂ (...,) from Q = AAᵀ and K = BBᵀ (..., w, w), without a decomposition, so that it is fast on any device.
 
-    The squared singular values of AᵀB are the eigenvalues of KQ. With x the dominant eigenvector, from a power of KQ by repeated
-    squaring, Aᵀx is the dominant left singular vector, and its Rayleigh quotient xᵀQKQx / xᵀQx errs in the second order only.
+    The squared singular values of AᵀB are the eigenvalues of KQ. Repeated squaring of KQ gives its
+    dominant eigenvector x. Then Aᵀx is the dominant left singular vector, and the error of its Rayleigh quotient xᵀQKQx / xᵀQx is of
+    second order.
     """
     power = K @ Q
     for _ in range(_SQUARINGS):
         power = power / torch.linalg.matrix_norm(power, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
         power = power @ power
-    largest = torch.linalg.vector_norm(power, dim=-2).argmax(-1)  # the column with the clearest direction
+    largest = torch.linalg.vector_norm(power, dim=-2).argmax(-1)  # the longest column is the most accurate
     x = torch.take_along_dim(power, largest[..., None, None], dim=-1)
     Qx = Q @ x
     squared = (Qx.mT @ K @ Qx) / (x.mT @ Qx).clamp_min(torch.finfo(power.dtype).tiny)
@@ -181,5 +179,5 @@ def product_norm(Q: Tensor, K: Tensor) -> Tensor:
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits, which is what float32 statistics are worth."""
+    """Rounded to six significant digits, about the precision of float32."""
     return [_rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")

@@ -1,11 +1,10 @@
-"""How a sublayer's output joins the residual stream: one small class a rule, chosen by `residual=`.
+"""Residual rules: how the output of a sublayer is added to the residual stream. One class for each rule, chosen by `residual=`.
 
-A rule makes modules: what brings the embedding into the stream (`entry`), what joins a sublayer to it (`join`, called with the stream
-and the sublayer), and what stands before the head (`exit`); and it initialises the sublayers. It knows nothing else of a sublayer,
-which is any map (B, T, d) → (B, T, d). The joints of a block are named `ln_1` and `ln_2`, so that pre-norm keeps nanoGPT's parameter names.
+A rule makes three kinds of modules: `entry`, between the embedding and the stream; `join`, which adds a sublayer's output and is called
+with the stream and the sublayer; `exit`, between the stream and the head. It also initialises the sublayers. A sublayer is any map
+(B, T, d) → (B, T, d). The joints of a block are called `ln_1` and `ln_2`, so that pre-norm has nanoGPT's parameter names.
 
-The fields of a rule are its settings (configs/residual). Rules differ in where the stream is normed, not by which norm: the norms of
-the flat rules are all GPT-2's LayerNorm.
+The fields of a rule are its settings (configs/residual). All norms of the flat rules are GPT-2's LayerNorm.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ Decay = Annotated[str, ("options", tuple(DECAYS))]
 
 
 class Sublayer(Protocol):
-    """What a rule may know of attention and MLP."""
+    """What a rule may use of attention and MLP."""
 
-    c_proj: nn.Linear  # the matrix that writes into the stream
+    c_proj: nn.Linear  # writes into the stream
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def matrices(self) -> list[tuple[Tensor, bool]]:
-        """Its matrices as papers count them (views of its weights), and whether the output is multiplied by each."""
+        """Its separate matrices (views of its weights), and for each whether the output is multiplied by it."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The stream a rule works on: its width d, the number of blocks, whether norms have a bias, and the length (radius) of the
-    vectors for which the sublayers are scaled: √d as after a LayerNorm, or 1 for weights made of unit vectors."""
+    """The stream of a rule: its width d, the number of blocks, whether norms have a bias, and the length (radius) of the vectors that the
+    sublayers expect: √d, as after a LayerNorm, or 1 for unit weights."""
 
     width: int
     layers: int
@@ -53,7 +52,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class ResidualRule:
-    """What a rule does where it does not say otherwise: nothing to the embedding, a final LayerNorm, GPT-2's initialisation.
+    """The base of all rules: the embedding is not changed, a final LayerNorm, GPT-2's initialisation.
 
     rule: its name in RESIDUAL_RULES.
     """
@@ -61,20 +60,20 @@ class ResidualRule:
     rule: str
 
     def entry(self, stream: Stream) -> nn.Module:
-        """What brings the embedding (B, T, d) into the stream."""
+        """The module between the embedding (B, T, d) and the stream."""
         return nn.Identity()
 
     def join(self, stream: Stream, layer: int) -> nn.Module:
-        """A module (x, sublayer) → x for either sublayer of block `layer`, counted from 0."""
+        """A module (x, sublayer) → x for each sublayer of block `layer`, counted from 0."""
         raise NotImplementedError
 
     def exit(self, stream: Stream) -> nn.Module:
-        """What stands between the stream and the head."""
+        """The module between the stream and the head."""
         return nn.LayerNorm(stream.width, bias=stream.bias)
 
     @torch.no_grad()
     def init(self, sublayer: Sublayer, stream: Stream) -> None:
-        """Initialise a sublayer whose matrices are N(0, 0.02): the one that writes into the stream at 0.02/√(2L) (GPT-2)."""
+        """Initialise a sublayer whose matrices are already N(0, 0.02): its c_proj gets the standard deviation 0.02/√(2L) (GPT-2)."""
         nn.init.normal_(sublayer.c_proj.weight, std=0.02 / math.sqrt(2 * stream.layers))
 
 
@@ -118,7 +117,7 @@ class PostNorm(ResidualRule):
 @dataclass(frozen=True)
 class DeepNorm(PostNorm):
     """LayerNorm(α x + f(x)) with α = (2L)^¼ (DeepNet, arXiv 2203.00555, decoder-only), and its initialisation: Xavier's, times
-    β = (8L)^-¼ for every matrix that the output is multiplied by (all but queries and keys)."""
+    β = (8L)^-¼ for every matrix by which the output is multiplied (all but queries and keys)."""
 
     def join(self, stream: Stream, layer: int) -> nn.Module:
         return PostNormJoint(stream, (2 * stream.layers) ** 0.25)
@@ -146,7 +145,7 @@ class TwoNormJoint(nn.Module):
 class SandwichNorm(ResidualRule):
     """x + gain · LayerNorm(f(LayerNorm(x))) (CogView, arXiv 2105.13290).
 
-    depth_gain: "none" (gain 1, as published) or "sqrt" (1/√(l+1), as a public port of GeoNorm's baselines has it).
+    depth_gain: "none" (gain 1, as published) or "sqrt" (1/√(l+1), as in a public port of GeoNorm's baselines).
     """
 
     depth_gain: Literal["none", "sqrt"]
@@ -157,7 +156,7 @@ class SandwichNorm(ResidualRule):
 
 @dataclass(frozen=True)
 class PeriNorm(ResidualRule):
-    """x + LayerNorm(f(LayerNorm(x))), and the embedding is normed too (Peri-LN, arXiv 2502.02732)."""
+    """x + LayerNorm(f(LayerNorm(x))), with a LayerNorm of the embedding too (Peri-LN, arXiv 2502.02732)."""
 
     def entry(self, stream: Stream) -> nn.Module:
         return nn.LayerNorm(stream.width, bias=stream.bias)
@@ -170,7 +169,7 @@ class PeriNorm(ResidualRule):
 
 
 class ToSphere(nn.Module):
-    """Every vector of (B, T, d) scaled to the radius; nothing is learned, for a gain would leave the sphere."""
+    """Every vector of (B, T, d) scaled to the radius. There is no learned gain, which would leave the sphere."""
 
     def __init__(self, radius: float) -> None:
         super().__init__()
@@ -181,7 +180,7 @@ class ToSphere(nn.Module):
 
 
 class GainNorm(nn.Module):
-    """x scaled to the length `radius` and multiplied by a learned gain (d,): on a sphere of that radius, only the gain."""
+    """x scaled to the length `radius` and multiplied by a learned gain (d,). On a sphere of that radius, only the gain acts."""
 
     def __init__(self, width: int, radius: float) -> None:
         super().__init__()
@@ -193,7 +192,7 @@ class GainNorm(nn.Module):
 
 
 class GeodesicAngle(nn.Module):
-    """GeoNorm's angle with its learned scale (1 at the start) and offset (0): one pair a sublayer."""
+    """GeoNorm's angle with a learned scale (1 at the start) and offset (0) for each sublayer."""
 
     def __init__(self, decay: float) -> None:
         super().__init__()
@@ -224,7 +223,7 @@ def _softplus_inverse(y: float) -> float:
 
 
 class SphereJoint(nn.Module):
-    """x rotated along the tangential part of f(x), by the angle that `angle` makes of the update's length."""
+    """x rotated in the direction of the tangential part of f(x); `angle` computes the angle from the length of that part."""
 
     def __init__(self, norm: nn.Module, angle: Callable[[Tensor], Tensor], radius: float | None) -> None:
         super().__init__()
@@ -236,14 +235,13 @@ class SphereJoint(nn.Module):
 
 @dataclass(frozen=True)
 class _OnSphere(ResidualRule):
-    """What the rules on the sphere have in common. The sources leave these open, or disagree; the defaults are those that need
-    nothing besides the geometry.
+    """The settings of all rules on the sphere. The sources do not state them, or disagree; the defaults use nothing but the geometry.
 
-    embedding: "normalize" scales it to the radius, at every position alike. "none" takes it as it is, and every token keeps the length
-        it came with; GPT-2's embeddings are so short (0.02 √d) that the first steps then run into GeoNorm's clamp. Default: normalize.
-    radius: "auto" is what the sublayers are scaled for (√d for GPT-2's weights, 1 for nGPT's), "sqrt_d" or "unit". Default: auto.
-    input_norm: "none", or "rms": a norm with a gain before each sublayer, which on a sphere only adds the gain. Default: none, as one
-        of GeoNorm's ports, a trained language model, has it; the other keeps the norms.
+    embedding: "normalize" scales the embedding of every token to the radius. "none" leaves it unchanged, and every token keeps its
+        length; GPT-2's embeddings are so short (0.02 √d) that the first steps then reach GeoNorm's clamp. Default: normalize.
+    radius: "auto" is the length that the sublayers expect (√d for GPT-2's weights, 1 for nGPT's); or "sqrt_d", "unit". Default: auto.
+    input_norm: "none", or "rms": a norm with a gain before each sublayer; on a sphere only the gain acts. Default: none, as in the port
+        of GeoNorm that is a trained language model; the other port has the norms.
     final_norm: "none", or "rms": the same before the head. Default: none, for the same reason.
     """
 
@@ -253,7 +251,7 @@ class _OnSphere(ResidualRule):
     final_norm: Literal["none", "rms"]
 
     def radius_of(self, stream: Stream) -> float:
-        """The radius in numbers."""
+        """The radius as a number."""
         return {"auto": stream.radius, "sqrt_d": math.sqrt(stream.width), "unit": 1.0}[self.radius]
 
     def entry(self, stream: Stream) -> nn.Module:
@@ -268,15 +266,15 @@ class _OnSphere(ResidualRule):
         return SphereJoint(norm, self.angle(layer, stream.layers), known_radius)
 
     def angle(self, layer: int, layers: int) -> nn.Module:
-        """The module that makes an angle of an update's length, for either sublayer of a block."""
+        """The module that computes an angle from the length of an update, for each sublayer of block `layer`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class GeoNorm(_OnSphere):
-    """A geodesic step (arXiv 2601.22095): see optim.geonorm.geonorm_angle. Both sublayers of a block share its decay.
+    """A geodesic step (arXiv 2601.22095): see optim.geonorm.geonorm_angle. Both sublayers of a block have the same decay.
 
-    decay: how the angle shrinks with depth: a name of optim.geonorm.DECAYS. Default: harmonic, as in both ports.
+    decay: how the angle decreases with depth: a name of optim.geonorm.DECAYS. Default: harmonic, as in both ports.
     """
 
     decay: Decay
@@ -287,11 +285,11 @@ class GeoNorm(_OnSphere):
 
 @dataclass(frozen=True)
 class ProjSphere(_OnSphere):
-    """The metric projection (x + αv)/‖x + αv‖ · ‖x‖ with a learned step α a sublayer (Proj-SpheretNorm, arXiv 2608.02668).
+    """The metric projection (x + αv)/‖x + αv‖ · ‖x‖ with a learned step α for each sublayer (Proj-SpheretNorm, arXiv 2608.02668).
 
-    alpha: the step at the start. The source gives none; 1 is the Euler step of pre-norm, to first order. Under AdamW 0.1 did better
+    alpha: the step at the start. The source does not state it; 1 is pre-norm to first order. With AdamW, 0.1 gave a lower loss
         (results/residual_alpha).
-    decay: how the step shrinks with depth: a name of DECAYS. Default: none, since the step is learned for each sublayer.
+    decay: how the step decreases with depth: a name of DECAYS. Default: none, because the step is learned for each sublayer.
     """
 
     alpha: Positive
@@ -303,7 +301,7 @@ class ProjSphere(_OnSphere):
 
 @dataclass(frozen=True)
 class CayleySphere(ProjSphere):
-    """The Cayley transform (Cay-SpheretNorm, same source), p = 2 of the family; settings as ProjSphere's."""
+    """The Cayley transform (Cay-SpheretNorm, same source), p = 2 of the family; the settings are those of ProjSphere."""
 
     def angle(self, layer: int, layers: int) -> nn.Module:
         return RetractionAngle(self.alpha, 2.0, False, DECAYS[self.decay](layer, layers))
@@ -313,8 +311,8 @@ class CayleySphere(ProjSphere):
 class PSphere(ProjSphere):
     """Any member of the family (p-SpheretNorm, same source): see optim.geonorm.retraction_angle.
 
-    p: 1 is ProjSphere, 2 CayleySphere. learn_p: whether it is learned, one a sublayer, from there on. The source finds the best loss
-        at a finite p without saying which, or whether it is learned; ours starts at 2 and is learned.
+    p: 1 is ProjSphere, 2 is CayleySphere. learn_p: whether p is the start of a learned value for each sublayer. The source reports the
+        best loss at a finite p, but not which, and not whether it is learned; ours starts at 2 and is learned.
     """
 
     p: Positive
@@ -333,14 +331,14 @@ class LerpJoint(nn.Module):
         self.alpha = StoredScale(width, alpha, stored)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        # nGPT norms x once more; it is normed already, by the joint before or the entry.
+        # nGPT normalises x here too, but the previous joint or the entry has already done so.
         target = to_sphere(cast(sublayer(self.norm(x)), x.dtype), self.radius)
         return to_sphere(torch.lerp(x, target, cast(self.alpha().abs(), x.dtype)), self.radius)
 
 
 @dataclass(frozen=True)
 class NGPT(_OnSphere):
-    """nGPT's rule (arXiv 2410.01131): a step of a learned length per channel toward the normed output, and back onto the sphere.
+    """nGPT's rule (arXiv 2410.01131): a step with a learned length for each channel towards the normalised output, then back onto the sphere.
 
     alpha: the step at the start. storage: the stored parameter's value at the start; null for 1/√d.
     """
@@ -366,9 +364,9 @@ RESIDUAL_RULES: dict[str, type[ResidualRule]] = {
     "p_sphere": PSphere,
     "ngpt": NGPT,
 }
-"""Residual rules by the name that `residual=` gives; their settings stand in configs/residual."""
+"""Residual rules by the name that `residual=` gives; their defaults are in configs/residual."""
 
 
 def residual_rule(settings: Mapping[str, Any]) -> ResidualRule:
-    """The rule of plain settings without problems: `rule`, a name of RESIDUAL_RULES, and the rule's fields."""
+    """The rule of valid plain settings: `rule`, a name of RESIDUAL_RULES, and the fields of that rule."""
     return RESIDUAL_RULES[settings["rule"]](**settings)

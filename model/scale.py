@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class StoredScale(nn.Module):
-    """A learned vector s = weight · init/stored: it begins at `init` while the optimizer sees parameters of the size `stored`.
+    """A learned vector s = weight · init/stored: s starts at `init`, and the parameter that the optimizer updates starts at `stored`.
 
-    Adam moves every parameter by about its learning rate, so `stored` sets how fast s moves relative to its size: by lr · init/stored
+    Adam moves every parameter by about its learning rate, so `stored` sets how fast s changes: by lr · init/stored
     a step (nGPT, arXiv 2410.01131, section 2.5).
 
     Args:
-        size: number of entries. init: the value at the start. stored: the parameter's value at the start, above 0.
+        size: number of entries. init: the value at the start. stored: value of the parameter at the start, above 0.
     """
 
     def __init__(self, size: int, init: float, stored: float) -> None:

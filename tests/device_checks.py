@@ -69,6 +69,7 @@ def small_chunks(active):
 def gradients(name, device, autocast, backend=None, dtype=torch.float32):
     """Loss and gradients of the named model, eagerly or compiled by a backend; weights and tokens are always the same."""
     torch._dynamo.reset()
+    loss_module.mark_constants()
     torch.manual_seed(0)
     model = GPT(gpt_config(settings(*MODELS[name]))).to(device)
     for p in model.parameters():  # away from the start, where some gradients vanish

@@ -2,9 +2,12 @@
 
 import functools
 import operator
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from device_checks import (
     MODELS,
     check_compiled_gradients,
@@ -21,6 +24,7 @@ from device_checks import (
 
 from model import loss as loss_module
 from model.gpt import GPT
+from optim import linalg
 from training.build import gpt_config
 from training.run import compiled
 from training.step import accumulate, evaluate
@@ -152,6 +156,7 @@ def test_rows_of_logits_at_once(monkeypatch):
 
 
 def test_memory_of_the_device_is_a_constant_of_a_program(monkeypatch):
+    loss_module.mark_constants()
     properties = type("Properties", (), {"total_memory": 80 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     half = torch.compile(lambda x: x * (loss_module._device_bytes(0) // 2**30), backend="eager", fullgraph=True)
@@ -201,3 +206,13 @@ def test_a_step_is_a_function_of_its_gradients():
 @pytest.mark.parametrize("compile", [False, True])
 def test_two_ranks_on_one_device(tmp_path, compile):
     check_ranks(2, "assignment=hetero", f"compile={compile}".lower(), device="cpu", folder=tmp_path, tolerance=2e-2)
+
+
+LAZY = pytest.mark.skipif(not hasattr(linalg, "mark_constants"), reason="optim/linalg.py imports torch._dynamo")
+
+
+@pytest.mark.parametrize("module", ["model.loss", pytest.param("train", marks=LAZY)])
+def test_an_import_does_not_load_the_compiler(module):
+    """Loading torch._dynamo takes seconds, also for `python train.py --help`."""
+    code = f"import sys, {module}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

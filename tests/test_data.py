@@ -113,7 +113,7 @@ def test_a_damaged_shard_is_named(prepared, damage, word, opened_before):
 def test_a_shard_damaged_while_in_use_is_named(prepared):
     split = open_dataset(prepared).train
     truncate(prepared / "train_00000.bin")
-    with pytest.raises(DataError, match=r"train_00000\.bin was truncated while in use"):
+    with pytest.raises(DataError, match=r"train_00000\.bin was truncated while it was used"):
         split.read(0, 1000)
 
 
@@ -222,9 +222,9 @@ def first_shard(content) -> dict:
 
 
 FORGERIES = {
-    "outside": (lambda c: first_shard(c).update(file="../outside.bin"), "is not a file of its own directory"),
-    "absolute": (lambda c: first_shard(c).update(file="/etc/passwd"), "is not a file of its own directory"),
-    "no name": (lambda c: first_shard(c).update(file=3), "is not a file of its own directory"),
+    "outside": (lambda c: first_shard(c).update(file="../outside.bin"), "is not a file name"),
+    "absolute": (lambda c: first_shard(c).update(file="/etc/passwd"), "is not a file name"),
+    "no name": (lambda c: first_shard(c).update(file=3), "is not a file name"),
     "text for a size": (lambda c: first_shard(c).update(tokens="many"), "size or the SHA-256"),
     "negative": (lambda c: first_shard(c).update(tokens=-1), "size or the SHA-256"),
     "sum": (lambda c: c["splits"]["train"].update(tokens=1), "do not agree"),
@@ -345,7 +345,7 @@ def test_a_full_disk_leaves_nothing_and_says_how_much(tmp_path, monkeypatch):
 
 
 def test_a_disk_known_to_be_too_small_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(sources.SOURCES, "openwebtext", lambda cfg: pytest.fail("must not be asked"))
+    monkeypatch.setattr(sources.OpenWebText, "documents", lambda cfg: pytest.fail("must not be asked"))
     usage = type("usage", (), {"free": 10_000_000_000})
     monkeypatch.setattr("data.prepare.shutil.disk_usage", lambda path: usage)
     cfg = config("openwebtext", tmp_path)
@@ -361,7 +361,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, error):
         yield "val", "x"
         raise error
 
-    monkeypatch.setitem(sources.SOURCES, "text", source)
+    monkeypatch.setattr(sources.TextFiles, "documents", source)
     cfg = text_config(tmp_path)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         prepare(cfg, progress=False)
@@ -375,7 +375,7 @@ def killed_half_way(cfg: Data) -> None:
             yield "val", "x"
         os.kill(os.getpid(), signal.SIGKILL)
 
-    sources.SOURCES["text"] = source
+    sources.TextFiles.documents = source
     prepare(cfg, progress=False)
 
 
@@ -398,14 +398,14 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 def test_processes_that_prepare_at_once_wait_for_the_first(tmp_path, monkeypatch):
     cfg = text_config(tmp_path)
     context = multiprocessing.get_context("fork")
-    calls = context.Value("i", 0)
+    calls, real = context.Value("i", 0), sources.TextFiles.documents
 
     def counted(settings):
         with calls.get_lock():
             calls.value += 1
-        yield from sources.text(settings)
+        yield from real(settings)
 
-    monkeypatch.setitem(sources.SOURCES, "text", counted)
+    monkeypatch.setattr(sources.TextFiles, "documents", counted)
     processes = [context.Process(target=prepare, args=(cfg, False)) for _ in range(4)]
     for process in processes:
         process.start()

@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.exponents import closed_form, embedded, gelu_moments, measure, misalignment, near_collapse, streams
+from model.exponents import (
+    closed_form,
+    embedded,
+    gelu_moments,
+    measured_exponents,
+    misalignment,
+    near_collapse,
+    streams,
+)
 from model.gpt import GPT, GPTConfig
 from scripts import experiment
 from scripts.analysis.exponents import correlations, initial
@@ -32,7 +40,7 @@ def estimates(make, seeds, joined, correlation=0.99):
     for seed in range(seeds):
         model, generator = make(seed), torch.Generator().manual_seed(seed)
         x = near_collapse(model, 4, TOKENS, correlation, generator)
-        seen = measure(model, x, generator, **joined)
+        seen = measured_exponents(model, x, generator, **joined)
         derived = closed_form(model, TOKENS, correlation, x.square().mean().sqrt().item(), **joined)
         angle.append(seen.angle - derived.angle)
         gradient.append(seen.gradient - derived.gradient)
@@ -72,7 +80,7 @@ def test_a_model_without_branches_moves_nothing():
         if name.endswith("c_proj.weight"):
             torch.nn.init.zeros_(p)
     x = near_collapse(model, 2, TOKENS, 0.9, torch.Generator().manual_seed(0))
-    seen = measure(model, x, torch.Generator().manual_seed(0))
+    seen = measured_exponents(model, x, torch.Generator().manual_seed(0))
     assert seen.angles == pytest.approx([0] * 3, abs=1e-6) and seen.gradients == pytest.approx([0] * 3, abs=1e-6)
     derived = closed_form(model, TOKENS, 0.9, 0.02)
     assert derived.angles == pytest.approx([0] * 3) and derived.gradients == pytest.approx([0] * 3)
@@ -139,7 +147,7 @@ def test_measurement_changes_nothing_and_repeats():
     model = random_gpt(0, dropout=0.5)
     x = near_collapse(model, 2, TOKENS, 0.99, torch.Generator().manual_seed(0))
     rng = torch.get_rng_state()
-    first, second = (measure(model, x, torch.Generator().manual_seed(1)) for _ in range(2))
+    first, second = (measured_exponents(model, x, torch.Generator().manual_seed(1)) for _ in range(2))
     assert first == second and torch.equal(rng, torch.get_rng_state())
     assert model.training and all(p.grad is None for p in model.parameters())
 

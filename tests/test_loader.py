@@ -78,7 +78,7 @@ def test_a_context_longer_than_the_data_is_refused(split):
 
 
 def test_windows_that_ranks_cannot_share_are_refused(split):
-    with pytest.raises(ValueError, match="8 windows a step cannot be shared by 3 ranks; set global_batch_tokens"):
+    with pytest.raises(ValueError, match="8 windows a step cannot be divided among 3 ranks; set global_batch_tokens"):
         Loader(split, 16, 0, windows=8, rank=0, world=3)
     with pytest.raises(ValueError, match="rank 2 does not exist"):
         Loader(split, 16, 0, windows=8, rank=2, world=2)

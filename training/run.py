@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from model.loss import mark_constants
 from training.files import CONFIG_FILE, read_config
 from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import METRICS_FILE, parse_record
@@ -50,6 +51,7 @@ def compiled(module: nn.Module, cfg: Settings, device: torch.device) -> nn.Modul
         return module
     import torch._dynamo  # here, because it takes seconds
 
+    mark_constants()
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.recompile_limit = _PROGRAMS
     program: Any = torch.compile(module, dynamic=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from data.settings import Data
-from data.sources import SETTINGS
+from data.sources import SOURCES
 from model.config import Attention, Init, Shape
 from model.residual import RESIDUAL_RULES, Positive, ResidualRule
 from optim.assignment import ADAMW
@@ -243,7 +243,7 @@ class Settings:
     optim: Optim
     transfer: Annotated[NoTransfer | NuTransfer, ("by", "rule"), ("types", TRANSFERS)]
     schedule: Schedule
-    data: Annotated[Data, ("by", "source"), ("types", SETTINGS)]
+    data: Annotated[Data, ("by", "source"), ("types", SOURCES)]
     logger: Logger
     launcher: Launcher
     log: Log

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data.loader import validation_windows
-from model.exponents import SKIPS, Exponents, closed_form, embedded, measure, near_collapse
+from model.exponents import SKIPS, Exponents, closed_form, embedded, measured_exponents, near_collapse
 from model.gpt import GPT
 from scripts.analysis.runs import Run
 from scripts.analysis.statistics import Estimate, rank_correlation
@@ -61,9 +61,9 @@ def estimates(overrides: Sequence[str], models: int, correlation: float) -> dict
         windows = torch.from_numpy(validation_windows(text, tokens, BATCH)[:, :-1].astype("int64"))
         synthetic = near_collapse(model, BATCH, tokens, correlation, generator)
         results = {
-            "synthetic": measure(model, synthetic, generator),
+            "synthetic": measured_exponents(model, synthetic, generator),
             "closed": expected(model, tokens, correlation, synthetic),
-            "text": measure(model, embedded(model, windows), generator),
+            "text": measured_exponents(model, embedded(model, windows), generator),
         }
         for name, exponents in results.items():
             if exponents is not None:
@@ -87,7 +87,7 @@ def phase(overrides: Sequence[str], points: int, models: int, correlation: float
                 model, generator = initial(cfg, seed), torch.Generator().manual_seed(seed)
                 tokens = model.config.block_size
                 stream = near_collapse(model, BATCH, tokens, correlation, generator)
-                seen.append(measure(model, stream, generator, **joined))
+                seen.append(measured_exponents(model, stream, generator, **joined))
                 foretold.append(expected(model, tokens, correlation, stream, **joined))
             for kind in ("angle", "gradient"):
                 known = [getattr(e, kind) for e in foretold if e is not None]
