@@ -112,9 +112,9 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost():
     with pytest.raises(Stopped) as caught, StopSignal() as stop:
         assert not stop.requested(ranks)
         assert stop.requested(ranks)
-        stop.leave(ranks, 12)
+        stop.end(ranks, 12)
     assert caught.value.code == 138 and signal.getsignal(signal.SIGUSR1) is before
-    assert caught.value.message == "SIGUSR1: stopped at step 12; go on with resume=auto"
+    assert caught.value.message == "SIGUSR1: stopped at step 12; continue with resume=auto"
     with StopSignal() as stop:
         assert not stop.requested(ranks)  # and it is over
 

@@ -108,7 +108,7 @@ def test_a_damaged_record_does_not_keep_a_run_from_going_on(copied, base, caplog
     (run / METRICS_FILE).write_bytes(b"".join([cut[0], b"\0\0damage\n", *cut[1:]]))
     shutil.rmtree(run / "checkpoints" / "step_00000010")
     train(compose([*overrides, "resume=auto"]))
-    assert (run / f"{METRICS_FILE}.damaged").read_bytes() == b"\0\0damage\n" and "line 2 is no record" in caplog.text
+    assert (run / f"{METRICS_FILE}.damaged").read_bytes() == b"\0\0damage\n" and "line 2 is not a record" in caplog.text
     assert records(run) == records(base[0])
 
 
@@ -399,7 +399,7 @@ def test_yaml_tags_are_not_executed(copied, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"config\.yaml is not YAML of plain values"):
         plan_job(compose(overrides), run)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         train(compose([*overrides, "resume=auto"]))
     assert not crater.exists()
     yaml.unsafe_load(bomb)
