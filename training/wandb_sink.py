@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from training.files import write_whole
 from training.log import METRICS_FILE
 
 WANDB_RUNS_FILE = "wandb_runs.json"
@@ -77,8 +78,9 @@ class WandbSink:
         self._run: Any = None
         if mode == "disabled":
             return
+        about = {"mode": mode, "project": project, "group": group, "name": name[:_LONGEST_NAME]}
         try:
-            self._start(mode, project, group, name, config, Path(directory), resume)
+            self._start(about, config, Path(directory), resume)
         except Exception as error:
             _logger.warning(
                 "W&B did not start (%s); training continues without it, and %s has all records. "
@@ -87,18 +89,10 @@ class WandbSink:
                 METRICS_FILE,
             )
 
-    def _start(
-        self,
-        mode: Literal["online", "offline", "disabled"],
-        project: str,
-        group: str | None,
-        name: str,
-        config: Mapping[str, Any],
-        directory: Path,
-        resume: bool,
-    ) -> None:
+    def _start(self, about: dict[str, Any], config: Mapping[str, Any], directory: Path, resume: bool) -> None:
         import wandb  # here, because the import takes a second, and it may not be installed
 
+        mode = about["mode"]
         directory.mkdir(parents=True, exist_ok=True)
         ids_file = directory / WANDB_RUNS_FILE
         earlier = json.loads(ids_file.read_text()) if resume and ids_file.exists() else []
@@ -109,10 +103,7 @@ class WandbSink:
         run_id = online[-1] if mode == "online" and online else fresh_id
         links = [run["id"] for run in earlier if run["id"] != run_id]
         self._run = wandb.init(
-            mode=mode,
-            project=project,
-            group=group,
-            name=name[:_LONGEST_NAME],
+            **about,
             id=run_id,
             resume="allow" if mode == "online" else None,
             config={**config, "continues": links} if links else dict(config),
@@ -124,9 +115,7 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("val/loss", step_metric="step", summary="min")
         if not any(run["id"] == run_id for run in earlier):
-            temp = ids_file.with_suffix(".tmp")
-            temp.write_text(json.dumps([*earlier, {"id": run_id, "mode": mode}]))
-            os.replace(temp, ids_file)
+            write_whole(ids_file, json.dumps([*earlier, {"id": run_id, "mode": mode}]))
 
     def record(self, rec: dict[str, Any]) -> None:
         """Log the numbers of a record under the names of ``flatten``, lists as histograms."""
