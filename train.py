@@ -87,12 +87,12 @@ class Run:
         self.loader = Loader(dataset.train, block, cfg.seed, windows, ranks.rank, ranks.world)
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
         self.held_out = validation_windows(dataset.val, block, cfg.eval_windows)
-        self.watched, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
+        self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
         cut = [
             f"{key}={wanted}: the data has only {have} validation windows of {block} tokens; all are used"
             for key, wanted, have in (
                 ("eval_windows", cfg.eval_windows, len(self.held_out)),
-                ("probe.windows", cfg.probe.windows, len(self.watched)),
+                ("probe.windows", cfg.probe.windows, len(self.probe_windows)),
             )
             if have < wanted
         ]
@@ -237,7 +237,7 @@ class Run:
 
     def write_probe(self, log: RunLog | NoLog) -> None:
         """Record attention and collapse on the first validation windows, and an early warning. All ranks compute the same."""
-        seen = probe(self.model, self.watched)
+        seen = probe(self.model, self.probe_windows)
         log.write("probe", self.step, **seen)
         if alarm := self.stability.probe(self.step, seen):
             log.write("event", self.step, event="warning", **vars(alarm))

@@ -86,7 +86,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr("fcntl.flock", flock)
     DirectoryLock(tmp_path / "run").release()
-    assert "without locks: start no second run in it" in capsys.readouterr().err
+    assert "without locks: do not start a second run in it" in capsys.readouterr().err
 
 
 def claim_at(moment, cfg, where, number):

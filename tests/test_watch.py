@@ -129,7 +129,7 @@ def test_damaged_lines_and_files_are_counted_and_cost_nothing_else(tmp_path, cap
     assert watch.main([str(tmp_path), "once=true"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"good running 10/100", said) and re.search(r"lines running 20/100 2.5000 2.0000", said)
-    assert f"{len(FOREIGN)} lines are not records" in said
+    assert f"{len(FOREIGN)} lines are no records" in said
     for name in configs:
         assert re.search(rf"{name} running 10 2.5000", said)
     assert said.count("config.yaml") == len(configs) + 1 and "folder waiting" in said

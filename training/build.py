@@ -131,7 +131,9 @@ def _take_over(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> li
             missed.setdefault(", ".join(lost) or "state", []).append(name)
         taken[index] = fits if start or not lost else {}
     optimizer.load_state_dict({"state": taken, "param_groups": fresh["param_groups"]})
-    return [f"{kind}'s {what} of {name}: starts anew" for what, names in missed.items() for name in folded(names)]
+    return [
+        f"{kind}'s {what} of {name}: starts from scratch" for what, names in missed.items() for name in folded(names)
+    ]
 
 
 def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:

@@ -27,7 +27,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from training.files import remedy
+from training.files import remedy, sync
 
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
@@ -191,12 +191,12 @@ def _write_files(temp: Path, step: int, state: dict[str, Any], metric: float | N
         torch.save(state, cast(IO[bytes], sink))  # torch uses only these methods
         if sink.error is not None:
             raise sink.error
-        _sync_file(file)
+        sync(file)
     comparable = float(metric) if metric is not None and math.isfinite(metric) else None
     manifest = _Manifest(int(step), comparable, sink.size, sink.digest.hexdigest())
     with (temp / MANIFEST_FILE).open("wb") as file:
         file.write(manifest.render())
-        _sync_file(file)
+        sync(file)
     _sync_directory(temp)
 
 
@@ -253,11 +253,6 @@ def _clear_interrupted(directory: Path) -> None:
             _discard(aside)
         else:
             os.replace(aside, final)
-
-
-def _sync_file(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:
@@ -333,9 +328,9 @@ def _check_size(path: Path) -> _Manifest:
         size = (path / STATE_FILE).stat().st_size
     except OSError as error:
         newest = next(_checkpoints(path), None)
-        remedy = f"did you mean {newest}?" if newest else "give a directory step_<number> or use resume=auto"
+        hint = f"did you mean {newest}?" if newest else "give a directory step_<number> or use resume=auto"
         name = Path(error.filename or path).name
-        raise CheckpointError(f"{path} is not a checkpoint ({name}: {error.strerror or error}); {remedy}") from error
+        raise CheckpointError(f"{path} is not a checkpoint ({name}: {error.strerror or error}); {hint}") from error
     if size != manifest.size:
         raise CheckpointError(
             f"{path / STATE_FILE} has {size} bytes instead of {manifest.size}: it was truncated or altered; "

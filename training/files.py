@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -27,14 +27,19 @@ def remedy(error: OSError) -> str:
     return "make that place writable or choose another output_dir"
 
 
+def sync(file: IO[Any]) -> None:
+    """Write what was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file atomically: after an error, the old file is unchanged. OSError if it fails."""
     temp = path.with_name(f".{path.name}.tmp")
     try:
         with temp.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(temp, path)
     except OSError as error:
         temp.unlink(missing_ok=True)

@@ -29,6 +29,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from training.files import sync
+
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.jsonl.damaged"
 
@@ -189,13 +191,11 @@ def _rewrite(path: Path, last_step: int | None) -> None:
                     damaged.append((number, line))
                 elif last_step is None or record["step"] <= last_step:
                     file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         if damaged:
             with aside.open("ab") as file:
                 file.writelines(line for _, line in damaged)
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
         os.replace(temp, path)
     except OSError as error:
         temp.unlink(missing_ok=True)

@@ -232,7 +232,7 @@ def take_weights(model: nn.Module, loaded: Loaded, allow_changes: bool = False) 
         left: dict[str, list[str]] = {}
         for name in (n for n in own if n not in fitting):
             there = _size(saved[name]) if name in saved else "not there"
-            left.setdefault(f"starts anew ({there}, {_size(own[name])} here)", []).append(name)
+            left.setdefault(f"starts from scratch ({there}, {_size(own[name])} here)", []).append(name)
         for name in (n for n in saved if n not in own):
             twin = whole.get(name)  # the second name of a tied weight; one of another shape is already listed
             if twin is None or (twin.shape == saved[name].shape and not _equal(twin, saved[name])):

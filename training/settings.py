@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from data.settings import Data
+from data.settings import Count, Data
 from data.sources import SOURCES
 from model.config import Attention, Init, Shape
 from model.residual import RESIDUAL_RULES, Positive, ResidualRule
@@ -23,7 +23,6 @@ from training.fields import MOST, YAML_WORDS, Choice, Kind, PathText, Problem, S
 from training.schedule import SCHEDULES
 from training.stability import StabilityRules
 
-Count = Annotated[int, ("low", 1)]
 NotNegative = Annotated[float, ("low", 0)]
 Share = Annotated[float, ("low", 0), ("below", 1)]
 Power = Annotated[float, ("low", -10), ("high", 10)]
