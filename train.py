@@ -252,7 +252,7 @@ class Run:
         self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
-        """Write one training record. Here the host waits for the device; in other steps it does not."""
+        """Write one training record, for which the host waits for the device; other training steps do not wait."""
         skipped, now = self.guard.count, time.perf_counter()
         rate, self.seconds, self.clock = tokens / (now - self.clock), self.seconds + now - self.clock, now
         rates = self.optimizers.rates(multiplier)

@@ -52,7 +52,7 @@ class DirectoryLock:
             raise
 
     def _try(self, new: bool) -> None:
-        """Try to take the lock. Fails if the previous holder removes the file or the empty directory at the same moment."""
+        """Try once to take the lock; without success if its previous holder removes the file or the directory at the same moment."""
         try:
             _make(self.directory, new, self._made)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)

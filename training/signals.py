@@ -1,7 +1,7 @@
 """Stop signals: a signal on any rank ends the run on all ranks, between two steps, with a checkpoint.
 
 A handler only records the signal. In every step the loop calls `requested`, in which the ranks agree: one rank alone could not save the
-state of the others, and they would wait for it forever.
+state of the others, and they would wait for it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _LEAST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Alarm:
-    """A warning. message: one sentence. expected_step: when saturation is expected, this step or later. lead: steps until then."""
+    """A warning. message: one sentence. expected_step: when saturation is expected, or now if attention is saturated. lead: steps until then."""
 
     message: str
     expected_step: int
