@@ -1,7 +1,7 @@
 """Pretrain a GPT with a chosen geometry for every weight matrix.
 
     python train.py assignment=hetero                     one run; every key of configs/ can be set here
-    python train.py -m assignment=all_stiefel,hetero      a sweep, one directory a job
+    python train.py -m assignment=all_stiefel,hetero      a sweep, one directory for each job
     torchrun --nproc_per_node=8 train.py                  on eight devices; several nodes with torchrun's own options
 
 A run is a configuration; a step is batch → loss → gradient → geometry → weights.
@@ -9,11 +9,11 @@ A run is a configuration; a step is batch → loss → gradient → geometry →
 
 from __future__ import annotations
 
-# A command, or a rank that it started: before the imports, which take seconds.
+# In a command, or in a rank that it started: set signal handlers before the imports, which take seconds.
 if __name__ in ("__main__", "__mp_main__"):
-    from training.signals import leave_at_once
+    from training.signals import exit_on_stop_signals
 
-    leave_at_once()
+    exit_on_stop_signals()
 
 import math
 import time
@@ -38,26 +38,26 @@ from training.limits import machine_limits
 from training.log import NoLog, RunLog
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
-from training.run import claimed, compiled, end_of, resolve_device, summary
+from training.run import claimed, compiled, end_of, end_summary, resolve_device
 from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
 from training.stability import Stability
 from training.start import open_log, print_start
-from training.step import FiniteGuard, accumulate, clip, evaluate, micro_batches
+from training.step import FiniteGuard, accumulate, clip, mean_loss, micro_batches
 from training.validate import shortened
 
 
 def train(cfg: Settings, directory: Path | None = None) -> float:
-    """Run a configuration to its end; returns the best validation loss (nats a token).
+    """Train a configuration to its end; returns the best validation loss (nats a token).
 
     Args:
-        cfg: as `training.config.compose` gives it.
-        directory: where the run is written; None for the configuration's own choice.
+        cfg: from `training.config.compose`.
+        directory: where the run is written; None if the configuration decides.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before anything is written; InUse among them, where another process is writing this
-        run. LostRanks: another rank is gone. Stopped: a signal came, and the run has saved.
+        ConfigError, DataError, CheckpointError: before anything is written. InUse, a ConfigError: another process writes this run.
+        LostRanks: another rank has ended. Stopped: a signal came, and the run has saved.
     """
     check(cfg, world_size())
     ranks = Ranks.init(cfg)
@@ -66,7 +66,7 @@ def train(cfg: Settings, directory: Path | None = None) -> float:
             run = Run(ranks, cfg, claim)
             if not (run.finished and ranks.from_main(end_of, claim)):
                 if stop.requested(ranks):
-                    stop.leave(ranks, run.step)
+                    stop.end(ranks, run.step)
                 run.train(stop)
             return run.stability.best
     finally:
@@ -74,13 +74,13 @@ def train(cfg: Settings, directory: Path | None = None) -> float:
 
 
 class Run:
-    """A configuration being trained, by one of the ranks: all do the same on their part of each batch, and rank 0 alone writes."""
+    """The training of a configuration on one rank. Every rank computes its part of each batch; only rank 0 writes."""
 
     def __init__(self, ranks: Ranks, cfg: Settings, directory: Path) -> None:
         self.ranks, self.cfg, self.directory = ranks, cfg, directory
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # of this run, not of one before it in the same process
+            torch.cuda.reset_peak_memory_stats(self.device)  # not of an earlier run in this process
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         dataset = open_data(cfg)
         self.data, self.val = dataset.fingerprint, dataset.val
@@ -88,12 +88,12 @@ class Run:
         self.loader = Loader(dataset.train, block, cfg.seed, windows, ranks.rank, ranks.world)
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
         self.held_out = validation_windows(dataset.val, block, cfg.eval_windows)
-        self.watched, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
+        self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
         cut = [
-            f"{key}={wanted}: the data has {have} validation windows of {block} tokens, and all are used"
+            f"{key}={wanted}: the data has only {have} validation windows of {block} tokens; all are used"
             for key, wanted, have in (
                 ("eval_windows", cfg.eval_windows, len(self.held_out)),
-                ("probe.windows", cfg.probe.windows, len(self.watched)),
+                ("probe.windows", cfg.probe.windows, len(self.probe_windows)),
             )
             if have < wanted
         ]
@@ -103,7 +103,7 @@ class Run:
         self.model, self.optimizers = build(cfg, self.device)
         self.stability = Stability(cfg.stability)
         if not ranks.is_main:
-            torch.manual_seed(cfg.seed + ranks.rank)  # equal weights everywhere, but not equal dropout
+            torch.manual_seed(cfg.seed + ranks.rank)  # equal weights on all ranks, but different dropout
         self.params = dict(self.model.named_parameters())
         self.guard = FiniteGuard(list(self.params), self.device)
         self.step, self.seconds = 0, 0.0
@@ -112,7 +112,7 @@ class Run:
             parts = (self.model, self.optimizers, self.stability, self.guard)
             self.step, self.seconds, notes = restore(resumed, cfg, *parts, ranks.rank)
         self.resumed_at = self.step if resumed is not None else None
-        # Of these very weights; None while it is not known.
+        # The loss of the current weights; None if it was not computed.
         self.val_loss: float | None = resumed.metric if resumed is not None else None
         self.full_val_loss: float | None = None
         if ranks.is_main:
@@ -121,15 +121,15 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the last step is done, or stability ends the run."""
         return self.step >= self.cfg.max_steps or self.stability.stopped
 
     def train(self, stop: StopSignal) -> None:
-        """The loop: once in a while look, write down and save; always batch → loss → gradient → geometry → weights."""
+        """The loop: once in a while evaluate, record and save; always batch → loss → gradient → geometry → weights."""
         cfg, ranks = self.cfg, self.ranks
         about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None
         log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
-        # DDP is compiled with the model, not around it: only so does its communication overlap with the backward pass.
+        # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
         self.compiled = compiled(self.model, cfg, self.device)
         replica = compiled(DistributedDataParallel(self.model), cfg, self.device) if ranks.world > 1 else self.compiled
         batches = Prefetcher(self.loader, self.step)
@@ -142,17 +142,17 @@ class Run:
                     if self.due(cfg.eval_interval):
                         self.evaluate(log)
 
-                    # Once in a while: write down every singular value, and how good Muon's steps are.
+                    # Once in a while: record all singular values, and the certificates of the steps.
                     if self.due(cfg.log.interval_spectra):
                         self.write_spectra(log)
                     if self.due(cfg.log.interval_certificate):
                         self.write_certificates(log)
 
-                    # Once in a while: look inside the model.
+                    # Once in a while: probe attention and collapse.
                     if self.due(cfg.probe.interval):
-                        self.probe(log)
+                        self.write_probe(log)
 
-                    # Once in a while: make sure that the replicas are one model, and save.
+                    # Once in a while: check that the replicas are equal, and save.
                     if self.due(cfg.launcher.checksum_interval):
                         ranks.require_equal(self.params)
                     if self.step > 0 and (self.due(cfg.checkpoint.interval or cfg.max_steps) or stopping):
@@ -160,7 +160,7 @@ class Run:
                 if self.finished:
                     break
                 if stopping:
-                    stop.leave(ranks, self.step)
+                    stop.end(ranks, self.step)
 
                 # Batch → loss → gradient.
                 multiplier = lr_multiplier(self.step, **vars(cfg.schedule))
@@ -169,7 +169,7 @@ class Run:
                 loss = ranks.all_reduce_mean(part.clone())
                 norm, norms = clip([p.grad for p in self.params.values()], cfg.grad_clip)
 
-                # Gradient → geometry → weights, unless something is not finite; nobody waits for the answer.
+                # Gradient → geometry → weights; skipped on the device if something is not finite, without a host sync.
                 self.step, self.val_loss = self.step + 1, None
                 tokens += cfg.global_batch_tokens
                 self.optimizers.watch(self.due(cfg.log.interval_certificate))
@@ -177,12 +177,15 @@ class Run:
                 self.model.clip_logits()
                 self.optimizers.zero_grad()
 
-                # Once in a while: read the numbers back.
+                # Once in a while: read the numbers from the device.
                 if self.step % cfg.log.interval == 0 or self.step == cfg.max_steps:
                     self.read_back(log, loss, norm, multiplier, tokens)
                     tokens = 0
             log.write(
-                "end", self.step, full_val_loss=self.full_val_loss, **summary(self.stability, self.seconds, self.device)
+                "end",
+                self.step,
+                full_val_loss=self.full_val_loss,
+                **end_summary(self.stability, self.seconds, self.device),
             )
         finally:
             batches.close()
@@ -191,32 +194,32 @@ class Run:
     # ---- once in a while ----
 
     def due(self, interval: int | None) -> bool:
-        """Whether it is time for what happens every `interval` steps and at the end (None: never); what a checkpoint holds was done before it."""
+        """Whether an action of every `interval` steps and of the end is due (None: never). At a resumed step it was done before the save."""
         now = interval is not None and (self.step % interval == 0 or self.finished)
         return now and self.step != self.resumed_at
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens inside is not training time."""
+        """A context whose duration does not count as training time."""
         start = time.perf_counter()
         self.elapsed = self.seconds + start - self.clock
         yield
         self.clock += time.perf_counter() - start
 
     def evaluate(self, log: RunLog | NoLog) -> None:
-        """The validation loss, and what it says of stability; at the end, if asked for, that of the whole validation split."""
+        """Record the validation loss and observe its stability; at the end, with `full_eval`, record the loss on the whole validation split."""
         size, ranks, autocast = self.cfg.micro_batch_size, self.ranks, self.autocast
-        self.val_loss = evaluate(self.compiled, self.model, self.held_out, size, ranks, autocast)
+        self.val_loss = mean_loss(self.compiled, self.model, self.held_out, size, ranks, autocast)
         log.write("eval", self.step, loss=self.val_loss)
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
         if self.finished and self.cfg.full_eval:
             windows = validation_windows(self.val, self.cfg.model.block_size)
-            self.full_val_loss = evaluate(self.compiled, self.model, windows, size, ranks, autocast)
+            self.full_val_loss = mean_loss(self.compiled, self.model, windows, size, ranks, autocast)
             log.write("full_eval", self.step, loss=self.full_val_loss, tokens=windows[:, 1:].size)
 
     def write_spectra(self, log: RunLog | NoLog) -> None:
-        """All singular values of every matrix that the assignment speaks of."""
+        """Record all singular values of every matrix that matches a rule of the assignment."""
         if self.ranks.is_main:
             groups = self.optimizers.muon.param_groups if self.optimizers.muon else []
             blocks = {name: group["blocks"] for group in groups for name in group["names"]}
@@ -229,22 +232,22 @@ class Run:
                 log.write("spectra", self.step, name=name, **record)
 
     def write_certificates(self, log: RunLog | NoLog) -> None:
-        """How near each matrix's last step came to its optimum, from the ranks that own them."""
+        """Record how close the last step of each matrix was to the best step; the rank that owns a matrix knows it."""
         muon = self.optimizers.muon
         parts = self.ranks.gather_objects(muon.certificates() if muon else {})
         found = {name: certificate for part in parts for name, certificate in part.items()}
         for name in (row.name for row in self.optimizers.rows if row.name in found):
             log.write("certificate", self.step, name=name, **found[name])
 
-    def probe(self, log: RunLog | NoLog) -> None:
-        """Attention and collapse on the first validation windows, and whether they warn of instability; every rank sees the same."""
-        seen = probe(self.model, self.watched)
+    def write_probe(self, log: RunLog | NoLog) -> None:
+        """Record attention and collapse on the first validation windows, and an early warning. All ranks compute the same."""
+        seen = probe(self.model, self.probe_windows)
         log.write("probe", self.step, **seen)
         if alarm := self.stability.probe(self.step, seen):
             log.write("event", self.step, event="warning", **vars(alarm))
 
     def save(self, log: RunLog | NoLog) -> None:
-        """A checkpoint: a run resumed from it has written exactly what this one has."""
+        """Save a checkpoint. A run resumed from it has exactly the records that are written so far."""
         log.sync()
         rng = self.ranks.gather_objects(rng_state())
         parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, self.guard.state_dict(self.ranks))
@@ -253,7 +256,7 @@ class Run:
         self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
-        """One training record; here, and only here, the host waits for the device."""
+        """Write one training record, for which the host waits for the device; other training steps do not wait."""
         skipped, now = self.guard.count, time.perf_counter()
         rate, self.seconds, self.clock = tokens / (now - self.clock), self.seconds + now - self.clock, now
         rates = self.optimizers.rates(multiplier)
@@ -265,7 +268,7 @@ class Run:
             self.note_unstable(log)
 
     def note_unstable(self, log: RunLog | NoLog) -> None:
-        """A diverged run is a result."""
+        """Record that the run is unstable; training continues unless `stability.on_unstable` is stop."""
         seen = self.stability
         log.write("event", seen.unstable_step or 0, event="unstable", message=seen.reason, lead=seen.lead)
 
@@ -278,7 +281,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, by which processes that start elsewhere (ranks, a cluster's jobs) can import what they are to run.
+    # Under its importable name, because ranks and jobs on a cluster import the worker by name.
     from train import main as train_main
 
     train_main()

@@ -103,21 +103,23 @@ class TextFiles(Data):
             yield from _spread(_read_files(_expand(self.files, "files"), self), self.val_fraction, self.split_seed)
 
     def input_files(self) -> dict[str, int]:
-        patterns = [pattern for part in (self.files, self.val_files) for pattern in _as_list(part)]
-        paths = {path for pattern in patterns for path in glob.glob(os.path.expanduser(pattern), recursive=True)}
-        return {path: os.path.getsize(path) for path in sorted(paths) if os.path.isfile(path)}
+        patterns = [*_as_list(self.files), *_as_list(self.val_files)]
+        return {path: os.path.getsize(path) for path in sorted({p for pattern in patterns for p in _matching(pattern)})}
 
 
 def _as_list(patterns: str | Iterable[str] | None) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns or [])
 
 
+def _matching(pattern: str) -> list[str]:
+    return [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
+
+
 def _expand(patterns: str | Iterable[str], key: str) -> list[Path]:
     """All matching files, sorted; DataError if a pattern matches none."""
     paths: set[Path] = set()
     for pattern in _as_list(patterns):
-        found = [Path(path) for path in glob.glob(os.path.expanduser(pattern), recursive=True)]
-        files = {path for path in found if path.is_file()}
+        files = set(map(Path, _matching(pattern)))
         if not files:
             raise DataError(f"no file matches {pattern!r}; correct data.{key} (globs are relative to {Path.cwd()})")
         paths |= files

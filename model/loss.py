@@ -17,7 +17,7 @@ _FULL_LOGITS = 2**26
 _CHUNK_LOGITS = 2**25
 # On CUDA a chunk has this many rows: they fill the device, and there are few chunks to compile (8 for 65,536 tokens).
 _CUDA_ROWS = 8192
-# A compiled head keeps 16-bit logits and their gradients, no float32 copy: bytes a logit. They may take this share of the memory.
+# Bytes for each logit in a compiled head, which keeps 16-bit logits and their gradients, and the largest share of the memory for them.
 _COMPILED_BYTES = 4
 _SHARE = 0.25
 

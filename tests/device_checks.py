@@ -18,7 +18,7 @@ from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.ranks import Ranks
 from training.run import compiled
-from training.step import FiniteGuard, accumulate, clip, evaluate
+from training.step import FiniteGuard, accumulate, clip, mean_loss
 
 SHAPE = ["model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=16", "model.vocab_size=64"]
 SWITCHES = ["qk_norm", "qk_clip", "soft_cap", "gated"]
@@ -109,10 +109,10 @@ def check_programs(device, overrides=()):
     replica, ranks, autocast = compiled(model, cfg, torch.device(device)), one_rank(device), autocast_on(device)
     watched = torch.from_numpy(windows(2)[:, :-1].astype("int64")).to(device)
     for _ in range(3):
-        evaluate(replica, model, windows(7), 4, ranks, autocast)
+        mean_loss(replica, model, windows(7), 4, ranks, autocast)
         accumulate(replica, windows(8), 4, ranks.device, autocast)
         probe(model, watched)
-        evaluate(replica, model, windows(7), 4, ranks, autocast)
+        mean_loss(replica, model, windows(7), 4, ranks, autocast)
         assert counters["stats"]["unique_graphs"] == 2
         assert not counters["graph_break"]
 

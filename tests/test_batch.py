@@ -60,8 +60,8 @@ def test_only_an_impossible_batch_is_refused():
 def test_what_is_cut_is_said_in_one_line():
     assert shortened(compose([]), 1) == []
     assert shortened(compose(["experiment=paper"]), 8) == [
-        "micro_batch_size=64: a rank has 8 windows an update and takes 8 at once"
+        "micro_batch_size=64: a rank has 8 windows in an update and uses 8 at a time"
     ]
     assert shortened(compose(["max_steps=10"]), 1) == [
-        "schedule.warmup_steps=30 does not fit into 10 updates; 7 of them are warm-up"
+        "schedule.warmup_steps=30 is too long for 10 updates; 7 of them are warm-up"
     ]

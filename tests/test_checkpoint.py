@@ -65,7 +65,7 @@ def test_what_loads_is_what_was_saved(tmp_path):
 def test_no_checkpoint_is_none_and_a_wrong_path_names_the_right_one(tmp_path):
     assert load_newest(tmp_path) is None
     assert load_newest(tmp_path / "absent") is None
-    with pytest.raises(CheckpointError, match=r"no checkpoint .*resume=auto"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*resume=auto"):
         load(tmp_path / "absent")
     save(tmp_path, 5, make_state(5))
     with pytest.raises(CheckpointError, match=r"did you mean .*step_00000005"):
@@ -109,7 +109,7 @@ def two(tmp_path) -> Path:
 
 
 def assert_falls_back(path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"use an older|no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"use an older|not a checkpoint"):
         load(path)
     loaded = load_newest(path.parent)
     assert holds(loaded, 10)

@@ -27,7 +27,7 @@ from model.gpt import GPT
 from optim import linalg
 from training.build import gpt_config
 from training.run import compiled
-from training.step import accumulate, evaluate
+from training.step import accumulate, mean_loss
 
 QUICK = ["geonorm", "nGPT", "all switches", "chunked loss"]
 CASTS = {"to", "float", "double", "type_as", "bfloat16", "half"}
@@ -129,7 +129,7 @@ def test_evaluation_of_an_odd_number_of_windows_is_exact():
         return model(x, y)
 
     counting.eval, counting.train = model.eval, model.train
-    found = evaluate(counting, model, windows(7), 4, one_rank("cpu"), off)
+    found = mean_loss(counting, model, windows(7), 4, one_rank("cpu"), off)
     assert found == pytest.approx(sum(each) / 7, abs=1e-6) and calls == [4]
 
 

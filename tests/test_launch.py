@@ -112,9 +112,9 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost():
     with pytest.raises(Stopped) as caught, StopSignal() as stop:
         assert not stop.requested(ranks)
         assert stop.requested(ranks)
-        stop.leave(ranks, 12)
+        stop.end(ranks, 12)
     assert caught.value.code == 138 and signal.getsignal(signal.SIGUSR1) is before
-    assert caught.value.message == "SIGUSR1: stopped at step 12; go on with resume=auto"
+    assert caught.value.message == "SIGUSR1: stopped at step 12; continue with resume=auto"
     with StopSignal() as stop:
         assert not stop.requested(ranks)  # and it is over
 
@@ -150,7 +150,7 @@ def test_the_parent_of_ranks_learns_of_their_end_and_passes_it_on():
         (-signal.SIGINT, Stopped, "130"),
         (2, launch.RankFailed, "what it said"),
         (1, launch.RankFailed, "rank 3 failed with exit code 1"),
-        (-signal.SIGKILL, launch.RankFailed, "rank 3 was killed by SIGKILL.*want of memory"),
+        (-signal.SIGKILL, launch.RankFailed, "rank 3 was killed by SIGKILL.*whether memory ran out"),
     ],
 )
 def test_what_the_end_of_a_rank_means(code, kind, message):

@@ -86,7 +86,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr("fcntl.flock", flock)
     DirectoryLock(tmp_path / "run").release()
-    assert "without locks: start no second run in it" in capsys.readouterr().err
+    assert "without locks: do not start a second run in it" in capsys.readouterr().err
 
 
 def claim_at(moment, cfg, where, number):
@@ -223,7 +223,7 @@ def test_ranks_learn_of_a_refusal(tiny, tmp_path):
 
 def test_a_run_that_cannot_begin_leaves_nothing(tiny, tmp_path, monkeypatch):
     cfg = replace(compose(tiny), resume=str(tmp_path / "none"))
-    with pytest.raises(Exception, match="no checkpoint"):
+    with pytest.raises(Exception, match="not a checkpoint"):
         train(cfg)
     monkeypatch.setattr("train.Run.__init__", lambda *_: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr("train.Run.finished", False)

@@ -108,7 +108,7 @@ def test_a_damaged_record_does_not_keep_a_run_from_going_on(copied, base, caplog
     (run / METRICS_FILE).write_bytes(b"".join([cut[0], b"\0\0damage\n", *cut[1:]]))
     shutil.rmtree(run / "checkpoints" / "step_00000010")
     train(compose([*overrides, "resume=auto"]))
-    assert (run / f"{METRICS_FILE}.damaged").read_bytes() == b"\0\0damage\n" and "line 2 is no record" in caplog.text
+    assert (run / f"{METRICS_FILE}.damaged").read_bytes() == b"\0\0damage\n" and "line 2 is not a record" in caplog.text
     assert records(run) == records(base[0])
 
 
@@ -116,28 +116,34 @@ def test_a_damaged_record_does_not_keep_a_run_from_going_on(copied, base, caplog
 
 # Overrides; what must be said, by patterns; and what must not be.
 CHANGES = {
-    "to AdamW": (["assignment=adamw"], [r"AdamW's state of transformer\.h\.0-1\.attn\.c_attn\.weight: starts anew"]),
+    "to AdamW": (
+        ["assignment=adamw"],
+        [r"AdamW's state of transformer\.h\.0-1\.attn\.c_attn\.weight: starts from scratch"],
+    ),
     "another manifold": (["assignment=all_dgram"], [r"h\.0-1\.attn\.c_proj\.weight: brought onto its manifold"]),
     "another step rule": (["optim=manifold_muon"], [r"changed: optim\.muon\.rule\.kind: published → certified"]),
     "residual rule": (
         ["residual=geonorm"],
-        [r"ln_1\.angle\.scale: starts anew", r"transformer\.ln_f\.weight: in the ch"],
+        [r"ln_1\.angle\.scale: starts from scratch", r"transformer\.ln_f\.weight: in the ch"],
     ),
-    "untied": (["model.tied=false"], [r"AdamW's state of lm_head\.weight: starts anew"]),
+    "untied": (["model.tied=false"], [r"AdamW's state of lm_head\.weight: starts from scratch"]),
     "context": (
         ["model.block_size=32", "micro_batch_size=2"],
-        [r"wpe\.weight: starts anew \(16 x 16, 32 x 16 here\)", r"AdamW's exp_avg, exp_avg_sq of transformer\.wpe"],
+        [
+            r"wpe\.weight: starts from scratch \(16 x 16, 32 x 16 here\)",
+            r"AdamW's exp_avg, exp_avg_sq of transformer\.wpe",
+        ],
     ),
     "rotary": (["model.rope=true"], [r"transformer\.wpe\.weight: in the checkpoint, but not in this model"]),
-    "qk_norm": (["attention=qk_norm"], [r"h\.0-1\.attn\.q_norm\.weight: starts anew \(not there, 8 here\)"]),
-    "gates": (["attention=gated"], [r"head_gate\.weight: starts anew"]),
+    "qk_norm": (["attention=qk_norm"], [r"h\.0-1\.attn\.q_norm\.weight: starts from scratch \(not there, 8 here\)"]),
+    "gates": (["attention=gated"], [r"head_gate\.weight: starts from scratch"]),
     "bfloat16": (["dtype=bfloat16"], []),
-    "layers": (["model.n_layer=3"], [r"transformer\.h\.2\.mlp\.c_fc\.weight: starts anew"]),
+    "layers": (["model.n_layer=3"], [r"transformer\.h\.2\.mlp\.c_fc\.weight: starts from scratch"]),
     "blocks": (
         ["optim.muon.blocks={c_attn: 6}"],
         [r"ManifoldMuon's momentum, level, fallbacks of transformer\.h\.0-1\.attn\.c_attn"],
     ),
-    "biases": (["model.bias=true"], [r"transformer\.h\.0-1\.mlp\.c_fc\.bias: starts anew"]),
+    "biases": (["model.bias=true"], [r"transformer\.h\.0-1\.mlp\.c_fc\.bias: starts from scratch"]),
     "no warning": (["stability.warning=null"], []),
 }
 
@@ -157,7 +163,7 @@ def test_changes_take_what_fits_and_name_the_rest(copied, capsys, change):
     assert after["step"] == 12 and [r["step"] for r in read_records(run, "train")] == list(range(1, 13))
     assert (
         not set(after["model"]) - set(before["model"])
-        or any("starts anew" in line for line in told)
+        or any("starts from scratch" in line for line in told)
         or "tied" in change
     )
 
@@ -204,7 +210,7 @@ def test_state_is_found_by_name_when_the_order_is_another(copied):
     assert set(after) - set(before) == {"lm_head.weight"} and not after["lm_head.weight"]
     for name, value in before.items():
         assert_equal(dict(value), dict(after[name]))
-    assert [n for n in notes if not n.startswith("changed")] == ["AdamW's state of lm_head.weight: starts anew"]
+    assert [n for n in notes if not n.startswith("changed")] == ["AdamW's state of lm_head.weight: starts from scratch"]
 
 
 def test_weights_come_onto_a_manifold_that_is_new_to_them(copied):
@@ -245,7 +251,7 @@ def test_a_model_of_which_nothing_fits_is_refused(copied):
     run, overrides = copied
     before = files(run)
     with pytest.raises(
-        CheckpointError, match=r"none of its matrices fits(.|\n)*wte\.weight: starts anew \(320 x 16, 320 x 32"
+        CheckpointError, match=r"none of its matrices fits(.|\n)*wte\.weight: starts from scratch \(320 x 16, 320 x 32"
     ):
         train(compose([*overrides, *RESUMED, "model.n_embd=32"]))
     assert files(run) == before
@@ -402,7 +408,7 @@ def test_yaml_tags_are_not_executed(copied, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"config\.yaml is not YAML of plain values"):
         plan_job(compose(overrides), run)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         train(compose([*overrides, "resume=auto"]))
     assert not crater.exists()
     yaml.unsafe_load(bomb)

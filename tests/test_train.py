@@ -114,8 +114,8 @@ def test_speed_is_that_of_training_alone(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(module, "accumulate", taking(1.0, module.accumulate))
-    monkeypatch.setattr(module, "evaluate", taking(100.0, module.evaluate))
-    for pause in ("write_spectra", "probe", "save"):
+    monkeypatch.setattr(module, "mean_loss", taking(100.0, module.mean_loss))
+    for pause in ("write_spectra", "write_probe", "save"):
         monkeypatch.setattr(module.Run, pause, taking(30.0, getattr(module.Run, pause)))
     train(compose([*tiny, "assignment=adamw", "log.interval=3"]))
     assert [r["tokens_per_s"] for r in read_records(tmp_path / "run", "train")] == [128.0] * 7

@@ -122,7 +122,7 @@ def test_wandb_that_cannot_start_gives_one_warning(tmp_path, monkeypatch, caplog
         log.write("train", step, loss=1.0)
     log.close()
     assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
-    assert "training goes on" in caplog.text and "logger.mode=offline" in caplog.text
+    assert "training continues" in caplog.text and "logger.mode=offline" in caplog.text
     assert len(list(read_records(tmp_path))) == 3
 
 

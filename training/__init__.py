@@ -1,1 +1,1 @@
-"""What surrounds a training step: ranks, signals, checkpoints, logs, stability. It knows names, numbers and tensors."""
+"""Training, except for the loop in train.py: settings, ranks, signals, checkpoints, logs, stability."""

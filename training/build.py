@@ -1,7 +1,7 @@
-"""From a configuration to a model and its optimizers: the one place that does it.
+"""From a configuration to a model and its optimizers. No other module does this.
 
-A model's settings may be carried over from another size (training/transfer.py), and some models keep vectors at unit length: whoever
-builds by hand and forgets either has another model than the configuration says.
+A configuration may transfer settings from another model size (training/transfer.py), and some models have vectors of unit length
+(`GPT.unit_vectors`). `build` applies both.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def build(cfg: Settings, device: torch.device | str = "cpu") -> tuple[GPT, Optim
 
 
 def gpt_config(cfg: Settings) -> GPTConfig:
-    """The model's shape, residual rule, switches of attention, and initial scales."""
+    """The settings of the model, after the transfer of learning rates and scales."""
     cfg = transferred(cfg)
     return GPTConfig(**vars(cfg.model), **vars(cfg.attention), **vars(cfg.init), residual=cfg.residual)
 
 
 class Optimizers:
-    """ManifoldMuon (if any matrix has a manifold) and AdamW, stepped and scheduled as one; then unit vectors are brought to their length.
+    """ManifoldMuon and AdamW (each if it has parameters) as one optimizer. After each step, unit vectors are normalised.
 
     Iterating yields the torch optimizers. `.rows` is the assignment, `.muon` the ManifoldMuon or None.
     """
@@ -55,15 +55,15 @@ class Optimizers:
 
     @property
     def muon(self) -> ManifoldMuon | None:
-        """The optimizer of the constrained and unconstrained matrices, if there are any."""
+        """The optimizer of the matrices with a manifold or `euclidean`; None if there are none."""
         return next((o for o in self.optimizers if isinstance(o, ManifoldMuon)), None)
 
     def rates(self, multiplier: float) -> dict[str, float]:
-        """The learning rate of each optimizer's first group under this multiplier, by the optimizer's name."""
+        """The learning rate of the first group of each optimizer, by the name of its class."""
         return {type(o).__name__: peaks[0] * multiplier for o, peaks in zip(self.optimizers, self.peak_lr)}
 
     def set_lr(self, multiplier: float) -> None:
-        """Scale every group's peak learning rate."""
+        """Set the learning rate of every group to `multiplier` times its peak."""
         for optimizer, peaks in zip(self.optimizers, self.peak_lr):
             for group, peak in zip(optimizer.param_groups, peaks):
                 if isinstance(group["lr"], Tensor):
@@ -72,17 +72,17 @@ class Optimizers:
                     group["lr"] = peak * multiplier
 
     def step(self, skip: Tensor | None = None) -> None:
-        """One update by every optimizer; none where `skip` (0-d bool, on the device) is true, and no host sync to find out.
+        """One update by every optimizer; if `skip` (0-d bool, on the device) is true, none. There is no host sync.
 
-        The answer travels as `found_inf`, the attribute by which torch.amp.GradScaler tells fused optimizers the same.
+        `skip` is passed as `found_inf`, the attribute with which torch.amp.GradScaler makes fused optimizers skip an update.
         """
         for optimizer in self.optimizers:
-            optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # torch's own way
+            optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # as torch does
             optimizer.step()
         self.unit_norm()
 
     def watch(self, on: bool) -> None:
-        """Whether the next step of the matrices is kept for their certificates."""
+        """Whether ManifoldMuon keeps its next step for the certificates."""
         if self.muon is not None:
             self.muon.watched = on
 
@@ -96,13 +96,13 @@ class Optimizers:
         return {type(o).__name__: o.state_dict() for o in self.optimizers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take over what `state_dict` returned, where optimizer, name and shape are the same; all ranks must call.
+        """Load what `state_dict` returned, where optimizer, name and shape are the same. All ranks must call.
 
-        Settings and learning rates stay the configuration's. What does not fit stays at its start, and a weight that was on no or another
-        manifold is brought onto its own. The parameters must hold their saved values already.
+        Settings and learning rates are those of the configuration. State that does not fit is left at its start. A weight whose manifold
+        has changed is retracted onto the new one. The parameters must already have their saved values.
 
         Returns:
-            One line for everything that was not taken as it was; empty for the same assignment.
+            One line for everything that was not loaded unchanged; empty for the same assignment.
         """
         missed = [line for optimizer in self.optimizers for line in _take_over(optimizer, state)]
         if self.muon is None:
@@ -116,7 +116,7 @@ class Optimizers:
 
 
 def _take_over(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
-    """Give an optimizer the saved state that fits, by the parameters' names; returns what was left at its start."""
+    """Load the saved state that fits into an optimizer, by parameter name; returns a line for everything left at its start."""
     kind, fresh = type(optimizer).__name__, optimizer.state_dict()
     params = {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"])}
     saved = _state_by_name(state.get(kind, {"state": {}, "param_groups": []}), list(params))
@@ -124,7 +124,7 @@ def _take_over(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> li
     missed: dict[str, list[str]] = {}
     for index, (name, p) in enumerate(params.items()):
         old, start = saved.get(name, {}), fresh["state"].get(index)
-        # AdamW makes its state in its first step: numbers, and tensors of the parameter's shape.
+        # AdamW creates its state in its first step: numbers, and tensors of the shape of the parameter.
         wanted = start or {key: value if value.ndim == 0 else p for key, value in old.items()}
         fits = {key: old[key] for key, value in wanted.items() if key in old and old[key].shape == value.shape}
         lost = [key for key in wanted if key not in fits]
@@ -132,11 +132,13 @@ def _take_over(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> li
             missed.setdefault(", ".join(lost) or "state", []).append(name)
         taken[index] = fits if start or not lost else {}
     optimizer.load_state_dict({"state": taken, "param_groups": fresh["param_groups"]})
-    return [f"{kind}'s {what} of {name}: starts anew" for what, names in missed.items() for name in folded(names)]
+    return [
+        f"{kind}'s {what} of {name}: starts from scratch" for what, names in missed.items() for name in folded(names)
+    ]
 
 
 def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
-    """Parameter name → its state. A checkpoint from before names were saved is read in the order of these parameters."""
+    """Parameter name → its state. The oldest checkpoints have no names; their parameters are in the order `order`."""
     indices = [i for group in saved["param_groups"] for i in group["params"]]
     if all("names" in group for group in saved["param_groups"]):
         order = [name for group in saved["param_groups"] for name in group["names"]]
@@ -155,7 +157,7 @@ def step_rule(settings: Optim) -> StepRule:
 def rehearse(
     shapes: Mapping[str, tuple[int, ...]], cfg: Settings, unit_vectors: Mapping[str, int] | None = None
 ) -> tuple[list[Row], list[str]]:
-    """What `build_optimizers` would assign to parameters of these names and shapes, and everything it would refuse, with remedies."""
+    """What `build_optimizers` would assign to parameters of these names and shapes, and its errors, with remedies."""
     rows: list[Row] = []
     try:
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
@@ -167,12 +169,12 @@ def rehearse(
 
 
 def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str, int] | None = None) -> Optimizers:
-    """The optimizers of a model under a configuration; constrained weights are brought onto their manifold.
+    """The optimizers of a model; weights are retracted onto their manifolds.
 
     Args:
         model: any module; only parameter names and shapes matter. Tied parameters count once, under their first name.
-        cfg: the configuration, of which `assignment.rules` and `optim` are read.
-        unit_vectors: see `assign`; brought to unit length here, and by every `Optimizers.step`.
+        cfg: the configuration; only `assignment.rules` and `optim` are used.
+        unit_vectors: see `assign`; normalised here, and by every `Optimizers.step`.
 
     Raises:
         AssignmentError: see `assign`, `muon_groups` and `adamw_groups`.

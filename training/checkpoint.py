@@ -1,15 +1,12 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either complete or absent.
 
-A checkpoint is a directory ``step_00000100/`` with two files: ``state.pt``, written by torch.save, and
-``manifest.json``, which holds the step, the metric, and the size and sha256 of the state. It is written under a hidden
-name, synced to the disk and renamed, so a final name never stands for half a checkpoint, whatever kills the process.
-Every byte is checked before it is used.
+A checkpoint is a directory ``step_00000100/`` with two files: ``state.pt``, written by torch.save, and ``manifest.json``, with the step,
+the metric, and the size and sha256 of the state. It is written under a hidden name, synced to the disk and renamed, so a directory with
+a final name is always complete, even if the process is killed. Every byte is verified before it is used.
 
-The state is one plain file rather than a torch.distributed.checkpoint: the caller gathers to rank 0 what single ranks
-own (at GPT-2 sizes a few GB), and then one file has one checksum, holds tensors by name and thus loads on any number of
-ranks, and is read with ``weights_only=True``, which never executes code. The checksum guards against damage, not
-against forgery; against the latter stands ``weights_only``. One process writes into a directory at a time; any number
-may read.
+The state is one file, not a torch.distributed.checkpoint: the caller gathers it on rank 0 (a few GB at GPT-2 sizes). So it has one
+checksum, loads on any number of ranks, and is read with ``weights_only=True``, which never executes code. The checksum detects
+damage; ``weights_only`` protects against forged files. Only one process at a time may write into a directory; any number may read.
 """
 
 from __future__ import annotations
@@ -30,12 +27,12 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from training.files import remedy
+from training.files import remedy, sync
 
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
 
-# A replaced checkpoint is readable under its hidden name until its successor is in place; a ".tmp" is never read.
+# A checkpoint that is being replaced has a hidden name, under which it can be read; a ".tmp" is never read.
 _CHECKPOINT_NAME = re.compile(r"(step_(?P<step>\d{8,})|\.step_(?P<hidden>\d{8,})\.replaced)")
 _CHUNK_BYTES = 1 << 22
 _OURS = "use a checkpoint that this program saved"
@@ -61,7 +58,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A verified checkpoint: its state on the CPU, and the newer ones that were skipped as ``(path, reason)``."""
+    """A verified checkpoint with its state on the CPU; ``skipped`` are the newer, damaged ones as ``(path, reason)``."""
 
     state: dict[str, Any]
     path: Path
@@ -72,7 +69,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What ``manifest.json`` holds; ``size`` in bytes, ``metric`` None where there is none to compare."""
+    """The content of ``manifest.json``; ``size`` in bytes, ``metric`` None if there is none."""
 
     step: int
     metric: float | None
@@ -81,19 +78,19 @@ class _Manifest:
 
     @property
     def typed(self) -> bool:
-        """Whether every field is of its type: a file may say anything."""
+        """Whether every field has its type, since it was read from a file."""
         numbers = type(self.step) is type(self.size) is int and type(self.metric) in (float, type(None))
         return numbers and isinstance(self.sha256, str)
 
     def render(self) -> bytes:
-        """The only bytes this manifest may have on disk: canonical JSON with a checksum of its own."""
+        """The exact bytes of this manifest on disk: canonical JSON with a checksum."""
         fields = asdict(self)
         checksum = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         return json.dumps({**fields, "checksum": checksum}, indent=2, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> _Manifest:
-        """Read and verify ``path``; OSError if it cannot be read, CheckpointError if one byte is not as written."""
+        """Read and verify ``path``; OSError if it cannot be read, CheckpointError if any byte has changed."""
         raw = path.read_bytes()
         try:
             fields = json.loads(raw)
@@ -114,16 +111,16 @@ def save(
 ) -> Path:
     """Write ``state`` to ``directory/step_<step>/`` and return that path.
 
-    ``state`` is a nested dict of tensors (any device), numbers, strings, lists and tuples. ``metric`` is that of this
-    very state, lower is better; a non-finite one counts as none. Once the new checkpoint is in place, the newest
-    ``keep`` and the best by metric stay and all others go. So do those of a later step: they belong to a future that
-    was given up when the run resumed before it.
+    ``state`` is a nested dict of tensors (any device), numbers, strings, lists and tuples. ``metric`` belongs to this state; lower is
+    better, and a non-finite one counts as None. After the save, only the newest ``keep`` checkpoints and the one with the best metric
+    are kept. Checkpoints of a later step are removed too: the run was resumed before them.
 
-    Raises CheckpointError if the state holds anything that could not be loaded again without executing code, or if it
-    cannot be written (a full disk); the checkpoints that were there stay as they were.
+    Raises:
+        CheckpointError: the state contains a value that cannot be loaded without executing code, or it cannot be written (a full disk).
+            The existing checkpoints are then unchanged.
     """
     if keep < 1:
-        raise CheckpointError(f"keep={keep} would keep no checkpoint at all; set it to 1 or more")
+        raise CheckpointError(f"keep={keep} would keep no checkpoint; set it to 1 or more")
     _refuse_foreign(state, "state")
     directory = Path(directory)
     final = directory / f"step_{step:08d}"
@@ -139,14 +136,14 @@ def save(
         _remove(temp)
         raise CheckpointError(
             f"cannot save the checkpoint of step {step} in {directory}: {error.strerror or error}; {remedy(error)}; "
-            "then resume from the older checkpoints, which are untouched"
+            "then resume from the older checkpoints, which are unchanged"
         ) from error
     return final
 
 
 def _refuse_foreign(value: Any, where: str) -> None:
-    """Raise on what ``torch.load(weights_only=True)`` would refuse: better now than when the run is to be resumed."""
-    # Exact types: numpy.float64 is a float and is pickled as a numpy object all the same.
+    """Raise for a value that ``torch.load(weights_only=True)`` would refuse later."""
+    # Exact types: numpy.float64 is a subclass of float, but it is pickled as a NumPy object.
     if type(value) not in _PLAIN_TYPES:
         raise CheckpointError(
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which could not be loaded again "
@@ -162,10 +159,9 @@ def _refuse_foreign(value: Any, where: str) -> None:
 
 
 class _DigestFile:
-    """A file for torch.save that hashes what passes through it and keeps an OSError instead of raising it.
+    """A file for torch.save that hashes its content. It stores an OSError in ``error`` instead of raising it.
 
-    torch's zip writer answers a failed write with an unrelated RuntimeError; so it is never told, and the caller asks
-    for ``error``.
+    After a failed write, torch's zip writer would raise an unrelated RuntimeError. So the caller checks ``error`` at the end.
     """
 
     def __init__(self, file: BinaryIO):
@@ -186,26 +182,26 @@ class _DigestFile:
         return length
 
     def flush(self) -> None:
-        """Nothing: _write_files flushes and syncs once, at the end."""
+        """Do nothing: _write_files flushes and syncs at the end."""
 
 
 def _write_files(temp: Path, step: int, state: dict[str, Any], metric: float | None) -> None:
     with (temp / STATE_FILE).open("wb") as file:
         sink = _DigestFile(file)
-        torch.save(state, cast(IO[bytes], sink))  # torch asks for no more of a file than this one has
+        torch.save(state, cast(IO[bytes], sink))  # torch uses only these methods
         if sink.error is not None:
             raise sink.error
-        _sync_file(file)
+        sync(file)
     comparable = float(metric) if metric is not None and math.isfinite(metric) else None
     manifest = _Manifest(int(step), comparable, sink.size, sink.digest.hexdigest())
     with (temp / MANIFEST_FILE).open("wb") as file:
         file.write(manifest.render())
-        _sync_file(file)
+        sync(file)
     _sync_directory(temp)
 
 
 def _publish(temp: Path, final: Path) -> None:
-    """Give the finished checkpoint its name; an old one steps aside, as no call replaces a directory."""
+    """Give the finished checkpoint its final name. An old one is renamed first, because no call replaces a directory."""
     if final.exists() and not final.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
     if final.exists():
@@ -215,7 +211,7 @@ def _publish(temp: Path, final: Path) -> None:
 
 
 def _retire(directory: Path, step: int, keep: int) -> None:
-    """Remove all but the newest ``keep`` and the best; one that shows damage at first sight counts as neither."""
+    """Remove all but the newest ``keep`` and the best. One with a damaged manifest or a wrong size counts as neither."""
     paths = list(_checkpoints(directory))
     manifests = {}
     for path in paths:
@@ -232,14 +228,14 @@ def _retire(directory: Path, step: int, keep: int) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a final name never stands for half of one."""
+    """Remove a checkpoint. It is renamed first, so that a directory with a final name is always complete."""
     doomed = path.with_name(f".{path.name.lstrip('.')}.removed.tmp")
     os.replace(path, doomed)
     _remove(doomed)
 
 
 def _remove(path: Path) -> None:
-    """Remove what is at a hidden name of ours, a directory or a file; what cannot be removed stays."""
+    """Remove a directory or a file; ignore it if it cannot be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -248,7 +244,7 @@ def _remove(path: Path) -> None:
 
 
 def _clear_interrupted(directory: Path) -> None:
-    """Remove what a killed save left, and bring back a checkpoint that had stepped aside for one that never came."""
+    """Clean up after a save that was killed: remove its files, and give a checkpoint that it renamed its name back."""
     for temp in directory.glob(".step_*.tmp"):
         _remove(temp)
     for aside in directory.glob(".step_*.replaced"):
@@ -259,13 +255,8 @@ def _clear_interrupted(directory: Path) -> None:
             os.replace(aside, final)
 
 
-def _sync_file(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _sync_directory(path: Path) -> None:
-    """Make the names in ``path`` survive a power failure, where the file system offers that."""
+    """Sync the names in ``path`` to the disk, if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -282,15 +273,15 @@ def _sync_directory(path: Path) -> None:
 def load(path: str | Path) -> Loaded:
     """Load one checkpoint directory after verifying every byte; tensors come to the CPU.
 
-    Raises CheckpointError if there is none at ``path``, if it is damaged, or if its state is no dict of tensors and
-    plain values.
+    Raises:
+        CheckpointError: there is none at ``path``, it is damaged, or its state is not a dict of tensors and plain values.
     """
     path = Path(path)
     manifest = _verify(path)
     try:
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:
-        # The bytes are as written, so whatever torch raises, it says that it will not have this content.
+        # The bytes are unchanged, so torch refuses the content itself.
         raise CheckpointError(
             f"{path / STATE_FILE} holds more than tensors and plain values or comes from another torch "
             f"({type(error).__name__}), so it was not loaded and nothing in it was executed; {_OURS}"
@@ -301,9 +292,10 @@ def load(path: str | Path) -> Loaded:
 
 
 def load_newest(directory: str | Path) -> Loaded | None:
-    """Load the newest checkpoint in ``directory`` that verifies; None if there is not a single one, good or bad.
+    """Load the newest checkpoint in ``directory`` that passes verification; None if there are none at all.
 
-    Raises CheckpointError if there are some and none is good: starting over would throw a run away without asking.
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
     """
     skipped: list[tuple[Path, str]] = []
     for path in _checkpoints(Path(directory)):
@@ -321,7 +313,7 @@ def load_newest(directory: str | Path) -> Loaded | None:
 
 
 def _checkpoints(directory: Path) -> Iterator[Path]:
-    """The checkpoints in ``directory``, newest first; one that stepped aside comes after its successor."""
+    """The checkpoints in ``directory``, newest first; one with a hidden name comes after its replacement."""
     found = []
     for path in directory.glob("*step_*"):
         if (match := _CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir():
@@ -330,15 +322,15 @@ def _checkpoints(directory: Path) -> Iterator[Path]:
 
 
 def _check_size(path: Path) -> _Manifest:
-    """The manifest of ``path``, verified, with the size of its state and its name: what needs no reading of it all."""
+    """The verified manifest of ``path``. Checks all that can be checked without reading the state: its size, and the name."""
     try:
         manifest = _Manifest.read(path / MANIFEST_FILE)
         size = (path / STATE_FILE).stat().st_size
     except OSError as error:
         newest = next(_checkpoints(path), None)
-        remedy = f"did you mean {newest}?" if newest else "give a directory step_<number> or use resume=auto"
+        hint = f"did you mean {newest}?" if newest else "give a directory step_<number> or use resume=auto"
         name = Path(error.filename or path).name
-        raise CheckpointError(f"{path} is no checkpoint ({name}: {error.strerror or error}); {remedy}") from error
+        raise CheckpointError(f"{path} is not a checkpoint ({name}: {error.strerror or error}); {hint}") from error
     if size != manifest.size:
         raise CheckpointError(
             f"{path / STATE_FILE} has {size} bytes instead of {manifest.size}: it was truncated or altered; "

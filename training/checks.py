@@ -1,4 +1,4 @@
-"""Whether a configuration can run: the one place where a plain one becomes typed, and where everything that is wrong with it is listed."""
+"""Checks of a configuration. Here a plain configuration becomes typed, and all its problems are listed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from training.transfer import problems_of_transfer
 from training.validate import ConfigError, problems_of_batch, problems_of_machine
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, MachineError)
-"""What a user can mend: the message is all that is shown."""
+"""Errors that a user can correct: only the message is printed, no traceback."""
 
 
 def read(cfg: Mapping[str, Any]) -> Settings:
-    """A plain configuration, typed.
+    """Turn a plain configuration into a typed one.
 
     Raises:
-        ConfigError: a single value is wrong. The message also lists what `check` finds between the others.
+        ConfigError: a value is wrong. The message also lists the problems that `check` finds between the other values.
     """
     settings, found = read_sound(cfg)
     if found:
@@ -38,7 +38,7 @@ def read(cfg: Mapping[str, Any]) -> Settings:
 def check(cfg: Settings, world: int | None = None) -> None:
     """Raise ConfigError with every problem between settings, and between them and this machine.
 
-    `world` is the number of ranks; None for those that `launcher.nproc` starts.
+    `world` is the number of ranks; None for `launcher.nproc`.
     """
     if found := _problems_of_relations(cfg, world):
         raise ConfigError(found)
@@ -59,7 +59,7 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
 
 
 def problems_of_model(cfg: Settings) -> list[str]:
-    """Whether the model can be built, and every parameter gets exactly one optimizer."""
+    """Problems of building the model and of giving every parameter exactly one optimizer."""
     shape = gpt_config(cfg)
     if found := shape.problems():
         return found
@@ -77,10 +77,10 @@ def problems_of_model(cfg: Settings) -> list[str]:
 
 
 def read_data(section: Any) -> Data:
-    """The plain section `data` alone, typed.
+    """Turn the plain section `data` into a typed one.
 
     Raises:
-        ConfigError: listing everything that is wrong with its values.
+        ConfigError: values are wrong; the message lists all of them.
     """
     kind = Section(Settings).kinds["data"]
     if found := kind.problems("data", section):

@@ -1,4 +1,4 @@
-"""The command line of training: Hydra composes the configuration, and the launcher starts the ranks. A user's mistake ends with exit code 2."""
+"""The command line of training: Hydra composes the configuration, the launcher starts the ranks. An error of the user ends with exit code 2."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ EXTRAS = (
     ("hydra/launcher=submitit", "hydra_submitit_launcher", "slurm"),
     ("hydra/sweeper=optuna", "hydra_optuna_sweeper", "hpo"),
 )
-"""How a word of the command line begins, the Hydra plugin that it needs, and the extra that brings it."""
+"""Start of a word of the command line, the Hydra plugin that it needs, and the extra of this package that installs it."""
 
 
 def run_command(worker: Worker) -> None:
-    """Run the worker, which must be importable by name, as the command line says: one run, a rank of one, or a sweep."""
+    """Run the worker as the command line says: one run, one rank of a run, or a sweep. Ranks import the worker by name."""
     composed = False
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
@@ -40,7 +40,7 @@ def run_command(worker: Worker) -> None:
             return report(hydra_job(config))
         try:
             cfg = read(resolved(config))
-            if "RANK" not in os.environ:  # a rank checks where it trains, and its message is printed once
+            if "RANK" not in os.environ:  # each rank checks in `worker`; the message is printed once
                 check(cfg)
             return report(launch(worker, cfg, None, USER_ERRORS))
         except (*USER_ERRORS, RankFailed) as error:
@@ -52,17 +52,17 @@ def run_command(worker: Worker) -> None:
         if is_main_process():
             print(refused, file=sys.stderr)
         raise SystemExit(USER_ERROR)
-    # Our settings of a plugin stand under its own name, where Hydra checks them against its schema and would rather not.
+    # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
     try:
         run()
     except SystemExit as ended:
-        # Hydra refuses a misspelt key or group with a message of its own, and exit code 1.
+        # For a misspelt key or group, Hydra prints a message and exits with code 1.
         raise SystemExit(ended.code if composed or ended.code != 1 else USER_ERROR) from None
 
 
 def report(best: float) -> float:
-    """Print a run's last line."""
+    """Print the last line of a run."""
     if is_main_process():
         print(f"best validation loss {best:.4f}", flush=True)
     return best
@@ -73,14 +73,14 @@ def refusal(arguments: Sequence[str]) -> str | None:
     for word, plugin, extra in EXTRAS:
         if any(a.startswith(word) for a in arguments) and not _is_installed(plugin):
             return f"{word}... needs a plugin that is not installed; get it with: pip install -e '.[{extra}]'"
-    # Hydra makes a sweep's directory before any of its jobs could look at the name.
+    # Hydra creates the directory of a sweep before a job can check the name.
     for name in _values("sweep.name", arguments):
         if why := refused_name(name):
             return f"sweep.name {why}"
     flags = {"-m", "--multirun"}
     if "RANK" not in os.environ or not flags & set(arguments):
         return None
-    # Every rank would sweep by itself, and the second job would find the process group of the first.
+    # Every rank would start its own sweep, and the second job would find the process group of the first.
     wanted = [a for a in arguments if a not in flags and not a.startswith("launcher.nproc=")]
     nproc = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return "a sweep cannot run under torchrun, since each of its jobs starts its own ranks; use: " + shlex.join(
@@ -91,12 +91,12 @@ def refusal(arguments: Sequence[str]) -> str | None:
 def _is_installed(plugin: str) -> bool:
     try:
         return find_spec(f"hydra_plugins.{plugin}") is not None
-    except ModuleNotFoundError:  # not a single plugin is
+    except ModuleNotFoundError:  # no plugin is installed
         return False
 
 
 def _values(key: str, arguments: Sequence[str]) -> Iterator[Any]:
-    """What the command line gives a key, read as Hydra reads it; what Hydra cannot read, it will say itself."""
+    """The values that the command line gives a key, parsed by Hydra. Hydra reports later what it cannot parse."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 

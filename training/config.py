@@ -1,4 +1,4 @@
-"""Composing a configuration outside of Hydra's own main: for scripts and tests."""
+"""Compose a configuration without the command line: for scripts and tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def compose(overrides: Sequence[str] = ()) -> Settings:
 
 
 def compose_plain(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The same as plain dicts, whatever its values are."""
+    """The same as plain dicts, without any check of the values."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
@@ -33,10 +33,10 @@ def compose_plain(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def resolved(config: Any) -> dict[str, Any]:
-    """An OmegaConf configuration as plain Python, references resolved; a missing value stays the string "???".
+    """An OmegaConf configuration as plain Python values, with references resolved; a missing value is the string "???".
 
     Raises:
-        ConfigError: a reference leads nowhere.
+        ConfigError: a reference cannot be resolved.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -1,4 +1,4 @@
-"""A run's data."""
+"""The data of a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from training.validate import ConfigError
 
 
 def open_data(cfg: Settings) -> Dataset:
-    """The prepared data; the kind that takes seconds prepares itself.
+    """Open the prepared data. With `data.auto_prepare`, prepare it first if it is missing.
 
     Raises:
-        DataError: it is not prepared, or damaged. ConfigError: the model has too small a vocabulary for it.
+        DataError: the data is missing or damaged. ConfigError: the vocabulary of the model is too small for it.
     """
     if cfg.data.auto_prepare:
         prepare(cfg.data)

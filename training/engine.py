@@ -34,7 +34,7 @@ from training.files import CONFIG_FILE
 from training.launch import USER_ERROR
 from training.lock import InUse
 from training.run import end_of
-from training.signals import STOP_SIGNALS, Stopped, StopSignal, leave_at_once
+from training.signals import STOP_SIGNALS, Stopped, StopSignal, exit_on_stop_signals
 from training.sweep import finished, hydra_job, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,7 +255,7 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
 def work() -> None:
     """Run the job that standard input tells of. Its last words, one line on stderr, are the reason if it fails."""
-    leave_at_once()
+    exit_on_stop_signals()
     task = json.loads(sys.stdin.buffer.readline() or "null")
     if task is None:
         return  # the parent was gone before it could say

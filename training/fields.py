@@ -1,23 +1,23 @@
-"""What values a setting may have: the annotation of each field says it once, and one checker reads them all.
+"""The values that a setting may have. The annotation of a field states them, and this module checks them.
 
-A section of the configuration is a frozen dataclass whose fields have no defaults, which stand in configs/:
+A section of the configuration is a frozen dataclass. Its fields have no defaults; the defaults are in configs/:
 
     @dataclass(frozen=True)
     class Log:
         interval: Annotated[int, ("low", 1)]
         interval_spectra: Annotated[int, ("low", 1)] | None
 
-An annotation is a type (bool, int, float, str, Literal, tuple, Mapping, another section, or a union of these). Annotated adds
-conditions, pairs of a name and what it asks, or a Kind of one's own:
+An annotation is a type (bool, int, float, str, Literal, tuple, Mapping, another section, or a union of these). Annotated adds conditions
+as pairs (name, value), or a Kind:
 
-    low, high, above, below     of a number; `low` and `high` belong to the range
-    shortest, longest           of text
-    path                        true for text that is the path of a file or folder
-    options                     words, of which a text must be one
-    null                        what null does, in words, of a type that may be None
-    by, types                   of one of several sections: the key that tells them apart, and its values with their sections
+    low, high, above, below     limits of a number; `low` and `high` belong to the range
+    shortest, longest           limits of the length of a text
+    path                        true for a text that is the path of a file or folder
+    options                     the allowed texts
+    null                        what null means, for a type that may be None
+    by, types                   for one of several sections: the key that selects it, and a mapping from its values to the sections
 
-`Section(type).problems` lists everything that is wrong with the values of such a section, `read` makes an instance, `plain` leads back.
+`Section(type).problems` lists all wrong values of such a section, `read` makes an instance, and `plain` is the inverse of `read`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-MISSING = "???"  # OmegaConf's word for a value that must still be given
-MOST = 10**15  # no number of a configuration is larger
-# YAML 1.1's booleans, which are text here
+MISSING = "???"  # OmegaConf's mark of a missing value
+MOST = 10**15  # the largest allowed number
+# words that are booleans in YAML 1.1, but text here
 YAML_WORDS = {"no": False, "off": False, "n": False, "yes": True, "on": True, "y": True}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with the value at a dotted key, with its remedy."""
+    """A message about the wrong value at a dotted key, with a remedy."""
 
     key: str
     message: str
@@ -51,7 +51,7 @@ class Problem:
 
 
 class Kind:
-    """The values that a setting may have."""
+    """A set of values that a setting may have."""
 
     @property
     def remedy(self) -> str:
@@ -59,35 +59,35 @@ class Kind:
         raise NotImplementedError
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is one of them."""
+        """Whether a value is in the set."""
         return not self.wrong("", value)
 
     def hint(self, value: Any) -> str:
-        """What the user probably meant by a wrong value, to be added to the remedy."""
+        """A guess what the user meant by a wrong value, as an addition to the remedy."""
         return ""
 
     def problems(self, key: str, value: Any) -> list[Problem]:
-        """Everything that is wrong with the value at a dotted key."""
+        """All problems of the value at a dotted key."""
         if isinstance(value, str) and value == MISSING:
             return [Problem(key, f"{key} is missing; give it, or choose an experiment")]
         return self.wrong(key, value)
 
     def wrong(self, key: str, value: Any) -> list[Problem]:
-        """What is wrong with a value that is there."""
+        """All problems of a value that is not missing."""
         return [] if self.fits(value) else [self.refusal(key, value)]
 
     def refusal(self, key: str, value: Any) -> Problem:
-        """That a value is not one of them."""
+        """The problem that a value is not in the set."""
         return Problem(key, f"{key} is {shown(value)}; {self.remedy}{self.hint(value)}")
 
     def read(self, value: Any) -> Any:
-        """The typed object that a value without problems stands for."""
+        """The typed object for a valid value."""
         return value
 
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number in a range. A whole one may be written 1e9, which YAML reads as a float."""
+    """A finite number in a range. A whole number may be written as 1e9, which YAML reads as a float."""
 
     whole: bool
     low: float | None = None
@@ -123,13 +123,13 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of a few words or booleans; a function gives them where a registry may grow."""
+    """One of several texts or booleans; a function, if they come from a registry that may grow."""
 
     options: Collection[Any] | Callable[[], Collection[Any]]
 
     @property
     def choices(self) -> Collection[Any]:
-        """The words and booleans, as they are now."""
+        """The allowed texts and booleans now."""
         return self.options() if callable(self.options) else self.options
 
     @property
@@ -172,7 +172,7 @@ class PathText(Text):
     """The path of a file or folder."""
 
     longest: int = 3500
-    part: int = 255  # the longest name that file systems take, in bytes
+    part: int = 255  # the longest name that file systems allow, in bytes
 
     @property
     def remedy(self) -> str:
@@ -184,7 +184,7 @@ class PathText(Text):
 
 @dataclass(frozen=True)
 class Optional(Kind):
-    """What another kind takes, or null; `null` says what that does."""
+    """A value of another kind, or null; `null` says what null means."""
 
     kind: Kind
     null: str = "switches it off"
@@ -206,7 +206,7 @@ class Optional(Kind):
 
 @dataclass(frozen=True)
 class Several(Kind):
-    """A list whose items are of one kind."""
+    """A list of values of one kind."""
 
     kind: Kind
     count: int | None = None
@@ -245,7 +245,7 @@ class Patterns(Kind):
 
 @dataclass(frozen=True)
 class Either(Kind):
-    """What one of two kinds takes."""
+    """A value of one of two kinds."""
 
     first: Kind
     second: Kind
@@ -266,7 +266,7 @@ _KINDS: dict[type[Any], Mapping[str, Kind]] = {}
 
 @dataclass(frozen=True)
 class Section(Kind):
-    """A mapping with the keys of a dataclass; `owner` is the name it has among several."""
+    """A mapping with the fields of a dataclass as keys; `owner` is its name if it is one of several sections."""
 
     type: type[Any]
     owner: str = ""
@@ -301,14 +301,14 @@ class Section(Kind):
 
 @dataclass(frozen=True)
 class Variant(Kind):
-    """One of several sections, told apart by the value of the key `by`."""
+    """One of several sections; the value of the key `by` selects it."""
 
     by: str
     types: Mapping[str, type[Any]]
 
     @property
     def remedy(self) -> str:
-        return f"give a section with the key {self.by} and what belongs to it"
+        return f"give a section with the key {self.by} and the keys that belong to its value"
 
     def wrong(self, key: str, value: Any) -> list[Problem]:
         if not isinstance(value, Mapping):
@@ -325,7 +325,7 @@ class Variant(Kind):
 
 
 def kind_of(hint: Any) -> Kind:
-    """The values that an annotation allows."""
+    """The kind of values that an annotation allows."""
     conditions: dict[str, Any] = {}
     if get_origin(hint) is Annotated:
         hint, *notes = get_args(hint)
@@ -357,7 +357,7 @@ def kind_of(hint: Any) -> Kind:
 
 
 def plain(value: Any) -> Any:
-    """What `read` was given, as YAML and a checkpoint hold it: dicts, lists, numbers and text."""
+    """The inverse of `read`: dicts, lists, numbers and text, as in YAML and in checkpoints."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -369,14 +369,14 @@ def plain(value: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; true and false are none."""
+    """Whether a value is a finite number; true and false are not."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return isinstance(value, int) or math.isfinite(value)
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: null, true and false as YAML has them, and cut where it is long."""
+    """A value as text for a message: null, true and false as in YAML; a long value is cut."""
     words = {None: "null", True: "true", False: "false"}
     written = words[value] if value is None or isinstance(value, bool) else repr(value)
     return written if len(written) <= 80 else f"{written[:60]}... ({len(written):,} characters)"

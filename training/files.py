@@ -1,11 +1,11 @@
-"""The files of a run's directory: written whole or not at all, read without trusting them, and what to say where that fails."""
+"""Files in the directory of a run: atomic writes, safe reads, and remedies for errors."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -17,7 +17,7 @@ _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
 def remedy(error: OSError) -> str:
-    """What a person can do about a file that could not be written, without risk to what they own."""
+    """What the user can do about a file that could not be written; never a risk for other files."""
     if error.errno in FULL_DISK:
         return "free space there or choose another output_dir"
     if error.errno in _IN_THE_WAY:
@@ -27,34 +27,39 @@ def remedy(error: OSError) -> str:
     return "make that place writable or choose another output_dir"
 
 
+def sync(file: IO[Any]) -> None:
+    """Write what was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is either whole or as it was before; OSError if that fails."""
+    """Write a text file atomically: after an error, the old file is unchanged. OSError if it fails."""
     temp = path.with_name(f".{path.name}.tmp")
     try:
         with temp.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(temp, path)
     except OSError as error:
         temp.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)  # a full disk is met by a descriptor, which has no name
+        error.filename = error.filename or str(path)  # the error of a full disk has no file name
         raise
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The configuration that a run wrote into its directory. Nothing in the file is executed.
+    """Read the configuration that a run wrote into its directory. No code in the file is executed.
 
     Raises:
-        FileNotFoundError: there is none. OSError: it cannot be read. ValueError: it is no configuration; the message names the file.
+        FileNotFoundError: there is none. OSError: it cannot be read. ValueError: it is not a configuration; the message names the file.
     """
     path = directory / CONFIG_FILE
     raw = path.read_bytes()
     try:
         config = yaml.safe_load(raw)
-    except Exception as error:  # what PyYAML meets in its tags, it does not all turn into a YAMLError
+    except Exception as error:  # for some tags PyYAML raises other errors than YAMLError
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not YAML of plain values ({cause})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no configuration")
+        raise ValueError(f"{path} is not a configuration")
     return config

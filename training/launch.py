@@ -1,7 +1,7 @@
-"""From one job to its ranks: this process alone, one rank among those that torchrun started, or the parent of ranks of its own.
+"""Start the ranks of a job. This process is the only rank, or one of the ranks of torchrun, or the parent of ranks that it starts.
 
-How a process ended is said by its exit code alone, since that is what crosses from a rank to its parent, to torchrun and to a
-cluster: 0 done, 2 a user's mistake (its message is on stderr), 128 + signal saved and stopped, anything else a failure.
+The exit code says how a rank ended, because parents, torchrun and clusters see nothing else: 0 done, 2 an error of the user (the message
+is on stderr), 128 + signal number saved and stopped, anything else a failure.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from typing import Any
 
 from training.ranks import LostRanks
 from training.settings import Settings
-from training.signals import STOP_SIGNALS, Stopped, leave, leave_at_once
+from training.signals import STOP_SIGNALS, Stopped, exit_now, exit_on_stop_signals
 
 Worker = Callable[[Settings, "Path | None"], float]
-"""What a rank does: a configuration and a directory become the best validation loss. Importable by name, for spawned ranks."""
+"""The function that each rank runs: (configuration, directory) → best validation loss. Spawned ranks import it by name."""
 
 USER_ERROR = 2
 
 
 class RankFailed(Exception):
-    """A rank of this job failed, and the job with it; `exit_code` is what the job should end with."""
+    """A rank of this job failed; `exit_code` is the exit code of the job."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -48,17 +48,17 @@ class RankFailed(Exception):
 def launch(
     worker: Worker, cfg: Settings, directory: Path | None, user_errors: tuple[type[Exception], ...] = ()
 ) -> float:
-    """Run a job on its ranks; returns what rank 0's worker returns.
+    """Run a job on its ranks; returns the result of the worker on rank 0.
 
     Args:
         worker: run by every rank with `cfg` and `directory`.
-        cfg: configuration; `launcher.nproc` ranks are started unless this process is a rank already.
-        directory: of the job, or None where the worker is to choose.
-        user_errors: exceptions whose message is all that a rank prints; with exit code 2, or their own `exit_code`.
+        cfg: configuration; `launcher.nproc` ranks are started, unless this process is already a rank.
+        directory: of the job; None if the worker chooses it.
+        user_errors: exceptions of which a rank prints only the message; the exit code is their `exit_code`, or 2.
 
     Raises:
-        Stopped: a signal ended the run, which has saved. RankFailed: a rank that was started here failed. Whatever the worker
-        raises, where it runs in this process.
+        Stopped: a signal ended the run after a save. RankFailed: a rank that was started here failed. If the worker runs in this
+        process: the exceptions of the worker.
     """
     if "RANK" in os.environ:
         return run_rank(worker, cfg, directory, user_errors)
@@ -68,15 +68,15 @@ def launch(
         return _start_ranks(worker, cfg, directory, user_errors)
     except Stopped as stopped:
         print(stopped.message, file=sys.stderr, flush=True)
-        # Who handled this signal before us learns of it now that the run has saved: submitit requeues the job.
+        # The run has saved, so the previous handler is called now: that of submitit requeues the job.
         handler = signal.getsignal(stopped.signal)
-        if callable(handler) and handler not in (signal.default_int_handler, leave):
+        if callable(handler) and handler not in (signal.default_int_handler, exit_now):
             handler(stopped.signal, None)
         raise
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for the job: not a rank, or rank 0."""
+    """Whether this process prints for the job: it is rank 0, or not a rank."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -90,14 +90,14 @@ def run_rank(
     user_errors: tuple[type[Exception], ...],
     parent: Connection | None = None,
 ) -> float:
-    """Run the worker as one of several ranks. Anything but success leaves the process at once, by its exit code.
+    """Run the worker as one of several ranks. Unless it succeeds, the process exits immediately with an exit code.
 
-    At once, because a rank that lingers after a signal is killed after 30 s, and one that unwinds after an error may wait forever
-    in the destructor of a process group whose other ranks are gone. A `parent` that started this rank is left to speak: it hears
-    from rank 0 where a signal stopped it, and of a user's mistake, which all ranks make, from the first that leaves.
+    Immediately, because the launcher kills a rank 30 s after a signal, and because after an error the destructor of a process group may
+    wait forever for ranks that no longer exist. If a `parent` started this rank, the parent prints the messages: rank 0 sends it the
+    one about a signal, and the first rank that exits passes on an error of the user, which is the same on all ranks.
     """
     if parent is not None:
-        leave_at_once()
+        exit_on_stop_signals()
     try:
         return worker(cfg, directory)
     except Stopped as stopped:
@@ -107,7 +107,7 @@ def run_rank(
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except user_errors as error:
-        code = tell_user(error, heard=parent is not None)
+        code = tell_user(error, has_parent=parent is not None)
     except LostRanks as error:
         code = 1
         print(error, file=sys.stderr)
@@ -119,15 +119,15 @@ def run_rank(
     os._exit(code)
 
 
-def tell_user(error: Exception, heard: bool = False) -> int:
-    """Print what a user can mend, once a node where all ranks meet the same; the exit code that belongs to it.
+def tell_user(error: Exception, has_parent: bool = False) -> int:
+    """Print the message of an error of the user, once for each node; returns the exit code.
 
-    heard: a parent of this rank hears it, where torch's launcher, which named the file, looks for the first failure's message.
+    has_parent: the parent of this rank prints it. The message is written to the file in which torch's launcher looks for it.
     """
     code: int = getattr(error, "exit_code", USER_ERROR)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(path).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
-    if code != USER_ERROR or (not heard and os.environ.get("LOCAL_RANK", "0") == "0"):
+    if code != USER_ERROR or (not has_parent and os.environ.get("LOCAL_RANK", "0") == "0"):
         print(error, file=sys.stderr)
     return code
 
@@ -154,44 +154,44 @@ def _start_ranks(
         rdzv_configs={"timeout": cfg.launcher.timeout_s, **meeting},
         max_restarts=0,
         start_method="spawn",
-        signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours
+        signals_to_handle="SIGHUP,SIGQUIT",  # _signals_passed_on handles the others
     )
     sys.unraisablehook = _without_timers(sys.unraisablehook)
-    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+    for name in list(logging.root.manager.loggerDict):  # each has its own level
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing.spawn")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what there is to say, the ranks and we say
-    ear, mouth = multiprocessing.get_context("spawn").Pipe(duplex=False)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks and this process print all that matters
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
     ending: BaseException
-    with ear, mouth:
+    with receiver, sender:
         try:
             with _signals_passed_on(), _cores_shared(nproc):
-                results = elastic_launch(config, run_rank)(worker, cfg, directory, user_errors, mouth)
-            return next(iter(results.values()))  # the same on every rank; rank 0's where it is among this node's
+                results = elastic_launch(config, run_rank)(worker, cfg, directory, user_errors, sender)
+            return next(iter(results.values()))  # equal on all ranks
         except SignalException as caught:
             ending = Stopped(caught.sigval)
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
             ending = _ending(rank, failure.exitcode, failure.message)
-        if isinstance(ending, Stopped) and ear.poll():
-            ending = Stopped(ending.signal, ear.recv())  # in the words of rank 0
+        if isinstance(ending, Stopped) and receiver.poll():
+            ending = Stopped(ending.signal, receiver.recv())  # the message of rank 0
         raise ending
 
 
 def _without_timers(hook: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `sys.unraisablehook` that is silent about torch's timer of the rendezvous, which may be collected in a thread of its own.
+    """A `sys.unraisablehook` that ignores an error of the rendezvous timer of torch.
 
-    Its finalizer then tries to join that thread and fails, after everything has been said.
+    If the timer is garbage-collected in its own thread, its finalizer cannot join that thread. The error has no effect.
     """
 
-    def hear(unraisable: Any) -> None:
+    def report(unraisable: Any) -> None:
         if "cannot join current thread" not in str(unraisable.exc_value):
             hook(unraisable)
 
-    return hear
+    return report
 
 
 def _ending(rank: int, code: int, message: str) -> BaseException:
-    """What the end of the first rank that failed means for the job."""
+    """The exception for the job, from the exit code of the first rank that failed."""
     signum = code - 128 if code > 128 else -code
     if signum in STOP_SIGNALS:
         return Stopped(signum)
@@ -200,18 +200,20 @@ def _ending(rank: int, code: int, message: str) -> BaseException:
     if code < 0:
         name = signal.Signals(-code).name
         return RankFailed(
-            f"rank {rank} was killed by {name} (for SIGKILL, look for want of memory); continue with resume=auto", 1
+            f"rank {rank} was killed by {name} (for SIGKILL, check whether memory ran out); continue with resume=auto",
+            1,
         )
-    return RankFailed(f"rank {rank} failed with exit code {code}; its message stands above", 1)
+    return RankFailed(f"rank {rank} failed with exit code {code}; its message is above", 1)
 
 
 @contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """Let a stop signal reach the ranks, and give the handlers back that were there before.
+    """Pass stop signals on to the ranks; at the end, restore the previous handlers.
 
-    The launcher sends on what is raised as SignalException, and waits for the ranks to save; a second signal does not hurry it.
-    A rank inherits which signals this thread is deaf to, and stays so until it can handle them (`leave_at_once`): it neither dies
-    with a traceback while Python starts nor misses one. Another thread hears them meanwhile; Python runs the handlers in this one all the same.
+    For a SignalException, the launcher of torch sends the signal to the ranks and waits until they have saved; a second signal changes
+    nothing. This thread blocks the signals, and a new rank inherits that, until it can handle them (`exit_on_stop_signals`): so a signal
+    neither ends it with a traceback while Python starts, nor gets lost. Another thread receives the signals; Python still runs the
+    handlers in this one.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -221,7 +223,7 @@ def _signals_passed_on() -> Iterator[None]:
         nonlocal passed_on
         if passed_on:
             return
-        if _starts_ranks(frame):  # one that is half started could not be told; ask again soon
+        if _starts_ranks(frame):  # a rank that is being started cannot receive it yet; try again soon
             threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
             return
         passed_on = True
@@ -230,9 +232,9 @@ def _signals_passed_on() -> Iterator[None]:
     before = {s: signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
     for signum in STOP_SIGNALS:
         signal.signal(signum, pass_on)
-    resource_tracker.ensure_running()  # which would open this thread's ears again if it started later
-    over = threading.Event()
-    threading.Thread(target=over.wait, daemon=True).start()
+    resource_tracker.ensure_running()  # if it started later, it would unblock the signals
+    done = threading.Event()
+    threading.Thread(target=done.wait, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -240,7 +242,7 @@ def _signals_passed_on() -> Iterator[None]:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        over.set()
+        done.set()
 
 
 def _starts_ranks(frame: FrameType | None) -> bool:
@@ -252,7 +254,7 @@ def _starts_ranks(frame: FrameType | None) -> bool:
 
 @contextmanager
 def _cores_shared(nproc: int) -> Iterator[None]:
-    """Give each rank its part of this machine's cores, unless the user has decided; all of them each would only get in the way."""
+    """Give each rank its share of the cores of this machine, unless OMP_NUM_THREADS is set."""
     name = "OMP_NUM_THREADS"
     if name in os.environ:
         yield
@@ -272,11 +274,11 @@ def _slurm_nodes() -> int:
 
 
 def _slurm_rendezvous() -> tuple[str, str, dict[str, Any]]:
-    """Where the nodes of this job meet, its id, both the same on all of them, and who is the host; a requeued job is a new one."""
+    """Endpoint and id of the rendezvous, equal on all nodes of this job, and which node is the host. A requeued job has a new id."""
     import submitit
 
     job = submitit.JobEnvironment()
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    # Ports from 20000 on, away from those that Linux gives to outgoing connections (32768 and up).
+    # Ports from 20000 on: Linux uses 32768 and above for outgoing connections.
     endpoint = f"{job.hostnames[0]}:{20_000 + int(job.raw_job_id) % 10_000}"
     return endpoint, f"{job.job_id}.{restarts}", {"is_host": job.node == 0}

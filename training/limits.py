@@ -1,4 +1,4 @@
-"""Where the machine ends: memory and disk that run out become one message with a remedy in place of a traceback."""
+"""Errors of the machine: if memory or disk runs out, one message with a remedy replaces the traceback."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from training.files import FULL_DISK, NOT_ALLOWED, remedy
 from training.settings import Settings
 
-# torch has a class of its own for CUDA's memory alone; what its other allocators say is a RuntimeError.
+# Only the CUDA allocator of torch has its own class of error; the others raise RuntimeError.
 _NO_MEMORY = re.compile(
     r"out of memory|(can't|cannot|could not) allocate|not enough memory|ALLOC_FAILED", re.IGNORECASE
 )
 
 
 class MachineError(Exception):
-    """The machine ran out of memory or disk, or does not let the run write; the message names cause and remedy. The settings may be good."""
+    """Memory or disk ran out, or the run may not write; the message names the cause and the remedy."""
 
     exit_code = 1
 
 
 @contextmanager
 def machine_limits(cfg: Settings) -> Iterator[None]:
-    """A context in which want of memory or disk becomes MachineError; every other error passes."""
+    """A context in which errors of memory and disk become MachineError; other errors are unchanged."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -35,7 +35,7 @@ def machine_limits(cfg: Settings) -> Iterator[None]:
             raise
         where = error.filename or "a file"
         raise MachineError(
-            f"{where} could not be written ({error.strerror}); {remedy(error)}. What was saved is whole: then go on with resume=auto"
+            f"{where} could not be written ({error.strerror}); {remedy(error)}. The checkpoints are complete: then continue with resume=auto"
         ) from error
 
 
@@ -44,6 +44,6 @@ def _out_of_memory(cfg: Settings, error: BaseException) -> str:
     cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"out of memory with {model.n_layer} layers of width {model.n_embd}, a vocabulary of {model.vocab_size}, and "
-        f"micro_batch_size={cfg.micro_batch_size} windows of {model.block_size} tokens; lower micro_batch_size (an update stays the "
-        f"same: the rest is accumulated) or take a smaller model, then go on with resume=auto ({cause})"
+        f"micro_batch_size={cfg.micro_batch_size} windows of {model.block_size} tokens; lower micro_batch_size (gradients are "
+        f"accumulated, so an update stays the same) or choose a smaller model, then continue with resume=auto ({cause})"
     )

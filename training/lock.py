@@ -1,7 +1,7 @@
-"""One process at a time writes into a run's directory: it holds a lock on a file in it for as long as it lives.
+"""Only one process at a time writes into the directory of a run: it holds a lock on a file there.
 
-The kernel gives the lock back when the process ends, whatever ends it, so the lock file of a killed process refuses nobody. The
-file says who holds the lock; who gives it back removes the file.
+The kernel releases the lock when the process ends, even if it is killed. The file names the process that holds the lock; `release`
+removes the file.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from training.validate import ConfigError
 
 LOCK_FILE = ".lock"
 
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems are mounted without them
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems have no locks
 
 
 class InUse(ConfigError):
-    """Another process is writing into the directory; the message says which, and what to do."""
+    """Another process writes into the directory; the message names it and the remedy."""
 
 
 class DirectoryLock:
-    """The right to write into `directory`, which is made if need be; `release` gives it back.
+    """A lock on `directory`, which is created if it does not exist; `release` releases it.
 
-    With `new` the directory must not be there yet: of many processes that ask for it one gets it.
+    With `new`, the directory must not exist: of several processes that try this, one succeeds.
 
     Raises:
-        InUse: another process holds it; nothing in the directory was touched. FileExistsError: it is not new. OSError: it cannot
-        be made or written to.
+        InUse: another process holds the lock; nothing in the directory was changed. FileExistsError: the directory is not new. OSError: it
+        cannot be created or written to.
     """
 
     def __init__(self, directory: Path, new: bool = False) -> None:
@@ -52,7 +52,7 @@ class DirectoryLock:
             raise
 
     def _try(self, new: bool) -> None:
-        """Take the lock, unless who held it leaves at this very moment and takes the file, or its empty directory, along."""
+        """Try once to take the lock; without success if its previous holder removes the file or the directory at the same moment."""
         try:
             _make(self.directory, new, self._made)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -73,19 +73,19 @@ class DirectoryLock:
         self.release()
 
     def release(self) -> None:
-        """Give the lock back; directories that were made for it and are empty go too. A second call does nothing."""
+        """Release the lock, and remove directories that were created for it and are empty. A second call does nothing."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 if self._is(self._descriptor):
                     self._path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
-        with contextlib.suppress(OSError):  # the first that is not empty
+        with contextlib.suppress(OSError):  # stops at the first that is not empty
             while self._made:
                 self._made.pop().rmdir()
 
     def _is(self, descriptor: int) -> bool:
-        """Whether the open file is the one that has the lock file's name: who leaves removes it, and another may be there."""
+        """Whether the open file is still the one at the path of the lock file, which may have been replaced."""
         try:
             return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
         except FileNotFoundError:
@@ -93,7 +93,7 @@ class DirectoryLock:
 
 
 def _make(directory: Path, new: bool, made: list[Path]) -> None:
-    """Make a directory and those above it, and append to `made` those that were not there."""
+    """Create a directory and its parents; append those that were created to `made`."""
     for path in (*reversed(directory.parents), directory):
         try:
             if (new and path == directory) or not path.is_dir():
@@ -114,7 +114,7 @@ def _lock(descriptor: int, directory: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS_HERE:
             raise
-        print(f"{directory} is on a file system without locks: start no second run in it", file=sys.stderr)
+        print(f"{directory} is on a file system without locks: do not start a second run in it", file=sys.stderr)
 
 
 def _who(content: bytes, directory: Path) -> str:

@@ -1,11 +1,10 @@
-"""metrics.jsonl is the truth about a run; sinks, such as W&B and the progress bar, show what they can of the same records.
+"""The records of a run in metrics.jsonl. Sinks, such as W&B and the progress bar, show the same records.
 
-One JSON record a line: ``{"kind": ..., "step": ..., <fields>}``. ``step`` counts the updates done when the record was
-written: 0 before the first, s after s of them. Floats are written in full precision; those JSON has no word for are the
-strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``read_records`` returns as floats (so no text field may
-consist of one of these three words).
+Each line is one JSON record: ``{"kind": ..., "step": ..., <fields>}``. ``step`` is the number of updates before the record was
+written. Floats have full precision. JSON has no NaN and no infinity: they are written as the strings ``"NaN"``, ``"Infinity"`` and
+``"-Infinity"``, which ``read_records`` turns into floats again (so a text field must not be one of these three words).
 
-What the sinks look for, all of it optional:
+Fields that the sinks use, all optional:
 
 =========  ================================================================================================
 kind       fields
@@ -14,8 +13,8 @@ train      ``loss``, ``lr``, ``tokens_per_s``
 eval       ``loss``
 full_eval  ``loss``, ``tokens``: of the whole validation split, once, at the end
 spectra    ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
-probe      per layer and head what ``model.probes.probe`` lists, and its summary
-event      ``event``: what sort, such as "unstable" or "warning"; ``message``: one sentence for a person
+probe      the record of ``model.probes.probe``
+event      ``event``: its type, such as "unstable" or "warning"; ``message``: one sentence
 =========  ================================================================================================
 """
 
@@ -30,6 +29,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from training.files import sync
+
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.jsonl.damaged"
 
@@ -40,23 +41,22 @@ _logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Something that shows records as they are written."""
+    """Receives every record when it is written."""
 
     def record(self, rec: dict[str, Any]) -> None:
-        """Take one record; plain Python values, NaN and infinities as floats."""
+        """Receive one record of plain Python values; NaN and infinities are floats."""
 
     def close(self) -> None:
-        """Finish; called once, also after an error in the run."""
+        """Finish. Called once, also after an error in the run."""
 
 
 class RunLog:
-    """Appends records to ``directory/metrics.jsonl`` and hands each to the sinks.
+    """Appends records to ``directory/metrics.jsonl`` and passes each to the sinks.
 
-    A record has reached the operating system when ``write`` returns, so it survives a kill of the process. Opening
-    drops a last line that was torn by one, and moves damaged lines into ``metrics.jsonl.damaged``. With
-    ``resume_step=s`` every record of a step later than s goes as well, so that one curve results; the caller resumes
-    from s finished steps and has written all records of step s before the checkpoint of step s was saved. With -1 the
-    run starts anew: records of an earlier start are moved aside to ``metrics.jsonl.<n>.old``.
+    When ``write`` returns, the operating system has the record, so it is not lost if the process is killed. Opening the log removes an
+    incomplete last line and moves damaged lines to ``metrics.jsonl.damaged``. With ``resume_step=s``, it also removes the records of
+    steps after s: the run is resumed from the checkpoint of step s, and all records of step s were written before that
+    checkpoint. With -1 the run starts at step 0: records of an earlier start are moved to ``metrics.jsonl.<n>.old``.
     """
 
     def __init__(self, directory: str | Path, sinks: Iterable[Sink] = (), resume_step: int | None = None):
@@ -72,8 +72,9 @@ class RunLog:
     def write(self, kind: str, step: int, **fields: Any) -> None:
         """Append one record of numbers, strings, None, lists, dicts, NumPy arrays and tensors of any shape.
 
-        Raises TypeError for any other value and OSError on a full disk; metrics.jsonl then ends with the last whole
-        record, and the run can be resumed.
+        Raises:
+            TypeError: a field has another type. OSError: the disk is full; metrics.jsonl then ends with the last complete record, and
+                the run can be resumed.
         """
         record = {"kind": kind, "step": int(step), **{name: _plain(value, name) for name, value in fields.items()}}
         try:
@@ -85,7 +86,7 @@ class RunLog:
             self._guarded(sink, sink.record, record)
 
     def sync(self) -> None:
-        """Bring the records to the disk itself, before a checkpoint that relies on them."""
+        """Sync the records to the disk. Called before a checkpoint is saved."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -103,20 +104,19 @@ class RunLog:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             self._file.truncate(start)
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: a record could not be written",
-                str(self.path),
-            ) from error
+            raise OSError(error.errno, f"{error.strerror}: a record could not be written", str(self.path)) from error
 
     def _guarded(self, sink: Sink, call: Any, *args: Any) -> None:
-        """Call a sink; one that fails is dropped with a warning, because the run is worth more than its pictures."""
+        """Call a sink. If it fails, it is removed with a warning, and the run continues."""
         try:
             call(*args)
         except Exception as error:
             name = type(sink).__name__
             _logger.warning(
-                "%s failed and is switched off (%s); training goes on, %s has it all", name, error, METRICS_FILE
+                "%s failed and is switched off (%s); training continues, and %s has all records",
+                name,
+                error,
+                METRICS_FILE,
             )
             if sink in self._sinks:
                 self._sinks.remove(sink)
@@ -124,7 +124,7 @@ class RunLog:
 
 
 class NoLog:
-    """The log of a rank that writes nothing."""
+    """The log of the other ranks, which write nothing."""
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
         """Nothing."""
@@ -137,10 +137,9 @@ class NoLog:
 
 
 def read_records(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the records of a run, of one kind or of all; ``path`` is a metrics.jsonl or the directory that holds it.
+    """Yield the records of a run, of one kind or of all; ``path`` is a metrics.jsonl or its directory.
 
-    A torn last line (the run is being written, or was killed) is passed over. So is any other line that is no record;
-    a warning then says which.
+    An incomplete last line (the run is writing, or was killed) is skipped. So is every line that is not a record, with a warning.
     """
     path = Path(path)
     path = path / METRICS_FILE if path.is_dir() else path
@@ -151,11 +150,11 @@ def read_records(path: str | Path, kind: str | None = None) -> Iterator[dict[str
         elif kind is None or record["kind"] == kind:
             yield record
     if damaged:
-        _logger.warning("%s: %s; what is read goes without", path, _named(damaged))
+        _logger.warning("%s: %s, and skipped", path, _named(damaged))
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record that a line of metrics.jsonl holds; None for a line that is none."""
+    """The record of one line of metrics.jsonl; None if the line is not a record."""
     try:
         record = json.loads(line)
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
@@ -169,7 +168,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """Each whole line: its number, its bytes, and its record, None for a damaged one."""
+    """For each complete line: its number, its bytes, and its record (None if it is damaged)."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
@@ -178,11 +177,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 def _named(lines: list[int]) -> str:
     shown = ", ".join(map(str, lines[:5])) + (f" and {len(lines) - 5} more" if len(lines) > 5 else "")
-    return f"line {shown} is no record" if len(lines) == 1 else f"lines {shown} are no records"
+    return f"line {shown} is not a record" if len(lines) == 1 else f"lines {shown} are not records"
 
 
 def _rewrite(path: Path, last_step: int | None) -> None:
-    """Keep the records up to ``last_step``, in one atomic replacement; damaged lines are kept in a file of their own."""
+    """Keep the records up to ``last_step``, atomically; damaged lines are moved to another file."""
     temp, aside = path.with_name(f".{path.name}.tmp"), path.with_name(DAMAGED_FILE)
     damaged: list[tuple[int, bytes]] = []
     try:
@@ -192,13 +191,11 @@ def _rewrite(path: Path, last_step: int | None) -> None:
                     damaged.append((number, line))
                 elif last_step is None or record["step"] <= last_step:
                     file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         if damaged:
             with aside.open("ab") as file:
                 file.writelines(line for _, line in damaged)
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
         os.replace(temp, path)
     except OSError as error:
         temp.unlink(missing_ok=True)
@@ -206,12 +203,12 @@ def _rewrite(path: Path, last_step: int | None) -> None:
         raise
     if damaged:
         _logger.warning(
-            "%s: %s; kept in %s, and the run goes on", path, _named([number for number, _ in damaged]), aside.name
+            "%s: %s; moved to %s, and the run continues", path, _named([number for number, _ in damaged]), aside.name
         )
 
 
 def _set_aside(path: Path) -> None:
-    """Give the records of an earlier start another name; nothing is lost."""
+    """Rename the file with the records of an earlier start."""
     if not path.exists() or not path.stat().st_size:
         return
     aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}.old")).exists())
@@ -220,7 +217,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """``value`` in Python's own types; ``tolist`` is what NumPy scalars, NumPy arrays and torch tensors share."""
+    """``value`` in Python's own types; NumPy scalars, NumPy arrays and torch tensors all have ``tolist``."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if value is None or isinstance(value, (bool, int, float, str)):

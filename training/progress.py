@@ -1,4 +1,4 @@
-"""The progress bar: a reader of the run's records like any other."""
+"""The progress bar: a sink that shows the records of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.table import Column
 
 
 class ProgressSink:
-    """On a terminal a live bar; elsewhere a plain line at each evaluation, and between them at most one every
-    ``interval_s`` seconds. A step has one line: a training record that an evaluation follows waits for it.
+    """On a terminal, a live bar. Elsewhere, a line at each evaluation, and between evaluations at most one every ``interval_s`` seconds.
+    Each step has one line: if an evaluation follows a training record, the line is printed with the evaluation.
 
     ``hetero   ━━━━━━━━━━━━━━━━╸━━━━━━  182/250   train 2.31  val 2.40  41k tokens/s  0:18 left``
 
-    Of events (``event``, ``message``) the first of each sort is shown. ``eval_interval`` is the number of steps between
-    evaluations, the last step being evaluated too; ``first_step`` is where a resumed run begins. ``clock`` gives seconds.
+    Of each type of event, only the first is shown. ``eval_interval`` is the number of steps between evaluations; the last step is
+    evaluated too. ``first_step`` is the step at which a resumed run starts. ``clock`` returns seconds.
     """
 
     def __init__(
@@ -43,9 +43,8 @@ class ProgressSink:
         self._train: float | None = None
         self._val: float | None = None
         self._tokens_per_s: float | None = None
-        self._start: tuple[int, float] | None = (
-            None  # step and time of the first training record: compiling is not speed
-        )
+        # Step and time of the first training record; before it, the model may be compiled.
+        self._start: tuple[int, float] | None = None
         self._last_line = clock()
         self._events_shown: set[str] = set()
         self._bar: Progress | None = None
@@ -53,7 +52,7 @@ class ProgressSink:
             self._open_bar()
 
     def record(self, rec: dict[str, Any]) -> None:
-        """Take over the numbers of a train or eval record and show them; of other kinds, events and the last evaluation."""
+        """Show the numbers of train and eval records, the loss on the whole validation split, and events."""
         if rec["kind"] == "event":
             self._show_event(rec)
         elif rec["kind"] == "full_eval":
@@ -94,15 +93,15 @@ class ProgressSink:
             MofNCompleteColumn(table_column=Column(min_width=2 * len(str(self.total_steps)) + 1)),
             TextColumn(" {task.fields[status]}", markup=False),
             console=Console(file=self._stream, force_terminal=True),
-            redirect_stdout=sys.stdout.isatty(),  # what is piped into a file stays out of the bar
+            redirect_stdout=sys.stdout.isatty(),  # output that goes to a file must not get the codes of the bar
         )
         self._task = self._bar.add_task(self.name, total=self.total_steps, completed=self._step, status="")
         self._bar.start()
 
     def _show_event(self, rec: dict[str, Any]) -> None:
-        sort = str(rec.get("event", ""))
-        if "message" in rec and sort not in self._events_shown:
-            self._events_shown.add(sort)
+        event = str(rec.get("event", ""))
+        if "message" in rec and event not in self._events_shown:
+            self._events_shown.add(event)
             self._print(f"{self.name:<14}step {rec['step']}: {rec['message']}")
 
     def _print(self, line: str) -> None:
@@ -124,7 +123,7 @@ class ProgressSink:
         return "  ".join(parts)
 
     def _seconds_left(self) -> float | None:
-        """From the average pace since the first training record, evaluations included."""
+        """From the average speed since the first training record, evaluations included."""
         if self._start is None or self._step <= self._start[0]:
             return None
         step, since = self._start

@@ -1,8 +1,8 @@
-"""The ranks of a run: who this process is among them, and what they tell each other besides gradients.
+"""The ranks of a run: the rank of this process, and all communication except that of the gradients.
 
-One process alone is a world of 1: no process group is made, and every helper is the identity. Small numbers and Python objects
-travel over gloo on the CPU, also where gradients travel over NCCL: nobody waits for the device, and a rank that hangs or is gone
-becomes an exception here before NCCL's watchdog aborts the process without a word a person can use.
+A single process is a world of 1: there is no process group, and every function is the identity. Small numbers and Python objects are sent
+with gloo on the CPU, even if gradients use NCCL. So there is no wait for the device, and a rank that hangs or has ended causes an
+exception with a remedy here, before the watchdog of NCCL aborts the process.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from training.validate import ConfigError
 
 T = TypeVar("T")
 
-# NCCL waits this much longer than gloo, so that the error with the remedy comes first.
+# NCCL waits this much longer than gloo, so that gloo raises the error with the remedy first.
 _NCCL_GRACE_S = 30
 
-# How gloo, NCCL and the store word it when a peer is silent or gone; they raise nothing more specific than RuntimeError.
+# Words in the RuntimeError that gloo, NCCL or the store raises if another rank does not answer or has ended.
 _LOST_PEER = re.compile(
     r"timed? ?out|time ?limit|connection (closed|reset|refused)|broken pipe|gloo|nccl|socket|peer", re.IGNORECASE
 )
 
 
 class LostRanks(RuntimeError):
-    """Another rank did not answer within `launcher.timeout_s`, or is gone; the message says what to look at."""
+    """Another rank did not answer within `launcher.timeout_s`, or has ended; the message says what to check."""
 
 
 def world_size() -> int:
-    """How many ranks the environment speaks of, this one included."""
+    """The number of ranks according to the environment variables."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` ranks. `local_rank` counts within the node, `device` is this rank's own."""
+    """This process as one of `world` ranks. `local_rank` counts within the node; `device` belongs to this rank."""
 
     rank: int
     local_rank: int
@@ -57,13 +57,13 @@ class Ranks:
 
     @classmethod
     def init(cls, cfg: Settings) -> Ranks:
-        """Join the process group that the environment describes (as torchrun sets it); a world of 1 needs none.
+        """Join the process group that the environment variables of torchrun describe; a world of 1 has none.
 
-        `device` and `launcher.timeout_s` are read from the configuration.
+        Of the configuration, `device` and `launcher.timeout_s` are used.
 
         Raises:
             ConfigError: more ranks on this node than CUDA devices.
-            LostRanks: the other ranks do not appear in time.
+            LostRanks: the other ranks did not join in time.
         """
         device, timeout_s, world = resolve_device(cfg)[0], cfg.launcher.timeout_s, world_size()
         if world == 1:
@@ -87,15 +87,15 @@ class Ranks:
         return self.rank == 0
 
     def close(self) -> None:
-        """Leave the process group. Waits for nobody: after an error there may be nobody to wait for."""
+        """Leave the process group, without waiting for the other ranks, which may have ended."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     def explained(self) -> Any:
-        """A context in which the backend's error about a silent or vanished rank becomes LostRanks."""
+        """A context in which an error of the backend about a lost rank becomes LostRanks."""
         return _explained(self.rank, self.world, self.timeout_s)
 
-    # ---- of numbers on the device: gradients' company ----
+    # ---- tensors on the device ----
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum over ranks of a tensor (any shape, on `device`), in place; every rank gets the same bits."""
@@ -108,7 +108,7 @@ class Ranks:
         """The mean over ranks of a floating tensor (any shape, on `device`), in place."""
         return self.sum(t).div_(self.world) if self.world > 1 else t
 
-    # ---- of small things, over the CPU ----
+    # ---- numbers and objects, on the CPU ----
 
     def max(self, value: int) -> int:
         """The largest of the ranks' whole numbers."""
@@ -120,11 +120,11 @@ class Ranks:
         return int(number)
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether the flag is true on any rank."""
         return bool(self.max(int(flag)))
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         self.max(0)
 
     def broadcast_object(self, value: T) -> T:
@@ -146,7 +146,7 @@ class Ranks:
         return found
 
     def require_equal(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compare a checksum of every float32 tensor over the ranks, bit by bit; one rank alone is equal to itself.
+        """Check that every float32 tensor is bitwise equal on all ranks, by a checksum.
 
         Raises:
             RuntimeError: naming the first tensor that differs.
@@ -159,12 +159,12 @@ class Ranks:
             for name, mine, other in zip(tensors, ours, theirs):
                 if mine != other:
                     raise RuntimeError(
-                        f"{name} is not the same on ranks {self.rank} and {rank}: the replicas have drifted apart; continue from "
-                        "the last checkpoint with resume=auto, and look for faulty memory or mixed hardware if it happens again"
+                        f"{name} is not the same on ranks {self.rank} and {rank}: the replicas differ; continue from "
+                        "the last checkpoint with resume=auto, and if it happens again, check for faulty memory or different hardware"
                     )
 
     def from_main(self, work: Callable[..., T], *arguments: Any) -> T:
-        """What `work(*arguments)` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+        """Run `work(*arguments)` on rank 0; its result is returned, or its exception raised, on every rank."""
         if self.world == 1:
             return work(*arguments)
         outcome: tuple[Any, Exception | None] = (None, None)
@@ -183,14 +183,16 @@ def _own_cuda_device(local_rank: int) -> torch.device:
     here, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
     if wanted > here:
         raise ConfigError(
-            [f"{wanted} ranks are started here, but there are {here} CUDA devices; start {here}, or use device=cpu"]
+            [
+                f"{wanted} ranks were started on this node, which has {here} CUDA devices; start {here}, or use device=cpu"
+            ]
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one of the same text where it cannot be pickled to other ranks and back."""
+    """The error, or a RuntimeError with the same text if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -209,7 +211,7 @@ def _explained(rank: int, world: int, timeout_s: float) -> Iterator[None]:
             raise
         cause = str(error).strip().splitlines()[0]
         raise LostRanks(
-            f"rank {rank} of {world} lost the others: a rank was gone, or silent for launcher.timeout_s={timeout_s:g} s. "
+            f"rank {rank} of {world} lost the others: a rank has ended, or did not answer for launcher.timeout_s={timeout_s:g} s. "
             "Look for the first error on the other ranks and nodes; if they were only slow, raise launcher.timeout_s. "
             f"Then continue from the last checkpoint with resume=auto ({cause})"
         ) from error

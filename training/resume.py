@@ -1,4 +1,4 @@
-"""The state a run needs to go on as if it had not stopped, and the rules for going on."""
+"""Resume a run: the state that this needs, the choice of a checkpoint, and loading it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from training.settings import Settings
 from training.stability import Stability
 from training.step import FiniteGuard
 
-# Settings that may differ between the two halves of a run without changing its numbers.
+# Settings that may change when a run is resumed, because they do not change its numbers.
 HARMLESS = (
-    "max_steps",  # what it decides, the schedule, is compared by itself
+    "max_steps",  # the schedule, which it decides, is compared separately
     "resume",
     "allow_changes",
     "output_dir",
@@ -39,7 +39,7 @@ HARMLESS = (
 )
 
 
-# What a run's state holds, by type; "guard" is absent from the oldest, which have the number of updates left out in its place.
+# The parts of a run's state and their types. The oldest states have "skipped", a number of updates, instead of "guard".
 _PARTS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("config", "model", "optimizers", "stability", "environment"), (dict,)),
     "data": (str,),
@@ -60,9 +60,9 @@ def state_of(
     seconds: float,
     rng: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Everything a run needs to go on as if it had not stopped.
+    """The complete state of a run. All ranks must call, because optimizers gather theirs.
 
-    `guard` is FiniteGuard's state, `rng` every rank's `rng_state()`. All ranks must call.
+    `guard` is the state of FiniteGuard, `rng` the `rng_state()` of every rank.
     """
     return {
         "config": cfg.plain(),
@@ -79,7 +79,7 @@ def state_of(
 
 
 def rng_state() -> dict[str, Any]:
-    """Where this rank's random numbers are: on the CPU and, if there is one, on its CUDA device."""
+    """The states of this rank's random number generators: of the CPU, and of its CUDA device if there is one."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
@@ -87,10 +87,11 @@ def rng_state() -> dict[str, Any]:
 
 
 def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
-    """The checkpoint to go on from, if `resume` asks for one and there is one; it must be of this model and data.
+    """The checkpoint to resume from; None if `resume` asks for none, or there is none.
 
     Raises:
-        CheckpointError: it is not; or going on would drop records that belong to another run or to checkpoints that are gone.
+        CheckpointError: it belongs to another model or other data; or resuming would remove records of another run, or records whose
+            checkpoints are missing.
     """
     if cfg.resume == "never":
         return None
@@ -102,36 +103,36 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
     check_parts(loaded)
     if loaded.path.resolve().parent != own.resolve() and (directory / METRICS_FILE).exists():
         raise CheckpointError(
-            f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or go on "
-            "with the run there by resume=auto"
+            f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or use "
+            "resume=auto to continue the run there"
         )
     changed = [] if cfg.allow_changes else check_same(loaded.state["config"], cfg.plain(), ignore=HARMLESS)
     if loaded.state["data"] != data:
-        changed.append(f"data: the shards in {cfg.data.dir} are not those the run was trained on")
+        changed.append(f"data: the shards in {cfg.data.dir} are not the data of the run")
     if changed:
         raise CheckpointError(
-            f"{loaded.path} belongs to another run, so it is not continued; go back to its settings, or start anew with "
+            f"{loaded.path} belongs to another run, so it is not resumed; go back to its settings, or start a new run with "
             "resume=never and another output_dir:" + "".join(f"\n  - {c}" for c in changed)
         )
     return loaded
 
 
 def check_parts(loaded: Loaded) -> None:
-    """Raise CheckpointError unless the state is one that `state_of` returned, as far as its parts tell."""
+    """Raise CheckpointError if parts of the state are missing or have the wrong type."""
     wrong = [name for name, kinds in _PARTS.items() if not isinstance(loaded.state.get(name), kinds)]
     if not wrong and loaded.state["step"] != loaded.step:
         wrong = ["step"]
     if wrong:
         raise CheckpointError(
-            f"{loaded.path / STATE_FILE} is not the state of a run: {', '.join(wrong)} missing or of another kind; "
+            f"{loaded.path / STATE_FILE} is not the state of a run: {', '.join(wrong)} missing or of another type; "
             "use a checkpoint that this program saved"
         )
 
 
 def _require_no_lost_checkpoints(cfg: Settings, directory: Path) -> None:
-    """Raise where records tell of checkpoints that are gone.
+    """Raise CheckpointError if the records show that there were checkpoints.
 
-    A run that was stopped before its first checkpoint starts anew; RunLog keeps its records under another name.
+    A run that was stopped before its first checkpoint starts at step 0; RunLog renames the file of its records.
     """
     if not (directory / METRICS_FILE).exists():
         return
@@ -144,14 +145,14 @@ def _require_no_lost_checkpoints(cfg: Settings, directory: Path) -> None:
         last, ended = max(last, record["step"]), ended or record["kind"] == "end"
     if ended or last > first:
         raise CheckpointError(
-            f"{directory} holds the records of a run up to step {last}, but no checkpoint to go on from; nothing was changed. "
-            f"Put its checkpoints back into {directory / 'checkpoints'}, or choose another output_dir; to start anew in this one, "
-            f"move its {METRICS_FILE} elsewhere first"
+            f"{directory} holds the records of a run up to step {last}, but no checkpoint to resume from; nothing was changed. "
+            f"Put its checkpoints back into {directory / 'checkpoints'}, or choose another output_dir; to start a new run in this one, "
+            f"first move its {METRICS_FILE} elsewhere"
         )
 
 
 def agreed_checkpoint(ranks: Ranks, cfg: Settings, directory: Path, data: str) -> Loaded | None:
-    """The checkpoint that rank 0 finds, read by every rank: the run's directory is one that all nodes see."""
+    """The checkpoint that rank 0 finds; every rank reads it. All nodes must have access to the directory of the run."""
     found: list[Loaded | None] = []
 
     def find() -> Path | None:
@@ -162,7 +163,7 @@ def agreed_checkpoint(ranks: Ranks, cfg: Settings, directory: Path, data: str) -
     return found[0] if ranks.is_main else load(path) if path else None
 
 
-# ---- putting it in place ----
+# ---- loading it ----
 
 
 def restore(
@@ -174,16 +175,16 @@ def restore(
     guard: FiniteGuard,
     rank: int = 0,
 ) -> tuple[int, float, list[str]]:
-    """Put a checkpoint's state in place; all ranks must call.
+    """Load the state of a checkpoint. All ranks must call.
 
-    With `allow_changes` what fits by name and shape is taken, and the rest stays at its start. A rank that did not exist when it was
-    saved keeps its own random numbers; they serve dropout alone.
+    With `allow_changes`, state is loaded where its name and shape fit, and the rest stays at its start. If there are now more ranks, the
+    additional ones keep their own random numbers, which only dropout uses.
 
     Returns:
-        The finished steps, the seconds they took, and one line for everything that is not as it was.
+        The finished steps, the seconds they took, and one line for every change.
 
     Raises:
-        CheckpointError: the weights are another model's, or the state is not this program's.
+        CheckpointError: the weights belong to another model, or the state was not saved by this program.
     """
     state = loaded.state
     with foreign(loaded):
@@ -201,7 +202,7 @@ def restore(
 
 
 def resumption(loaded: Loaded | None, cfg: Settings, notes: list[str]) -> list[str]:
-    """What a person is told of a checkpoint that a run goes on from: which were skipped, its step, and what is not as it was."""
+    """The lines that a resumed run prints: skipped checkpoints, the step of the one that was used, and the changes."""
     if loaded is None:
         return []
     skipped = [f"skipped {path}: {reason}" for path, reason in loaded.skipped]
@@ -216,14 +217,14 @@ def _guard_of_old(state: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def take_weights(model: nn.Module, loaded: Loaded, allow_changes: bool = False) -> list[str]:
-    """Copy a checkpoint's weights into a model, by name; returns what was not taken.
+    """Copy the weights of a checkpoint into a model, by name; returns a line for everything that was not copied.
 
     Raises:
-        CheckpointError: a weight is missing, left over or of another shape; with `allow_changes`, if not one matrix fits.
+        CheckpointError: a weight is missing, unknown or of another shape; with `allow_changes`, only if no matrix fits.
     """
     with foreign(loaded):
         saved, whole = loaded.state["model"], model.state_dict()
-        # A tied weight has two names in `whole`; here it has the one under which the optimizer knows it.
+        # A tied weight has two names in `whole`; in `own` it has only the first.
         own = {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if name in whole}
         fitting = [name for name, t in own.items() if name in saved and saved[name].shape == t.shape]
         for name in fitting:
@@ -231,16 +232,16 @@ def take_weights(model: nn.Module, loaded: Loaded, allow_changes: bool = False) 
         left: dict[str, list[str]] = {}
         for name in (n for n in own if n not in fitting):
             there = _size(saved[name]) if name in saved else "not there"
-            left.setdefault(f"starts anew ({there}, {_size(own[name])} here)", []).append(name)
+            left.setdefault(f"starts from scratch ({there}, {_size(own[name])} here)", []).append(name)
         for name in (n for n in saved if n not in own):
-            twin = whole.get(name)  # the second name of a tied weight: of another shape, it has been named above
+            twin = whole.get(name)  # the second name of a tied weight; one of another shape is already listed
             if twin is None or (twin.shape == saved[name].shape and not _equal(twin, saved[name])):
                 left.setdefault("in the checkpoint, but not in this model", []).append(name)
         lines = [f"{name}: {what}" for what, names in left.items() for name in folded(names)]
     if lines and not (allow_changes and any(own[name].ndim > 1 for name in fitting)):
         why = "none of its matrices fits" if allow_changes else "its weights do not fit"
         raise CheckpointError(
-            f"{loaded.path / STATE_FILE} is of another model: {why}; use the model it was saved from, or start anew with "
+            f"{loaded.path / STATE_FILE} belongs to another model: {why}; use the model it was saved from, or start a new run with "
             "resume=never and another output_dir:" + "".join(f"\n  - {line}" for line in lines)
         )
     return lines
@@ -256,7 +257,7 @@ def _size(t: torch.Tensor) -> str:
 
 @contextmanager
 def foreign(loaded: Loaded) -> Iterator[None]:
-    """What is raised here says that a state, whose bytes are as they were written, is not one of ours; but for want of memory."""
+    """A context in which an error means that the state was not saved by this program; errors of memory and ranks are unchanged."""
     try:
         yield
     except (CheckpointError, MemoryError, torch.OutOfMemoryError, LostRanks):
@@ -264,6 +265,6 @@ def foreign(loaded: Loaded) -> Iterator[None]:
     except Exception as error:
         cause = " ".join(str(error).split())
         raise CheckpointError(
-            f"{loaded.path / STATE_FILE} is not the state of such a run ({type(error).__name__}: {cause}); use a checkpoint that "
+            f"{loaded.path / STATE_FILE} is not the state of this run ({type(error).__name__}: {cause}); use a checkpoint that "
             "this program saved"
         ) from error

@@ -1,4 +1,4 @@
-"""Where a run lives and what it runs on."""
+"""The directory of a run, its device, and the machine."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from training.validate import ConfigError
 if TYPE_CHECKING:
     from training.ranks import Ranks
 
-_TAIL_BYTES = 1 << 16  # of a log, in which the record of the end surely fits
-LONGEST_NAME = 250  # bytes; a file system's 255 less a dot and a number
+_TAIL_BYTES = 1 << 16  # the end of a log; larger than any `end` record
+LONGEST_NAME = 250  # bytes; file systems allow 255, and a dot and a number may be added
 
 
 def resolve_device(cfg: Settings) -> tuple[torch.device, torch.dtype]:
-    """What `auto` means here: CUDA where there is one, and bfloat16 on it."""
+    """The device and the dtype of a run. `auto` means CUDA with bfloat16 if there is a CUDA device, otherwise the CPU with float32."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     automatic = "bfloat16" if name == "cuda" else "float32"
     return torch.device(name), getattr(torch, automatic if cfg.dtype == "auto" else cfg.dtype)
 
 
-# Programs that torch keeps of one function before it gives up compiling it, which it does not say: a table compares a dozen models.
+# Number of compiled programs of one function after which torch silently stops compiling it; a table compares a dozen models.
 _PROGRAMS = 64
 
 
 def compiled(module: nn.Module, cfg: Settings, device: torch.device) -> nn.Module:
-    """The module through torch.compile where the configuration asks for it: `auto` does on CUDA, where it pays within a minute.
+    """The module, compiled if the configuration asks for it; `compile=auto` means on CUDA, where it saves time within a minute.
 
-    Shapes and numbers are constants of a program. The default makes them variables once a second value is seen, and so the last, smaller
-    batch of an evaluation would make the program of training a slower one.
+    Shapes and numbers are constants of a program. By default, torch makes them variables after a second value, so the last, smaller batch
+    of an evaluation would make training slower.
     """
     if not (device.type == "cuda" if cfg.compile == "auto" else cfg.compile):
         return module
@@ -59,7 +59,7 @@ def compiled(module: nn.Module, cfg: Settings, device: torch.device) -> nn.Modul
 
 
 def run_name(cfg: Settings) -> str:
-    """The configured name, or the assignment's as one lower-case word."""
+    """The configured name, or that of the assignment in lower case with `_` for `-`."""
     return _as_name(cfg.assignment.name) if cfg.name is None else cfg.name
 
 
@@ -68,19 +68,19 @@ def _as_name(assignment: str) -> str:
 
 
 def problems_of_names(cfg: Settings) -> list[str]:
-    """Whether the names of the run and of its sweep can be names of directories."""
+    """Names of the run and of its sweep that cannot be names of directories."""
     run = "assignment.name" if cfg.name is None else "name"
     names = {run: run_name(cfg), "sweep.name": cfg.sweep.name}
     return [f"{key} {why}" for key, name in names.items() if (why := refused_name(name))]
 
 
 def refused_name(name: Any) -> str | None:
-    """Why a word cannot be the name of one directory; None if it can."""
+    """Why a text cannot be the name of one directory; None if it can."""
     name = str(name)
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        return f'is {name!r}, which does not name one directory; leave out what leads elsewhere ("/", "..")'
+        return f'is {name!r}, which is not the name of one directory; leave out "/" and ".."'
     if len(os.fsencode(name)) > LONGEST_NAME:
-        return f"has {len(os.fsencode(name))} bytes; file systems allow {LONGEST_NAME} beside a number"
+        return f"has {len(os.fsencode(name))} bytes; file systems allow {LONGEST_NAME} and a number"
     return None
 
 
@@ -89,34 +89,34 @@ def refused_name(name: Any) -> str | None:
 
 @contextmanager
 def claimed(ranks: Ranks, cfg: Settings, directory: Path | None) -> Iterator[Path]:
-    """The directory of this run, the same on all ranks; inside, rank 0 holds its lock.
+    """A context with the directory of this run, the same on all ranks; rank 0 holds its lock.
 
     Args:
-        directory: where the run is to be written; None for the configuration's own choice.
+        directory: where the run is written; None if the configuration decides.
 
     Raises:
         ConfigError: as `claim`, on every rank.
     """
     lock = None
 
-    def by_main() -> Path:
+    def claim_here() -> Path:
         nonlocal lock
         lock = claim(cfg, directory)
         return lock.directory
 
     try:
-        yield ranks.from_main(by_main)
+        yield ranks.from_main(claim_here)
     finally:
         if lock is not None:
             lock.release()
 
 
 def claim(cfg: Settings, directory: Path | None = None) -> DirectoryLock:
-    """Choose where a run is written and lock it. Resuming without a directory takes the newest run of the same name.
+    """Choose the directory of a run and lock it. With `resume=auto` and no directory, it is that of the newest run of the same name.
 
     Raises:
-        InUse: another process is writing there. ConfigError: a run is there, and `resume` does not ask to go on with it; the
-        directory cannot be written to.
+        InUse: another process writes there. ConfigError: the directory holds a run that `resume` does not continue, or it cannot be
+        written to.
     """
     given = directory or (Path(cfg.output_dir) if cfg.output_dir else None)
     try:
@@ -139,11 +139,11 @@ def _claim_new(name: str) -> DirectoryLock:
     for number in count(1):
         with suppress(FileExistsError, InUse):
             return DirectoryLock(first if number == 1 else first.with_name(f"{name}.{number}"), new=True)
-    raise AssertionError  # there are more numbers than directories
+    raise AssertionError  # never reached
 
 
 def _claim_newest(name: str) -> DirectoryLock | None:
-    """The lock of the newest run of this name; None if there is none. A run that another process has just begun is one too."""
+    """The lock of the newest run of this name; None if there is none. A run that another process has just started counts too."""
     found = []
     for path in Path("outputs").glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]/*"):
         if _is_named(path, name) and (time := _time(path / METRICS_FILE) or _time(path / LOCK_FILE)):
@@ -152,12 +152,12 @@ def _claim_newest(name: str) -> DirectoryLock | None:
         lock = DirectoryLock(path)
         if (path / METRICS_FILE).exists():
             return lock
-        lock.release()  # of a process that was killed before it wrote anything
+        lock.release()  # left by a process that was killed before it wrote a record
     return None
 
 
 def _time(path: Path) -> float | None:
-    """When a file was last written (seconds); None where there is none."""
+    """When a file was last written (seconds); None if it does not exist."""
     try:
         return path.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
@@ -165,7 +165,7 @@ def _time(path: Path) -> float | None:
 
 
 def _is_named(directory: Path, name: str) -> bool:
-    """Whether a run of this name, numbered or not, is or could be in the directory: "a.2" is the second of "a", or one of "a.2"."""
+    """Whether the run in a directory has this name, numbered or not: "a.2" is the second run of "a", or the first of "a.2"."""
     if directory.name != name and not re.fullmatch(re.escape(name) + r"\.[1-9][0-9]*", directory.name):
         return False
     config = directory / CONFIG_FILE
@@ -177,22 +177,22 @@ def _is_named(directory: Path, name: str) -> bool:
 
 
 def end_of(directory: Path) -> dict[str, Any] | None:
-    """The record of a run's end (`summary`), which is its last; None where it has not come to its end, or was continued after it."""
+    """The `end` record of a run (`end_summary`), if it is the last record; None if the run has not ended or was continued."""
     try:
         with (directory / METRICS_FILE).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().rpartition(b"\n")[0].splitlines()  # the last may be torn
+            lines = file.read().rpartition(b"\n")[0].splitlines()  # the last may be incomplete
     except (FileNotFoundError, NotADirectoryError):
         return None
     last = next((record for line in reversed(lines) if (record := parse_record(line))), None)
     return last if last is not None and last["kind"] == "end" else None
 
 
-# ---- what it runs on ----
+# ---- the machine ----
 
 
 def environment() -> dict[str, str]:
-    """Versions and devices: what a number depends on besides its configuration."""
+    """The versions and the device, on which results depend besides the configuration."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -202,7 +202,7 @@ def environment() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """The accelerator's own name, or the processor's and how many threads torch gives it."""
+    """The name of the GPU, or of the processor with the number of threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -211,8 +211,8 @@ def device_name() -> str:
     return f"CPU {names[0] if names else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def summary(stability: Stability, seconds: float, device: torch.device) -> dict[str, Any]:
-    """What a table needs of a finished run."""
+def end_summary(stability: Stability, seconds: float, device: torch.device) -> dict[str, Any]:
+    """The fields of the `end` record: what a table shows of a finished run. Times in seconds, memory in bytes."""
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {
         "best_val_loss": stability.best,

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the step, as a multiple of the peak learning rate.
 
-A schedule maps the number of finished steps to a multiplier; every parameter group's peak rate is scaled by the same number, so Muon
-follows AdamW's schedule as in arXiv 2606.13276. Warm-up is nanoGPT's: (step + 1) / (warmup + 1).
+A schedule maps the number of finished steps to a multiplier of the peak learning rates of all groups, so Muon and AdamW have the same
+schedule, as in arXiv 2606.13276. Warm-up is that of nanoGPT: (step + 1) / (warmup + 1).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def linear(progress: float, floor: float, decay: float) -> float:
 
 
 def constant(progress: float, floor: float, decay: float) -> float:
-    """1 throughout."""
+    """Always 1."""
     return 1.0
 
 
@@ -42,8 +42,8 @@ def warmup_updates(warmup_steps: float, decay_steps: int) -> int:
     """How many of the first `decay_steps` updates are warm-up.
 
     Args:
-        warmup_steps: a whole number of updates; or, below 1, a share of `decay_steps`, rounded. A number that leaves no update for the
-            decay is shortened: warm-up and decay shrink in proportion, so that of w + d updates that were asked for d are left.
+        warmup_steps: a whole number w of updates; or, below 1, a share of `decay_steps` d, rounded. If w ≥ d, no update would be left for
+            the decay: then the result is d·w/(w + d).
         decay_steps: the step at which the schedule reaches its floor.
 
     >>> warmup_updates(30, 200), warmup_updates(0.15, 200), warmup_updates(30, 10)

@@ -1,7 +1,7 @@
-"""Every section of the configuration as a typed dataclass: what its settings are called, their types and their ranges.
+"""Every section of the configuration as a dataclass, with the names, types and ranges of its settings.
 
-This is the only place that knows them, beside model/config.py; what a setting does is said beside its default in configs/. Relations
-between settings, such as a batch that must divide among ranks, are the concern of training/validate.py.
+The settings of models and data are in model/config.py, model/residual.py and data/. The YAML files in configs/ say what each setting does.
+training/validate.py checks relations between settings.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from data.settings import Data
+from data.settings import Count, Data
 from data.sources import SOURCES
 from model.config import Attention, Init, Shape
 from model.residual import RESIDUAL_RULES, Positive, ResidualRule
@@ -23,7 +23,6 @@ from training.fields import MOST, YAML_WORDS, Choice, Kind, PathText, Problem, S
 from training.schedule import SCHEDULES
 from training.stability import StabilityRules
 
-Count = Annotated[int, ("low", 1)]
 NotNegative = Annotated[float, ("low", 0)]
 Share = Annotated[float, ("low", 0), ("below", 1)]
 Power = Annotated[float, ("low", -10), ("high", 10)]
@@ -36,7 +35,7 @@ Precision = Annotated[str, ("options", tuple(PRECISIONS))]
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which parameters get which geometry; configs/assignment. optim/assignment.py checks the rules against the model's parameters."""
+    """Which parameter gets which geometry; configs/assignment. optim/assignment.py checks the rules against the model."""
 
     name: Annotated[str, ("longest", 100)]
     rules: Annotated[Mapping[str, Geometry] | None, ("null", "leaves every matrix without a rule")]
@@ -68,14 +67,14 @@ class CertifiedRule:
 
 
 STEP_RULES = {"published": PublishedRule, "certified": CertifiedRule}
-"""The settings of every step rule of ManifoldMuon."""
+"""The settings of the step rules of ManifoldMuon, by name."""
 
 Factors = Annotated[Mapping[str, NotNegative] | None, ("null", "means 1 for all")]
 
 
 @dataclass(frozen=True)
 class Muon:
-    """ManifoldMuon, of the matrices that have a manifold or are unconstrained."""
+    """ManifoldMuon, for matrices with a manifold and `euclidean` ones."""
 
     lr: NotNegative
     momentum: Share
@@ -88,7 +87,7 @@ class Muon:
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW, of everything else."""
+    """AdamW, for all other parameters."""
 
     lr: NotNegative
     betas: tuple[Share, Share]
@@ -108,7 +107,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class StepsOrShare(Kind):
-    """A number of updates; or, below 1, a share of all of them."""
+    """A number of updates; or, below 1, a share of all updates."""
 
     remedy = "give a whole number of updates, 0 or more, or a share of them below 1"
 
@@ -132,14 +131,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class NoTransfer:
-    """Settings are used as they stand."""
+    """No transfer: settings are used unchanged."""
 
     rule: Literal["none"]
 
 
 @dataclass(frozen=True)
 class TransferWidth:
-    """Powers of the ratio of widths, for each group of learning rates."""
+    """Powers of the ratio of widths, for the learning rate of each group."""
 
     embedding: Power
     hidden: Power
@@ -196,7 +195,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Probe:
-    """Looks inside the model."""
+    """When the model is probed, in updates, and on how many windows."""
 
     interval: Count | None
     windows: Count
@@ -233,7 +232,7 @@ class Resume(PathText):
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole configuration; configs/config.yaml. `training.config.compose` makes one, dataclasses.replace changes it."""
+    """The whole configuration; configs/config.yaml. `training.config.compose` makes one."""
 
     model: Shape
     attention: Attention
@@ -269,15 +268,15 @@ class Settings:
     resume: Annotated[str, Resume()]
 
     def plain(self) -> dict[str, Any]:
-        """As config.yaml and a checkpoint hold it: dicts, lists, numbers and text."""
+        """The same as dicts, lists, numbers and text, as in config.yaml and in checkpoints."""
         return plain(self)
 
 
 def read_sound(cfg: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
-    """A plain configuration, typed, and everything that is wrong with single values of it.
+    """The typed settings of a plain configuration, and the problems of single values.
 
-    What has a problem is left out: a section, or a value beside the sections, that is not sound is no attribute of the settings. So a
-    run of an older program can be read as far as it is understood.
+    A section or top-level value with a problem is left out of the settings. So the configuration of a run of an older program can be
+    read in part.
     """
     section = Section(Settings)
     found = section.problems("", cfg)

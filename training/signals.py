@@ -1,7 +1,7 @@
-"""Being asked to stop: a signal on any rank ends the run on all of them, between two steps, with a checkpoint.
+"""Stop signals: a signal on any rank ends the run on all ranks, between two steps, with a checkpoint.
 
-A handler only notes the signal. Once a step the loop asks `requested`, where the ranks agree: whoever is asked alone could neither
-save what is spread over ranks nor leave without hanging the others.
+A handler only records the signal. In every step the loop calls `requested`, in which the ranks agree: one rank alone could not save the
+state of the others, and they would wait for it.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a signal may come before
     from training.ranks import Ranks
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""What schedulers and people send; SIGUSR2 is what submitit sends before a job's time is up."""
+"""Sent by schedulers and users; submitit sends SIGUSR2 before the time of a job is over."""
 
 
 class Stopped(SystemExit):
-    """A run has saved and ends because of a signal: with 128 + its number, as a shell reports it; `message` says so in words.
+    """A run has saved and ends because of a signal; the exit code is 128 + the number of the signal.
 
-    No Exception: whoever goes on to the next job after one that failed must not go on after this.
+    Not a subclass of Exception, because after a failed job the next one is started, but not after this.
     """
 
-    def __init__(self, signum: int, what: str = "stopped; resume=auto goes on from the last checkpoint") -> None:
+    def __init__(self, signum: int, what: str = "stopped; continue from the last checkpoint with resume=auto") -> None:
         super().__init__(128 + signum)
         self.signal = signal.Signals(signum)
         self.what = what
 
     @property
     def message(self) -> str:
-        """One line for a person."""
+        """One line of text."""
         return f"{self.signal.name}: {self.what}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (int(self.signal), self.what)
 
 
-def leave_at_once() -> None:
-    """From now on a stop signal ends this process at once, with one message and 128 + its number; for while no run is under way.
+def exit_on_stop_signals() -> None:
+    """From now on, a stop signal ends this process immediately, with one message and the exit code 128 + its number.
 
-    A run handles them by a StopSignal. Once the process has done its work and Python is taken down, they are ignored. A rank leaves
-    without a word, since its parent speaks; the parent has started it deaf to signals, and here it begins to hear them.
+    For the time when no run is active: a run has its own handlers (StopSignal). While Python shuts down, the signals are ignored. A spawned rank
+    prints no message, because its parent does; its parent started it with these signals blocked, and here they are unblocked.
     """
     is_child = multiprocessing.parent_process() is not None
     for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_DFL if is_child else leave)
+        signal.signal(signum, signal.SIG_DFL if is_child else exit_now)
     if is_child:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     else:
         atexit.register(_ignore)
 
 
-def leave(signum: int, _: FrameType | None) -> NoReturn:
-    """The handler of `leave_at_once`. Not by an exception, which whatever is being imported could swallow or decorate."""
+def exit_now(signum: int, _: FrameType | None) -> NoReturn:
+    """The handler of `exit_on_stop_signals`. It raises no exception, which a module that is being imported could catch."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"{signal.Signals(signum).name}: stopped while no run was under way\n".encode())
+        os.write(2, f"{signal.Signals(signum).name}: stopped while no run was active\n".encode())
     os._exit(128 + signum)
 
 
@@ -69,18 +69,18 @@ def _ignore() -> None:
 
 
 class StopSignal:
-    """Notes the stop signals while it is entered; the handlers that were there before come back afterwards.
+    """A context that records stop signals; at its end, the previous handlers are restored.
 
-    Leaving it raises Stopped if a signal came too late for the run, which then is finished.
+    Its end raises Stopped if a signal came after the last step of the run.
     """
 
     def __init__(self) -> None:
-        self._noted = 0  # the last signal that this rank received; written by the handler alone
+        self._noted = 0  # the last signal of this rank; only the handler writes it
         self._agreed = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
             self._previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
         return self
 
@@ -89,8 +89,8 @@ class StopSignal:
             signal.signal(signum, handler)
         self._previous = {}
         late = self._agreed or self._noted
-        if kind is None and late:  # too late to interrupt the run, but what follows is to stop too
-            raise Stopped(late, "stopped; the run had come to its end")
+        if kind is None and late:  # the run has finished, but later jobs must not start
+            raise Stopped(late, "stopped; the run was finished")
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self._noted = signum
@@ -101,20 +101,20 @@ class StopSignal:
         return self._noted
 
     def requested(self, ranks: Ranks) -> bool:
-        """Whether any rank was asked to stop. All ranks call it at the same step, and all get the same answer.
+        """Whether any rank received a signal. All ranks must call it at the same step, and get the same answer.
 
-        On one rank it costs nothing; on several one number over gloo, which takes the device no time.
+        On several ranks, it sends one number with gloo, which does not use the device.
         """
-        self._agreed = ranks.max(self._noted)  # kept apart: a signal may be noted while the ranks are agreeing
+        self._agreed = ranks.max(self._noted)  # a separate variable: a signal may arrive while the ranks agree
         return self._agreed != 0
 
-    def leave(self, ranks: Ranks, step: int) -> NoReturn:
+    def end(self, ranks: Ranks, step: int) -> NoReturn:
         """End a run that has been saved.
 
-        Waits for all ranks first: a launcher kills the others soon after the first has left, and rank 0 may still be saving.
+        Waits for all ranks first: after the first rank has ended, the launcher kills the others, and rank 0 may still be saving.
 
         Raises:
             Stopped: always.
         """
         ranks.barrier()
-        raise Stopped(self._agreed, f"stopped at step {step}; go on with resume=auto")
+        raise Stopped(self._agreed, f"stopped at step {step}; continue with resume=auto")

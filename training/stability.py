@@ -1,17 +1,15 @@
-"""When a run counts as unstable: one definition, used by the loop, the tables and the sweeps.
+"""When a run counts as unstable: one definition for the loop, the tables and the sweeps.
 
 A run is unstable from the first step at which
 
 1. its loss or its gradient is not finite, or
-2. its validation loss is more than ``max_rise`` above the best so far, or
-3. its training loss lies more than ``z_threshold`` standard deviations above its running mean for ``z_steps`` steps on
-   end.
+2. its validation loss is more than ``max_rise`` above its best, or
+3. its training loss is more than ``z_threshold`` standard deviations above its running mean in ``z_steps`` records in a row.
 
-It stays so: training may recover and go on, the record does not. The paper calls runs unstable without defining it;
-this definition is ours. The third rule is blind by design while the loss still falls steeply, since the fall itself
-widens the variance.
+A run that recovers still counts as unstable. The paper does not define the word; this definition is ours. The third rule does not react
+while the loss falls steeply, because that makes the variance large.
 
-Before that, the probes may give an early warning (training/warning.py), whose lead time is part of the record.
+The probes may give an early warning before (training/warning.py); its lead time is recorded.
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ from training.warning import Alarm, EarlyWarning, WarningRules
 
 Positive = Annotated[float, ("above", 0)]
 
-# A spread below this share of the mean is taken for this share: a loss that hardly moves must not raise an alarm when
-# it moves a little.
+# The standard deviation is at least this share of the mean, so that a small change of a constant loss is not an alarm.
 _LEAST_RELATIVE_SPREAD = 1e-3
 
 
@@ -34,8 +31,8 @@ _LEAST_RELATIVE_SPREAD = 1e-3
 class StabilityRules:
     """The definition; configs/config.yaml.
 
-    ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``on_unstable``: "mark" trains on, "stop" ends
-    the run; ``max_skipped`` ends it once more updates than that were left out because something was not finite (None: never).
+    ``max_rise`` is in nats. ``z_threshold=None`` switches the third rule off. ``on_unstable``: "mark" continues, "stop" ends the
+    run. ``max_skipped`` ends the run after more skipped updates than that (None: never); see FiniteGuard.
     """
 
     max_rise: Positive
@@ -47,10 +44,10 @@ class StabilityRules:
 
 
 class Stability:
-    """The record of one run. Each observation returns True at the one step that makes the run unstable.
+    """The stability of one run. An observation returns True at the step at which the run becomes unstable.
 
-    ``decay`` is that of the exponential moving mean and variance of the training loss; until 1/(1 - decay) losses were seen
-    they are plain averages, and the third rule waits.
+    ``decay`` belongs to the exponential moving mean and variance of the training loss. For the first 1/(1 - decay) losses they are plain
+    averages, and the third rule is not applied.
     """
 
     decay: ClassVar[float] = 0.98
@@ -74,31 +71,31 @@ class Stability:
         return self.unstable_step - warned
 
     def probe(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
-        """Observe the summary of a probe; the early warning, once in a run."""
+        """Observe the record of a probe; returns the early warning, at most once in a run."""
         return None if self._early is None else self._early.observe(step, seen)
 
     @property
     def stopped(self) -> bool:
-        """Whether the run is to end here, by ``on_unstable`` or because too many updates were left out."""
+        """Whether the run must end here, by ``on_unstable`` or ``max_skipped``."""
         too_many = self.rules.max_skipped is not None and self._skipped > self.rules.max_skipped
         return too_many or (self.rules.on_unstable == "stop" and self.unstable_step is not None)
 
     def skipped(self, count: int) -> None:
-        """Observe how many updates were left out so far because something was not finite."""
+        """Observe the number of skipped updates so far."""
         self._skipped = count
 
     def train(self, step: int, loss: float) -> bool:
-        """Observe the training loss of a step (nats, already averaged over ranks)."""
+        """Observe the training loss of a step (nats, mean over ranks)."""
         if not math.isfinite(loss):
             return self._mark(step, f"training loss is {loss}")
         if self._is_high(loss):
-            # Kept out of the statistics: a spike that widened them would hide the spikes after it.
+            # Left out of mean and variance: otherwise one spike would hide the next.
             self._high_steps += 1
             if self._high_steps >= self.rules.z_steps:
                 return self._mark(
                     step,
                     f"training loss {loss:.4g} is more than {self.rules.z_threshold:g} standard deviations above its "
-                    f"running mean {self._mean:.4g}, for {self._high_steps} steps on end",
+                    f"running mean {self._mean:.4g}, for {self._high_steps} records in a row",
                 )
             return False
         self._high_steps = 0
@@ -106,7 +103,7 @@ class Stability:
         return False
 
     def validation(self, step: int, loss: float) -> bool:
-        """Observe a validation loss (nats); keeps ``best`` and ``best_step``."""
+        """Observe a validation loss (nats); updates ``best`` and ``best_step``."""
         if not math.isfinite(loss):
             return self._mark(step, f"validation loss is {loss}")
         if loss < self.best:
@@ -120,20 +117,20 @@ class Stability:
         return False
 
     def nonfinite(self, step: int, what: str, rank: int = 0) -> bool:
-        """Record a loss or gradient that is not finite: ``what``, the first offending tensor, found by ``rank``."""
+        """Observe that ``what``, a loss or a gradient, was not finite on ``rank``."""
         return self._mark(step, f"{what} is not finite on rank {rank}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole record as plain numbers and strings, and that of the warning; the thresholds belong to the configuration."""
+        """The state as plain numbers and strings, with that of the early warning; without the thresholds."""
         early = {} if self._early is None else self._early.state_dict()
         return {**{name: getattr(self, name) for name in _RECORD}, "early": early}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a record; ValueError if it is not one of this class."""
+        """Load what ``state_dict`` returned; ValueError for other keys."""
         expected = {*_RECORD, "early"}
         if state.keys() != expected:
             raise ValueError(
-                f"a stability record has {sorted(expected)}, not {sorted(state)}; resume with the version that saved it"
+                f"the state of Stability has the keys {sorted(expected)}, not {sorted(state)}; resume with the version that saved it"
             )
         for name in _RECORD:
             setattr(self, name, state[name])
@@ -147,7 +144,7 @@ class Stability:
         return loss - self._mean > self.rules.z_threshold * spread
 
     def _average(self, loss: float) -> None:
-        """Update the moving mean and variance (Finch 2009, section 9); early on the k-th loss weighs 1/k."""
+        """Update the moving mean and variance (Finch 2009, section 9); at first the k-th loss has the weight 1/k."""
         self._seen += 1
         weight = max(1 - self.decay, 1 / self._seen)
         difference = loss - self._mean

@@ -1,4 +1,4 @@
-"""What a run writes about itself, and says, before its first step."""
+"""What a run writes and prints before its first step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.wandb_sink import WandbSink
 
 
 def open_log(cfg: Settings, directory: Path, optimizers: Optimizers, step: int, resumed: bool) -> RunLog:
-    """The run's directory with its configuration, parameter table and environment, and the log with its sinks."""
+    """Write the configuration, the parameter table and the environment into the directory of the run; returns its log with the sinks."""
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
@@ -32,7 +32,7 @@ def open_log(cfg: Settings, directory: Path, optimizers: Optimizers, step: int, 
 
 
 def print_start(cfg: Settings, directory: Path, model: GPT, optimizers: Optimizers, remarks: list[str]) -> None:
-    """The table of geometries, what was carried over from a base, where the run goes, and remarks, a line each."""
+    """Print the parameter table, the transferred settings, the directory of the run, and one line for each remark."""
     print(parameter_table(optimizers.rows, model.tied_names()))
     if carried_over := transfer_table(cfg):
         print(carried_over)

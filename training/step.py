@@ -1,4 +1,4 @@
-"""The parts of a training step that know neither models nor manifolds: batches, gradients, clipping, evaluation, finiteness."""
+"""The parts of a training step that do not depend on models and manifolds: batches, gradients, clipping, evaluation, finite checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.ranks import Ranks
 
 
 def micro_batches(windows: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows (N, T+1) uint16 as inputs and targets (size, T) int64 on the device."""
+    """Inputs and targets (size, T) int64 on the device, from windows (N, T+1) uint16; the last micro-batch may be smaller."""
     for start in range(0, len(windows), size):
         part = torch.from_numpy(windows[start : start + size].astype("int64"))
         part = part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
@@ -26,12 +26,12 @@ def micro_batches(windows: np.ndarray, size: int, device: torch.device) -> Itera
 def accumulate(
     model: nn.Module, windows: np.ndarray, size: int, device: torch.device, autocast: AbstractContextManager
 ) -> Tensor:
-    """Gradient of the mean loss over all windows (N, T+1), `size` at a time, the last part what is left; returns that mean (0-d)."""
+    """Accumulate the gradient of the mean loss over all windows (N, T+1), `size` windows at a time; returns that mean (0-d)."""
     total, seen = torch.zeros((), device=device), 0
-    replica = getattr(model, "_orig_mod", model)  # inside torch.compile
+    replica = getattr(model, "_orig_mod", model)  # the module before torch.compile
     for x, y in micro_batches(windows, size, device):
         seen += len(x)
-        waits = seen < len(windows)  # ranks exchange gradients once
+        waits = seen < len(windows)  # ranks exchange gradients only in the last micro-batch
         with replica.no_sync() if waits and isinstance(replica, DistributedDataParallel) else nullcontext():
             with autocast:
                 _, loss = model(x, y)
@@ -42,13 +42,13 @@ def accumulate(
 
 
 def clip(gradients: Sequence[Tensor | None], largest: float | None) -> tuple[Tensor, Tensor]:
-    """Scale the gradients, in place, to a global norm of at most `largest`; None leaves them alone.
+    """Scale the gradients, in place, to a global norm of at most `largest`; None: no clipping.
 
     Returns:
         The global norm before (0-d) and the norm of each gradient (N,), on the device. The arithmetic is that of
         torch.nn.utils.clip_grad_norm_.
     """
-    every: Any = gradients  # there is one of every parameter, after a backward pass
+    every: Any = gradients  # after a backward pass, none is None
     norms = torch.stack(torch._foreach_norm(every))
     total = torch.linalg.vector_norm(norms)
     if largest is not None:
@@ -57,7 +57,7 @@ def clip(gradients: Sequence[Tensor | None], largest: float | None) -> tuple[Ten
 
 
 @torch.no_grad()
-def evaluate(
+def mean_loss(
     model: nn.Module,
     plain: nn.Module,
     windows: np.ndarray,
@@ -65,10 +65,10 @@ def evaluate(
     ranks: Ranks,
     autocast: AbstractContextManager,
 ) -> float:
-    """Mean loss over the windows (N, T+1), in nats a token: the same bits on every rank, and on any number of ranks.
+    """Mean loss over the windows (N, T+1), in nats a token: bitwise the same on every rank, and for any number of ranks.
 
-    Ranks take whole micro-batches in turn, and the sum runs over all of them in one order. `plain` is `model` before torch.compile, and
-    computes the last micro-batch where it is smaller: one more shape would be one more program.
+    The ranks take turns with whole micro-batches, and the sum over all of them has a fixed order. `plain` is `model` before torch.compile;
+    it computes a smaller last micro-batch, because another shape would need another compiled program.
     """
     model.eval()
     sums = torch.zeros(-(-len(windows) // size), dtype=torch.float64, device=ranks.device)
@@ -82,21 +82,21 @@ def evaluate(
 
 
 class FiniteGuard:
-    """Finds updates whose loss or gradient is not finite, and what it was that broke, without waiting for the device.
+    """Finds updates with a loss or gradient that is not finite, which are skipped, and what was not finite; without a host sync.
 
-    count: updates left out so far, those before a resume included.
+    count: skipped updates so far, those before a resume included.
     """
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = names
-        self._before: tuple[int, str, int] | None = None  # the first failure, where that was before a resume
+        self._before: tuple[int, str, int] | None = None  # the first failure, if it was before a resume
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._losses = torch.zeros(2, device=device)
         self._norms = torch.zeros(len(names), device=device)
 
     def check(self, step: int, loss_here: Tensor, loss: Tensor, norms: Tensor) -> Tensor:
-        """Whether the update `step` must be left out (0-d bool): by this rank's loss, the mean loss, and the gradients' norms (N,)."""
+        """Whether the update `step` must be skipped (0-d bool), from the loss of this rank, the mean loss, and the gradient norms (N,)."""
         bad = ~(loss.isfinite() & norms.isfinite().all())
         first = bad & (self._count == 0)
         self._count += bad
@@ -107,11 +107,11 @@ class FiniteGuard:
 
     @property
     def count(self) -> int:
-        """How many updates were left out; waits for the device."""
+        """Number of skipped updates; waits for the device."""
         return int(self._count)
 
     def first(self, ranks: Ranks) -> tuple[int, str, int]:
-        """Step of the first update that was left out, what was not finite, and on which rank. All ranks must call."""
+        """Step of the first skipped update, what was not finite, and on which rank. All ranks must call."""
         if self._before is not None:
             return self._before
         here, mean = self._losses.tolist()
@@ -123,11 +123,11 @@ class FiniteGuard:
         return int(self._step), what, ranks.rank if math.isfinite(mean) else 0
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
-        """How many updates were left out, and what `first` says of the first of them. All ranks must call."""
+        """The number of skipped updates, and the result of `first`. All ranks must call."""
         return {"count": self.count, "first": list(self.first(ranks)) if self.count else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, whatever the ranks and parameters were."""
+        """Load what `state_dict` returned; the ranks and parameters may have been different."""
         self._count.fill_(state["count"])
         if state["first"] is not None:
             step, what, rank = state["first"]

@@ -1,7 +1,7 @@
-"""Carrying a learning rate over to another size: νGPT's multipliers (arXiv 2604.27077, table 1, as its digests and a port have it).
+"""Transfer of learning rates to another model size: the multipliers of νGPT (arXiv 2604.27077, table 1, from summaries and a port).
 
-A configuration whose `transfer.rule` is `nu` states settings tuned at a base; `transferred` returns the configuration that these become
-at its own width, depth and number of steps. The configuration a run writes down is the one it was given.
+With `transfer.rule=nu`, the settings of a configuration are those tuned for a base model; `transferred` converts them to the width, depth
+and number of steps of this run. The config.yaml of a run has the settings before the transfer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SCALES = "optim.adamw.lr_scale."
 
 @dataclass(frozen=True)
 class Change:
-    """One setting under transfer: the group of parameters it concerns, its dotted key, its value before and after, and why."""
+    """A setting that the transfer changes: its group of parameters, its dotted key, its value before and after, and the formula."""
 
     group: str
     key: str
@@ -28,14 +28,14 @@ class Change:
 
 
 def problems_of_transfer(cfg: Settings) -> list[str]:
-    """Whether the model is one that the transfer rule was measured for, and there is something to carry over."""
+    """Reasons why the transfer does not apply to this configuration, with remedies."""
     transfer, model = cfg.transfer, cfg.model
     if isinstance(transfer, NoTransfer):
         return []
     found = []
     if not model.unit_weights or model.tied or not isinstance(cfg.residual, NGPT):
         found.append(
-            "transfer=nu carries nGPT's settings over; choose a model of it, such as model=ngpt_demo, or transfer=none"
+            "transfer=nu is for nGPT only; choose such a model, for instance model=ngpt_demo, or transfer=none"
         )
     if any(choice != "adamw" for choice in (cfg.assignment.rules or {}).values()):
         found.append("transfer=nu was measured for Adam on every matrix; choose assignment=adamw, or transfer=none")
@@ -53,9 +53,9 @@ def problems_of_transfer(cfg: Settings) -> list[str]:
 
 
 def changes(cfg: Settings) -> list[Change]:
-    """Every setting that transfer touches, in the order of the paper's table; none without transfer.
+    """Every setting that the transfer changes, in the order of the paper's table; empty without transfer.
 
-    With m_width, m_depth and m_steps the ratios of this model's width, depth and number of steps to the base's.
+    m_width, m_depth and m_steps are the ratios of width, depth and number of steps of this run to those of the base.
     """
     t, model, residual = cfg.transfer, cfg.model, cfg.residual
     if isinstance(t, NoTransfer) or not isinstance(residual, NGPT):
@@ -86,7 +86,7 @@ def changes(cfg: Settings) -> list[Change]:
 
 
 def transferred(cfg: Settings) -> Settings:
-    """The configuration with its settings carried over; the same without transfer."""
+    """The configuration after the transfer; the same object without transfer."""
     after = {change.key: change.after for change in changes(cfg)}
     if not after:
         return cfg
@@ -105,7 +105,7 @@ def transferred(cfg: Settings) -> Settings:
 
 
 def transfer_table(cfg: Settings) -> str:
-    """What each group's learning rate and scales became, and why, as text; empty without transfer."""
+    """The learning rates and scales before and after the transfer, as text; empty without transfer."""
     lines = [("", "at the base", "here", "why")]
     for change in changes(cfg):
         before = "1/√d" if change.before is None else f"{change.before:.4g}"

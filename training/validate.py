@@ -1,4 +1,4 @@
-"""What must hold between settings, and between them and this machine; single values are checked by training/settings.py."""
+"""Checks of relations between settings, and of settings against this machine. training/settings.py checks single values."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class ConfigError(Exception):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.problems,)  # the message alone could not be turned back into problems
+        return type(self), (self.problems,)  # for pickle, which would pass the message only
 
 
 def problems_of_machine(cfg: Settings) -> list[str]:
-    """Whether this machine has the device that is asked for, and room for the run's directory."""
+    """Problems of the device and of the directory of the run on this machine."""
     found = []
     if cfg.device == "cuda" and not torch.cuda.is_available():
         found.append("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
@@ -41,7 +41,7 @@ def problems_of_machine(cfg: Settings) -> list[str]:
 
 
 def problems_of_directory(directory: Path) -> list[str]:
-    """Whether a run's directory is one, or can be made."""
+    """Problems of creating or writing to the directory of a run."""
     try:
         there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     except OSError as error:
@@ -54,7 +54,7 @@ def problems_of_directory(directory: Path) -> list[str]:
 
 
 def problems_of_batch(cfg: Settings, world: int) -> list[str]:
-    """Whether every rank has the same number of windows of the global batch."""
+    """The problem that the global batch cannot be divided equally among the ranks, if so."""
     tokens, block = cfg.global_batch_tokens, cfg.model.block_size
     share = block * world
     if tokens % share == 0:
@@ -68,14 +68,14 @@ def problems_of_batch(cfg: Settings, world: int) -> list[str]:
 
 
 def shortened(cfg: Settings, world: int) -> list[str]:
-    """What a run does otherwise than its configuration says, because there is not more of something; one line each."""
+    """Settings that are larger than this run can use, and what it uses instead; one line each."""
     found = []
     windows, wanted = cfg.global_batch_tokens // cfg.model.block_size // world, cfg.micro_batch_size
     size = micro_batch_size(windows, wanted)
     if size < wanted:
-        found.append(f"micro_batch_size={wanted}: a rank has {windows} windows an update and takes {size} at once")
+        found.append(f"micro_batch_size={wanted}: a rank has {windows} windows in an update and uses {size} at a time")
     asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
     steps = warmup_updates(asked, updates)
     if asked >= 1 and steps < asked:
-        found.append(f"schedule.warmup_steps={asked} does not fit into {updates} updates; {steps} of them are warm-up")
+        found.append(f"schedule.warmup_steps={asked} is too long for {updates} updates; {steps} of them are warm-up")
     return found

@@ -1,12 +1,12 @@
-"""Weights & Biases: the records of a run as curves, one section of panels a layer.
+"""Weights & Biases: the records of a run as curves, with one section of panels for each layer.
 
-W&B draws scalars and histograms over steps. metrics.jsonl holds more, such as every head and every singular value: of what is a list
-over heads, W&B is sent one or two numbers a layer (`OVER_HEADS`), of what is a list over depths one a layer, and of a spectrum its
-extremes and a histogram. W&B makes a section of panels of what stands before the first slash:
+W&B draws scalars and histograms over steps. metrics.jsonl has more, such as every head and every singular value. Of a list over heads,
+W&B gets one or two numbers for each layer (`OVER_HEADS`); of a list over depths, one number for each layer; of a spectrum, its extremes
+and a histogram. The part of a name before the first slash is the section of panels:
 
 ==================  ===============================================================================
-train, val          losses, learning rates, speed; ``val/full/loss`` is that of the whole split
-probe               the probe's summary, such as ``probe/largest_logit``
+train, val          losses, learning rates, speed; ``val/full/loss`` is the loss on the whole split
+probe               extremes, such as ``probe/largest_logit``
 layer_03/attn       ``logit_max``, ``entropy``, ... of layer 3 (``h.3`` in a parameter's name)
 layer_03/stream     ``mean_cosine``, ``effective_rank``, ... of the stream after layer 3
 layer_03/attn/c_attn  ``sigma_max``, ``sigma_min``, ... of that matrix; ``certificate/feas`` of its last step
@@ -26,15 +26,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from training.files import write_whole
 from training.log import METRICS_FILE
 
 WANDB_RUNS_FILE = "wandb_runs.json"
-_LONGEST_NAME = 128  # characters of a name that W&B takes
+_LONGEST_NAME = 128  # of a name in W&B, in characters
 
 _logger = logging.getLogger(__name__)
 
 Curve = tuple[str, float | str | list[float]]
-"""The name of a curve and its next point, or the numbers of a histogram."""
+"""The name of a curve, and its next point or the numbers of a histogram."""
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -51,16 +52,16 @@ OVER_HEADS: dict[str, dict[str, Callable[[Sequence[float]], float]]] = {
     "qk_product_norm": {"qk_product_norm": max},
     "recovery": {"recovery_min": min},
 }
-"""What is sent of a field that a probe measures for every head of every layer: curve → what is taken over a layer's heads."""
+"""For a field that a probe measures for every head: the names of its curves, and for each the function over the heads of a layer."""
 
 
 class WandbSink:
-    """Shows the records in Weights & Biases. Whatever keeps W&B from starting costs one warning and nothing else.
+    """Sends the records to Weights & Biases. If W&B cannot start, there is one warning, and training continues.
 
-    ``mode`` is "online", "offline" (needs no account) or "disabled". ``directory`` is that of the run; the ids of its
-    W&B runs stand there in ``wandb_runs.json``. With ``resume=True`` an online run is continued under its id; offline,
-    where W&B cannot append, a second one of the same group and name is begun and its config lists the earlier ids under
-    ``continues``. The x-axis is our ``step``: W&B's own counter starts again when a run is resumed.
+    ``mode`` is "online", "offline" (needs no account) or "disabled". ``directory`` is that of the run; ``wandb_runs.json`` in it has
+    the ids of its W&B runs. With ``resume=True``, an online run is continued under its id. An offline run cannot be continued: a new
+    one with the same group and name is started, and its config lists the earlier ids as ``continues``. The x-axis is our
+    ``step``, because the counter of W&B starts at 0 when a run is resumed.
     """
 
     def __init__(
@@ -77,42 +78,32 @@ class WandbSink:
         self._run: Any = None
         if mode == "disabled":
             return
+        about = {"mode": mode, "project": project, "group": group, "name": name[:_LONGEST_NAME]}
         try:
-            self._start(mode, project, group, name, config, Path(directory), resume)
+            self._start(about, config, Path(directory), resume)
         except Exception as error:
             _logger.warning(
-                "W&B did not start (%s); training goes on without it and %s holds everything. "
+                "W&B did not start (%s); training continues without it, and %s has all records. "
                 "Install wandb and run `wandb login`, or choose logger.mode=offline or logger.mode=disabled",
                 " ".join(str(error).split()) or type(error).__name__,
                 METRICS_FILE,
             )
 
-    def _start(
-        self,
-        mode: Literal["online", "offline", "disabled"],
-        project: str,
-        group: str | None,
-        name: str,
-        config: Mapping[str, Any],
-        directory: Path,
-        resume: bool,
-    ) -> None:
-        import wandb  # here, because importing it takes a second and it may be absent
+    def _start(self, about: dict[str, Any], config: Mapping[str, Any], directory: Path, resume: bool) -> None:
+        import wandb  # here, because the import takes a second, and it may not be installed
 
+        mode = about["mode"]
         directory.mkdir(parents=True, exist_ok=True)
         ids_file = directory / WANDB_RUNS_FILE
         earlier = json.loads(ids_file.read_text()) if resume and ids_file.exists() else []
-        # An offline half is uploaded later under its own id; continuing it online would make two writers of one run.
+        # An offline run is uploaded later under its own id, so it must not be continued online.
         online = [run["id"] for run in earlier if run["mode"] == "online"]
-        # An agent of `wandb sweep` has chosen the id, by which it finds the run's losses.
+        # The agent of `wandb sweep` chooses the id and expects the run under it.
         fresh_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         run_id = online[-1] if mode == "online" and online else fresh_id
         links = [run["id"] for run in earlier if run["id"] != run_id]
         self._run = wandb.init(
-            mode=mode,
-            project=project,
-            group=group,
-            name=name[:_LONGEST_NAME],
+            **about,
             id=run_id,
             resume="allow" if mode == "online" else None,
             config={**config, "continues": links} if links else dict(config),
@@ -124,12 +115,10 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("val/loss", step_metric="step", summary="min")
         if not any(run["id"] == run_id for run in earlier):
-            temp = ids_file.with_suffix(".tmp")
-            temp.write_text(json.dumps([*earlier, {"id": run_id, "mode": mode}]))
-            os.replace(temp, ids_file)
+            write_whole(ids_file, json.dumps([*earlier, {"id": run_id, "mode": mode}]))
 
     def record(self, rec: dict[str, Any]) -> None:
-        """Log the numbers of a record under ``<kind>/<field>``, lists as histograms (see ``flatten``)."""
+        """Log the numbers of a record under the names of ``flatten``, lists as histograms."""
         if self._run is None:
             return
         import wandb
@@ -143,7 +132,7 @@ class WandbSink:
         self._run.log(payload)
 
     def close(self) -> None:
-        """Finish the W&B run, which uploads or writes what is still buffered."""
+        """Finish the W&B run, which uploads or writes its buffer."""
         if self._run is not None:
             run, self._run = self._run, None
             run.finish()
@@ -152,20 +141,20 @@ class WandbSink:
 def _settings(wandb: Any, mode: str) -> Any:
     """W&B's settings; all times in seconds."""
     return wandb.Settings(
-        console="off",  # the console belongs to the progress bar
+        console="off",  # the progress bar uses the console
         silent=mode == "offline",
         init_timeout=60,
-        login_timeout=30,  # an unattended terminal is not asked for a key for ever
-        finish_timeout=20,  # a run that is told to stop has half a minute; the rest waits on disk for `wandb sync`
+        login_timeout=30,  # otherwise it waits for a key forever
+        finish_timeout=20,  # a stopped run has half a minute; `wandb sync` uploads the rest later
     )
 
 
 def flatten(rec: Mapping[str, Any]) -> Iterator[Curve]:
-    """Yield what a record shows: ``("layer_00/attn/c_attn/sigma_max", 1.0)``.
+    """Yield the curves of a record: ``("layer_00/attn/c_attn/sigma_max", 1.0)``.
 
-    A field that is a list of layers of heads, or of depths, becomes a curve a layer; any other non-empty list of numbers stays one, for
-    a histogram. Dicts become paths; None is left out. Beside a list ``sigma`` of singular values stand ``sigma_max``, ``sigma_min``
-    and ``stable_rank`` = Σσ²/σ_max².
+    Of a probe, a list over layers and heads, or over depths, becomes one curve for each layer. Any other non-empty list of numbers is
+    yielded as a list, for a histogram. Dicts become paths; None is left out. For a list ``sigma`` of singular values,
+    ``sigma_max``, ``sigma_min`` and ``stable_rank`` = Σσ²/σ_max² are yielded too.
     """
     fields = {key: value for key, value in rec.items() if key not in ("kind", "step", "name")}
     if rec["kind"] == "probe":
@@ -178,7 +167,7 @@ def flatten(rec: Mapping[str, Any]) -> Iterator[Curve]:
 
 
 def matrix_place(name: str) -> str:
-    """Where the curves of a parameter stand.
+    """The start of the names of a parameter's curves.
 
     >>> matrix_place("transformer.h.3.attn.c_attn.weight")
     'layer_03/attn/c_attn'
@@ -196,11 +185,11 @@ def _probe(fields: Mapping[str, Any]) -> Iterator[Curve]:
             yield from _fields({key: value}, "probe")
             continue
         for i, item in enumerate(value):
-            if isinstance(item, list):  # one number a head
+            if isinstance(item, list):  # one number for each head
                 sound = not any(map(math.isnan, item))
                 for curve, reduce in OVER_HEADS.get(key, {key: _mean}).items():
                     yield f"layer_{i:02d}/attn/{curve}", reduce(item) if sound else math.nan
-            else:  # one number a depth, the first before any layer
+            else:  # one number for each depth; the first is before any layer
                 yield f"{f'layer_{i - 1:02d}' if i else 'embedding'}/stream/{key}", item
 
 

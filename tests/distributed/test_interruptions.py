@@ -196,7 +196,7 @@ def test_a_signal_during_the_imports_is_one_message(tiny, tmp_path, signum):
     process = begin(*tiny, "launcher.nproc=2", cwd=tmp_path)
     wait_until(lambda: listens(process), what="the first line of train.py", poll=0.001)
     process.send_signal(signum)
-    assert "while no run was under way" in said(process, signum)
+    assert "while no run was active" in said(process, signum)
     assert not any(tmp_path.iterdir())
 
 
