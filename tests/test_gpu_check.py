@@ -166,7 +166,7 @@ def test_contestants_stop_at_the_limit(monkeypatch):
     def take(seconds):
         now[0] += seconds
 
-    times = timing.measure({"quick": lambda: take(1), "slow": lambda: take(50)}, repeats=5, warmup=0, limit_s=60)
+    times = timing.take_turns({"quick": lambda: take(1), "slow": lambda: take(50)}, repeats=5, warmup=0, limit_s=60)
     assert len(times["quick"]) == 2 and len(times["slow"]) == 2
     assert timing.median([]) == "not measured"
 
