@@ -34,34 +34,34 @@ from scripts.command import UsageError, parse, run
 from training.command import refusal
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
+EXPERIMENT_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
     "experiment": "choose the experiment by its name",
     "seed": "give seeds=",
     "resume": "runs are resumed without asking; for fresh ones give another output_dir=",
 }
 
 
-def names() -> list[str]:
+def experiment_names() -> list[str]:
     """The experiments that there are."""
     return sorted(path.stem for path in Path(__file__).with_name("experiments").glob("[!_]*.py"))
 
 
-def load(name: str) -> Experiment:
+def load_experiment(name: str) -> Experiment:
     """An experiment by its name.
 
     Raises:
         UsageError: there is none of that name.
     """
-    if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
-        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names())}"
+    if name not in experiment_names():
+        close = difflib.get_close_matches(name, experiment_names(), n=1)
+        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(experiment_names())}"
         raise UsageError(f"there is no experiment '{name}'; {guess}")
     return importlib.import_module(f"scripts.experiments.{name}").EXPERIMENT
 
 
-def describe(name: str) -> str:
+def help_of(name: str) -> str:
     """What an experiment asks, and its axes and options with their defaults."""
-    experiment = load(name)
+    experiment = load_experiment(name)
     axes = {axis: experiment.values(axis) for axis in experiment.axes}
     around = {"around": ",".join(experiment.around.values())} if experiment.around else {}
     options = {**axes, "seeds": experiment.seeds, **around, **experiment.options, "workers": experiment.workers}
@@ -86,8 +86,10 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     overrides = [word for word in words if word not in launcher]
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        if key in OWN_KEYS and (key != "experiment" or any(word.startswith("experiment=") for word in experiment.base)):
-            raise UsageError(f"{override} cannot be given here: {OWN_KEYS[key]}")
+        if key in EXPERIMENT_KEYS and (
+            key != "experiment" or any(word.startswith("experiment=") for word in experiment.base)
+        ):
+            raise UsageError(f"{override} cannot be given here: {EXPERIMENT_KEYS[key]}")
     around = _listed(options["around"])
     if len(around) != len(experiment.around):
         raise UsageError(
@@ -114,11 +116,15 @@ def _listed(text: str) -> list[str]:
 def work(arguments: list[str]) -> int:
     """The command; see the module's docstring. Exit code 1 if a run failed."""
     if not arguments:
-        width = max(map(len, names()))
-        print("\n".join(f"  {name:<{width}}  {load(name).hypothesis.splitlines()[0]}" for name in names()))
+        width = max(map(len, experiment_names()))
+        print(
+            "\n".join(
+                f"  {name:<{width}}  {load_experiment(name).hypothesis.splitlines()[0]}" for name in experiment_names()
+            )
+        )
         return 0
     name, *rest = arguments
-    study, own, launcher = study_of(load(name), rest)
+    study, own, launcher = study_of(load_experiment(name), rest)
     if launcher and (refused := refusal(launcher)):
         raise UsageError(refused)
     failures = study.run(Path(own["output_dir"] or f"outputs/{name}"), own["workers"], launcher)
@@ -132,7 +138,7 @@ def work(arguments: list[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     words = sys.argv[1:] if arguments is None else arguments
-    return run(work, arguments, describe(words[0]) if words and words[0] in names() else __doc__)
+    return run(work, arguments, help_of(words[0]) if words and words[0] in experiment_names() else __doc__)
 
 
 if __name__ == "__main__":

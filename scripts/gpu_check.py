@@ -201,7 +201,7 @@ def _end(process: subprocess.Popen) -> None:
 def pack(o: Options) -> None:
     """Write summary.txt, one archive for each stage, one of the runs' records and one of the tables into `out`."""
     o.out.mkdir(parents=True, exist_ok=True)
-    (o.out / "summary.txt").write_text(summary(o))
+    (o.out / "summary.txt").write_text(summary_of(o))
     for name in (*STAGES, "runs"):
         if (folder := o.work / name).is_dir():
             _archive(o.out / f"{name}.tar.gz", folder, name)
@@ -217,7 +217,7 @@ def _archive(path: Path, folder: Path, name: str) -> None:
     partial.replace(path)
 
 
-def summary(o: Options) -> str:
+def summary_of(o: Options) -> str:
     """Device and versions, how every step ended, and the end of what each printed."""
     facts = environment()
     lines = [f"{facts['device']}, torch {facts['torch']}, Python {facts['python']}, {facts['platform']}", ""]
@@ -232,7 +232,7 @@ def summary(o: Options) -> str:
     return "\n".join(lines) + "\n"
 
 
-def describe() -> None:
+def print_environment() -> None:
     """Print versions, devices and the driver's own table."""
     import torch
 
@@ -254,7 +254,7 @@ def work(arguments: list[str]) -> int:
     [what] = words
     os.chdir(ROOT)
     if what == "environment":
-        describe()
+        print_environment()
     elif what == "pack":
         pack(options)
         print(f"packed into {options.out}")

@@ -30,11 +30,11 @@ from training.log import read_records
 from training.settings import Settings
 
 RUNS = ("adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
-SETTINGS = [
+RACE_SETTINGS = [
     *("experiment=one_gpu", "eval_interval=50", "eval_windows=128", "probe.interval=50", "log.interval_spectra=250"),
     *("checkpoint.interval=1000000", "checkpoint.keep=1", "full_eval=false"),
 ]
-TINY = [
+TINY_RACE_SETTINGS = [
     *("experiment=demo", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16"),
     *("global_batch_tokens=128", "micro_batch_size=4", "eval_interval=4", "eval_windows=4", "log.interval=1"),
     *("probe.interval=4", "log.interval_spectra=4", "schedule.warmup_steps=2", "full_eval=false"),
@@ -112,7 +112,7 @@ class Race:
             self.train_to(further)
 
 
-def write_results(race: Race, results: Path, arguments: Sequence[str]) -> str:
+def write_race(race: Race, results: Path, arguments: Sequence[str]) -> str:
     """The table of all runs, and pictures; returns the table for a terminal."""
     groups = grouped(find_runs([race.folder]))
     runs, columns = [r for group in groups for r in group], report_columns(groups)
@@ -150,7 +150,7 @@ def work(arguments: list[str]) -> int:
     tiny = o["tiny"] == "true"
     first, most = o["first"] or (4 if tiny else 40), o["most"] or (12 if tiny else 2500)
     micro = [f"micro_batch_size={o['micro_batch_size']}"] if o["micro_batch_size"] else []
-    settings = [*(TINY if tiny else SETTINGS), *micro, *overrides]
+    settings = [*(TINY_RACE_SETTINGS if tiny else RACE_SETTINGS), *micro, *overrides]
     race = Race(Path(o["folder"]), settings, first, most, time.monotonic() + o["seconds"])
     for name in RUNS:
         check(race.config(name, first))
@@ -159,7 +159,7 @@ def work(arguments: list[str]) -> int:
         race.run()
     finally:
         if any(race.folder.glob("*/metrics.jsonl")):
-            print("\n" + write_results(race, Path(o["results"]), arguments), flush=True)
+            print("\n" + write_race(race, Path(o["results"]), arguments), flush=True)
     return 0
 
 

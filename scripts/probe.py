@@ -39,7 +39,7 @@ from training.checkpoint import load
 from training.data import open_data
 from training.settings import read_sound
 
-HEADINGS = (
+LAYER_HEADINGS = (
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
     *("from mean", "cosine", "eff. rank", "width", "R²", "hidden", "mixable"),
 )
@@ -67,7 +67,7 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
 def layer_table(model: GPT, x: torch.Tensor) -> str:
     """The table of one model on the windows x (B, T), for a terminal."""
     seen, mixable = probe(model, x), head_mixing(model, x).amin(1).tolist()
-    lines = [list(HEADINGS)]
+    lines = [list(LAYER_HEADINGS)]
     for i, block in enumerate(model.transformer.h):
         heads = [seen[key][i] for key in ("logit_max", "logit_p999", "entropy", "saturated", "jacobian", "recovery")]
         logit, high, entropy, saturated, jacobian, recovered = heads
@@ -84,7 +84,7 @@ def layer_table(model: GPT, x: torch.Tensor) -> str:
         ]
         hidden = null_space(block.attn.c_proj.weight.detach())
         lines.append([str(i), *(f"{n:.3g}" for n in numbers), str(hidden), f"{mixable[i]:,}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(LAYER_HEADINGS))]
     return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
 
 
@@ -112,7 +112,7 @@ def work(arguments: list[str]) -> int:
             f"would be n(H-1)w = {count:,}, the count of arXiv 2604.23681.\n"
         )
     if options["figures"]:
-        from scripts.analysis.experiment_figures import curves
+        from scripts.analysis.experiment_figures import probe_curves
 
         trained = read_run(directory)
         if not trained.records.get("probe"):
@@ -121,7 +121,7 @@ def work(arguments: list[str]) -> int:
             )
         target = Path(options["figures"])
         target.mkdir(parents=True, exist_ok=True)
-        print(f"written: {curves(trained, target / 'probes.png')}")
+        print(f"written: {probe_curves(trained, target / 'probes.png')}")
     return 0
 
 

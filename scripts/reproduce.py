@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from scripts.analysis.figures import draw
-from scripts.analysis.runs import Run, read_run
-from scripts.analysis.tables import COLUMNS, Table, footer, make_table, rows_of, told, write_tables
+from scripts.analysis.runs import RecordedRun, read_run
+from scripts.analysis.tables import COLUMNS, Table, columns_with_values, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError, parse, run
 from training.checks import check
 from training.config import compose
@@ -44,7 +44,7 @@ from training.sweep import available_cores, finished
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
 SCALE_SETTINGS = {"demo": ["logger.mode=disabled"]}
-OWN_KEYS = {  # keys of train.py that this command decides, and what to do instead
+REPRODUCE_KEYS = {  # keys of train.py that this command decides, and what to do instead
     "experiment": "choose the recipe with scale=",
     "assignment": "all five are run; for one alone use python train.py",
     "resume": "runs are resumed without asking; for fresh ones give another output_dir=",
@@ -86,8 +86,8 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     overrides = [word for word in words if word != "--accept"]
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        if key in OWN_KEYS:
-            raise UsageError(f"{override} cannot be given here: {OWN_KEYS[key]}")
+        if key in REPRODUCE_KEYS:
+            raise UsageError(f"{override} cannot be given here: {REPRODUCE_KEYS[key]}")
     scale = options["scale"]
     optims, others = name_parts(overrides)
     name = "_".join([scale, *optims])
@@ -133,14 +133,14 @@ def train_all(plan: Plan) -> dict[str, str]:
 # ---- what is written ----
 
 
-def write_results(plan: Plan) -> str:
+def write_reproduction(plan: Plan) -> str:
     """Write the table and the pictures into `plan.results`; returns what there is to say in a terminal."""
     directories = [job.directory for job in plan.jobs.values()]
     runs = [read_run(directory) for directory in directories if (directory / METRICS_FILE).exists()]
     if not runs:
         raise UsageError("no run has written anything, so there is no table; the errors above say why")
     groups = [[r] for r in runs]
-    table = make_table(groups, told(COLUMNS, runs))
+    table = make_table(groups, columns_with_values(COLUMNS, runs))
     data = {
         "command": plan.command,
         "published": "arXiv 2606.13276",
@@ -156,7 +156,7 @@ def write_results(plan: Plan) -> str:
     return "\n\n".join([*parts, f"  written to {plan.results}: {names}   ({_cost_line(runs)})"])
 
 
-def comparison(runs: Sequence[Run], committed: Path) -> Table:
+def comparison(runs: Sequence[RecordedRun], committed: Path) -> Table:
     """Final losses beside those of a committed table, with the differences."""
     rows = {row["assignment"]: row for row in json.loads((committed / "table.json").read_text())["rows"]}
     lines = []
@@ -171,7 +171,7 @@ def comparison(runs: Sequence[Run], committed: Path) -> Table:
     )
 
 
-def _total_cost(runs: Sequence[Run]) -> dict[str, Any]:
+def _total_cost(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     costs = [r.cost for r in runs if r.cost]
     return {
         "runs": len(runs),
@@ -185,7 +185,7 @@ def _total_cost(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _cost_line(runs: Sequence[Run]) -> str:
+def _cost_line(runs: Sequence[RecordedRun]) -> str:
     """ "5 runs, 4 min 12 s, 1.1 GiB, 2 cores" """
     cost = _total_cost(runs)
     minutes, seconds = divmod(round(cost["wall_seconds"]), 60)
@@ -202,7 +202,7 @@ def _cost_line(runs: Sequence[Run]) -> str:
     return ", ".join(parts)
 
 
-def remark(plan: Plan, runs: Sequence[Run]) -> str:
+def remark(plan: Plan, runs: Sequence[RecordedRun]) -> str:
     """What the columns are, and what the numbers may be compared with."""
     other_scale = "" if plan.scale == "paper" else "; this is another scale: compare the order, not the numbers"
     return (
@@ -263,7 +263,7 @@ def work(arguments: list[str]) -> int:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     try:
-        print("\n" + write_results(plan))
+        print("\n" + write_reproduction(plan))
         if plan.accept and plan.committed and not failures:
             print(accept(plan, plan.committed))
     except OSError as error:

@@ -17,7 +17,7 @@ from data.tokenizer import get_tokenizer
 from scripts.analysis.runs import load_model
 from scripts.command import UsageError, parse, run
 
-OPTIONS = {"prompt": "", "tokens": 200, "temperature": 0.8, "top_k": 50, "seed": 0}
+SAMPLE_OPTIONS = {"prompt": "", "tokens": 200, "temperature": 0.8, "top_k": 50, "seed": 0}
 
 
 def sample(directory: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
@@ -38,9 +38,9 @@ def sample(directory: str, prompt: str, tokens: int, temperature: float, top_k: 
 
 def work(arguments: list[str]) -> int:
     """Print a sample."""
-    others, options = parse(arguments, OPTIONS)
+    others, options = parse(arguments, SAMPLE_OPTIONS)
     if len(others) != 1:
-        raise UsageError(f"name one run and, if you like, {', '.join(f'{k}=' for k in OPTIONS)}; see --help")
+        raise UsageError(f"name one run and, if you like, {', '.join(f'{k}=' for k in SAMPLE_OPTIONS)}; see --help")
     print(sample(others[0], **options))
     return 0
 

@@ -27,9 +27,9 @@ from scripts.command import UsageError, parse, run
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, parse_record
 
-OPTIONS = {"once": "false", "interval_s": 2.0, "stalled_s": 300.0}
+WATCH_OPTIONS = {"once": "false", "interval_s": 2.0, "stalled_s": 300.0}
 _LONGEST_S = 1e9  # 30 years: a longer time is no forecast
-COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
+STATE_COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
 
 
 class Watched:
@@ -143,7 +143,7 @@ def short_names(jobs: Sequence[Path]) -> list[str]:
     return [",".join(p for p in mine if p not in shared) or ",".join(mine) for mine in parts]
 
 
-def table(jobs: dict[Path, Watched], stalled_s: float) -> Table:
+def jobs_table(jobs: dict[Path, Watched], stalled_s: float) -> Table:
     """One row a job."""
     grid = Table(box=None, pad_edge=False)
     grid.add_column("job", overflow="fold")
@@ -156,7 +156,7 @@ def table(jobs: dict[Path, Watched], stalled_s: float) -> Table:
         steps = str(job.step) if job.max_steps is None else f"{job.step}/{job.max_steps}"
         grid.add_row(
             Text(name),
-            Text(state, style=COLOURS.get(state, "")),
+            Text(state, style=STATE_COLOURS.get(state, "")),
             "" if state == "waiting" else steps,
             "" if job.train is None else f"{job.train:.4f}",
             "" if job.val is None else f"{job.val:.4f}",
@@ -174,7 +174,7 @@ def remarks(jobs: dict[Path, Watched]) -> list[str]:
 
 def work(arguments: list[str]) -> int:
     """Print the table, once or until interrupted."""
-    others, options = parse(arguments, OPTIONS)
+    others, options = parse(arguments, WATCH_OPTIONS)
     if len(others) != 1 or options["once"] not in ("true", "false"):
         raise UsageError(
             "name one sweep and, if you like, once=true, interval_s= and stalled_s=, such as: "
@@ -192,7 +192,7 @@ def work(arguments: list[str]) -> int:
         jobs = find_jobs(sweep, jobs)
         for job in jobs.values():
             job.update()
-        return table(jobs, stalled_s)
+        return jobs_table(jobs, stalled_s)
 
     if options["once"] == "true":
         Console().print(look())

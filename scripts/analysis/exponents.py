@@ -12,7 +12,7 @@ import torch
 from data.loader import validation_windows
 from model.exponents import SKIPS, Exponents, closed_form, embedded, measure, near_collapse
 from model.gpt import GPT
-from scripts.analysis.runs import Run
+from scripts.analysis.runs import RecordedRun
 from scripts.analysis.statistics import Estimate, rank_correlation
 from scripts.analysis.tables import Table
 from scripts.command import UsageError
@@ -24,7 +24,7 @@ from training.data import open_data
 BATCH = 4  # sequences a model is measured on
 STRENGTHS, SCALES = (0.1, 0.95), (0.5, 16.0)  # of the phase diagram
 FIRST_SEED = 1337
-HEADINGS = {
+EXPONENT_HEADINGS = {
     "assignment": "assignment",
     "angle_synthetic": "λ_a, near collapse",
     "angle_closed": "closed form",
@@ -97,7 +97,7 @@ def phase(overrides: Sequence[str], points: int, models: int, correlation: float
     return {"strengths": strengths, "scales": scales, "skip": skip, **fields}
 
 
-def cells(runs: Sequence[Run], overrides: Sequence[str], correlation: float) -> list[dict[str, Any]]:
+def cells(runs: Sequence[RecordedRun], overrides: Sequence[str], correlation: float) -> list[dict[str, Any]]:
     """Final losses of models that differ in their initial scales, with the exponents they began with."""
     found = []
     for r in runs:
@@ -118,15 +118,15 @@ def correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: rank_correlation(values, loss) for name, values in seen.items()}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def exponents_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line an assignment, of rows that hold each Estimate as a dict."""
-    keys = list(HEADINGS)[1:]
+    keys = list(EXPONENT_HEADINGS)[1:]
     texts = [{key: Estimate(**row[key]).text(3, "+") for key in keys if key in row} for row in rows]
     lines = [[row["assignment"], *(text.get(key, "–") for key in keys)] for row, text in zip(rows, texts)]
-    return Table(list(HEADINGS.values()), lines, [False, *[True] * len(keys)])
+    return Table(list(EXPONENT_HEADINGS.values()), lines, [False, *[True] * len(keys)])
 
 
-def told(facts: Mapping[str, Any]) -> str:
+def exponents_remark(facts: Mapping[str, Any]) -> str:
     """What the signs mean, and how the losses of trained models correlate."""
     found = ", ".join(f"{key} {value:+.2f}" for key, value in facts["rank_correlation"].items())
     trained = (

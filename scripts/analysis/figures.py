@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
-from scripts.analysis.runs import SUBLAYERS, Run
+from scripts.analysis.runs import SUBLAYERS, RecordedRun
 from scripts.analysis.tables import settings_columns
 
-COLOURS = {
+ASSIGNMENT_COLOURS = {
     "Unconstrained": "#5a5a5a",
     "All-Stiefel": "#0072B2",
     "All-DGram": "#E69F00",
@@ -50,7 +50,7 @@ STYLE: dict[str, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-Groups = Sequence[Sequence[Run]]
+Groups = Sequence[Sequence[RecordedRun]]
 
 
 def draw(groups: Groups, directory: Path) -> list[Path]:
@@ -58,13 +58,13 @@ def draw(groups: Groups, directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     if any(r.records.get("eval") for group in groups for r in group):
-        drawn.append(val_loss(groups, directory / "val_loss.png"))
+        drawn.append(draw_losses(groups, directory / "val_loss.png"))
     if any(r.records.get("spectra") for group in groups for r in group):
-        drawn.append(spectra(groups, directory / "spectra.png"))
+        drawn.append(draw_spectra(groups, directory / "spectra.png"))
     return drawn
 
 
-def val_loss(groups: Groups, path: Path) -> Path:
+def draw_losses(groups: Groups, path: Path) -> Path:
     """Validation loss over steps: all of training on the left, its second half on the right, where the curves are named.
 
     Runs of one group share a colour. A cross marks the step at which a run became unstable.
@@ -100,7 +100,7 @@ def val_loss(groups: Groups, path: Path) -> Path:
     return path
 
 
-def spectra(groups: Groups, path: Path) -> Path:
+def draw_spectra(groups: Groups, path: Path) -> Path:
     """Largest and smallest singular value of every matrix over steps: a column for each group's first run, a row for each sublayer."""
     runs = [next((r for r in group if r.records.get("spectra")), group[0]) for group in groups]
     with picture(path, max(4.5, 0.8 + 1.75 * len(runs)), 4.4) as figure:
@@ -125,7 +125,7 @@ def spectra(groups: Groups, path: Path) -> Path:
 # ---- pieces ----
 
 
-def _loss_curve(axes: Axes, run: Run, colour: str) -> None:
+def _loss_curve(axes: Axes, run: RecordedRun, colour: str) -> None:
     steps, losses = run.curve("eval")
     axes.plot(steps, losses, color=colour, linewidth=1.6, alpha=0.9)
     if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
@@ -194,7 +194,7 @@ def _top(cluster: Sequence[float], gap: float) -> float:
     return sum(cluster) / len(cluster) + gap * (len(cluster) - 1) / 2
 
 
-def _spectrum(axes: Axes, run: Run, sublayer: str) -> None:
+def _spectrum(axes: Axes, run: RecordedRun, sublayer: str) -> None:
     """One panel: two thin lines a matrix, and the manifold's name."""
     matrices = run.spectra(sublayer)
     style: dict[str, Any] = {"linewidth": 1.1 if len(matrices) <= 8 else 0.7, "alpha": 0.75}
@@ -231,7 +231,7 @@ def _colours(groups: Groups) -> list[str]:
     free, used = list(OTHER_COLOURS), set()
     chosen = []
     for group in groups:
-        colour = COLOURS.get(group[0].assignment)
+        colour = ASSIGNMENT_COLOURS.get(group[0].assignment)
         if colour is None or colour in used:
             colour = free[0]
             free = [*free[1:], free[0]]
@@ -240,7 +240,7 @@ def _colours(groups: Groups) -> list[str]:
     return chosen
 
 
-def _label(group: Sequence[Run], groups: Groups) -> str:
+def _label(group: Sequence[RecordedRun], groups: Groups) -> str:
     """The assignment, and the settings that tell this group from others where those differ."""
     settings = [f"{c.heading.rpartition('.')[2]} {c.value(group[0])}" for c in settings_columns(groups)]
     return ", ".join([group[0].assignment, *settings[:2]])

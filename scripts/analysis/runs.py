@@ -23,7 +23,7 @@ SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A finished, unfinished or failed run.
 
     config: as written by the run. records: by kind, in order; those of kind "spectra" carry `sigma_max` and `sigma_min` instead
@@ -158,12 +158,12 @@ class Run:
         return "+".join("-" if choice == "euclidean" else choice for choice in dict.fromkeys(chosen))
 
 
-def final_losses(runs: Iterable[Run]) -> list[float]:
+def final_losses(runs: Iterable[RecordedRun]) -> list[float]:
     """The final validation losses (nats a token) of the runs that were evaluated."""
     return [r.final for r in runs if r.final is not None]
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> RecordedRun:
     """Read a run's directory.
 
     Raises:
@@ -187,7 +187,7 @@ def read_run(directory: Path) -> Run:
         raise UsageError(f"the run in {directory} cannot be read ({error}); mend that file or leave it out") from error
     if foreign:
         print(f"{directory}: {foreign} records have not the fields of their kind; left out", file=sys.stderr)
-    return Run(directory, config, records, cost, environment)
+    return RecordedRun(directory, config, records, cost, environment)
 
 
 def setting(config: dict[str, Any], key: str) -> str:
@@ -252,7 +252,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_runs(places: Iterable[str | Path]) -> list[Run]:
+def find_runs(places: Iterable[str | Path]) -> list[RecordedRun]:
     """Every run in the given directories and below them, each once.
 
     Raises:

@@ -37,7 +37,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.correlation(ranks(a), ranks(b))
 
 
-def optimum(curve: Mapping[float, Sequence[float]]) -> tuple[float, float, bool]:
+def best_rate(curve: Mapping[float, Sequence[float]]) -> tuple[float, float, bool]:
     """Learning rate and loss of the lowest mean, and whether it lies at an end of the rates.
 
     Between the rates by the parabola through the lowest point and its neighbours, in the logarithm of the rate.

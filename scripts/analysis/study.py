@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.runs import Run, final_losses, read_run
-from scripts.analysis.statistics import Estimate, optimum
+from scripts.analysis.runs import RecordedRun, final_losses, read_run
+from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
@@ -71,22 +71,22 @@ class Study:
     seeds: list[str]
     options: dict[str, Any]
     overrides: list[str]
-    groups: list[list[Run]] = field(default_factory=list)
+    groups: list[list[RecordedRun]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RecordedRun]:
         """All runs that ended, case by case."""
         return [r for group in self.groups for r in group]
 
-    def grouped(self, *axes: str) -> dict[tuple[str, ...], list[Run]]:
+    def grouped(self, *axes: str) -> dict[tuple[str, ...], list[RecordedRun]]:
         """The runs by their values of some axes, in order."""
-        found: dict[tuple[str, ...], list[Run]] = {}
+        found: dict[tuple[str, ...], list[RecordedRun]] = {}
         for r in self.runs:
             found.setdefault(tuple(r.case[axis] for axis in axes), []).append(r)
         return found
 
-    def along(self, axis: str, **wanted: str) -> dict[str, list[Run]]:
+    def along(self, axis: str, **wanted: str) -> dict[str, list[RecordedRun]]:
         """The runs by their values of an axis, where the other axes of `around` lie at home and further ones at the wanted values."""
         wanted = {key: value for key, value in {**self.around, **wanted}.items() if key != axis}
         fit = [r for r in self.runs if wanted.items() <= dict(r.case).items()]
@@ -150,7 +150,7 @@ class Study:
         """
         jobs = self.jobs(parent)
         failures = run_all([job for _, job in jobs], workers, launcher)
-        groups: dict[tuple[str, ...], list[Run]] = {}
+        groups: dict[tuple[str, ...], list[RecordedRun]] = {}
         for case, job in jobs:
             if job.ended:
                 groups.setdefault(tuple(case.values()), []).append(replace(read_run(job.directory), case=case))
@@ -179,7 +179,7 @@ class Study:
 # ---- tables of their own ----
 
 
-def loss_cell(runs: Sequence[Run]) -> str:
+def loss_cell(runs: Sequence[RecordedRun]) -> str:
     """The final losses of some runs as a cell: mean ± standard error, and how many were unstable."""
     if not runs:
         return "not run"
@@ -200,13 +200,13 @@ def pivot(study: Study, across: str, heading: str) -> Table:
     return Table(headings, lines, [False] * len(down) + [True] * len(values))
 
 
-def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[Run]] | None:
+def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[RecordedRun]] | None:
     """The value of an axis with the lowest mean final loss of the runs that fit, none being unstable; None if there is none."""
     stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.unstable_step is None for r in runs)}
     return min(stable.items(), key=lambda item: Estimate.of(final_losses(item[1])).mean, default=None)
 
 
-def losses_by(runs: Sequence[Run], axis: str) -> dict[float, list[float]]:
+def losses_by(runs: Sequence[RecordedRun], axis: str) -> dict[float, list[float]]:
     """Final losses by an axis of numbers, one a seed; infinite where a run was unstable."""
     found: dict[float, list[float]] = {}
     for r in runs:
@@ -215,7 +215,7 @@ def losses_by(runs: Sequence[Run], axis: str) -> dict[float, list[float]]:
 
 
 def optimum_table(study: Study, rate: str, models: str, names: Mapping[str, str], sizes: Mapping[str, str]) -> Table:
-    """The best learning rate at every size, and how many octaves it lies from that at home; by the parabola of `statistics.optimum`.
+    """The best learning rate at every size, and how many octaves it lies from that at home; by the parabola of `best_rate`.
 
     Args:
         rate: axis of the learning rate. models: axis of what is compared, and `names` its values in words. sizes: axis → word.
@@ -225,8 +225,8 @@ def optimum_table(study: Study, rate: str, models: str, names: Mapping[str, str]
         home = study.along(models).get(model, [])
         for axis, word in sizes.items():
             for value, runs in study.along(axis, **{models: model}).items():
-                best, loss, at_end = optimum(losses_by(runs, rate))
-                moved = f"{math.log2(best / optimum(losses_by(home, rate))[0]):+.2f}" if home else ""
+                best, loss, at_end = best_rate(losses_by(runs, rate))
+                moved = f"{math.log2(best / best_rate(losses_by(home, rate))[0]):+.2f}" if home else ""
                 end = " (end of the rates)" if at_end else ""
                 lines.append([names[model], word, value, f"{best:.4f}{end}", moved, f"{loss:.4f}"])
     headings = ["model", "varied", "to", "best rate", "octaves from the base's", "val loss there"]

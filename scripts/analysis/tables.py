@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.runs import Run, setting
+from scripts.analysis.runs import RecordedRun, setting
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
 from training.run import environment
@@ -34,7 +34,7 @@ class Column:
 
     heading: str
     key: str
-    value: Callable[[Run], Value]
+    value: Callable[[RecordedRun], Value]
     digits: int = 4
 
 
@@ -58,7 +58,7 @@ COLUMNS = [
 ]
 """The table of one set of settings. A new measurement is a new line here."""
 
-ATTENTION = [
+ATTENTION_COLUMNS = [
     BEST,
     FINAL,
     Column("logit", "largest_logit", lambda r: r.last_probe("largest_logit"), digits=0),
@@ -80,7 +80,7 @@ def case(heading: str, axis: str) -> Column:
     return Column(heading, axis.rpartition(".")[2], lambda r: r.case[axis])
 
 
-def told(columns: Sequence[Column], runs: Sequence[Run]) -> list[Column]:
+def columns_with_values(columns: Sequence[Column], runs: Sequence[RecordedRun]) -> list[Column]:
     """The columns in which at least one run has something to say."""
     return [column for column in columns if any(column.value(r) is not None for r in runs)]
 
@@ -114,7 +114,7 @@ class Table:
         return cell.rjust(width) if self.numeric[column] else cell.ljust(width)
 
 
-def make_table(groups: Sequence[Sequence[Run]], columns: Sequence[Column]) -> Table:
+def make_table(groups: Sequence[Sequence[RecordedRun]], columns: Sequence[Column]) -> Table:
     """One line a group; where some group has several seeds, their number is told."""
     values = [[[column.value(r) for r in group] for column in columns] for group in groups]
     lines = [[cell(v, column.digits) for v, column in zip(line, columns)] for line in values]
@@ -140,7 +140,7 @@ def cell(values: Sequence[Value], digits: int) -> str:
     return Estimate.of(numbers).text(digits)
 
 
-def rows_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[dict[str, Any]]:
+def rows_of(runs: Sequence[RecordedRun], columns: Sequence[Column]) -> list[dict[str, Any]]:
     """The table as data, one dict a run, in full precision; with the run's case, which tells what it is to the experiment."""
     return [
         {**{column.key: _finite(column.value(r)) for column in columns}, **r.case}
@@ -152,9 +152,9 @@ def rows_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[dict[str, An
 # ---- runs that belong together ----
 
 
-def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+def grouped(runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
     """Runs that differ in nothing but the seed, in the paper's order of assignments."""
-    groups: list[list[Run]] = []
+    groups: list[list[RecordedRun]] = []
     for candidate in runs:
         for group in groups:
             if not different(group[0].config, candidate.config):
@@ -173,7 +173,7 @@ def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [key for change in other_settings(a, b) if (key := change.partition(":")[0]) != "seed"]
 
 
-def settings_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
+def settings_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
     """A column for every setting that tells the groups apart, but for the assignment, which the table names anyway."""
     first = groups[0][0].config
     keys = dict.fromkeys(key for group in groups for key in different(first, group[0].config))
@@ -193,19 +193,19 @@ def of_setting(heading: str, name: str, key: str) -> Column:
     return Column(heading, name, lambda r: setting(r.config, key))
 
 
-def report_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
+def report_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
     """The table's columns with the optimizer's step rule, what tells the groups apart, and how far each run went."""
     rule = of_setting("step rule", "step_rule", "optim.muon.rule.kind")
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
     status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
     columns = [*COLUMNS[:3], rule, *settings_columns(groups), *COLUMNS[3:status], steps, *COLUMNS[status:]]
-    return told(columns, [r for group in groups for r in group])
+    return columns_with_values(columns, [r for group in groups for r in group])
 
 
 # ---- what is written ----
 
 
-def footer(command: str, runs: Sequence[Run], *remarks: str) -> str:
+def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
     """Which command and settings wrote a table, and on what; of a setting in which the runs differ, nothing is said."""
 
     def shared(text: str, *keys: str) -> str:

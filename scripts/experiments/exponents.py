@@ -16,7 +16,7 @@ def checked(study: Study, case: Case) -> list[str]:
     return []
 
 
-def measure(study: Study) -> dict[str, Any]:
+def exponents_of(study: Study) -> dict[str, Any]:
     """Exponents by assignment, over the phase diagram, and of the trained models."""
     o, overrides, facts = study.options, study.overrides, dict[str, Any]()
     facts["exponents"] = []
@@ -38,12 +38,12 @@ EXPERIMENT = Experiment(
     options={"assignments": "adamw,all_stiefel,all_dgram,hetero,hetero_inv"}
     | {"models": 5, "correlation": 0.99, "scan": 9, "skip": "normalised"},
     derived=checked,
-    measure=measure,
-    tables=lambda study: [exponents.table(study.facts["exponents"])],
+    measure=exponents_of,
+    tables=lambda study: [exponents.exponents_table(study.facts["exponents"])],
     figures={
         "phase.png": lambda study, path: study.facts["scan"] and phase_diagram(study.facts["scan"], path),
         "loss.png": lambda study, path: len(study.runs) > 1 and loss_against_exponents(study.facts["trained"], path),
     },
-    remark=lambda study: exponents.told(study.facts),
+    remark=lambda study: exponents.exponents_remark(study.facts),
     untrained=True,
 )

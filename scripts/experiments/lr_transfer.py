@@ -27,7 +27,7 @@ def shape(study: Study, case: Case) -> list[str]:
     return [f"model.n_head={width // head}", *(stated if case["transfer"] == "nu" else [])]
 
 
-def panels(study: Study) -> list:
+def panels_by_size(study: Study) -> list:
     """A row a model, a panel for what is varied."""
 
     def curves(model: str, axis: str) -> dict:
@@ -45,5 +45,5 @@ EXPERIMENT = Experiment(
     options={"head": 32},
     derived=shape,
     tables=lambda study: [optimum_table(study, RATE, "transfer", MODELS, SIZES)],
-    figures={"loss_by_rate.png": lambda study, path: loss_by_rate(panels(study), path)},
+    figures={"loss_by_rate.png": lambda study, path: loss_by_rate(panels_by_size(study), path)},
 )

@@ -25,7 +25,7 @@ def tables(study: Study) -> list[Table]:
     return [pivot(study, RATE, "lr"), Table(headings, lines, [False, *[True] * 5], "Best against best:")]
 
 
-def panels(study: Study) -> list:
+def panels_by_assignment(study: Study) -> list:
     """A panel an assignment, the two step rules against each other."""
     found: dict[str, dict] = {}
     for (_, optim), runs in study.grouped("assignment", "optim").items():
@@ -45,7 +45,9 @@ EXPERIMENT = Experiment(
     seeds="1,2",
     tables=tables,
     figures={
-        "loss_by_rate.png": lambda study, path: loss_by_rate([panels(study)], path, "learning rate of the matrices")
+        "loss_by_rate.png": lambda study, path: loss_by_rate(
+            [panels_by_assignment(study)], path, "learning rate of the matrices"
+        )
     },
     remark=lambda study: "The cells hold final losses.",
 )
