@@ -1,9 +1,9 @@
-"""Text from a trained model.
+"""Generate text with a trained model.
 
     python scripts/sample.py outputs/first prompt="def " tokens=200 temperature=0.8 top_k=50 seed=0
 
-Takes the newest good checkpoint. temperature=0 takes the likeliest token each time; top_k=0 draws from the whole vocabulary; without
-a prompt a new document begins.
+The newest good checkpoint is used. temperature=0 takes the likeliest token each time. top_k=0 draws from the whole vocabulary. Without
+a prompt the model begins a new document.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ SAMPLE_OPTIONS = {"prompt": "", "tokens": 200, "temperature": 0.8, "top_k": 50, 
 
 
 def sample(directory: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt and its continuation by `tokens` sampled tokens; the same seed gives the same text on the same device."""
+    """The prompt and its continuation by `tokens` sampled tokens. The same seed gives the same text on the same device.
+
+    Raises:
+        UsageError: a number is impossible, or there is no model in the directory.
+    """
     if tokens < 1 or top_k < 0 or not temperature >= 0:
         raise UsageError(
             f"tokens={tokens} must be at least 1, top_k={top_k} and temperature={temperature} at least 0; change that"

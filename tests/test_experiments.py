@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_is_one_failed_job(tiny_grid, tmp_path, capsys):
     failures = run_all([long, short, bad], workers=2)
     killer.join()
     assert set(failures) == {long.directory, bad.directory} and short.ended
-    assert re.search("killed by SIGKILL .*the same command goes on with it", failures[long.directory])
+    assert re.search("killed by SIGKILL .*the same command continues it", failures[long.directory])
     assert "max_steps is -1" in failures[bad.directory]
     assert "3/3" in capsys.readouterr().out and children(os.getpid()) == before
 
@@ -295,9 +295,9 @@ def test_axes_around_a_point_are_varied_one_at_a_time():
     assert len(cases) == 2 * (3 + 2 + 2)
     jobs = {tuple(case.values()): job for case, job in found.jobs(Path("out"))}
     cfg, plain = (compose(jobs[t, "256", "4", "300", "0.01"].overrides) for t in ("nu", "none"))
-    assert (cfg["model"]["n_embd"], cfg["model"]["n_head"], cfg["max_steps"]) == (256, 8, 300)
-    assert cfg["transfer"]["base"]["n_embd"] == 128 and cfg["transfer"]["base_steps"] == 300
-    assert {k: v for k, v in plain.items() if k != "transfer"} == {k: v for k, v in cfg.items() if k != "transfer"}
+    assert (cfg.model.n_embd, cfg.model.n_head, cfg.max_steps) == (256, 8, 300)
+    assert cfg.transfer.base.n_embd == 128 and cfg.transfer.base_steps == 300
+    assert replace(plain, transfer=cfg.transfer) == cfg
     away = study(
         "lr_transfer", "model.n_embd=256,512", "model.n_layer=8", "max_steps=600", "optim.adamw.lr=1", "transfer=nu"
     )

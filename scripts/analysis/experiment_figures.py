@@ -22,7 +22,7 @@ Curves = Mapping[str, Mapping[float, Sequence[float]]]
 
 
 def heat_map(groups: Sequence[Sequence[RecordedRun]], across: str, down: str, path: Path) -> Path:
-    """The mean final validation loss over two axes of an experiment; the error below each number, a cross for unstable."""
+    """Draw the mean final validation loss over two axes of an experiment. The error stands below each mean; a cross marks unstable runs."""
     cells = {(group[0].value_of(across), group[0].value_of(down)): group for group in groups}
     columns, rows = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
     stable = {key: runs for key, runs in cells.items() if all(r.stable for r in runs)}
@@ -55,7 +55,7 @@ def _heat(runs: Sequence[RecordedRun]) -> str:
 
 
 def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rates: str = "learning rate") -> Path:
-    """Final loss over learning rate: rows of panels, each with a title and its curves; a large dot marks the best_rate of each."""
+    """Draw final loss over learning rate: rows of panels, each with a title and its curves. A large dot marks the best rate of a curve."""
     with picture(path, 3.2 * len(panels[0]), 0.4 + 2.6 * len(panels)) as figure:
         sharey: Literal["col", "all"] = "col" if len(panels) > 1 else "all"
         grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey=sharey, squeeze=False)
@@ -89,9 +89,9 @@ SIGNS = [  # record kind, field, title, and whether the axis is logarithmic
 
 
 def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path:
-    """Logit, entropy, saturation and loss over steps: a column each; a row for each setting, such as a learning rate.
+    """Draw logit, entropy, saturation and loss over steps, a column for each, and a row for each setting, such as a learning rate.
 
-    A colour an assignment, a thin line a seed. A triangle marks the early warning, a cross the step that made a run unstable.
+    Every assignment has a colour, every seed a thin line. A triangle marks the early warning, a cross the step at which a run became unstable.
     """
     with picture(path, 12.0, 0.7 + 2.35 * len(rows)) as figure:
         panels = figure.subplots(len(rows), len(SIGNS), squeeze=False, sharex=True, sharey="col")
@@ -126,7 +126,7 @@ def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path
 
 
 def _losses(run: RecordedRun) -> list[float]:
-    """Finite validation losses after the first fifth of training, where every loss falls steeply and hides what comes later."""
+    """Finite validation losses after the first fifth of training, in which every loss falls so steeply that it hides the rest."""
     steps, losses = run.curve("eval")
     return [x for step, x in zip(steps, losses) if 5 * step > steps[-1] and math.isfinite(x)]
 
@@ -157,7 +157,7 @@ PROBE_CURVES = [
 
 
 def probe_curves(run: RecordedRun, path: Path) -> Path:
-    """Everything the probes of a run saw over training; what has a value for each depth is a line each, dark at the bottom of the stack."""
+    """Draw everything that the probes of a run measured over training. A quantity by depth has a line for each depth, dark for the first layer."""
     with picture(path, 12.0, 5.0) as figure:
         records = run.records["probe"]
         steps = [r["step"] for r in records]
@@ -180,7 +180,7 @@ def _mean(value: Any) -> float:
 
 
 def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
-    """λ_a and λ_g over weight scale and residual strength; both zero lines in both panels, measured (solid) and closed form (dashed)."""
+    """Draw λ_a and λ_g over weight scale and residual strength. Both panels show both zero lines, measured (solid) and by the closed form (dashed)."""
     lines = {"angle": "#111111", "gradient": "#7A1FA2"}
     with picture(path, 9.6, 4.1, grid=False) as figure:
         for axes, (field, title) in zip(
@@ -229,7 +229,7 @@ def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
 
 
 def loss_against_exponents(cells: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Final loss of every trained model against |λ_a| and |λ_g| at its initialisation; a cross is a loss that is not finite."""
+    """Draw the final loss of every trained model over |λ_a| and |λ_g| at its initialisation. A cross is a loss that is not finite."""
     with picture(path, 8.4, 3.6) as figure:
         finite = [c["loss"] for c in cells if c["loss"] is not None and math.isfinite(c["loss"])]
         ceiling = max(finite, default=1.0) * 1.05

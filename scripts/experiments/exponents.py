@@ -11,7 +11,7 @@ PLAIN = "assignment=adamw"  # trains the models: a retraction would undo their s
 
 
 def checked(study: Study, case: Case) -> list[str]:
-    """No further overrides; options that cannot be are refused before anything is trained."""
+    """Check the options before anything is trained; there are no further overrides."""
     exponents.require_sound(study.options)
     return []
 
@@ -31,7 +31,7 @@ def exponents_of(study: Study) -> dict[str, Any]:
 
 
 EXPERIMENT = Experiment(
-    hypothesis="Do tokens collapse and gradients explode at initialisation, and does the final loss know?",
+    hypothesis="Do tokens collapse and gradients explode at initialisation, and does the final loss depend on it?",
     base=(PLAIN, "max_steps=150"),
     axes={"init.residual_scale": "0.25,0.7071,2,5.657,16", "init.weight_scale": "0.25,0.5946,1.414,3.364,8"},
     seeds="1337",

@@ -8,13 +8,13 @@ STEP_RULE_NAMES = {"paper": "published", "manifold_muon": "certified"}
 
 
 def rows(study: Study) -> dict[str, list]:
-    """Runs by step rule and learning rate: a row of the picture each."""
+    """The rows of the picture: runs by step rule and learning rate."""
     found = study.grouped("optim", "optim.muon.lr")
     return {f"{STEP_RULE_NAMES.get(optim, optim)}, lr {rate}": runs for (optim, rate), runs in found.items()}
 
 
 EXPERIMENT = Experiment(
-    hypothesis="Who saturates the softmax, when, and does the loss break? Five assignments under both step rules, at two rates.",
+    hypothesis="Which assignments saturate the softmax, when, and does the loss rise? Five assignments under both step rules, at two rates.",
     base=("experiment=instability_small",),
     axes={
         "optim": "paper,manifold_muon",

@@ -9,7 +9,7 @@ SIZES = {"model.n_embd": "width", "model.n_layer": "depth", "max_steps": "steps"
 
 
 def shape(study: Study, case: Case) -> list[str]:
-    """Heads of equal width everywhere; νGPT states its learning rate at the size that the others are varied from."""
+    """The overrides of a case: heads of the same width at every size; for νGPT also the size at which its learning rate is stated."""
     width, base, head = int(case["model.n_embd"]), study.around, study.options["head"]
     if head < 1 or width % head or int(base["model.n_embd"]) % head:
         raise UsageError(
@@ -28,7 +28,7 @@ def shape(study: Study, case: Case) -> list[str]:
 
 
 def panels_by_size(study: Study) -> list:
-    """A row a model, a panel for what is varied."""
+    """The panels of the picture: a row for each model, a panel for each size that is varied."""
 
     def curves(model: str, axis: str) -> dict:
         return {value: losses_by(runs, RATE) for value, runs in study.along(axis, transfer=model).items()}

@@ -13,7 +13,7 @@ REMEDIES = {
     "norm_cap": ("optim.muon.rule.norm_cap=2",),
     "decay": ("optim.muon.weight_decay=0.1",),
     "attention_lr": ("optim.muon.lr_scale={attn: 0.2}",),
-    "head_blocks": ("optim.muon.blocks={c_attn: 12}",),  # queries, keys and values of each of four heads by themselves
+    "head_blocks": ("optim.muon.blocks={c_attn: 12}",),  # separate queries, keys and values for each of four heads
 }
 
 

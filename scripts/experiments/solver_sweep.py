@@ -11,7 +11,7 @@ RULES = {"paper": "published", "manifold_muon": "ours"}
 
 
 def tables(study: Study) -> list[Table]:
-    """Every rate, then best against best."""
+    """Two tables: the losses at every rate, and the best of both step rules."""
     lines = []
     for assignment in study.axes["assignment"]:
         best = [best_of(study, RATE, assignment=assignment, optim=optim) for optim in RULES]
@@ -26,7 +26,7 @@ def tables(study: Study) -> list[Table]:
 
 
 def panels_by_assignment(study: Study) -> list:
-    """A panel an assignment, the two step rules against each other."""
+    """The panels of the picture: one for each assignment, with a curve for each step rule."""
     found: dict[str, dict] = {}
     for (_, optim), runs in study.grouped("assignment", "optim").items():
         found.setdefault(runs[0].assignment, {})[RULES.get(optim, optim)] = losses_by(runs, RATE)
