@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -264,10 +264,7 @@ def work(arguments: list[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,7 @@ ATTENTION_KERNELS = {
 }
 
 # Several calls are timed together, so that the time to start them and to wait for the last does not count:
-# as many as take so many seconds, but at most so many.
+# calls of about _SAMPLE_S seconds, and at most _MOST_TOGETHER.
 _SAMPLE_S, _MOST_TOGETHER = 0.01, 100
 
 

@@ -60,7 +60,7 @@ def as_code(text: str) -> str:
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
-def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, description: str) -> int:
+def run(work: Callable[[list[str]], int], description: str, arguments: Sequence[str] | None = None) -> int:
     """Call `work` with the arguments (None: the process's own) and return its exit code.
 
     Prints `description` for --help. For an error that the user can correct it prints the message; the exit code is 2, or the error's own.

@@ -133,7 +133,7 @@ def work(arguments: list[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     words = sys.argv[1:] if arguments is None else arguments
-    return run(work, arguments, help_of(words[0]) if words and words[0] in experiment_names() else __doc__)
+    return run(work, help_of(words[0]) if words and words[0] in experiment_names() else __doc__, arguments)
 
 
 if __name__ == "__main__":

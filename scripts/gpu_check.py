@@ -33,6 +33,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def states_of(folder: Path) -> dict[str, Any]:
 
 
 def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
-    """Run a command for at most so many seconds. Its output goes to a file. When this process ends, the command is ended too."""
+    """Run a command for `most` seconds or less. Its output goes to a file. When this process ends, the command is ended too."""
     start, note = time.monotonic(), "done"
     left = [f"seconds={most:.0f}"] if step.name == "runs" else []
     with (folder / f"{step.name}.log").open("ab") as log:
@@ -255,10 +256,7 @@ def work(arguments: list[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from scripts.analysis.figures import draw
@@ -64,7 +65,7 @@ class Race:
     compiled: bool = False  # whether this process has trained one of them
 
     def config(self, name: str, steps: int) -> Settings:
-        """The configuration of a run that ends after so many steps."""
+        """The configuration of a run of `steps` steps."""
         fixed = [f"assignment={name}", f"max_steps={steps}", f"schedule.decay_steps={self.most}"]
         return compose([*self.overrides, *fixed, "logger.mode=disabled", "resume=auto"])
 
@@ -74,7 +75,7 @@ class Race:
         return max((int(p.name[5:]) for p in found if p.name[5:].isdigit()), default=0)
 
     def train_to(self, steps: int) -> None:
-        """Train every run to so many steps, if it has made fewer."""
+        """Train every run that has made fewer than `steps` steps up to that number."""
         for name in RUNS:
             before = self.reached(name)
             if before >= steps:
@@ -154,10 +155,7 @@ def work(arguments: list[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

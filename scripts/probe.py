@@ -22,7 +22,8 @@ picture of what the run itself measured during training (probe.interval). The co
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,10 +35,9 @@ from model.collapse import ambiguous_dimensions, null_space
 from model.gpt import GPT
 from model.probes import head_mixing, probe
 from scripts.analysis.experiment_figures import probe_curves
-from scripts.analysis.runs import read_run
+from scripts.analysis.runs import model_of, read_run
 from scripts.analysis.tables import Table
 from scripts.command import UsageError, parse, run
-from training.build import gpt_config
 from training.checkpoint import load
 from training.data import open_data
 from training.settings import read_sound
@@ -61,10 +61,7 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
         )
     for path in found:
         loaded = load(path)
-        config = loaded.state["config"]
-        model = GPT(gpt_config(read_sound(config)[0]))
-        model.load_state_dict(loaded.state["model"])
-        yield loaded.step, model, config
+        yield loaded.step, model_of(loaded), loaded.state["config"]
 
 
 def layer_table(model: GPT, x: torch.Tensor) -> str:
@@ -114,10 +111,7 @@ def work(arguments: list[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ for pictures of the validation losses and of the singular values.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from scripts.analysis.figures import draw
@@ -38,10 +38,7 @@ def work(arguments: list[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,6 +25,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,10 +272,7 @@ def work(arguments: list[str]) -> int:
     return 1 if failures else 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

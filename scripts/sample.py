@@ -9,7 +9,7 @@ a prompt the model begins a new document.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -49,10 +49,7 @@ def work(arguments: list[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -61,17 +61,13 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def take_turns(
-    calls: Mapping[Key, Callable[[], object]],
-    repeats: int,
-    warmup: int = 1,
-    limit_s: float = 0,
-    shuffled: bool = False,
+    calls: Mapping[Key, Callable[[], object]], repeats: int, warmup: int = 1, limit_s: float = 0, shuffled: bool = False
 ) -> dict[Key, list[float]]:
     """Seconds of every call. Each turn makes every call once, so that a machine whose speed drifts is fair to all.
 
     Args:
         repeats, warmup: turns that are timed, after turns that are not.
-        limit_s: after so many seconds no further call is made; a call without a turn has no seconds. 0: no limit.
+        limit_s: after this time no further call is made; a call without a turn has no seconds. 0: no limit.
         shuffled: whether each turn has a new random order (of a fixed seed).
     """
     times: dict[Key, list[float]] = {name: [] for name in calls}

@@ -309,7 +309,7 @@ def test_axes_around_a_point_are_varied_one_at_a_time():
 def test_an_override_reaches_every_job(name):
     for setting, mode in (([], "disabled"), (["logger.mode=offline"], "offline")):
         jobs = study(name, *setting).jobs(Path("out"))
-        assert {compose(job.overrides)["logger"]["mode"] for _, job in jobs[:3]} == {mode}
+        assert {compose(job.overrides).logger.mode for _, job in jobs[:3]} == {mode}
 
 
 # ---- what a case amounts to ----

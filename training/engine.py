@@ -89,11 +89,11 @@ def run_all(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) -> 
     failures, started = {}, time.perf_counter()
     outcomes = submit(waiting, launcher) if launcher else run_jobs(waiting, workers)
     for done, outcome in enumerate(outcomes, start=1):
-        directory, said = outcome.job.directory, outcome.failure or f"best validation loss {outcome.best:.4f}"
+        directory, result = outcome.job.directory, outcome.failure or f"best validation loss {outcome.best:.4f}"
         if outcome.failure:
-            failures[directory] = said
+            failures[directory] = result
         left = (time.perf_counter() - started) / done * (len(waiting) - done)
-        print(f"{done}/{len(waiting)}  {directory.name}  {said}  {left / 60:.0f} min left", flush=True)
+        print(f"{done}/{len(waiting)}  {directory.name}  {result}  {left / 60:.0f} min left", flush=True)
     return failures
 
 

@@ -51,7 +51,7 @@ def expected(model: GPT, tokens: int, correlation: float, stream: torch.Tensor, 
 
 
 def estimates(overrides: Sequence[str], models: int, correlation: float) -> dict[str, Estimate]:
-    """λ_a and λ_g on synthetic tokens, on text, and by the closed form, as means over so many models of a configuration."""
+    """λ_a and λ_g on synthetic tokens, on text, and by the closed form, as means over `models` models of a configuration."""
     cfg, found = compose(overrides), dict[str, list[float]]()
     check(cfg)
     text = open_data(cfg).val

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.gpt import GPT
 from optim.assignment import matches
 from scripts.command import UsageError
-from training.checkpoint import load_newest
+from training.build import gpt_config
+from training.checkpoint import Loaded, load_newest
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, read_records
 from training.resume import check_parts, foreign, take_weights
+from training.settings import read_sound
 from training.sweep import COST_FILE
 
 SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
@@ -60,8 +63,7 @@ class RecordedRun:
     @property
     def unstable_step(self) -> int | None:
         """The step at which the run became unstable; None if it did not."""
-        events = self.records.get("event", [])
-        return next((event["step"] for event in events if event["event"] == "unstable"), None)
+        return next(iter(self._event_steps("unstable")), None)
 
     @property
     def stable(self) -> bool:
@@ -71,7 +73,10 @@ class RecordedRun:
     @property
     def warned_step(self) -> int | None:
         """The step of the early warning; None if there was none."""
-        return next((e["step"] for e in self.records.get("event", []) if e["event"] == "warning"), None)
+        return next(iter(self._event_steps("warning")), None)
+
+    def _event_steps(self, event: str) -> list[int]:
+        return [record["step"] for record in self.records.get("event", []) if record["event"] == event]
 
     @property
     def status(self) -> str:
@@ -80,7 +85,7 @@ class RecordedRun:
             return f"unstable at step {self.unstable_step}"
         if self.finished:
             return "ok"
-        failed = [event["step"] for event in self.records.get("event", []) if event["event"] == "failed"]
+        failed = self._event_steps("failed")
         return f"failed at step {failed[-1]}" if failed else f"unfinished at step {self.step}"
 
     def curve(self, kind: str) -> tuple[list[int], list[float]]:
@@ -170,14 +175,14 @@ def read_run(directory: Path) -> RecordedRun:
         UsageError: the directory holds no run, or one of its files cannot be read.
     """
     records: dict[str, list[dict[str, Any]]] = {}
-    foreign = 0
+    incomplete = 0
     try:
         config = read_config(directory)
         if lacking := [key for key, sound in _KEYS.items() if not sound(_at(config, key))]:
             raise ValueError(f"{CONFIG_FILE} has no proper {', '.join(lacking)}")
         for record in read_records(directory):
             if not _FIELDS.get(record["kind"], lambda _: True)(record):
-                foreign += 1
+                incomplete += 1
                 continue
             records.setdefault(record["kind"], []).append(_without_bulk(record))
         cost, environment = (_read_json(directory / name) for name in (COST_FILE, "environment.json"))
@@ -187,8 +192,8 @@ def read_run(directory: Path) -> RecordedRun:
         raise UsageError(
             f"the run in {directory} cannot be read ({error}); repair that file or leave the run out"
         ) from error
-    if foreign:
-        print(f"{directory}: {foreign} records lack a field of their kind; they were left out", file=sys.stderr)
+    if incomplete:
+        print(f"{directory}: {incomplete} records lack a field of their kind; they were left out", file=sys.stderr)
     return RecordedRun(directory, config, records, cost, environment)
 
 
@@ -271,27 +276,31 @@ def find_runs(places: Iterable[str | Path]) -> list[RecordedRun]:
     return [read_run(directory) for directory in directories]
 
 
-def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
+def model_of(loaded: Loaded) -> GPT:
+    """The model of a checkpoint, on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: it is not the checkpoint of a run.
+    """
+    check_parts(loaded)
+    with foreign(loaded):
+        model = GPT(gpt_config(read_sound(loaded.state["config"])[0]))
+        if not isinstance(loaded.state["config"]["data"]["tokenizer"], str):
+            raise TypeError("its data has no tokenizer")
+    take_weights(model, loaded)
+    return model.eval()
+
+
+def load_model(directory: str | Path) -> tuple[GPT, dict[str, Any], int]:
     """The model (on the CPU, in eval mode), configuration and step of a run's newest good checkpoint.
 
     Raises:
         UsageError: there is no run, or no checkpoint yet. CheckpointError: no checkpoint is good, or the newest is not that of a run.
     """
-    from model.gpt import GPT
-    from training.build import gpt_config
-    from training.settings import read_sound
-
     directory = Path(directory)
     if not directory.is_dir():
         raise UsageError(f"there is no run {directory}; name a directory that training wrote, such as outputs/first")
     loaded = load_newest(directory / "checkpoints")
     if loaded is None:
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
-    check_parts(loaded)
-    config = loaded.state["config"]
-    with foreign(loaded):
-        model = GPT(gpt_config(read_sound(config)[0]))
-        if not isinstance(config["data"]["tokenizer"], str):
-            raise TypeError("its data has no tokenizer")
-    take_weights(model, loaded)
-    return model.eval(), config, loaded.step
+    return model_of(loaded), loaded.state["config"], loaded.step
