@@ -1,7 +1,7 @@
-"""What the device itself can do, to hold every other number against: copies, products, decompositions, attention kernels.
+"""What the device itself can do, for comparison with every other number: copies, products, decompositions, attention kernels.
 
-`scripts/bench.py ceilings` runs it. All operands are random: products of zeros can run faster. A row that this device or this version of
-torch cannot compute says so.
+`scripts/bench.py ceilings` runs it. All operands are random, because products of zeros can run faster. If this device or this version of
+torch cannot compute something, its row says so.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scripts.timing import NOT_MEASURED, device, seconds_of
+from scripts.timing import NOT_MEASURED, Rows, device, seconds_of
 
-CUDA_SIZES = {
-    "copy": 2**31,
-    "product": 8192,
-    "batch": (24, 768),
-    "matrix": (3072, 768),
-    "attention": (16, 12, 1024, 64),
+CEILING_SIZES: dict[str, dict[str, Any]] = {
+    "cpu": {"copy": 2**25, "product": 512, "batch": (2, 128), "matrix": (256, 64)} | {"attention": (1, 2, 128, 32)},
+    "cuda": {"copy": 2**31, "product": 8192, "batch": (24, 768), "matrix": (3072, 768)}
+    | {"attention": (16, 12, 1024, 64)},
 }
-CPU_SIZES = {"copy": 2**25, "product": 512, "batch": (2, 128), "matrix": (256, 64), "attention": (1, 2, 128, 32)}
 """copy: bytes. product: n of n × n. batch: matrices, n. matrix: (m, n). attention: (batch, heads, tokens, width)."""
 
-ATTENTION = {
+ATTENTION_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
 
-
-# So many calls are timed together that starting them and waiting for the last is no part of the result.
+# Several calls are timed together, so that the time to start them and to wait for the last does not count:
+# calls of about _SAMPLE_S seconds, and at most _MOST_TOGETHER.
 _SAMPLE_S, _MOST_TOGETHER = 0.01, 100
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A call, and its work in `unit`s (per second); `work` 0 for what has only a duration."""
+    """A call, and the amount of its work: `unit` is work per second. `work` is 0 where only the time is of interest.
+
+    make: returns the call, which `what` describes.
+    """
 
     what: str
     make: Callable[[], Callable[[], object]]
@@ -54,7 +54,7 @@ class Ceiling:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 products may be rounded to TF32; afterwards as before."""
+    """Allow or forbid TF32 in float32 products within the block."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -64,7 +64,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def ceilings(sizes: dict[str, Any], where: torch.device) -> Iterator[Ceiling]:
-    """All that is measured."""
+    """Everything that is measured."""
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=where).to(dtype)
@@ -111,7 +111,7 @@ def ceilings(sizes: dict[str, Any], where: torch.device) -> Iterator[Ceiling]:
 
 
 def decompositions(size: tuple[int, int], random: Callable[..., Tensor]) -> Iterator[Ceiling]:
-    """Of one m × n matrix, and of the Gram matrix that gives the same singular values; 12 of them at once."""
+    """Decompositions of an m × n matrix, of its Gram matrix, which has the same singular values, and of 12 Gram matrices at once."""
     m, n = size
 
     def gram(dtype: torch.dtype, count: int) -> Tensor:
@@ -135,10 +135,10 @@ def decompositions(size: tuple[int, int], random: Callable[..., Tensor]) -> Iter
 
 
 def attention(size: tuple[int, int, int, int], random: Callable[..., Tensor]) -> Iterator[Ceiling]:
-    """Causal attention in bfloat16 by each kernel of scaled_dot_product_attention; its work counted dense, as customary."""
+    """Causal attention in bfloat16 by each kernel of scaled_dot_product_attention. The work is counted without the mask, as is usual."""
     B, H, T, w = size
     forward = 4e-12 * B * H * T * T * w
-    for name, kernel in ATTENTION.items():
+    for name, kernel in ATTENTION_KERNELS.items():
         for backward in (False, True):
 
             def make(kernel: SDPBackend = kernel, backward: bool = backward) -> Callable[[], object]:
@@ -158,15 +158,15 @@ def attention(size: tuple[int, int, int, int], random: Callable[..., Tensor]) ->
 
 
 def several(call: Callable[[], object], times: int) -> None:
-    """Call it so many times in a row."""
+    """Make the same call several times."""
     for _ in range(times):
         call()
 
 
-def measure(repeats: int, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """One row a ceiling: median seconds of a call, work a second."""
-    where, rows = device(), []
-    for ceiling in ceilings({**(CUDA_SIZES if where.type == "cuda" else CPU_SIZES), **(sizes or {})}, where):
+def ceiling_rows(options: dict[str, Any]) -> Rows:
+    """One row for each ceiling: median seconds of a call, and work per second."""
+    where, repeats, rows = device(), options["repeats"] or 10, []
+    for ceiling in ceilings(CEILING_SIZES[where.type], where):
         row: dict[str, Any] = {"what": ceiling.what, "median s": NOT_MEASURED, "rate": "", "unit": "", "note": ""}
         try:
             call = ceiling.make()

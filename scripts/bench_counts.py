@@ -1,13 +1,12 @@
-"""What one step of Hetero at GPT-2 124M consists of, counted on tensors without storage: operations in products, kernels, bytes.
+"""The work of one step of Hetero at GPT-2 124M, counted on tensors without storage: operations in products, kernels, bytes.
 
-Nothing is timed. The bytes are those of every kernel beside the products after torch.compile's own fusion (its scheduler for a CPU: a GPU's
-may fuse otherwise), each buffer of a kernel counted once. The prediction adds products and bytes, each at a rate that an H200-class device was
-seen to reach elsewhere; the first measurement (`bench.py optimizer` on a GPU) is there to judge it.
+Nothing is timed. The bytes are those of all kernels except the products, after torch.compile has fused them, each buffer of a kernel counted
+once. The fusion is that for a CPU; a GPU's may differ. The prediction is the time of the products plus the time of the bytes, at rates that
+others measured on an H200-class device. `bench.py optimizer` on a GPU measures the same step.
 """
 
 from __future__ import annotations
 
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -24,16 +23,15 @@ from optim.certified import CertifiedStep, effort_of, step
 from optim.linalg import Products, exact_sums
 from optim.manifold_muon import step_flops
 from optim.manifolds import MANIFOLDS
+from scripts.timing import Rows
 
 GROUPS = [(12, 2304, 768, "stiefel"), (12, 768, 768, "stiefel"), (24, 3072, 768, "dgram")]  # k, m, n of Hetero
-PRODUCTS_PER_S, BYTES_PER_S = (
-    (650e12, 750e12),
-    3.8e12,
-)  # 16-bit products with float32 sums, and memory, of an H200-class device
+PRODUCTS_PER_S = (650e12, 750e12)  # operations in 16-bit products with float32 sums, of an H200-class device
+BYTES_PER_S = 3.8e12  # of its memory
 
 
 class _OnDevice(Products):
-    """float16 products as a GPU makes them, which a CPU only emulates."""
+    """float16 products as a GPU computes them. A CPU only emulates them."""
 
     def __init__(self) -> None:
         super().__init__("float16")
@@ -49,11 +47,11 @@ class _OnDevice(Products):
 
 
 class _Counted(Exception):
-    """Raised in place of generating code."""
+    """Raised after counting, before code is generated."""
 
 
 def fused(k: int, m: int, n: int, manifold: str, quality: str) -> tuple[int, int]:
-    """Kernels beside the products, and their bytes, of one step of k tall (m, n) matrices, as torch.compile would launch them."""
+    """How many kernels other than products torch.compile launches in one step of k tall (m, n) matrices, and their bytes."""
     found = [0, 0]
 
     def count(graph: GraphLowering) -> None:
@@ -71,7 +69,7 @@ def fused(k: int, m: int, n: int, manifold: str, quality: str) -> tuple[int, int
             x for x in step(W, G, eta, level, keep, M, effort_of(M, quality), _OnDevice(), decay=0.1) if x is not None
         )
 
-    linalg._cap_fit.cache_clear()  # its tensors are real ones
+    linalg._cap_fit.cache_clear()  # it may hold tensors with storage
     with (
         FakeTensorMode(),
         torch.no_grad(),
@@ -89,8 +87,8 @@ def fused(k: int, m: int, n: int, manifold: str, quality: str) -> tuple[int, int
     return found[0], found[1]
 
 
-def measure() -> list[dict[str, Any]]:
-    """A row for each quality."""
+def counted_steps() -> Rows:
+    """A row for each quality of the step."""
     rows = []
     for quality in ("default", "high"):
         rule = CertifiedStep(quality=quality, products="float16")

@@ -1,77 +1,43 @@
-"""What a residual rule costs: training steps of all rules in one process, as ratios to pre-norm; `scripts/bench.py residual` runs it.
+"""What a residual rule costs: training steps of all rules in one process, as ratios to pre-norm. `scripts/bench.py residual` runs it.
 
-A step is forward, backward and AdamW, as train.py does it: compiled and in bfloat16 on CUDA, plain float32 on the CPU. Rules take turns
-in an order drawn anew each turn. The time ratio is that of the fastest steps, which other work on a machine disturbs least; the median
-ratio is of medians. Memory is what a forward pass keeps for its backward pass. nGPT is compared with a pre-norm model that has its
-rotary positions, SwiGLU and head.
+A step is the one of scripts/bench_train.py under AdamW. Rules are timed by turns, each turn in a new random order. The time ratio is that of
+the fastest steps, because other work on the machine disturbs them least; the median ratio is that of the medians. Memory is what a forward
+pass keeps for its backward pass. nGPT is compared with a pre-norm model that has its rotary positions, SwiGLU and head.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.gpt import GPT
 from model.residual import RESIDUAL_RULES
-from training.build import build_optimizers, gpt_config
+from scripts.bench_train import RandomTraining
+from scripts.timing import Rows, take_turns
 from training.config import compose
-from training.run import compiled
 
 NGPT_PARTS = ["model.rope=true", "model.mlp=swiglu", "model.tied=false"]
-CPU_SIZES = {"layers": 2, "width": 768, "heads": 12, "block": 512, "vocab": 512, "micro": 2, "tokens": 2048}
-"""Two blocks of GPT-2 124M."""
-CUDA_SIZES = {"layers": 12, "width": 768, "heads": 12, "block": 1024, "vocab": 50304, "micro": 16, "tokens": 65536}
-"""GPT-2 124M itself."""
+RESIDUAL_SIZES = {
+    "cpu": {"layers": 2, "width": 768, "heads": 12, "block": 512, "vocab": 512, "micro": 2, "tokens": 2048},
+    "cuda": {"layers": 12, "width": 768, "heads": 12, "block": 1024, "vocab": 50304, "micro": 16, "tokens": 65536},
+}
+"""Two blocks of GPT-2 124M on a CPU, all of it on CUDA."""
 
 
-def contestants() -> dict[str, tuple[str, list[str]]]:
-    """Name → (what it is compared with, overrides of train.py)."""
-    plain = {rule: ("pre_norm", ["model=gpt2_124m", f"residual={rule}"]) for rule in RESIDUAL_RULES}
+def residual_settings() -> dict[str, tuple[str, list[str]]]:
+    """Name of a row → (the row that it is compared with, overrides of train.py)."""
+    found = {rule: ("pre_norm", ["model=gpt2_124m", f"residual={rule}"]) for rule in RESIDUAL_RULES}
     partner = "pre_norm, nGPT's parts"
-    plain[partner] = (partner, ["model=gpt2_124m", *NGPT_PARTS])
-    plain["nGPT"] = (partner, ["model=ngpt_124m"])
-    return plain
-
-
-def training_step(
-    overrides: Sequence[str], sizes: Mapping[str, int], device: torch.device
-) -> tuple[Callable[[], None], Callable[[], int]]:
-    """A function that trains a fresh model by one step, and one that returns the bytes its forward pass keeps."""
-    shape = {"n_layer": "layers", "n_embd": "width", "n_head": "heads", "block_size": "block", "vocab_size": "vocab"}
-    chosen = [f"model.{key}={sizes[name]}" for key, name in shape.items()]
-    cfg = compose([*overrides, *chosen, "assignment=adamw"])
-    torch.manual_seed(0)
-    model = GPT(gpt_config(cfg)).to(device)
-    optimizers = build_optimizers(model, cfg, model.unit_vectors())
-    on_cuda = device.type == "cuda"
-    replica = compiled(model, cfg, device)
-    windows = torch.randint(sizes["vocab"], (sizes["tokens"] // sizes["block"], sizes["block"] + 1), device=device)
-
-    def step() -> None:
-        for part in windows.split(sizes["micro"]):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_cuda):
-                _, loss = replica(part[:, :-1], part[:, 1:])
-            loss.backward()
-        optimizers.step()
-        optimizers.zero_grad()
-        if on_cuda:
-            torch.cuda.synchronize()
-
-    def forward() -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_cuda):
-            return replica(windows[: sizes["micro"], :-1], windows[: sizes["micro"], 1:])[1]
-
-    return step, lambda: kept_bytes(forward, model)
+    found[partner] = (partner, ["model=gpt2_124m", *NGPT_PARTS])
+    found["nGPT"] = (partner, ["model=ngpt_124m"])
+    return found
 
 
 def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that a forward pass keeps for its backward pass, the weights themselves left out."""
+    """Bytes that a forward pass keeps for its backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -83,37 +49,33 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = forward()
-    del loss  # until here nothing kept was freed, so that no address was counted for another
+    del loss  # until here nothing that was kept was freed, so no address was used twice
     return sum(kept.values())
 
 
-def measure(sizes: Mapping[str, int] | None = None, repeats: int = 7) -> list[dict[str, Any]]:
-    """Rows with the seconds of a training step, their ratios to pre-norm's, and that of the bytes kept for the backward pass.
+def residual_rows(options: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> Rows:
+    """Seconds of a training step under every rule, and the ratios of time and of kept memory to those of pre-norm.
 
     Args:
-        sizes: any of the keys of CPU_SIZES in place of the device's own; tokens must be a multiple of block.
-        repeats: turns that are timed, after one that is not.
+        options: layers, width, micro_batch_size and repeats of the command line; 0 for the default.
+        sizes: other values for any of the keys of RESIDUAL_SIZES; tokens must be a multiple of block.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = {**(CUDA_SIZES if device.type == "cuda" else CPU_SIZES), **(sizes or {})}
-    entries = contestants()
-    made = {name: training_step(overrides, sizes, device) for name, (_, overrides) in entries.items()}
-    steps = {name: step for name, (step, _) in made.items()}
-    kept = {name: bytes_of() for name, (_, bytes_of) in made.items()}
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0).shuffle
-    for _ in range(repeats):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
+    asked = {"layers": options["layers"], "width": options["width"], "micro": options["micro_batch_size"]}
+    size = RESIDUAL_SIZES["cuda" if torch.cuda.is_available() else "cpu"] | dict(sizes or {})
+    size |= {key: value for key, value in asked.items() if value}
+    shape = {"n_layer": "layers", "n_embd": "width", "n_head": "heads", "block_size": "block", "vocab_size": "vocab"}
+    chosen = [*(f"model.{key}={size[name]}" for key, name in shape.items()), "assignment=adamw"]
+    settings, trainings = residual_settings(), {}
+    for name, (_, overrides) in settings.items():
+        torch.manual_seed(0)
+        trainings[name] = RandomTraining(compose([*overrides, *chosen]), size["micro"], size["tokens"])
+    kept = {name: kept_bytes(training.forward, training.model) for name, training in trainings.items()}
+    steps = {name: training.step for name, training in trainings.items()}
+    seconds = take_turns(steps, options["repeats"] or 7, shuffled=True)
     rows = []
-    for name, (partner, _) in entries.items():
+    for name, (partner, _) in settings.items():
         mine, theirs = seconds[name], seconds[partner]
-        row = {"rule": name, "fastest s": min(mine), "time ratio": min(mine) / min(theirs)}
+        row: dict[str, Any] = {"rule": name, "fastest s": min(mine), "time ratio": min(mine) / min(theirs)}
         row["median ratio"] = statistics.median(mine) / statistics.median(theirs)
         row |= {"memory ratio": kept[name] / kept[partner], "compared with": partner, "all s": mine}
         rows.append(row)

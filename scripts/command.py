@@ -1,23 +1,27 @@
-"""What the commands share: `key=value` options, names that are safe in Markdown, and a mistake as one message with exit code 2."""
+"""What the commands share: `key=value` options, text that is safe in Markdown, and one message with exit code 2 for a mistake."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
 
 
 class UsageError(Exception):
-    """A command line that cannot be carried out; the message names the cause and the remedy."""
+    """The command line is wrong. The message names the cause and the remedy."""
 
 
 def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Split a command line into its other arguments and the options named in `defaults`, each of its default's type.
 
-    A path may hold a `=` (a sweep's directories do), so whatever begins with no known key is an other argument.
+    The directories of a sweep have a `=` in their names. So an argument that does not begin with a known key is an other argument.
 
     Raises:
-        UsageError: a value that is not of the option's type.
+        UsageError: a value is not of the option's type.
     """
     others, options = [], dict(defaults)
     for argument in arguments:
@@ -34,20 +38,32 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
     return others, options
 
 
+def refuse_keys(overrides: Sequence[str], decided: Mapping[str, str]) -> None:
+    """Refuse overrides of train.py whose key the command itself decides. `decided`: key → what to do instead.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in decided:
+            raise UsageError(f"{override} cannot be given here: {decided[key]}")
+
+
 def as_cell(text: str) -> str:
-    """Text as a cell of a Markdown table, in which nothing of it ends the cell or becomes HTML."""
+    """Text as a cell of a Markdown table, escaped so that it does not end the cell or become HTML."""
     return " ".join(text.replace("|", "&#124;").replace("<", "&lt;").replace(">", "&gt;").split())
 
 
 def as_code(text: str) -> str:
-    """Text as a piece of code within a line of Markdown, which nothing of it ends."""
+    """Text as code within a line of Markdown, with its backquotes replaced."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
-def run(work: Callable[[list[str]], int], arguments: Sequence[str] | None, description: str) -> int:
+def run(work: Callable[[list[str]], int], description: str, arguments: Sequence[str] | None = None) -> int:
     """Call `work` with the arguments (None: the process's own) and return its exit code.
 
-    Prints `description` for --help. What is the user's to mend becomes its message and exit code 2, or the error's own.
+    Prints `description` for --help. For an error that the user can correct it prints the message; the exit code is 2, or the error's own.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

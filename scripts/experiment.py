@@ -1,7 +1,7 @@
 """Run an experiment: all its cases with every seed, then its table and pictures.
 
     python scripts/experiment.py                                        lists the experiments
-    python scripts/experiment.py crossing                               as its file says
+    python scripts/experiment.py crossing                               with the values of its file
     python scripts/experiment.py crossing seeds=1,2,3 workers=2 assignment=hetero,adamw max_steps=1000
     python scripts/experiment.py crossing hydra/launcher=submitit_slurm hydra.launcher.partition=gpu        on a cluster
     python scripts/experiment.py crossing --help                        its axes and options
@@ -10,13 +10,13 @@ An experiment is a file of scripts/experiments. Options of every experiment:
 
     <axis>=       the values of an axis, a list with commas
     seeds=        a list with commas
-    around=       where axes are varied one at a time, the values they are varied from, in their order
-    workers=      runs at a time; 0 trains nothing: a table of the runs that have ended
+    around=       for axes that are varied one at a time: the value of each while another one is varied, in their order
+    workers=      how many runs at a time; 0 trains nothing and makes the table of the runs that have ended
     output_dir=   where the runs are written (outputs/<name>)
     results=      where table.md, table.json and the pictures are written (results/<name>)
 
-Anything else is an override of train.py for every run. Finished runs are kept: the same command goes on where it stopped. Jobs run on
-this machine, unless hydra/launcher= names another of Hydra's launchers; its options follow as hydra.launcher.<option>=.
+Every other word is an override of train.py for every run. Finished runs are kept, and the same command continues an interrupted
+experiment. The runs use this machine, unless hydra/launcher= names another of Hydra's launchers; hydra.launcher.<option>= are its options.
 """
 
 from __future__ import annotations
@@ -30,38 +30,36 @@ from pathlib import Path
 from typing import Any
 
 from scripts.analysis.study import Experiment, Study
-from scripts.command import UsageError, parse, run
+from scripts.command import ROOT, UsageError, parse, refuse_keys, run
 from training.command import refusal
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
-    "experiment": "choose the experiment by its name",
+EXPERIMENT_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
     "seed": "give seeds=",
     "resume": "runs are resumed without asking; for fresh ones give another output_dir=",
 }
 
 
-def names() -> list[str]:
-    """The experiments that there are."""
+def experiment_names() -> list[str]:
+    """The names of all experiments, sorted."""
     return sorted(path.stem for path in Path(__file__).with_name("experiments").glob("[!_]*.py"))
 
 
-def load(name: str) -> Experiment:
-    """An experiment by its name.
+def load_experiment(name: str) -> Experiment:
+    """The experiment of a name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no such experiment.
     """
-    if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
-        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names())}"
+    if name not in experiment_names():
+        close = difflib.get_close_matches(name, experiment_names(), n=1)
+        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(experiment_names())}"
         raise UsageError(f"there is no experiment '{name}'; {guess}")
     return importlib.import_module(f"scripts.experiments.{name}").EXPERIMENT
 
 
-def describe(name: str) -> str:
-    """What an experiment asks, and its axes and options with their defaults."""
-    experiment = load(name)
+def help_of(name: str) -> str:
+    """The text of --help: the hypothesis, and the axes and options with their defaults."""
+    experiment = load_experiment(name)
     axes = {axis: experiment.values(axis) for axis in experiment.axes}
     around = {"around": ",".join(experiment.around.values())} if experiment.around else {}
     options = {**axes, "seeds": experiment.seeds, **around, **experiment.options, "workers": experiment.workers}
@@ -69,10 +67,10 @@ def describe(name: str) -> str:
 
 
 def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, dict[str, Any], list[str]]:
-    """What the words after the name ask for: the study, the command's own options, and the overrides that choose a launcher.
+    """Read the words after the name: the study, the command's own options, and the overrides that choose a launcher.
 
     Raises:
-        UsageError: an option that cannot be.
+        UsageError: an option is impossible.
     """
     axes = {axis: experiment.values(axis) for axis in experiment.axes}
     own = {"workers": experiment.workers, "output_dir": "", "results": ""}
@@ -84,10 +82,9 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
             f"{launcher[0]} is an option of a launcher; name that first, such as hydra/launcher=submitit_slurm"
         )
     overrides = [word for word in words if word not in launcher]
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key in OWN_KEYS and (key != "experiment" or any(word.startswith("experiment=") for word in experiment.base)):
-            raise UsageError(f"{override} cannot be given here: {OWN_KEYS[key]}")
+    has_recipe = any(word.startswith("experiment=") for word in experiment.base)
+    by_name = {"experiment": "choose the experiment by its name"} if has_recipe else {}
+    refuse_keys(overrides, {**EXPERIMENT_KEYS, **by_name})
     around = _listed(options["around"])
     if len(around) != len(experiment.around):
         raise UsageError(
@@ -107,18 +104,22 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
 
 
 def _listed(text: str) -> list[str]:
-    """A list with commas, each entry once."""
+    """The entries of a list with commas, each once."""
     return list(dict.fromkeys(filter(None, text.split(","))))
 
 
 def work(arguments: list[str]) -> int:
-    """The command; see the module's docstring. Exit code 1 if a run failed."""
+    """List the experiments, or run one. Exit code 1 if a run failed."""
     if not arguments:
-        width = max(map(len, names()))
-        print("\n".join(f"  {name:<{width}}  {load(name).hypothesis.splitlines()[0]}" for name in names()))
+        width = max(map(len, experiment_names()))
+        print(
+            "\n".join(
+                f"  {name:<{width}}  {load_experiment(name).hypothesis.splitlines()[0]}" for name in experiment_names()
+            )
+        )
         return 0
     name, *rest = arguments
-    study, own, launcher = study_of(load(name), rest)
+    study, own, launcher = study_of(load_experiment(name), rest)
     if launcher and (refused := refusal(launcher)):
         raise UsageError(refused)
     failures = study.run(Path(own["output_dir"] or f"outputs/{name}"), own["workers"], launcher)
@@ -132,7 +133,7 @@ def work(arguments: list[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     words = sys.argv[1:] if arguments is None else arguments
-    return run(work, arguments, describe(words[0]) if words and words[0] in names() else __doc__)
+    return run(work, help_of(words[0]) if words and words[0] in experiment_names() else __doc__, arguments)
 
 
 if __name__ == "__main__":

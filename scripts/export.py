@@ -1,19 +1,19 @@
-"""A trained model as a plain state dict under nanoGPT's names.
+"""Write a trained model as a plain state dict with nanoGPT's names.
 
     python scripts/export.py outputs/first gpt.pt
 
 In nanoGPT, with the GPTConfig that the command prints:  GPT(config).load_state_dict(torch.load("gpt.pt"))
 
-Hugging Face's GPT2LMHeadModel keeps the four matrices of a layer (c_attn, attn.c_proj, c_fc, mlp.c_proj) transposed, in Conv1D:
-give it W.T of each, zeros where a bias is missing, and activation_function="gelu".
+Hugging Face's GPT2LMHeadModel stores the four matrices of a layer (c_attn, attn.c_proj, c_fc, mlp.c_proj) transposed, in Conv1D.
+Give it W.T of each, zeros for a bias that is missing, and activation_function="gelu".
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from scripts.analysis.runs import load_model
 from scripts.command import UsageError, parse, run
 
 NANOGPT = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
-"""What nanoGPT's GPTConfig takes."""
+"""The arguments of nanoGPT's GPTConfig."""
 
 
 def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
     """Write parameter name → float32 tensor; returns the step and the arguments of nanoGPT's GPTConfig.
 
-    The file appears whole or not at all.
+    The file is written whole or not at all.
+
+    Raises:
+        UsageError: the target cannot be written, or nanoGPT has no such model.
     """
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"{target} cannot be written; name a file in an existing directory, such as gpt.pt")
@@ -67,7 +70,7 @@ def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
 
 
 def work(arguments: list[str]) -> int:
-    """Export and say what was written."""
+    """Export, and print what was written."""
     others, _ = parse(arguments, {})
     if len(others) != 2:
         raise UsageError("name a run and the file to write: python scripts/export.py outputs/first gpt.pt")
@@ -77,10 +80,7 @@ def work(arguments: list[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,24 +1,24 @@
-"""Everything that a GPU has to show, in stages of under ten minutes; `scripts/gpu_check.sh [a] [b] [c] [d]` runs them, all by default.
+"""All measurements that need a GPU, in stages of under ten minutes. `scripts/gpu_check.sh [a] [b] [c] [d]` runs them, all by default.
 
     a    environment, ceilings of the device, the optimizer step, tests/cuda
-    b    training steps by assignment under both step rules, where their time goes, every residual rule
-    c    AdamW and the five assignments at 124M: equal steps, as many as the time allows, with spectra and probes
-    d    the same runs continued
+    b    training steps by assignment under both step rules, their longest operations, every residual rule
+    c    AdamW and the five assignments at 124M: the same number of steps, as many as time allows, with spectra and probes
+    d    the same runs, continued
 
     scripts/gpu_check.sh a b
     scripts/gpu_check.sh c d data=books 'data.files=books_train.txt.gz' 'data.val_files=books_val.txt.gz'
-    scripts/gpu_check.sh tiny=true         all of it in small, on a CPU, in two minutes
+    scripts/gpu_check.sh tiny=true         all stages with small models, on a CPU, in two minutes
 
-Started again, a stage passes over the steps that are done and goes on with the others. Options (key=value; paths are relative to the
+A stage that is started again skips its finished steps and continues with the others. Options (key=value; paths are relative to the
 repository, or absolute):
 
-    seconds=            of a stage (560); a step that does not fit is ended, and runs save before they end
-    work=               where everything is written (outputs/gpu_check_work)
-    out=                where it is packed: summary.txt and an archive each stage ($OUT, or outputs/gpu_check)
-    results=            tables, in the format of results/ (results/<device>)
-    micro_batch_size=   windows at once (64)
+    seconds=            time of a stage (560); a step that takes longer is stopped, and runs are saved before
+    work=               folder for everything that is written (outputs/gpu_check_work)
+    out=                folder for summary.txt and one archive for each stage ($OUT, or outputs/gpu_check)
+    results=            folder for the tables, in the format of results/ (results/<device>)
+    micro_batch_size=   windows of a forward pass (64)
     tiny=true           small models and few steps
-    data=, data.key=    the data of c and d, as in train.py (data=books); prepared there if it is not yet
+    data=, data.key=    the data of c and d, as in train.py (data=books); stage c prepares it if necessary
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.command import UsageError, parse, run
+from scripts.command import ROOT, UsageError, parse, run
+from scripts.gpu_runs import RUNS
 from scripts.timing import device_folder
 from training.run import environment
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("a", "b", "c", "d")
-ALL = "adamw,unconstrained,all_stiefel,all_dgram,hetero,hetero_inv"
 
-# Seconds kept for ending the last step of a stage, in which a run saves.
+# Seconds that are kept for stopping the last step of a stage, so that a run can save.
 _TO_END = 25
-# Lines of a step's output that the summary shows.
+# How many lines of a step's output the summary shows.
 _TAIL = 30
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a stage and the most seconds it may take; 0: what is left of the stage."""
+    """One command of a stage, and the most seconds that it may take (0: the rest of the stage)."""
 
     name: str
     command: list[str]
@@ -73,7 +73,7 @@ class Options:
 
 
 def options_of(arguments: Sequence[str]) -> tuple[list[str], Options]:
-    """The words that are no options, and the options.
+    """Read the command line: the words that are no options, and the options.
 
     Raises:
         UsageError: a value is impossible.
@@ -114,20 +114,12 @@ def steps_of(stage: str, o: Options) -> list[Step]:
         ]
     if stage == "b":
         few = [*small, "assignments=adamw,hetero"]
+        every = [micro, f"assignments={','.join(RUNS)}"]
         profile = ["assignments=adamw,hetero", f"traces={o.work / 'b'}", micro]
         return [
-            bench("train", micro, f"assignments={ALL}", "limit_s=90", most=180, tiny=few),
+            bench("train", *every, "limit_s=90", most=180, tiny=few),
             bench("profile", *profile, most=100, tiny=small),
-            bench(
-                "train",
-                micro,
-                f"assignments={ALL}",
-                "optims=paper",
-                "limit_s=60",
-                most=150,
-                tiny=few,
-                file="bench_train_published",
-            ),
+            bench("train", *every, "optims=paper", "limit_s=60", most=150, tiny=few, file="bench_train_published"),
             bench("residual", "layers=4", "repeats=5", tiny=["layers=1", "width=96", "repeats=1"]),
         ]
     runs = [python, "scripts/gpu_runs.py", f"folder={o.work / 'runs'}", f"results={o.results / 'assignments'}"]
@@ -138,7 +130,7 @@ def steps_of(stage: str, o: Options) -> list[Step]:
 
 
 def run_stage(stage: str, o: Options) -> int:
-    """Run the steps that are not done; 0 if now all are."""
+    """Run the steps that are not done. Returns 0 if all are done now, else 1."""
     end = time.monotonic() + o.seconds - _TO_END
     folder = o.work / stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +161,7 @@ def states_of(folder: Path) -> dict[str, Any]:
 
 
 def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
-    """Run a command, what it prints into a file, for at most so many seconds; whatever ends this process ends the command too."""
+    """Run a command for `most` seconds or less. Its output goes to a file. When this process ends, the command is ended too."""
     start, note = time.monotonic(), "done"
     left = [f"seconds={most:.0f}"] if step.name == "runs" else []
     with (folder / f"{step.name}.log").open("ab") as log:
@@ -185,7 +177,7 @@ def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ask a process and those it started to end, and see that they do."""
+    """Ask a process and its children to end; kill them if they do not."""
     for signum, patience in ((signal.SIGTERM, _TO_END - 10), (signal.SIGKILL, 5)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signum)
@@ -199,9 +191,9 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def pack(o: Options) -> None:
-    """Write summary.txt, one archive for each stage, one of the runs' records and one of the tables into `out`."""
+    """Write into `out`: summary.txt, an archive for each stage, one of the runs' records, and one of the tables."""
     o.out.mkdir(parents=True, exist_ok=True)
-    (o.out / "summary.txt").write_text(summary(o))
+    (o.out / "summary.txt").write_text(summary_of(o))
     for name in (*STAGES, "runs"):
         if (folder := o.work / name).is_dir():
             _archive(o.out / f"{name}.tar.gz", folder, name)
@@ -210,15 +202,15 @@ def pack(o: Options) -> None:
 
 
 def _archive(path: Path, folder: Path, name: str) -> None:
-    """A folder without checkpoints, under a name; the old archive stays until the new one is whole."""
+    """Pack a folder without checkpoints, under a name. The old archive stays until the new one is complete."""
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w:gz") as archive:
         archive.add(folder, name, filter=lambda info: None if "checkpoints" in Path(info.name).parts else info)
     partial.replace(path)
 
 
-def summary(o: Options) -> str:
-    """Device and versions, how every step ended, and the end of what each printed."""
+def summary_of(o: Options) -> str:
+    """The text of summary.txt: device and versions, how every step ended, and the last lines of its output."""
     facts = environment()
     lines = [f"{facts['device']}, torch {facts['torch']}, Python {facts['python']}, {facts['platform']}", ""]
     for stage in STAGES:
@@ -232,8 +224,8 @@ def summary(o: Options) -> str:
     return "\n".join(lines) + "\n"
 
 
-def describe() -> None:
-    """Print versions, devices and the driver's own table."""
+def print_environment() -> None:
+    """Print versions, devices and the output of nvidia-smi."""
     import torch
 
     print(json.dumps({**environment(), "cuda": torch.version.cuda, "devices": torch.cuda.device_count()}, indent=2))
@@ -247,27 +239,24 @@ def describe() -> None:
 
 
 def work(arguments: list[str]) -> int:
-    """One stage, or `pack`, or `environment`."""
+    """Run one stage, `pack` or `environment`."""
     words, options = options_of(arguments)
     if len(words) != 1 or words[0] not in (*STAGES, "pack", "environment"):
         raise UsageError(f"name one of {', '.join(STAGES)}, pack, environment, not '{' '.join(words)}'; see --help")
     [what] = words
     os.chdir(ROOT)
     if what == "environment":
-        describe()
+        print_environment()
     elif what == "pack":
         pack(options)
         print(f"packed into {options.out}")
     else:
-        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # so that what was started is ended
+        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # then the running command is ended too
         return run_stage(what, options)
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,26 +1,28 @@
-"""AdamW and the five assignments side by side for as long as there is time: all to the same number of steps, in one process.
+"""Train AdamW and the five assignments for a given time, all to the same number of steps, in one process.
 
     python scripts/gpu_runs.py folder=outputs/gpu_check_work/runs results=results/gpu seconds=500 data=books
 
-The runs are `experiment=one_gpu`, whose schedule they follow as far as they get; one program is compiled for all of them. First all are
-trained a few steps, by which it is measured how many more fit into the seconds that are left; then all are trained to that number.
-Started again, the command continues them in the same way. It writes a table and pictures to `results`.
+The runs are those of `experiment=one_gpu` and follow its schedule as far as the time allows. The model is compiled once for all of them.
+First every run is trained for a few steps. Their time tells how many more steps fit into the remaining seconds, and every run is trained to
+that number. The same command again continues the runs in the same way. It writes a table and pictures to `results`.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
-from scripts.analysis.tables import grouped, make_table, report_columns, rows_of
+from scripts.analysis.tables import footer, grouped, make_table, report_columns, rows_of, write_tables
 from scripts.command import UsageError, parse, run
 from train import train
 from training.checks import check
@@ -30,17 +32,17 @@ from training.log import read_records
 from training.settings import Settings
 
 RUNS = ("adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
-SETTINGS = [
+RACE_SETTINGS = [
     *("experiment=one_gpu", "eval_interval=50", "eval_windows=128", "probe.interval=50", "log.interval_spectra=250"),
     *("checkpoint.interval=1000000", "checkpoint.keep=1", "full_eval=false"),
 ]
-TINY = [
+TINY_RACE_SETTINGS = [
     *("experiment=demo", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16"),
     *("global_batch_tokens=128", "micro_batch_size=4", "eval_interval=4", "eval_windows=4", "log.interval=1"),
     *("probe.interval=4", "log.interval_spectra=4", "schedule.warmup_steps=2", "full_eval=false"),
 ]
 
-# Share of the time left that is planned for: steps between which a run looks inside itself take longer.
+# Share of the remaining time that is planned for steps: evaluations and probes between the steps take time too.
 _PLANNED = 0.8
 
 
@@ -48,7 +50,8 @@ _PLANNED = 0.8
 class Race:
     """The runs, each in a directory of `folder` named after its assignment.
 
-    first: steps after which the rest is planned. most: steps at which the schedule ends. end: when the time is over (time.monotonic).
+    first: the steps that every run makes before the rest is planned. most: the steps of the whole schedule. end: the time.monotonic() at
+    which the time is over.
     """
 
     folder: Path
@@ -56,11 +59,13 @@ class Race:
     first: int
     most: int
     end: float
-    costs: dict[str, tuple[float, float]] = field(default_factory=dict)  # seconds a step, most seconds beside the steps
+    costs: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # seconds of a step, most seconds outside the steps
     compiled: bool = False  # whether this process has trained one of them
 
     def config(self, name: str, steps: int) -> Settings:
-        """The configuration of a run up to so many steps."""
+        """The configuration of a run of `steps` steps."""
         fixed = [f"assignment={name}", f"max_steps={steps}", f"schedule.decay_steps={self.most}"]
         return compose([*self.overrides, *fixed, "logger.mode=disabled", "resume=auto"])
 
@@ -70,7 +75,7 @@ class Race:
         return max((int(p.name[5:]) for p in found if p.name[5:].isdigit()), default=0)
 
     def train_to(self, steps: int) -> None:
-        """Train every run that is not there yet up to so many steps."""
+        """Train every run that has made fewer than `steps` steps up to that number."""
         for name in RUNS:
             before = self.reached(name)
             if before >= steps:
@@ -79,10 +84,10 @@ class Race:
             cfg, start = self.config(name, steps), time.monotonic()
             train(cfg, self.folder / name)
             self.note(name, cfg, steps - before, time.monotonic() - start)
-            gc.collect()  # of this model, before the next one is made
+            gc.collect()  # frees this model before the next one is made
 
     def note(self, name: str, cfg: Settings, steps: int, seconds: float) -> None:
-        """Keep what a run cost: seconds a step by its last record, and the rest."""
+        """Note the cost of a run: the seconds of a step by its last record, and the seconds outside the steps."""
         last = list(read_records(self.folder / name, "train"))[-1]
         a_step = cfg.global_batch_tokens / last["tokens_per_s"]
         _, before = self.costs.get(name, (0.0, 0.0))
@@ -90,67 +95,54 @@ class Race:
         (self.folder / "costs.json").write_text(json.dumps(self.costs, indent=2) + "\n")
 
     def affordable(self) -> int:
-        """The number of steps that all runs can reach in the time left; what they have reached where there is no more time."""
+        """The number of steps that all runs can reach in the remaining time; at least the number that all have reached."""
         here = min(map(self.reached, RUNS))
         a_step = sum(cost for cost, _ in self.costs.values())
-        rest = [seconds for _, seconds in self.costs.values()]  # the first run's includes compiling
+        rest = [seconds for _, seconds in self.costs.values()]  # the first run compiles
         beside = statistics.median(rest) * len(RUNS) if self.compiled else sum(rest)
         left = _PLANNED * (self.end - time.monotonic()) - beside
         return min(self.most, here + max(0, int(left / a_step)))
 
     def run(self) -> None:
-        """Train all runs as far as there is time, and all equally far."""
+        """Train all runs to the same number of steps, as many as the time allows."""
         plan, costs = self.folder / "plan.json", self.folder / "costs.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         target = json.loads(plan.read_text())["steps"] if plan.exists() else self.first
         if costs.exists():
             self.costs = {name: tuple(pair) for name, pair in json.loads(costs.read_text()).items()}
-        self.train_to(target)  # at first, or where an earlier command was interrupted
+        self.train_to(target)  # the first steps, or the rest of an interrupted command
         further = self.affordable()
         if further > target:
             plan.write_text(json.dumps({"steps": further}) + "\n")
             self.train_to(further)
 
 
-def write_results(race: Race, results: Path, arguments: Sequence[str]) -> str:
-    """The table of all runs, and pictures; returns the table for a terminal."""
+def write_race(race: Race, results: Path, arguments: Sequence[str]) -> str:
+    """Write the table of all runs and its pictures; returns the table for a terminal."""
     groups = grouped(find_runs([race.folder]))
     runs, columns = [r for group in groups for r in group], report_columns(groups)
-    table, cfg, env = make_table(groups, columns), runs[0].config, runs[0].environment
-    command = " ".join(["python scripts/gpu_runs.py", *arguments])
-    foot = (
-        f"Written by `{command}`: {cfg['model']['n_layer']} layers of width {cfg['model']['n_embd']}, context "
-        f"{cfg['model']['block_size']}; {min(r.step for r in runs):,} of the schedule's {race.most:,} steps of "
-        f"{cfg['global_batch_tokens']:,} tokens; data `{cfg['data']['name']}`; one seed. The last column is the paper's loss after "
-        "50,000 steps on other text: no number here compares with it.\n"
-        f"{env['device']}, Python {env['python']}, torch {env['torch']}, {env['platform']}."
+    table, command = make_table(groups, columns), shlex.join(["python", "scripts/gpu_runs.py", *arguments])
+    remark = (
+        f"The runs made {min(r.step for r in runs):,} of the schedule's {race.most:,} steps. The last column is the paper's loss after "
+        "50,000 steps on other text: no number here can be compared with it."
     )
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "table.md").write_text(f"{table.markdown()}\n\n{foot}\n")
-    data = {"command": command, "environment": env, "rows": rows_of(runs, columns)}
-    (results / "table.json").write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    data = {"command": command, "environment": runs[0].environment, "rows": rows_of(runs, columns)}
+    write_tables(results, [table], footer(command, runs, remark), data)
     draw(groups, results)
     return table.text()
 
 
 def work(arguments: list[str]) -> int:
-    """Train, then print and write the table, also after a stop; the exit code is that of the training."""
-    defaults = {
-        "folder": "",
-        "seconds": 500,
-        "results": "",
-        "first": 0,
-        "most": 0,
-        "tiny": "false",
-        "micro_batch_size": 0,
-    }
+    """Train; then print and write the table, also if the training was stopped."""
+    texts = {"folder": "", "results": "", "tiny": "false"}
+    defaults = {**texts, "seconds": 500, "first": 0, "most": 0, "micro_batch_size": 0}
     overrides, o = parse(arguments, defaults)
     if not (o["folder"] and o["results"]):
         raise UsageError("give folder= for the runs and results= for the table; see --help")
     tiny = o["tiny"] == "true"
     first, most = o["first"] or (4 if tiny else 40), o["most"] or (12 if tiny else 2500)
     micro = [f"micro_batch_size={o['micro_batch_size']}"] if o["micro_batch_size"] else []
-    settings = [*(TINY if tiny else SETTINGS), *micro, *overrides]
+    settings = [*(TINY_RACE_SETTINGS if tiny else RACE_SETTINGS), *micro, *overrides]
     race = Race(Path(o["folder"]), settings, first, most, time.monotonic() + o["seconds"])
     for name in RUNS:
         check(race.config(name, first))
@@ -159,14 +151,11 @@ def work(arguments: list[str]) -> int:
         race.run()
     finally:
         if any(race.folder.glob("*/metrics.jsonl")):
-            print("\n" + write_results(race, Path(o["results"]), arguments), flush=True)
+            print("\n" + write_race(race, Path(o["results"]), arguments), flush=True)
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

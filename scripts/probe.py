@@ -1,29 +1,31 @@
-"""Attention and the four collapses of a trained model: one table a checkpoint, and the curves of its training.
+"""Measure attention and the four collapses in a trained model: one table for each checkpoint, and curves over training.
 
     python scripts/probe.py outputs/first
     python scripts/probe.py outputs/first windows=8 figures=outputs/first
 
-Every checkpoint that the run has kept is probed on its first validation windows, a line a layer. `figures=` draws what the probes of the
-run itself have written down (probe.interval). The columns:
+Every checkpoint of the run is measured on the first validation windows; the table has a line for each layer. figures= names a folder for a
+picture of what the run itself measured during training (probe.interval). The columns:
 
     logit, p99.9       largest attention logit, and the 99.9th percentile of the head where it is largest
     entropy            of attention, relative to log(position), mean and least over heads
     saturated          share of rows with a probability above .99, mean over heads
     jacobian           norm of the softmax's Jacobian, mean over heads
-    from mean          ‖X - 1x̄ᵀ‖/‖X‖ of the stream after the layer: 0 when all tokens are the same
+    from mean          ‖X - 1x̄ᵀ‖/‖X‖ of the stream after the layer: 0 if all tokens are equal
     cosine, eff. rank  mean cosine of pairs of tokens; effective rank of 128 tokens
-    width              share of directions in use
-    R²                 of the head that is hardest to read from the sum over heads by a linear reader, W_O being known
-    hidden             dimensions a token of head outputs that W_O does not show at all
-    mixable            dimensions in which a head's output on these windows can change while the sum stays, W_O not being known
-                       (model/collapse.py, mixing_dimensions); of the head that has the fewest
+    width              share of the directions that are used
+    R²                 how well a linear reader that knows W_O recovers a head from the sum over heads; least over heads
+    hidden             dimensions of a token's head outputs that W_O maps to zero
+    mixable            dimensions in which a head's output on these windows can change while the sum stays the same, if W_O is unknown
+                       (model/collapse.py, mixing_dimensions); least over heads
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,24 +34,25 @@ from data.loader import validation_windows
 from model.collapse import ambiguous_dimensions, null_space
 from model.gpt import GPT
 from model.probes import head_mixing, probe
-from scripts.analysis.runs import read_run
+from scripts.analysis.experiment_figures import probe_curves
+from scripts.analysis.runs import model_of, read_run
+from scripts.analysis.tables import Table
 from scripts.command import UsageError, parse, run
-from training.build import gpt_config
 from training.checkpoint import load
 from training.data import open_data
 from training.settings import read_sound
 
-HEADINGS = (
+LAYER_HEADINGS = [
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
     *("from mean", "cosine", "eff. rank", "width", "R²", "hidden", "mixable"),
-)
+]
 
 
 def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
-    """Step, model (on the CPU) and configuration of every checkpoint a run has kept, in order.
+    """Step, model (on the CPU) and configuration of every checkpoint of a run, in order.
 
     Raises:
-        UsageError: there is none. CheckpointError: one is damaged.
+        UsageError: there is no checkpoint. CheckpointError: one is damaged.
     """
     found = sorted((directory / "checkpoints").glob("step_*"))
     if not found:
@@ -58,42 +61,27 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
         )
     for path in found:
         loaded = load(path)
-        config = loaded.state["config"]
-        model = GPT(gpt_config(read_sound(config)[0]))
-        model.load_state_dict(loaded.state["model"])
-        yield loaded.step, model, config
+        yield loaded.step, model_of(loaded), loaded.state["config"]
 
 
 def layer_table(model: GPT, x: torch.Tensor) -> str:
-    """The table of one model on the windows x (B, T), for a terminal."""
+    """The table of one model on the windows x (B, T) int64, for a terminal."""
     seen, mixable = probe(model, x), head_mixing(model, x).amin(1).tolist()
-    lines = [list(HEADINGS)]
+    lines = []
     for i, block in enumerate(model.transformer.h):
         heads = [seen[key][i] for key in ("logit_max", "logit_p999", "entropy", "saturated", "jacobian", "recovery")]
         logit, high, entropy, saturated, jacobian, recovered = heads
         after = [seen[key][i + 1] for key in ("distance_from_mean", "mean_cosine", "effective_rank", "width_rank")]
-        numbers = [
-            max(logit),
-            max(high),
-            _mean(entropy),
-            min(entropy),
-            _mean(saturated),
-            _mean(jacobian),
-            *after,
-            min(recovered),
-        ]
+        attention = [max(logit), max(high), fmean(entropy), min(entropy), fmean(saturated), fmean(jacobian)]
         hidden = null_space(block.attn.c_proj.weight.detach())
-        lines.append([str(i), *(f"{n:.3g}" for n in numbers), str(hidden), f"{mixable[i]:,}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+        lines.append(
+            [str(i), *(f"{n:.3g}" for n in (*attention, *after, min(recovered))), str(hidden), f"{mixable[i]:,}"]
+        )
+    return Table(LAYER_HEADINGS, lines, [True] * len(LAYER_HEADINGS)).text()
 
 
 def work(arguments: list[str]) -> int:
-    """Print the tables; draw if asked to."""
+    """Print the tables, and draw the picture if figures= is given."""
     others, options = parse(arguments, {"windows": 4, "figures": ""})
     if len(others) != 1 or options["windows"] < 1:
         raise UsageError("name one run and, if you like, windows= (at least 1) and figures=; see --help")
@@ -112,8 +100,6 @@ def work(arguments: list[str]) -> int:
             f"would be n(H-1)w = {count:,}, the count of arXiv 2604.23681.\n"
         )
     if options["figures"]:
-        from scripts.analysis.experiment_figures import curves
-
         trained = read_run(directory)
         if not trained.records.get("probe"):
             raise UsageError(
@@ -121,14 +107,11 @@ def work(arguments: list[str]) -> int:
             )
         target = Path(options["figures"])
         target.mkdir(parents=True, exist_ok=True)
-        print(f"written: {curves(trained, target / 'probes.png')}")
+        print(f"written: {probe_curves(trained, target / 'probes.png')}")
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,20 +1,20 @@
-"""The paper's table by real training: the five assignments one after the other, then the table and the pictures.
+"""Train the five assignments of the paper one after the other, then write the paper's table and the pictures.
 
     python scripts/reproduce.py scale=demo                 minutes on two cores, no network
     python scripts/reproduce.py scale=demo optim=paper     the same under the published step rule
     python scripts/reproduce.py scale=paper                the published recipe (prepare the data first)
-    python scripts/reproduce.py scale=demo --accept        the same, and the table becomes the committed one
+    python scripts/reproduce.py scale=demo --accept        the same, and the table replaces the committed one
     python scripts/reproduce.py scale=demo seed=2 output_dir=outputs/seed_2
 
-`scale` is a recipe of configs/experiment; any override of train.py may follow and concerns all five runs. Options of this command:
+`scale` is a recipe of configs/experiment. Any override of train.py may follow; it applies to all five runs. Options of this command:
 
     output_dir=   where the runs are written (outputs/reproduce/<name>), each in a directory named after its assignment
     results=      where table.md, table.json, val_loss.png and spectra.png are written (beside the runs)
-    --accept      afterwards copy them into results/<name>, and renew the table in README.md or docs/
+    --accept      afterwards copy them into results/<name>, and replace the table in README.md or docs/
 
-<name> is the scale, and with optim= the scale and that: demo, demo_paper. Where results/<name> holds a table, the losses are told beside
-its. The same command again goes on where it stopped: finished runs are kept, an interrupted one continues from its last checkpoint. The
-demonstration does not start W&B unless it is told to, by logger.mode=offline or logger.mode=online.
+<name> is the scale, or with optim= the scale and the step rule: demo, demo_paper. If results/<name> holds a table, the new losses are printed
+beside its losses. The same command again continues: finished runs are kept, and an interrupted run continues from its last checkpoint. The
+demonstration starts W&B only with logger.mode=offline or logger.mode=online.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scripts.analysis.figures import draw
-from scripts.analysis.runs import Run, read_run
-from scripts.analysis.tables import COLUMNS, Table, footer, make_table, rows_of, told, write_tables
-from scripts.command import UsageError, parse, run
+from scripts.analysis.runs import RecordedRun, read_run
+from scripts.analysis.tables import COLUMNS, Table, columns_with_values, footer, make_table, rows_of, write_tables
+from scripts.command import ROOT, UsageError, parse, refuse_keys, run
 from training.checks import check
 from training.config import compose
 from training.data import open_data
@@ -41,10 +42,9 @@ from training.engine import Job, run_here
 from training.log import METRICS_FILE
 from training.sweep import available_cores, finished
 
-ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
 SCALE_SETTINGS = {"demo": ["logger.mode=disabled"]}
-OWN_KEYS = {  # keys of train.py that this command decides, and what to do instead
+REPRODUCE_KEYS = {  # keys of train.py that this command decides, and what to do instead
     "experiment": "choose the recipe with scale=",
     "assignment": "all five are run; for one alone use python train.py",
     "resume": "runs are resumed without asking; for fresh ones give another output_dir=",
@@ -53,9 +53,9 @@ OWN_KEYS = {  # keys of train.py that this command decides, and what to do inste
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: `overrides` as typed; `jobs` by assignment.
+    """What the command line asks for: `overrides` as typed; `jobs` by assignment.
 
-    name: of the table, by scale and step rule; None if the overrides make it another table. accept: whether it becomes the committed one.
+    name: of the table, made of scale and step rule; None if the overrides make another table. accept: whether it replaces the committed one.
     """
 
     scale: str
@@ -72,22 +72,19 @@ class Plan:
 
     @property
     def committed(self) -> Path | None:
-        """Where the committed table of this name is, or would be."""
+        """The folder of the committed table of this name, whether it exists or not; None without a name."""
         return None if self.name is None else ROOT / "results" / self.name
 
 
 def make_plan(arguments: Sequence[str]) -> Plan:
-    """Compose and check all five configurations.
+    """Compose and check all five configurations. Nothing is written.
 
     Raises:
-        UsageError, ConfigError, DataError, HydraException: before anything is written.
+        UsageError, ConfigError, DataError, HydraException: the command line or a configuration is wrong.
     """
     words, options = parse(arguments, {"scale": "demo", "results": "", "output_dir": ""})
     overrides = [word for word in words if word != "--accept"]
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key in OWN_KEYS:
-            raise UsageError(f"{override} cannot be given here: {OWN_KEYS[key]}")
+    refuse_keys(overrides, REPRODUCE_KEYS)
     scale = options["scale"]
     optims, others = name_parts(overrides)
     name = "_".join([scale, *optims])
@@ -110,14 +107,14 @@ def make_plan(arguments: Sequence[str]) -> Plan:
 
 
 def name_parts(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The step rules that overrides choose, which are part of a table's name, and what else they change of its numbers."""
+    """Two lists: the step rules that the overrides choose, for the table's name; and the overrides that change its numbers otherwise."""
     settings = [override for override in overrides if not override.startswith("logger.")]
     optims = [override.removeprefix("optim=") for override in settings if override.startswith("optim=")]
     return optims, [override for override in settings if not override.startswith("optim=")]
 
 
 def train_all(plan: Plan) -> dict[str, str]:
-    """Run what has not ended yet; returns the reason for each assignment whose training stopped by an error."""
+    """Train the runs that have not ended. Returns assignment → reason, for those that an error stopped."""
     failures = {}
     for assignment, job in plan.jobs.items():
         if job.ended:
@@ -133,14 +130,14 @@ def train_all(plan: Plan) -> dict[str, str]:
 # ---- what is written ----
 
 
-def write_results(plan: Plan) -> str:
-    """Write the table and the pictures into `plan.results`; returns what there is to say in a terminal."""
+def write_reproduction(plan: Plan) -> str:
+    """Write the table and the pictures into `plan.results`; returns the text for a terminal."""
     directories = [job.directory for job in plan.jobs.values()]
     runs = [read_run(directory) for directory in directories if (directory / METRICS_FILE).exists()]
     if not runs:
         raise UsageError("no run has written anything, so there is no table; the errors above say why")
     groups = [[r] for r in runs]
-    table = make_table(groups, told(COLUMNS, runs))
+    table = make_table(groups, columns_with_values(COLUMNS, runs))
     data = {
         "command": plan.command,
         "published": "arXiv 2606.13276",
@@ -156,8 +153,8 @@ def write_results(plan: Plan) -> str:
     return "\n\n".join([*parts, f"  written to {plan.results}: {names}   ({_cost_line(runs)})"])
 
 
-def comparison(runs: Sequence[Run], committed: Path) -> Table:
-    """Final losses beside those of a committed table, with the differences."""
+def comparison(runs: Sequence[RecordedRun], committed: Path) -> Table:
+    """A table of final losses, those of a committed table, and the differences."""
     rows = {row["assignment"]: row for row in json.loads((committed / "table.json").read_text())["rows"]}
     lines = []
     for r in runs:
@@ -171,7 +168,7 @@ def comparison(runs: Sequence[Run], committed: Path) -> Table:
     )
 
 
-def _total_cost(runs: Sequence[Run]) -> dict[str, Any]:
+def _total_cost(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     costs = [r.cost for r in runs if r.cost]
     return {
         "runs": len(runs),
@@ -185,7 +182,7 @@ def _total_cost(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _cost_line(runs: Sequence[Run]) -> str:
+def _cost_line(runs: Sequence[RecordedRun]) -> str:
     """ "5 runs, 4 min 12 s, 1.1 GiB, 2 cores" """
     cost = _total_cost(runs)
     minutes, seconds = divmod(round(cost["wall_seconds"]), 60)
@@ -202,8 +199,8 @@ def _cost_line(runs: Sequence[Run]) -> str:
     return ", ".join(parts)
 
 
-def remark(plan: Plan, runs: Sequence[Run]) -> str:
-    """What the columns are, and what the numbers may be compared with."""
+def remark(plan: Plan, runs: Sequence[RecordedRun]) -> str:
+    """Sentences below the table: what the columns mean, and with which numbers they can be compared."""
     other_scale = "" if plan.scale == "paper" else "; this is another scale: compare the order, not the numbers"
     return (
         "Losses are in nats a token: best and final of the evaluations on `eval_windows` windows, and full split, that of the whole "
@@ -215,9 +212,9 @@ def remark(plan: Plan, runs: Sequence[Run]) -> str:
 
 
 def decay_of(cfg: dict[str, Any]) -> str:
-    """What Muon's weight decay acts on, in words: here the step rules differ."""
+    """The matrices on which Muon's weight decay acts, in words. The step rules differ in this."""
     muon = cfg["optim"]["muon"]
-    free_norms = muon["rule"].get("decay_manifolds", True)  # the certified step always lets it
+    free_norms = muon["rule"].get("decay_manifolds", True)  # the certified step has no such setting
     on = (
         "unconstrained matrices and DGram's column norms"
         if free_norms
@@ -227,7 +224,7 @@ def decay_of(cfg: dict[str, Any]) -> str:
 
 
 def accept(plan: Plan, committed: Path) -> str:
-    """Make a table the committed one: copy what was written into results/<name>, and renew it in the Markdown files that show it."""
+    """Copy the table and the pictures into `committed`, and replace the table in the Markdown files that show it; returns one line."""
     committed.mkdir(parents=True, exist_ok=True)
     for name in ("table.md", "table.json", "val_loss.png", "spectra.png"):
         if (plan.results / name).exists() and plan.results != committed:
@@ -239,7 +236,7 @@ def accept(plan: Plan, committed: Path) -> str:
 
 
 def renew(page: Path, name: str, table: str) -> bool:
-    """Replace what stands between `<!-- table:<name> -->` and `<!-- /table -->` in a Markdown file; False if there is no such place."""
+    """Replace the text between `<!-- table:<name> -->` and `<!-- /table -->` in a Markdown file; False if there is no such place."""
     if not page.exists():
         return False
     text = page.read_text()
@@ -255,15 +252,15 @@ def renew(page: Path, name: str, table: str) -> bool:
 
 
 def work(arguments: list[str]) -> int:
-    """Train, then print and write the table; exit code 1 if a run stopped by an error."""
+    """Train, then print and write the table. Exit code 1 if an error stopped a run."""
     plan = make_plan(arguments)
     try:
         failures = train_all(plan)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     try:
-        print("\n" + write_results(plan))
+        print("\n" + write_reproduction(plan))
         if plan.accept and plan.committed and not failures:
             print(accept(plan, plan.committed))
     except OSError as error:
@@ -275,10 +272,7 @@ def work(arguments: list[str]) -> int:
     return 1 if failures else 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,15 +1,15 @@
-"""Text from a trained model.
+"""Generate text with a trained model.
 
     python scripts/sample.py outputs/first prompt="def " tokens=200 temperature=0.8 top_k=50 seed=0
 
-Takes the newest good checkpoint. temperature=0 takes the likeliest token each time; top_k=0 draws from the whole vocabulary; without
-a prompt a new document begins.
+The newest good checkpoint is used. temperature=0 takes the likeliest token each time. top_k=0 draws from the whole vocabulary. Without
+a prompt the model begins a new document.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -17,11 +17,15 @@ from data.tokenizer import get_tokenizer
 from scripts.analysis.runs import load_model
 from scripts.command import UsageError, parse, run
 
-OPTIONS = {"prompt": "", "tokens": 200, "temperature": 0.8, "top_k": 50, "seed": 0}
+SAMPLE_OPTIONS = {"prompt": "", "tokens": 200, "temperature": 0.8, "top_k": 50, "seed": 0}
 
 
 def sample(directory: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt and its continuation by `tokens` sampled tokens; the same seed gives the same text on the same device."""
+    """The prompt and its continuation by `tokens` sampled tokens. The same seed gives the same text on the same device.
+
+    Raises:
+        UsageError: a number is impossible, or there is no model in the directory.
+    """
     if tokens < 1 or top_k < 0 or not temperature >= 0:
         raise UsageError(
             f"tokens={tokens} must be at least 1, top_k={top_k} and temperature={temperature} at least 0; change that"
@@ -38,17 +42,14 @@ def sample(directory: str, prompt: str, tokens: int, temperature: float, top_k: 
 
 def work(arguments: list[str]) -> int:
     """Print a sample."""
-    others, options = parse(arguments, OPTIONS)
+    others, options = parse(arguments, SAMPLE_OPTIONS)
     if len(others) != 1:
-        raise UsageError(f"name one run and, if you like, {', '.join(f'{k}=' for k in OPTIONS)}; see --help")
+        raise UsageError(f"name one run and, if you like, {', '.join(f'{k}=' for k in SAMPLE_OPTIONS)}; see --help")
     print(sample(others[0], **options))
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

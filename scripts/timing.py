@@ -1,13 +1,15 @@
-"""Clocks and memory for the benchmarks: contestants that take turns, and the most memory that one of them needs."""
+"""Time and memory for the benchmarks: seconds of several calls made by turns, and the peak memory of one call."""
 
 from __future__ import annotations
 
 import ctypes
+import random
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,19 +29,24 @@ PEAK = {
 
 NOT_MEASURED = "not measured"
 
+Rows = list[dict[str, Any]]
+"""The lines of a benchmark's table: heading → value."""
+
+Key = TypeVar("Key")
+
 
 def device() -> torch.device:
-    """CUDA where there is one."""
+    """The current CUDA device if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def device_folder() -> str:
-    """The name of the device as that of a folder of results."""
+    """The device's name in the form of a folder's name, for results/."""
     return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
 def synchronize() -> None:
-    """Wait for the device."""
+    """Wait until the device has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -53,20 +60,26 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    contestants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, limit_s: float = 0
-) -> dict[str, list[float]]:
-    """Seconds of every call, contestants taking turns so that a drifting machine is fair to all.
+def take_turns(
+    calls: Mapping[Key, Callable[[], object]], repeats: int, warmup: int = 1, limit_s: float = 0, shuffled: bool = False
+) -> dict[Key, list[float]]:
+    """Seconds of every call. Each turn makes every call once, so that a machine whose speed drifts is fair to all.
 
-    limit_s: after so many seconds no further call is made, and who has not had a turn has no seconds; 0: no limit.
+    Args:
+        repeats, warmup: turns that are timed, after turns that are not.
+        limit_s: after this time no further call is made; a call without a turn has no seconds. 0: no limit.
+        shuffled: whether each turn has a new random order (of a fixed seed).
     """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[Key, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + (limit_s or float("inf"))
+    order, shuffle = list(calls), random.Random(0).shuffle
     for turn in range(warmup + repeats):
-        for name, call in contestants.items():
+        if shuffled:
+            shuffle(order)
+        for name in order:
             if time.perf_counter() > end:
                 return times
-            seconds = seconds_of(call)
+            seconds = seconds_of(calls[name])
             if turn >= warmup:
                 times[name].append(seconds)
     return times
@@ -78,10 +91,10 @@ def median(seconds: list[float]) -> float | str:
 
 
 def peak_bytes(call: Callable[[], object], own: Iterable[Tensor]) -> int | None:
-    """The most memory that a call needs: the tensors it works on (`own`), and what it allocates beside them while it runs.
+    """The peak memory of a call: the tensors that it works on (`own`), and what it allocates while it runs.
 
-    What others hold at the same time is not counted: in one process every contestant of a table would have the largest one's peak. On
-    CUDA by the allocator's count; on the CPU by the resident memory of the process, which the kernel counts (Linux only; elsewhere None).
+    Memory that the process holds for other purposes is not counted, so that each row of a table has its own peak. CUDA's allocator counts
+    it; on a CPU the kernel does, as the resident memory of the process (Linux only; None elsewhere).
     """
     resident = sum(t.numel() * t.element_size() for t in own)
     if torch.cuda.is_available():
@@ -92,8 +105,8 @@ def peak_bytes(call: Callable[[], object], own: Iterable[Tensor]) -> int | None:
         torch.cuda.synchronize()
         return resident + torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, or it would be used again unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system; used again, it would not be counted
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except (OSError, AttributeError):
         return None
     before = _status("VmRSS")
@@ -102,7 +115,7 @@ def peak_bytes(call: Callable[[], object], own: Iterable[Tensor]) -> int | None:
 
 
 def _status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """The value of a line of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

@@ -1,11 +1,12 @@
-"""A live table of a sweep: every job's state, step, losses and the time it has left, as its metrics.jsonl tells.
+"""A live table of a sweep: state, step, losses and remaining time of every job, read from its metrics.jsonl.
 
     python scripts/watch.py outputs/sweep                         until Ctrl-C
     python scripts/watch.py outputs/sweep once=true               once
     python scripts/watch.py outputs/sweep interval_s=10 stalled_s=1800
 
-A job is waiting (nothing written yet), running, unstable (as the run itself decided), finished, failed, or stalled: unfinished, and
-silent for `stalled_s` seconds. Lines that are no records are passed over and counted below the table. It reads files only, so it may run anywhere that sees them, and it disturbs nobody.
+A job is waiting (it has written nothing yet), running, unstable (the run itself decided so), finished, failed, or stalled (it is unfinished
+and has written nothing for `stalled_s` seconds). Lines that are no records are skipped and counted below the table. The command only reads
+files: it may run on any machine that sees them, and it does not disturb the runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,13 +29,13 @@ from scripts.command import UsageError, parse, run
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, parse_record
 
-OPTIONS = {"once": "false", "interval_s": 2.0, "stalled_s": 300.0}
-_LONGEST_S = 1e9  # 30 years: a longer time is no forecast
-COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
+WATCH_OPTIONS = {"once": "false", "interval_s": 2.0, "stalled_s": 300.0}
+_LONGEST_S = 1e9  # 30 years; a longer time is not shown
+STATE_COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
 
 
 class Watched:
-    """What is known of a run; `update` reads what was written since it was last called."""
+    """What is known of a run. `update` reads what was written since its last call."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -47,14 +49,14 @@ class Watched:
         self.unstable = False
         self.last_kind: str | None = None  # of the last record: its kind, or an event's sort
         self.written_at = 0.0  # seconds since the epoch
-        self.damaged = 0  # lines passed over
-        self.problem: str | None = None  # why a file could not be read when it was last tried
+        self.damaged = 0  # lines that were skipped
+        self.problem: str | None = None  # why a file could not be read at the last update
         self.max_steps: int | None = None
         self.tokens_per_step: int | None = None
         self._inode, self._read_bytes = 0, 0
 
     def update(self) -> None:
-        """Read on; a resumed run has replaced its file, which then is read from its beginning."""
+        """Read the new lines. A resumed run has replaced its file; then the file is read from its beginning."""
         self.problem = None
         try:
             self._read_on(self.directory / METRICS_FILE)
@@ -77,7 +79,7 @@ class Watched:
                 new = file.read()
         except FileNotFoundError:
             return
-        whole = new[: new.rfind(b"\n") + 1]  # the last line may still be on its way
+        whole = new[: new.rfind(b"\n") + 1]  # the last line may be incomplete
         self._inode, self.written_at = stat.st_ino, stat.st_mtime
         self._read_bytes += len(whole)
         for line in whole.splitlines():
@@ -87,8 +89,12 @@ class Watched:
                 self.damaged += 1
 
     def _take(self, line: bytes) -> None:
-        """What a line says; ValueError, LookupError, TypeError or OverflowError if it is no record or has not the fields of its kind."""
-        if line.startswith(b'{"kind": "spectra"'):  # thousands of numbers that no table shows
+        """Take over what a line says.
+
+        Raises:
+            ValueError, LookupError, TypeError, OverflowError: it is no record, or a field of its kind is missing.
+        """
+        if line.startswith(b'{"kind": "spectra"'):  # thousands of numbers that the table does not show
             self.last_kind = "spectra"
             return
         record = parse_record(line)
@@ -105,7 +111,7 @@ class Watched:
         self.step, self.last_kind = record["step"], kind
 
     def state(self, now: float, stalled_s: float) -> str:
-        """One word; `now` in seconds since the epoch."""
+        """The state of the job in one word. now: seconds since the epoch."""
         if self.last_kind is None:
             return "waiting"
         if self.last_kind == "failed":
@@ -117,7 +123,7 @@ class Watched:
         return "finished" if self.last_kind == "end" else "running"
 
     def seconds_left(self) -> float | None:
-        """At the pace of the last training record; None where that is not known or nothing is left."""
+        """Remaining time at the speed of the last training record; None if the speed is unknown or nothing is left."""
         if self.max_steps is None or self.tokens_per_step is None or not self.tokens_per_s or self.last_kind == "end":
             return None
         left = (self.max_steps - self.step) * self.tokens_per_step / self.tokens_per_s
@@ -125,7 +131,11 @@ class Watched:
 
 
 def find_jobs(sweep: Path, known: dict[Path, Watched]) -> dict[Path, Watched]:
-    """The jobs of a sweep in order of their names; a single run is a sweep of one."""
+    """The jobs of a sweep by directory, sorted by name. A single run counts as a sweep of one job.
+
+    Raises:
+        UsageError: the directory cannot be read.
+    """
     if (sweep / METRICS_FILE).exists():
         found = [sweep]
     else:
@@ -137,14 +147,14 @@ def find_jobs(sweep: Path, known: dict[Path, Watched]) -> dict[Path, Watched]:
 
 
 def short_names(jobs: Sequence[Path]) -> list[str]:
-    """Directory names without the overrides that all jobs share."""
+    """The names of the jobs' directories, without the overrides that all jobs share."""
     parts = [path.name.split(",") for path in jobs]
     shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
     return [",".join(p for p in mine if p not in shared) or ",".join(mine) for mine in parts]
 
 
-def table(jobs: dict[Path, Watched], stalled_s: float) -> Table:
-    """One row a job."""
+def jobs_table(jobs: dict[Path, Watched], stalled_s: float) -> Table:
+    """The table, with one row for each job."""
     grid = Table(box=None, pad_edge=False)
     grid.add_column("job", overflow="fold")
     grid.add_column("state")
@@ -156,7 +166,7 @@ def table(jobs: dict[Path, Watched], stalled_s: float) -> Table:
         steps = str(job.step) if job.max_steps is None else f"{job.step}/{job.max_steps}"
         grid.add_row(
             Text(name),
-            Text(state, style=COLOURS.get(state, "")),
+            Text(state, style=STATE_COLOURS.get(state, "")),
             "" if state == "waiting" else steps,
             "" if job.train is None else f"{job.train:.4f}",
             "" if job.val is None else f"{job.val:.4f}",
@@ -167,14 +177,16 @@ def table(jobs: dict[Path, Watched], stalled_s: float) -> Table:
 
 
 def remarks(jobs: dict[Path, Watched]) -> list[str]:
-    """What could not be read, a line a job."""
-    found = [f"{path}: {job.damaged} lines are no records; passed over" for path, job in jobs.items() if job.damaged]
+    """What could not be read: one line for each job."""
+    found = [
+        f"{path}: {job.damaged} lines are no records; they were skipped" for path, job in jobs.items() if job.damaged
+    ]
     return found + [f"{path}: {job.problem}" for path, job in jobs.items() if job.problem]
 
 
 def work(arguments: list[str]) -> int:
     """Print the table, once or until interrupted."""
-    others, options = parse(arguments, OPTIONS)
+    others, options = parse(arguments, WATCH_OPTIONS)
     if len(others) != 1 or options["once"] not in ("true", "false"):
         raise UsageError(
             "name one sweep and, if you like, once=true, interval_s= and stalled_s=, such as: "
@@ -192,7 +204,7 @@ def work(arguments: list[str]) -> int:
         jobs = find_jobs(sweep, jobs)
         for job in jobs.values():
             job.update()
-        return table(jobs, stalled_s)
+        return jobs_table(jobs, stalled_s)
 
     if options["once"] == "true":
         Console().print(look())
@@ -206,10 +218,7 @@ def work(arguments: list[str]) -> int:
         return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run(work, arguments, __doc__)
-
+main = partial(run, work, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

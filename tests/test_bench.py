@@ -11,8 +11,9 @@ from scripts import bench, bench_residual
 
 def test_bench_measures_every_rule():
     sizes = {"layers": 1, "width": 16, "heads": 2, "block": 8, "vocab": 32, "micro": 1, "tokens": 16}
-    rows = {row["rule"]: row for row in bench_residual.measure(sizes, repeats=1)}
-    assert set(rows) == set(bench_residual.contestants())
+    options = {"layers": 0, "width": 0, "micro_batch_size": 0, "repeats": 1}
+    rows = {row["rule"]: row for row in bench_residual.residual_rows(options, sizes)}
+    assert set(rows) == set(bench_residual.residual_settings())
     assert rows["pre_norm"]["time ratio"] == rows["pre_norm"]["memory ratio"] == 1.0
     assert rows["sandwich_norm"]["memory ratio"] > 1.0 and all(row["fastest s"] > 0 for row in rows.values())
 
@@ -34,7 +35,7 @@ def test_bench_measures_every_rule():
 )
 def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch, capsys):
     small = {"width": 16, "heads": 2, "block": 8, "vocab": 32, "tokens": 16}
-    monkeypatch.setattr(bench_residual, "CPU_SIZES", bench_residual.CPU_SIZES | small)
+    monkeypatch.setitem(bench_residual.RESIDUAL_SIZES, "cpu", bench_residual.RESIDUAL_SIZES["cpu"] | small)
     assert bench.main([name, *options, f"results={tmp_path}"]) == 0
     table, data = (tmp_path / f"bench_{name}.md").read_text(), json.loads((tmp_path / f"bench_{name}.json").read_text())
     printed = capsys.readouterr().out

@@ -30,7 +30,7 @@ from documents import (
 )
 
 from data import prepare as preparing
-from scripts.experiment import load, names, study_of
+from scripts.experiment import experiment_names, load_experiment, study_of
 from training.checks import check
 from training.config import compose
 from training.log import read_records
@@ -91,7 +91,7 @@ def test_what_needs_another_machine_is_a_valid_configuration_as_it_stands(needs)
         program = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "data.prepare")
         options = words[program + 1 :]
         if words[program] == "scripts/experiment.py":
-            study = study_of(load(options[0]), options[1:])[0]
+            study = study_of(load_experiment(options[0]), options[1:])[0]
             overrides = [*study.experiment.base, *study.settings(study.cases()[0]), *study.overrides]
         else:
             overrides = [re.sub(r"^scale=", "experiment=", word) for word in options if word[0] != "-"]
@@ -162,7 +162,9 @@ def test_an_experiment_runs_and_writes_its_results(words, tiny_data, tmp_path, m
 
 
 def test_every_experiment_is_named():
-    assert {words[2] for block in SHELL.values() for words in block if "experiment.py" in words[1]} == set(names())
+    assert {words[2] for block in SHELL.values() for words in block if "experiment.py" in words[1]} == set(
+        experiment_names()
+    )
 
 
 # ---- one GPU ----

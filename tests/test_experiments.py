@@ -20,8 +20,8 @@ from harness import children, command, last_step, records, wait_until
 
 from model.residual import RESIDUAL_RULES
 from scripts import experiment
-from scripts.analysis.runs import Run
-from scripts.analysis.statistics import Estimate, optimum
+from scripts.analysis.runs import RecordedRun
+from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.study import best_of, pivot
 from scripts.experiments import crossing, mechanism
 from training.config import compose
@@ -30,7 +30,7 @@ from training.validate import ConfigError
 
 PNG = b"\x89PNG\r\n"
 HERE = "hydra/launcher=basic"  # in this process: to start workers takes longer than these runs
-NAMES = experiment.names()
+NAMES = experiment.experiment_names()
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def fake(assignment="hetero", seed=1, losses=((0, 5.0), (10, 3.0), (20, 2.0)), u
     if unstable is not None:
         found["event"] = [{"step": unstable, "event": "unstable"}]
     config = {"assignment": {"name": assignment}, "residual": {"rule": "geonorm"}, "seed": seed}
-    return Run(Path("nowhere"), config, found, {}, {}, {"assignment": assignment, **case})
+    return RecordedRun(Path("nowhere"), config, found, {}, {}, {"assignment": assignment, **case})
 
 
 def study(name, *arguments):
     """A study as the command line asks for it."""
-    return experiment.study_of(experiment.load(name), arguments)[0]
+    return experiment.study_of(experiment.load_experiment(name), arguments)[0]
 
 
 # ---- the engine ----
@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_is_one_failed_job(tiny_grid, tmp_path, capsys):
     failures = run_all([long, short, bad], workers=2)
     killer.join()
     assert set(failures) == {long.directory, bad.directory} and short.ended
-    assert re.search("killed by SIGKILL .*the same command goes on with it", failures[long.directory])
+    assert re.search("killed by SIGKILL .*the same command continues it", failures[long.directory])
     assert "max_steps is -1" in failures[bad.directory]
     assert "3/3" in capsys.readouterr().out and children(os.getpid()) == before
 
@@ -269,7 +269,7 @@ def test_an_experiment_in_a_new_file_is_found(tmp_path, monkeypatch, tiny_grid, 
     )
     monkeypatch.setattr(experiment, "__file__", str(tmp_path / "scripts" / "experiment.py"))
     monkeypatch.setattr("scripts.experiments.__path__", [str(file.parent)])
-    assert experiment.names() == ["mine"]
+    assert experiment.experiment_names() == ["mine"]
     places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
     assert experiment.main(["mine", HERE, *tiny_grid, *SMALL, "max_steps=2", *places]) == 0
     assert "| clip | final |" in (tmp_path / "results/table.md").read_text()
@@ -295,9 +295,9 @@ def test_axes_around_a_point_are_varied_one_at_a_time():
     assert len(cases) == 2 * (3 + 2 + 2)
     jobs = {tuple(case.values()): job for case, job in found.jobs(Path("out"))}
     cfg, plain = (compose(jobs[t, "256", "4", "300", "0.01"].overrides) for t in ("nu", "none"))
-    assert (cfg["model"]["n_embd"], cfg["model"]["n_head"], cfg["max_steps"]) == (256, 8, 300)
-    assert cfg["transfer"]["base"]["n_embd"] == 128 and cfg["transfer"]["base_steps"] == 300
-    assert {k: v for k, v in plain.items() if k != "transfer"} == {k: v for k, v in cfg.items() if k != "transfer"}
+    assert (cfg.model.n_embd, cfg.model.n_head, cfg.max_steps) == (256, 8, 300)
+    assert cfg.transfer.base.n_embd == 128 and cfg.transfer.base_steps == 300
+    assert replace(plain, transfer=cfg.transfer) == cfg
     away = study(
         "lr_transfer", "model.n_embd=256,512", "model.n_layer=8", "max_steps=600", "optim.adamw.lr=1", "transfer=nu"
     )
@@ -309,7 +309,7 @@ def test_axes_around_a_point_are_varied_one_at_a_time():
 def test_an_override_reaches_every_job(name):
     for setting, mode in (([], "disabled"), (["logger.mode=offline"], "offline")):
         jobs = study(name, *setting).jobs(Path("out"))
-        assert {compose(job.overrides)["logger"]["mode"] for _, job in jobs[:3]} == {mode}
+        assert {compose(job.overrides).logger.mode for _, job in jobs[:3]} == {mode}
 
 
 # ---- what a case amounts to ----
@@ -338,10 +338,10 @@ def test_the_target_is_one_that_every_stable_case_reaches():
 
 def test_optimum_of_a_parabola_is_exact():
     curve = {r: [3 + math.log(r / 0.013) ** 2] for r in (0.004, 0.01, 0.02, 0.05)}
-    rate, loss, at_end = optimum(curve)
+    rate, loss, at_end = best_rate(curve)
     assert rate == pytest.approx(0.013) and loss == pytest.approx(3) and not at_end
-    assert optimum({0.1: [2.0], 0.2: [1.0]}) == (0.2, 1.0, True)
-    assert optimum({0.1: [2.0], 0.2: [1.0], 0.3: [math.inf]}) == (0.2, 1.0, True)
+    assert best_rate({0.1: [2.0], 0.2: [1.0]}) == (0.2, 1.0, True)
+    assert best_rate({0.1: [2.0], 0.2: [1.0], 0.3: [math.inf]}) == (0.2, 1.0, True)
 
 
 def test_means_and_errors():
@@ -420,7 +420,7 @@ def test_an_experiment_writes_its_table_and_pictures_and_keeps_what_is_done(name
     runs = list((tmp_path / "runs").iterdir())
     assert len(data["rows"]) == len(runs) and all(row["val_loss_final"] > 1 for row in data["rows"])
     pictures = {p.name for p in (tmp_path / "results").glob("*.png")}
-    assert pictures == set(experiment.load(name).figures)
+    assert pictures == set(experiment.load_experiment(name).figures)
     assert all((tmp_path / "results" / p).read_bytes().startswith(PNG) for p in pictures)
     before = {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
     capsys.readouterr()

@@ -140,11 +140,11 @@ def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_runs, "compose", compose)
     monkeypatch.setattr(gpu_runs.gc, "collect", lambda: 0)  # a second of a test's heap
     monkeypatch.setattr(gpu_runs.time, "monotonic", lambda: now[0])
-    race = gpu_runs.Race(tmp_path, gpu_runs.TINY, first=4, most=100, end=200.0)
+    race = gpu_runs.Race(tmp_path, gpu_runs.TINY_RACE_SETTINGS, first=4, most=100, end=200.0)
     race.run()
     assert [race.reached(name) for name in gpu_runs.RUNS] == [22] * 6  # 4, and (.8 · 158 - 18) / 6 more
     assert now[0] <= 200 and len(trained) == 12
-    again = gpu_runs.Race(tmp_path, gpu_runs.TINY, first=4, most=100, end=now[0] + 1000)
+    again = gpu_runs.Race(tmp_path, gpu_runs.TINY_RACE_SETTINGS, first=4, most=100, end=now[0] + 1000)
     again.run()
     assert [again.reached(name) for name in gpu_runs.RUNS] == [100] * 6 and len(trained) == 18
 
@@ -166,7 +166,7 @@ def test_contestants_stop_at_the_limit(monkeypatch):
     def take(seconds):
         now[0] += seconds
 
-    times = timing.measure({"quick": lambda: take(1), "slow": lambda: take(50)}, repeats=5, warmup=0, limit_s=60)
+    times = timing.take_turns({"quick": lambda: take(1), "slow": lambda: take(50)}, repeats=5, warmup=0, limit_s=60)
     assert len(times["quick"]) == 2 and len(times["slow"]) == 2
     assert timing.median([]) == "not measured"
 

@@ -210,7 +210,7 @@ def test_foreign_records_are_left_out_and_counted(tmp_path, capsys):
         file.write("\n".join(lines) + "\n")
     assert report.main([str(tmp_path), f"figures={tmp_path}/figures"]) == 0
     out, err = capsys.readouterr()
-    assert "2.5000" in out and f"{len(foreign)} records have not the fields of their kind" in err
+    assert "2.5000" in out and f"{len(foreign)} records lack a field of their kind" in err
     assert read_run(run).best == 2.5 and read_run(run).sigma_max("attention") == 2.0
 
 

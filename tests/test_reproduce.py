@@ -288,9 +288,11 @@ def test_the_foot_says_what_decays():
 
 def test_a_column_that_no_run_fills_is_left_out(finished, tmp_path):
     runs = [read_run(path) for path in sorted((finished[0] / "runs").iterdir())]
-    assert {c.key for c in tables.told(tables.COLUMNS, runs)} == {c.key for c in tables.COLUMNS}
+    assert {c.key for c in tables.columns_with_values(tables.COLUMNS, runs)} == {c.key for c in tables.COLUMNS}
     written_run(tmp_path / "run", runs[0].config, [5.0, 4.0])
-    assert "full_val_loss" not in {c.key for c in tables.told(tables.COLUMNS, [read_run(tmp_path / "run")])}
+    assert "full_val_loss" not in {
+        c.key for c in tables.columns_with_values(tables.COLUMNS, [read_run(tmp_path / "run")])
+    }
 
 
 def test_make_reproduce_passes_options_on():

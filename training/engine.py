@@ -1,12 +1,12 @@
-"""Many runs: jobs in, outcomes out. Finished ones are skipped, others continued; one that fails is an outcome, and the others go on.
+"""Run many jobs. A finished job is skipped, an unfinished one is continued. A job that fails is an outcome; the others are still run.
 
-`run_all` runs them by worker processes on this machine, so many at a time, or by one of Hydra's launchers, such as a cluster's.
-`run_here` runs one in this process. All of them do with a job what `training.sweep.run_job` does.
+`run_all` uses worker processes on this machine, several at a time, or one of Hydra's launchers, such as a cluster's. `run_here` runs a job
+in this process. Both run a job by `training.sweep.run_job`.
 
-No worker outlives the process that started it: it is told its job on its standard input, which then stays open, and whose end says
-that the parent is gone, whatever ended it.
+No worker outlives the process that started it. The worker reads its job from its standard input, which then stays open; when that input
+ends, the parent has ended, for whatever reason, and the worker stops.
 
-    python -m training.engine        a worker, which is for `run_jobs` alone to start
+    python -m training.engine        a worker; only `run_jobs` starts it
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from training.sweep import finished, hydra_job, run_job
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.05
 GRACE_S = 20.0
-"""How long a worker that was told to stop may take to save (seconds); then it is killed."""
+"""Seconds that a worker has for saving after it was asked to stop. Then it is killed."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: overrides of train.py, and the directory it is written to. What is in it already is gone on with."""
+    """One run: overrides of train.py, and the directory that it writes to. A run that is there already is continued."""
 
     overrides: tuple[str, ...]
     directory: Path
 
     @property
     def ended(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the run has ended."""
         return end_of(self.directory) is not None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job went: its best validation loss (nats a token), or the reason why it did not come to its end."""
+    """The outcome of a job: its best validation loss (nats a token), or the reason why it has not ended."""
 
     job: Job
     best: float | None
@@ -66,13 +66,13 @@ class Outcome:
 
 
 def run_all(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) -> dict[Path, str]:
-    """Run what has not ended yet; returns the reason for each directory whose run failed.
+    """Run the jobs that have not ended. Returns directory → reason, for those that failed.
 
     Args:
-        workers: how many at a time; 0 runs nothing, for whoever wants a table of what there is.
-        launcher: overrides that choose one of Hydra's launchers and its options, which then decides how many run at a time.
+        workers: how many jobs run at a time; 0 runs nothing.
+        launcher: overrides that choose one of Hydra's launchers and its options. The launcher decides how many jobs run at a time.
 
-    Prints one line a finished run: how many are done, which it was, its best validation loss, the time left at this pace.
+    Prints a line for each job: how many are done, its directory, its best validation loss or the reason of its failure, the remaining time.
 
     Raises:
         ConfigError: a directory holds a run with other settings; nothing was run. Stopped: a signal came, and the runs have saved.
@@ -85,20 +85,20 @@ def run_all(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) -> 
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} done before, {how}", flush=True)
     if not waiting or (workers < 1 and not launcher):
         return {}
-    open_data(compose(waiting[0].overrides))  # prepared once, not by all of them at the same time
+    open_data(compose(waiting[0].overrides))  # prepares the data once, before several jobs need it
     failures, started = {}, time.perf_counter()
     outcomes = submit(waiting, launcher) if launcher else run_jobs(waiting, workers)
     for done, outcome in enumerate(outcomes, start=1):
-        directory, said = outcome.job.directory, outcome.failure or f"best validation loss {outcome.best:.4f}"
+        directory, result = outcome.job.directory, outcome.failure or f"best validation loss {outcome.best:.4f}"
         if outcome.failure:
-            failures[directory] = said
+            failures[directory] = result
         left = (time.perf_counter() - started) / done * (len(waiting) - done)
-        print(f"{done}/{len(waiting)}  {directory.name}  {said}  {left / 60:.0f} min left", flush=True)
+        print(f"{done}/{len(waiting)}  {directory.name}  {result}  {left / 60:.0f} min left", flush=True)
     return failures
 
 
 def run_here(job: Job) -> Outcome:
-    """Run a job in this process, with all its cores and what it prints.
+    """Run a job in this process, with all cores. What the run prints is shown.
 
     Raises:
         InUse: another process is running it. SystemExit: a signal came, and the run has saved.
@@ -109,7 +109,7 @@ def run_here(job: Job) -> Outcome:
         return Outcome(job, run_job(train, lambda: compose(job.overrides), job.directory))
     except InUse:
         raise
-    except Exception as error:  # whatever it is, the other jobs are worth having
+    except Exception as error:  # of any kind: the other jobs are still run
         traceback.print_exc()
         return Outcome(job, None, f"{type(error).__name__}: {error}")
 
@@ -118,7 +118,7 @@ def run_here(job: Job) -> Outcome:
 
 
 def submit(jobs: Sequence[Job], launcher: Sequence[str]) -> list[Outcome]:
-    """Run jobs by the launcher that the overrides choose, as `python train.py -m` would, each in its own directory; waits for all.
+    """Run jobs by the launcher that the overrides choose, as `python train.py -m` does, each in its own directory. Waits for all.
 
     Raises:
         hydra.errors.HydraException: Hydra refuses an override of the launcher.
@@ -143,7 +143,7 @@ def submit(jobs: Sequence[Job], launcher: Sequence[str]) -> list[Outcome]:
 
 
 def _outcome_of(job: Job, returned: Any) -> Outcome:
-    """What a launcher's JobReturn says."""
+    """The outcome in a launcher's JobReturn."""
     from hydra.errors import CompactHydraException
 
     try:
@@ -154,7 +154,7 @@ def _outcome_of(job: Job, returned: Any) -> Outcome:
 
 
 def _quoted(value: object) -> str:
-    """A value as Hydra reads it back, whatever signs it holds."""
+    """A value in quotation marks, so that Hydra reads it back with every character."""
     return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -162,7 +162,7 @@ def _quoted(value: object) -> str:
 
 
 def run_jobs(jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
-    """Run jobs, `workers` at a time, each with its share of the cores; yields their outcomes as they end.
+    """Run jobs, `workers` at a time, each with an equal share of the cores. Yields each outcome when the job ends.
 
     Raises:
         Stopped: a signal came; all workers have saved and ended, or were killed after GRACE_S.
@@ -182,7 +182,7 @@ def run_jobs(jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
             _stop(running)
         if stop.noted:
             left = sum(not worker.job.ended for worker in running) + len(waiting)
-            raise Stopped(stop.noted, f"stopped; {left} runs are left, and the same command goes on with them")
+            raise Stopped(stop.noted, f"stopped; {left} runs are left, and the same command continues them")
 
 
 class _Worker:
@@ -190,20 +190,20 @@ class _Worker:
 
     def __init__(self, job: Job, threads: int) -> None:
         self.job = job
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "training.engine"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=self._words,
+            stderr=self._stderr,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the parent, which tells the workers
+            start_new_session=True,  # Ctrl-C reaches only the parent, which stops the workers
         )
         assert self._process.stdin is not None  # it is a pipe
         self._stdin = self._process.stdin
         task = {"overrides": job.overrides, "directory": str(job.directory), "threads": threads}
-        with contextlib.suppress(BrokenPipeError):  # it was killed already
+        with contextlib.suppress(BrokenPipeError):  # the worker was killed already
             self._stdin.write(json.dumps(task).encode() + b"\n")
             self._stdin.flush()
 
@@ -212,13 +212,13 @@ class _Worker:
         return self._process.poll() is not None
 
     def outcome(self) -> Outcome:
-        """Of a process that has ended; lets go of it."""
-        self._words.seek(0)
-        lines = self._words.read().decode(errors="replace").strip().splitlines()
-        self._words.close()
+        """The outcome of the process, which has ended. Closes its files."""
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        self._stderr.close()
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
-        code, go_on = self._process.returncode, "the same command goes on with it"
+        code, go_on = self._process.returncode, "the same command continues it"
         signum = code - 128 if code > 128 else -code
         if code == 0 and (end := end_of(self.job.directory)) is not None:
             return Outcome(self.job, end["best_val_loss"])
@@ -226,14 +226,14 @@ class _Worker:
             return Outcome(self.job, None, f"stopped by {signal.Signals(signum).name}; {go_on}")
         if code < 0:
             name = signal.Signals(signum).name
-            return Outcome(self.job, None, f"killed by {name} (for SIGKILL, look for want of memory); {go_on}")
+            return Outcome(self.job, None, f"killed by {name} (SIGKILL often means that memory ran out); {go_on}")
         return Outcome(self.job, None, lines[-1] if lines else f"ended with exit code {code}")
 
     def terminate(self) -> None:
         self._process.terminate()
 
     def end_by(self, moment: float) -> None:
-        """Wait until a moment of time.monotonic(), then kill."""
+        """Wait until a moment of time.monotonic(), then kill the process."""
         try:
             self._process.wait(max(0.0, moment - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -253,12 +253,12 @@ def _stop(workers: Sequence[_Worker]) -> None:
 # ---- the worker ----
 
 
-def work() -> None:
-    """Run the job that standard input tells of. Its last words, one line on stderr, are the reason if it fails."""
+def run_worker() -> None:
+    """Run the job that is read from standard input. If it fails, the last line on stderr is the reason."""
     exit_on_stop_signals()
     task = json.loads(sys.stdin.buffer.readline() or "null")
     if task is None:
-        return  # the parent was gone before it could say
+        return  # the parent ended before it wrote the job
     threading.Thread(target=_stop_with_parent, daemon=True).start()
 
     import torch
@@ -282,4 +282,4 @@ def _stop_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    work()
+    run_worker()

@@ -1,7 +1,7 @@
-"""One job among many: where it is written, whether it is finished, what it cost, and why it failed.
+"""One job of many: its directory, whether it is finished, what it cost, and why it failed.
 
-A job's directory says all of it. So whatever runs many jobs (a sweep, an experiment, `reproduce`) can be started again: what is
-finished is skipped, and what is not is continued.
+All of this stands in the job's directory. So a command that runs many jobs (a sweep, an experiment, `reproduce`) can be started again: it
+skips the finished jobs and continues the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LONGEST_PART, _LONGEST_NAME = 40, 200  # characters; file systems stop at 255 b
 def directory_name(overrides: str) -> str:
     """A job's overrides (`a=1,b=2`) as the name of one directory.
 
-    What a name cannot hold is replaced and what is long is shortened; a hash then keeps such names apart.
+    Characters that a name cannot hold are replaced, and a long name is shortened. Then a hash is appended, so that names stay different.
 
     >>> directory_name("assignment=hetero,seed=1")
     'assignment=hetero,seed=1'
@@ -55,17 +55,17 @@ def directory_name(overrides: str) -> str:
     return f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}" if overrides else "defaults"
 
 
-# Named in configs/config.yaml, where Hydra resolves it; registered on import, so that it is known on a cluster's nodes too.
+# configs/config.yaml uses this name. It is registered on import, so that it exists on a cluster's nodes too.
 OmegaConf.register_new_resolver("directory_name", directory_name, replace=True)
 
 
 def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) -> float:
-    """Run a job in this process, or go on with it; returns its best validation loss (nats a token), at once if it is finished.
+    """Run or continue a job in this process; returns its best validation loss (nats a token). A finished job is not run again.
 
-    A failure is written into the job's records, for whoever watches, and then raised: the caller may go on with the other jobs.
+    A failure is written into the job's records, where scripts/watch.py finds it, and then raised. The caller may run the other jobs.
 
     Raises:
-        ConfigError and others of USER_ERRORS: nothing was run. SystemExit: a signal came, and the run has saved. Whatever else
+        ConfigError and others of USER_ERRORS: nothing was run. SystemExit: a signal came, and the run has saved. And everything that
         `launch` raises.
     """
     try:
@@ -83,9 +83,9 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
     try:
         return launch(worker, cfg, directory, USER_ERRORS)
     except Stopped as stopped:
-        raise SystemExit(stopped.code) from None  # which is all that is left to say: `launch` has printed the rest
+        raise SystemExit(stopped.code) from None  # `launch` has printed the message
     except Exception as error:
-        with suppress(OSError):  # a full disk may be what went wrong
+        with suppress(OSError):  # the reason may be a full disk
             note_failure(directory, error, cfg)
         raise
     finally:
@@ -94,7 +94,7 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
 
 
 def hydra_job(config: Any) -> float:
-    """A job as Hydra's launchers call it, here or on a node of a cluster; after one that fails the others go on."""
+    """Run a job for one of Hydra's launchers, here or on a node of a cluster. If a job fails, the others are still run."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import CompactHydraException
 
@@ -108,19 +108,19 @@ def hydra_job(config: Any) -> float:
     except Exception as error:
         print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
         if isinstance(error, (*USER_ERRORS, RankFailed)):
-            raise CompactHydraException(str(error)) from None  # which Hydra prints without a traceback
+            raise CompactHydraException(str(error)) from None  # Hydra prints it without a traceback
         raise
 
 
-# ---- what a directory says ----
+# ---- what stands in a directory ----
 
 
 def plan_job(cfg: Settings, directory: Path) -> tuple[Settings, float | None]:
-    """What is to be done with a job: the configuration to run, and the best validation loss if it is finished already.
+    """The configuration to run, and the best validation loss (nats a token) if the job is finished already, else None.
 
     Args:
         cfg: the job's configuration.
-        directory: of the job; it may hold an earlier attempt, which is continued.
+        directory: the job's; it may hold an unfinished run of the job, which is continued.
 
     Raises:
         ConfigError: the directory holds another run, or `sweep.resume` is false and it holds any.
@@ -128,22 +128,24 @@ def plan_job(cfg: Settings, directory: Path) -> tuple[Settings, float | None]:
     if cfg.sweep.resume:
         cfg = replace(cfg, resume="auto")
     elif (directory / METRICS_FILE).exists():
-        raise ConfigError([f"{directory} already holds a run; set sweep.resume=true to go on with it, or a sweep.name"])
+        raise ConfigError(
+            [f"{directory} already holds a run; set sweep.resume=true to continue it, or choose another sweep.name"]
+        )
     return cfg, finished(cfg, directory)
 
 
 def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name") -> float | None:
-    """The best validation loss of a job that has come to its end; None if something is left to do.
+    """The best validation loss (nats a token) of a job that has ended; None if it has not.
 
     Raises:
-        ConfigError: the directory holds a run with other settings, or one whose configuration cannot be read; with the remedy.
+        ConfigError: the directory holds a run with other settings, or its configuration cannot be read. The message ends with `remedy`.
     """
     if not (directory / METRICS_FILE).exists() or not (directory / CONFIG_FILE).exists():
         return None
     try:
         saved = read_config(directory)
     except (OSError, ValueError) as error:
-        raise ConfigError([f"{error}; mend that file, or {remedy}"]) from error
+        raise ConfigError([f"{error}; repair that file, or {remedy}"]) from error
     if changed := other_settings(saved, cfg.plain()):
         raise ConfigError([f"{directory} holds a run with other settings ({'; '.join(changed)}); {remedy}"])
     end = end_of(directory)
@@ -151,13 +153,13 @@ def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name"
 
 
 def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two configurations and makes two runs of them, as "key: before → after"."""
-    # A run may be continued to more steps; one that ended at fewer is another result all the same.
+    """The differences between two configurations that make them different runs, as "key: before → after"."""
+    # A run may be continued with another max_steps, but a run that ended has another result.
     return check_same(saved, now, ignore=[key for key in HARMLESS if key != "max_steps"])
 
 
 def note_failure(directory: Path, error: BaseException, cfg: Settings | None = None) -> None:
-    """Write into a job's records that it failed, and its configuration where it has none; not where another process goes on with it."""
+    """Write into a job's records that it failed, and its configuration if it has none; not if another process is running it."""
     with suppress(InUse), DirectoryLock(directory):
         if cfg is not None and not (directory / CONFIG_FILE).exists():
             write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
@@ -169,9 +171,9 @@ def note_failure(directory: Path, error: BaseException, cfg: Settings | None = N
 
 
 def add_cost(directory: Path, seconds: float) -> None:
-    """Add this process's time to what the job has cost so far, and note the most memory (bytes) that any of its processes needed."""
+    """Add this process's seconds to the cost of the job, and note the peak memory (bytes) of its largest process."""
     if not directory.exists() or os.environ.get("SLURM_NODEID", "0") != "0":
-        return  # it ended before it began; or the first of the nodes says it
+        return  # the run wrote nothing; or the first node notes the cost
     path = directory / COST_FILE
     before = json.loads(path.read_text()) if path.exists() else {"wall_seconds": 0.0, "peak_bytes": 0}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss

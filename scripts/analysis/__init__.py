@@ -1,1 +1,1 @@
-"""What is read from finished runs: the runs themselves, means and errors, tables, and pictures."""
+"""What is made of recorded runs: means and errors, tables, and pictures."""

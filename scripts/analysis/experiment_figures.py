@@ -13,16 +13,16 @@ from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from scripts.analysis.figures import COLOURS, picture
-from scripts.analysis.runs import Run, final_losses
-from scripts.analysis.statistics import Estimate, optimum
+from scripts.analysis.figures import ASSIGNMENT_COLOURS, picture
+from scripts.analysis.runs import RecordedRun, final_losses
+from scripts.analysis.statistics import Estimate, best_rate
 
 Curves = Mapping[str, Mapping[float, Sequence[float]]]
 """Label → learning rate → final losses, one a seed."""
 
 
-def heat_map(groups: Sequence[Sequence[Run]], across: str, down: str, path: Path) -> Path:
-    """The mean final validation loss over two axes of an experiment; the error below each number, a cross for unstable."""
+def heat_map(groups: Sequence[Sequence[RecordedRun]], across: str, down: str, path: Path) -> Path:
+    """Draw the mean final validation loss over two axes of an experiment. The error stands below each mean; a cross marks unstable runs."""
     cells = {(group[0].value_of(across), group[0].value_of(down)): group for group in groups}
     columns, rows = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
     stable = {key: runs for key, runs in cells.items() if all(r.stable for r in runs)}
@@ -46,7 +46,7 @@ def heat_map(groups: Sequence[Sequence[Run]], across: str, down: str, path: Path
     return path
 
 
-def _heat(runs: Sequence[Run]) -> str:
+def _heat(runs: Sequence[RecordedRun]) -> str:
     if not runs:
         return "not run"
     if unstable := sum(not r.stable for r in runs):
@@ -55,7 +55,7 @@ def _heat(runs: Sequence[Run]) -> str:
 
 
 def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rates: str = "learning rate") -> Path:
-    """Final loss over learning rate: rows of panels, each with a title and its curves; a large dot marks the optimum of each."""
+    """Draw final loss over learning rate: rows of panels, each with a title and its curves. A large dot marks the best rate of a curve."""
     with picture(path, 3.2 * len(panels[0]), 0.4 + 2.6 * len(panels)) as figure:
         sharey: Literal["col", "all"] = "col" if len(panels) > 1 else "all"
         grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey=sharey, squeeze=False)
@@ -68,7 +68,7 @@ def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rat
                     if points:
                         means, errors = ([getattr(e, field) for e in points.values()] for field in ("mean", "error"))
                         axes.errorbar(list(points), means, errors, color=shade, marker=".", capsize=2, label=label)
-                        axes.plot(*optimum(curve)[:2], marker="o", color=shade, markersize=5)
+                        axes.plot(*best_rate(curve)[:2], marker="o", color=shade, markersize=5)
                 every = sorted({rate for curve in curves.values() for rate in curve})
                 axes.set_xscale("log")
                 axes.set_xticks(every, [f"{rate:g}" for rate in every])
@@ -88,10 +88,10 @@ SIGNS = [  # record kind, field, title, and whether the axis is logarithmic
 ]
 
 
-def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
-    """Logit, entropy, saturation and loss over steps: a column each; a row for each setting, such as a learning rate.
+def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path:
+    """Draw logit, entropy, saturation and loss over steps, a column for each, and a row for each setting, such as a learning rate.
 
-    A colour an assignment, a thin line a seed. A triangle marks the early warning, a cross the step that made a run unstable.
+    Every assignment has a colour, every seed a thin line. A triangle marks the early warning, a cross the step at which a run became unstable.
     """
     with picture(path, 12.0, 0.7 + 2.35 * len(rows)) as figure:
         panels = figure.subplots(len(rows), len(SIGNS), squeeze=False, sharex=True, sharey="col")
@@ -101,7 +101,7 @@ def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
         for row, (setting, runs) in zip(panels, rows.items()):
             for axes, (kind, field, _, logarithmic) in zip(row, SIGNS):
                 for run in runs:
-                    colour = shown.setdefault(run.assignment, COLOURS.get(run.assignment, "#CC79A7"))
+                    colour = shown.setdefault(run.assignment, ASSIGNMENT_COLOURS.get(run.assignment, "#CC79A7"))
                     _curve(axes, run, kind, field, colour)
                 if logarithmic:
                     axes.set_yscale("log")
@@ -125,13 +125,13 @@ def story(rows: Mapping[str, Sequence[Run]], path: Path) -> Path:
     return path
 
 
-def _losses(run: Run) -> list[float]:
-    """Finite validation losses after the first fifth of training, where every loss falls steeply and hides what comes later."""
+def _losses(run: RecordedRun) -> list[float]:
+    """Finite validation losses after the first fifth of training, in which every loss falls so steeply that it hides the rest."""
     steps, losses = run.curve("eval")
     return [x for step, x in zip(steps, losses) if 5 * step > steps[-1] and math.isfinite(x)]
 
 
-def _curve(axes: Axes, run: Run, kind: str, field: str, colour: str) -> None:
+def _curve(axes: Axes, run: RecordedRun, kind: str, field: str, colour: str) -> None:
     records = [r for r in run.records.get(kind, []) if field in r and math.isfinite(r[field])]
     steps, values = [r["step"] for r in records], [r[field] for r in records]
     axes.plot(steps, values, color=colour, linewidth=1.2, alpha=0.8)
@@ -144,7 +144,7 @@ def _curve(axes: Axes, run: Run, kind: str, field: str, colour: str) -> None:
             )
 
 
-CURVES = [
+PROBE_CURVES = [
     ("largest_logit", "largest logit"),
     ("least_entropy", "least entropy of a layer"),
     ("greatest_saturation", "rows with a probability above .99"),
@@ -156,12 +156,12 @@ CURVES = [
 ]
 
 
-def curves(run: Run, path: Path) -> Path:
-    """Everything the probes of a run saw over training; what has a value for each depth is a line each, dark at the bottom of the stack."""
+def probe_curves(run: RecordedRun, path: Path) -> Path:
+    """Draw everything that the probes of a run measured over training. A quantity by depth has a line for each depth, dark for the first layer."""
     with picture(path, 12.0, 5.0) as figure:
         records = run.records["probe"]
         steps = [r["step"] for r in records]
-        for axes, (field, title) in zip(figure.subplots(2, 4, sharex=True).flat, CURVES):
+        for axes, (field, title) in zip(figure.subplots(2, 4, sharex=True).flat, PROBE_CURVES):
             series = [[_mean(v) for v in value] if isinstance(value := r[field], list) else [value] for r in records]
             depths = len(series[0])
             for depth in range(depths):
@@ -180,7 +180,7 @@ def _mean(value: Any) -> float:
 
 
 def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
-    """λ_a and λ_g over weight scale and residual strength; both zero lines in both panels, measured (solid) and closed form (dashed)."""
+    """Draw λ_a and λ_g over weight scale and residual strength. Both panels show both zero lines, measured (solid) and by the closed form (dashed)."""
     lines = {"angle": "#111111", "gradient": "#7A1FA2"}
     with picture(path, 9.6, 4.1, grid=False) as figure:
         for axes, (field, title) in zip(
@@ -229,7 +229,7 @@ def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
 
 
 def loss_against_exponents(cells: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Final loss of every trained model against |λ_a| and |λ_g| at its initialisation; a cross is a loss that is not finite."""
+    """Draw the final loss of every trained model over |λ_a| and |λ_g| at its initialisation. A cross is a loss that is not finite."""
     with picture(path, 8.4, 3.6) as figure:
         finite = [c["loss"] for c in cells if c["loss"] is not None and math.isfinite(c["loss"])]
         ceiling = max(finite, default=1.0) * 1.05

@@ -12,7 +12,7 @@ import torch
 from data.loader import validation_windows
 from model.exponents import SKIPS, Exponents, closed_form, embedded, measured_exponents, near_collapse
 from model.gpt import GPT
-from scripts.analysis.runs import Run
+from scripts.analysis.runs import RecordedRun
 from scripts.analysis.statistics import Estimate, rank_correlation
 from scripts.analysis.tables import Table
 from scripts.command import UsageError
@@ -21,10 +21,10 @@ from training.checks import check
 from training.config import compose
 from training.data import open_data
 
-BATCH = 4  # sequences a model is measured on
+BATCH = 4  # sequences on which a model is measured
 STRENGTHS, SCALES = (0.1, 0.95), (0.5, 16.0)  # of the phase diagram
 FIRST_SEED = 1337
-HEADINGS = {
+EXPONENT_HEADINGS = {
     "assignment": "assignment",
     "angle_synthetic": "λ_a, near collapse",
     "angle_closed": "closed form",
@@ -36,14 +36,14 @@ HEADINGS = {
 
 
 def initial(cfg: Any, seed: int) -> GPT:
-    """The model of a configuration as training would begin with it: its weights on their manifolds and, for nGPT, of unit length."""
+    """The model of a configuration at the beginning of training: its weights on their manifolds and, for nGPT, of unit length."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(cfg)[0]
 
 
 def expected(model: GPT, tokens: int, correlation: float, stream: torch.Tensor, **joined: Any) -> Exponents | None:
-    """The closed form for a synthetic stream, where there is one."""
+    """The exponents of a synthetic stream (B, T, d) by the closed form; None if the model has no closed form."""
     try:
         return closed_form(model, tokens, correlation, stream.square().mean().sqrt().item(), **joined)
     except ValueError:
@@ -51,7 +51,7 @@ def expected(model: GPT, tokens: int, correlation: float, stream: torch.Tensor, 
 
 
 def estimates(overrides: Sequence[str], models: int, correlation: float) -> dict[str, Estimate]:
-    """λ_a and λ_g on synthetic tokens and on text, and by the closed form, over so many models of a configuration."""
+    """λ_a and λ_g on synthetic tokens, on text, and by the closed form, as means over `models` models of a configuration."""
     cfg, found = compose(overrides), dict[str, list[float]]()
     check(cfg)
     text = open_data(cfg).val
@@ -73,7 +73,7 @@ def estimates(overrides: Sequence[str], models: int, correlation: float) -> dict
 
 
 def phase(overrides: Sequence[str], points: int, models: int, correlation: float, skip: str) -> dict[str, Any]:
-    """Both exponents over residual strength (rows) × scale of c_fc (columns), measured and by the closed form."""
+    """Both exponents over residual strength (rows) and scale of c_fc (columns), measured and by the closed form."""
     strengths = torch.linspace(*STRENGTHS, points).tolist()
     scales = torch.logspace(math.log10(SCALES[0]), math.log10(SCALES[1]), points).tolist()
     fields: dict[str, list[list[float]]] = {
@@ -82,23 +82,23 @@ def phase(overrides: Sequence[str], points: int, models: int, correlation: float
     for column, scale in enumerate(scales):
         cfg = compose([*overrides, f"init.weight_scale={scale}"])
         for row, strength in enumerate(strengths):
-            joined, seen, foretold = {"strength": strength, "skip": skip}, [], []
+            joined, seen, predicted = {"strength": strength, "skip": skip}, [], []
             for seed in range(models):
                 model, generator = initial(cfg, seed), torch.Generator().manual_seed(seed)
                 tokens = model.config.block_size
                 stream = near_collapse(model, BATCH, tokens, correlation, generator)
                 seen.append(measured_exponents(model, stream, generator, **joined))
-                foretold.append(expected(model, tokens, correlation, stream, **joined))
+                predicted.append(expected(model, tokens, correlation, stream, **joined))
             for kind in ("angle", "gradient"):
-                known = [getattr(e, kind) for e in foretold if e is not None]
+                known = [getattr(e, kind) for e in predicted if e is not None]
                 fields[kind][row][column] = statistics.fmean(getattr(e, kind) for e in seen)
                 fields[f"{kind}_closed"][row][column] = statistics.fmean(known) if known else math.nan
         print(f"weight scale {scale:.2f} done", flush=True)
     return {"strengths": strengths, "scales": scales, "skip": skip, **fields}
 
 
-def cells(runs: Sequence[Run], overrides: Sequence[str], correlation: float) -> list[dict[str, Any]]:
-    """Final losses of models that differ in their initial scales, with the exponents they began with."""
+def cells(runs: Sequence[RecordedRun], overrides: Sequence[str], correlation: float) -> list[dict[str, Any]]:
+    """A row for each run: its initial scales, its exponents at initialisation, and its final loss."""
     found = []
     for r in runs:
         settings = [f"{key}={value}" for key, value in r.case.items()]
@@ -110,7 +110,7 @@ def cells(runs: Sequence[Run], overrides: Sequence[str], correlation: float) -> 
 
 
 def correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Spearman's ρ of the final loss with |λ_a|, |λ_g| and their sum; runs that diverged count as the worst."""
+    """Spearman's ρ of the final loss with |λ_a|, |λ_g| and their sum. A run that diverged counts as the worst."""
     loss = [x if x is not None and math.isfinite(x) else math.inf for x in (c["loss"] for c in cells)]
     angle, gradient = ([abs(c[key]) for c in cells] for key in ("angle", "gradient"))
     both = [a + g for a, g in zip(angle, gradient)]
@@ -118,16 +118,16 @@ def correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: rank_correlation(values, loss) for name, values in seen.items()}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A line an assignment, of rows that hold each Estimate as a dict."""
-    keys = list(HEADINGS)[1:]
+def exponents_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of exponents, with a line for each assignment. rows: each Estimate as a dict, by key."""
+    keys = list(EXPONENT_HEADINGS)[1:]
     texts = [{key: Estimate(**row[key]).text(3, "+") for key in keys if key in row} for row in rows]
     lines = [[row["assignment"], *(text.get(key, "–") for key in keys)] for row, text in zip(rows, texts)]
-    return Table(list(HEADINGS.values()), lines, [False, *[True] * len(keys)])
+    return Table(list(EXPONENT_HEADINGS.values()), lines, [False, *[True] * len(keys)])
 
 
-def told(facts: Mapping[str, Any]) -> str:
-    """What the signs mean, and how the losses of trained models correlate."""
+def exponents_remark(facts: Mapping[str, Any]) -> str:
+    """Sentences below the table: the correlation with the losses of trained models, and what the signs mean."""
     found = ", ".join(f"{key} {value:+.2f}" for key, value in facts["rank_correlation"].items())
     trained = (
         f"Rank correlation of the final loss of {len(facts['trained'])} trained models with {found}. " if found else ""
@@ -139,7 +139,11 @@ def told(facts: Mapping[str, Any]) -> str:
 
 
 def require_sound(options: Mapping[str, Any]) -> None:
-    """Raise UsageError for options that cannot be."""
+    """Check the options of the experiment.
+
+    Raises:
+        UsageError: an option is impossible.
+    """
     if options["models"] < 1 or options["skip"] not in SKIPS or not 0 < options["correlation"] < 1:
         raise UsageError(
             f"models={options['models']} must be at least 1, skip={options['skip']} one of {', '.join(SKIPS)}, "

@@ -1,7 +1,7 @@
 """The pictures of the table: validation loss of every run, and the singular values of every matrix over training.
 
-Drawn without pyplot, so nothing global is touched and no display is needed. Colours are Okabe and Ito's, which people with any
-colour vision tell apart (https://jfly.uni-koeln.de/color/).
+They are drawn without pyplot, so no global state changes and no display is needed. The colours are those of Okabe and Ito, which people with
+any colour vision can distinguish (https://jfly.uni-koeln.de/color/).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
-from scripts.analysis.runs import SUBLAYERS, Run
+from scripts.analysis.runs import SUBLAYERS, RecordedRun
 from scripts.analysis.tables import settings_columns
 
-COLOURS = {
+ASSIGNMENT_COLOURS = {
     "Unconstrained": "#5a5a5a",
     "All-Stiefel": "#0072B2",
     "All-DGram": "#E69F00",
@@ -50,22 +50,22 @@ STYLE: dict[str, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-Groups = Sequence[Sequence[Run]]
+Groups = Sequence[Sequence[RecordedRun]]
 
 
 def draw(groups: Groups, directory: Path) -> list[Path]:
-    """Write val_loss.png and spectra.png into a directory, as far as the runs have something to show."""
+    """Write val_loss.png and spectra.png into a directory, each if a run has records for it; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     if any(r.records.get("eval") for group in groups for r in group):
-        drawn.append(val_loss(groups, directory / "val_loss.png"))
+        drawn.append(draw_losses(groups, directory / "val_loss.png"))
     if any(r.records.get("spectra") for group in groups for r in group):
-        drawn.append(spectra(groups, directory / "spectra.png"))
+        drawn.append(draw_spectra(groups, directory / "spectra.png"))
     return drawn
 
 
-def val_loss(groups: Groups, path: Path) -> Path:
-    """Validation loss over steps: all of training on the left, its second half on the right, where the curves are named.
+def draw_losses(groups: Groups, path: Path) -> Path:
+    """Draw validation loss over steps: all of training on the left, its second half with the names of the curves on the right.
 
     Runs of one group share a colour. A cross marks the step at which a run became unstable.
     """
@@ -100,8 +100,8 @@ def val_loss(groups: Groups, path: Path) -> Path:
     return path
 
 
-def spectra(groups: Groups, path: Path) -> Path:
-    """Largest and smallest singular value of every matrix over steps: a column for each group's first run, a row for each sublayer."""
+def draw_spectra(groups: Groups, path: Path) -> Path:
+    """Draw the largest and the smallest singular value of every matrix over steps: a column for each group's first run, a row for each sublayer."""
     runs = [next((r for r in group if r.records.get("spectra")), group[0]) for group in groups]
     with picture(path, max(4.5, 0.8 + 1.75 * len(runs)), 4.4) as figure:
         panels = figure.subplots(len(SUBLAYERS), len(runs), sharex=True, sharey="row", squeeze=False)
@@ -125,7 +125,7 @@ def spectra(groups: Groups, path: Path) -> Path:
 # ---- pieces ----
 
 
-def _loss_curve(axes: Axes, run: Run, colour: str) -> None:
+def _loss_curve(axes: Axes, run: RecordedRun, colour: str) -> None:
     steps, losses = run.curve("eval")
     axes.plot(steps, losses, color=colour, linewidth=1.6, alpha=0.9)
     if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
@@ -133,7 +133,7 @@ def _loss_curve(axes: Axes, run: Run, colour: str) -> None:
 
 
 def _loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
-    """From just below the best loss to what the stable runs show from `first` on; an exploding run leaves the picture."""
+    """The limits of the loss axis: from just below the best loss to the highest loss of a stable run from step `first` on."""
     shown, stable = [], []
     for group in groups:
         for run in group:
@@ -143,20 +143,20 @@ def _loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
     if not shown:
         return 0.0, 1.0
     low, high = min(shown), max(stable or shown)
-    high = max(high, min(max(shown), high + 0.5 * (high - low)))  # room to see an unstable run take off
+    high = max(high, min(max(shown), high + 0.5 * (high - low)))  # space for the rise of an unstable run
     margin = 0.04 * (high - low) or 0.1
     return low - margin, high + margin
 
 
 def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) -> None:
-    """The name and final loss of each group beside the end of its curve, moved apart where they would overlap."""
+    """Write the name and final loss of each group beside the end of its curve, moved apart if they would overlap."""
     low, high = axes.get_ylim()
     places = []
     for group, colour in zip(groups, colours):
         finals = [r.final for r in group if r.final is not None and math.isfinite(r.final)]
         if finals:
             mean = sum(finals) / len(finals)
-            above = " ↑" if mean > high else ""  # its end lies outside the picture
+            above = " ↑" if mean > high else ""  # the end of the curve lies above the picture
             places.append((min(mean, high), f"{_label(group, groups)}  {mean:.3f}{above}", colour))
     places.sort(key=lambda place: place[0])
     gap = 0.062 * (high - low)  # a line of text
@@ -176,7 +176,7 @@ def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) 
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as needed to lie at least `gap` apart: clusters around the mean of their members."""
+    """Move ascending heights so that they lie at least `gap` apart. Heights that are too close form a cluster around their mean."""
     clusters: list[list[float]] = []
     for height in heights:
         clusters.append([height])
@@ -194,8 +194,8 @@ def _top(cluster: Sequence[float], gap: float) -> float:
     return sum(cluster) / len(cluster) + gap * (len(cluster) - 1) / 2
 
 
-def _spectrum(axes: Axes, run: Run, sublayer: str) -> None:
-    """One panel: two thin lines a matrix, and the manifold's name."""
+def _spectrum(axes: Axes, run: RecordedRun, sublayer: str) -> None:
+    """Draw one panel: two thin lines for each matrix, and the manifold's name."""
     matrices = run.spectra(sublayer)
     style: dict[str, Any] = {"linewidth": 1.1 if len(matrices) <= 8 else 0.7, "alpha": 0.75}
     for records in matrices.values():
@@ -210,7 +210,7 @@ def _spectrum(axes: Axes, run: Run, sublayer: str) -> None:
 
 
 def _log_scale(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
-    """A logarithmic scale for a row of panels, cut below: a smallest singular value may be zero."""
+    """Set a logarithmic scale for a row of panels. It is cut at the bottom, because a smallest singular value may be zero."""
     values = [r[key] for r in records for key in ("sigma_max", "sigma_min") if math.isfinite(r[key])]
     high = max(values, default=1.0)
     low = max(min(values, default=0.1), 1e-3 * high)
@@ -227,11 +227,11 @@ def _words(sublayer: str) -> str:
 
 
 def _colours(groups: Groups) -> list[str]:
-    """The colour of its assignment for the first group of each, others in turn."""
+    """A colour for each group: that of its assignment if no group before has it, else the next of OTHER_COLOURS."""
     free, used = list(OTHER_COLOURS), set()
     chosen = []
     for group in groups:
-        colour = COLOURS.get(group[0].assignment)
+        colour = ASSIGNMENT_COLOURS.get(group[0].assignment)
         if colour is None or colour in used:
             colour = free[0]
             free = [*free[1:], free[0]]
@@ -240,8 +240,8 @@ def _colours(groups: Groups) -> list[str]:
     return chosen
 
 
-def _label(group: Sequence[Run], groups: Groups) -> str:
-    """The assignment, and the settings that tell this group from others where those differ."""
+def _label(group: Sequence[RecordedRun], groups: Groups) -> str:
+    """The assignment of a group, and the first two settings in which the groups differ."""
     settings = [f"{c.heading.rpartition('.')[2]} {c.value(group[0])}" for c in settings_columns(groups)]
     return ", ".join([group[0].assignment, *settings[:2]])
 

@@ -1,4 +1,4 @@
-"""Runs as their directories tell them: the configuration, and what a table or a picture needs of metrics.jsonl."""
+"""Runs read from their directories: the configuration, and the part of metrics.jsonl that a table or a picture needs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.gpt import GPT
 from optim.assignment import matches
 from scripts.command import UsageError
-from training.checkpoint import load_newest
+from training.build import gpt_config
+from training.checkpoint import Loaded, load_newest
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, read_records
 from training.resume import check_parts, foreign, take_weights
+from training.settings import read_sound
 from training.sweep import COST_FILE
 
 SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
-"""The two kinds of sublayer, and the component of a parameter's name that gives each away."""
+"""The two kinds of sublayer, and the component of a parameter's name by which each is recognised."""
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A finished, unfinished or failed run.
 
-    config: as written by the run. records: by kind, in order; those of kind "spectra" carry `sigma_max` and `sigma_min` instead
-    of all singular values. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, where a script wrote them down.
-    environment: versions and device. case: what it is to an experiment, by axis.
+    config: as written by the run. records: by kind, in order; those of kind "spectra" hold `sigma_max` and `sigma_min` instead
+    of all singular values. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, if a script wrote them.
+    environment: versions and device. case: its values of an experiment's axes, by axis.
     """
 
     directory: Path
@@ -44,24 +47,23 @@ class Run:
         return self.config["assignment"]["name"]
 
     def value_of(self, axis: str) -> str:
-        """Its value of an experiment's axis, in words: assignments have names for people."""
+        """Its value of an experiment's axis, in words: an assignment has a name for people."""
         return self.assignment if axis == "assignment" else self.case[axis]
 
     @property
     def step(self) -> int:
-        """The last step of which anything was written down."""
+        """The last step for which the run has a record."""
         return max((records[-1]["step"] for records in self.records.values()), default=0)
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end, stable or not."""
+        """Whether the run has ended, stable or not."""
         return bool(self.records.get("end"))
 
     @property
     def unstable_step(self) -> int | None:
         """The step at which the run became unstable; None if it did not."""
-        events = self.records.get("event", [])
-        return next((event["step"] for event in events if event["event"] == "unstable"), None)
+        return next(iter(self._event_steps("unstable")), None)
 
     @property
     def stable(self) -> bool:
@@ -71,7 +73,10 @@ class Run:
     @property
     def warned_step(self) -> int | None:
         """The step of the early warning; None if there was none."""
-        return next((e["step"] for e in self.records.get("event", []) if e["event"] == "warning"), None)
+        return next(iter(self._event_steps("warning")), None)
+
+    def _event_steps(self, event: str) -> list[int]:
+        return [record["step"] for record in self.records.get("event", []) if record["event"] == event]
 
     @property
     def status(self) -> str:
@@ -80,7 +85,7 @@ class Run:
             return f"unstable at step {self.unstable_step}"
         if self.finished:
             return "ok"
-        failed = [event["step"] for event in self.records.get("event", []) if event["event"] == "failed"]
+        failed = self._event_steps("failed")
         return f"failed at step {failed[-1]}" if failed else f"unfinished at step {self.step}"
 
     def curve(self, kind: str) -> tuple[list[int], list[float]]:
@@ -90,17 +95,17 @@ class Run:
 
     @property
     def best(self) -> float | None:
-        """Lowest finite validation loss."""
+        """Lowest finite validation loss (nats a token); None if there is none."""
         return min((loss for loss in self.curve("eval")[1] if math.isfinite(loss)), default=None)
 
     @property
     def final(self) -> float | None:
-        """Validation loss at the last evaluation, finite or not."""
+        """Validation loss at the last evaluation (nats a token), finite or not; None before the first evaluation."""
         return next(reversed(self.curve("eval")[1]), None)
 
     @property
     def full(self) -> float | None:
-        """Loss on the whole validation split at the end, if it was evaluated."""
+        """Loss on the whole validation split at the end (nats a token); None if it was not evaluated."""
         return next((record["loss"] for record in reversed(self.records.get("full_eval", []))), None)
 
     def spectra(self, sublayer: str) -> dict[str, list[dict[str, Any]]]:
@@ -112,12 +117,12 @@ class Run:
         return found
 
     def sigma_max(self, sublayer: str) -> float | None:
-        """Largest singular value of all matrices of a sublayer when they were last looked at."""
+        """Largest singular value of all matrices of a sublayer, by their last records; None without records."""
         return max((records[-1]["sigma_max"] for records in self.spectra(sublayer).values()), default=None)
 
     @property
     def mean_feas(self) -> float | None:
-        """How near Muon's steps came to their optimum, as certified, on average over matrices and time; None if nothing was certified."""
+        """Mean certified quality of Muon's steps, over matrices and time: 1 is the optimum of the step problem; None if nothing was certified."""
         feas = [record["feas"] for record in self.records.get("certificate", [])]
         return sum(feas) / len(feas) if feas else None
 
@@ -132,11 +137,11 @@ class Run:
         return max(self._probed("greatest_saturation"), default=None)
 
     def last_probe(self, field: str) -> float | None:
-        """A number of the last probe in which it is finite."""
+        """The value of a field in the last probe in which it is finite; None if there is none."""
         return next((r[field] for r in reversed(self.records.get("probe", [])) if math.isfinite(r[field])), None)
 
     def steps_to(self, target: float) -> float | None:
-        """The step at which the validation loss first falls to the target, between evaluations by a straight line; None if never."""
+        """The step at which the validation loss first falls to the target, interpolated between evaluations; None if it never does."""
         steps, losses = self.curve("eval")
         for i, loss in enumerate(losses):
             if loss <= target:
@@ -150,7 +155,7 @@ class Run:
         return [r[field] for r in self.records.get("probe", []) if math.isfinite(r[field])]
 
     def geometry(self, sublayer: str) -> str:
-        """The manifold of a sublayer's matrices, several joined by "+"; "-" for unconstrained Muon."""
+        """The manifold of a sublayer's matrices; "-" means unconstrained Muon, and several manifolds are joined by "+"."""
         rules = self.config["assignment"]["rules"] or {}
         chosen = [
             choice for name in self.spectra(sublayer) for pattern, choice in rules.items() if matches(pattern, name)
@@ -158,46 +163,48 @@ class Run:
         return "+".join("-" if choice == "euclidean" else choice for choice in dict.fromkeys(chosen))
 
 
-def final_losses(runs: Iterable[Run]) -> list[float]:
+def final_losses(runs: Iterable[RecordedRun]) -> list[float]:
     """The final validation losses (nats a token) of the runs that were evaluated."""
     return [r.final for r in runs if r.final is not None]
 
 
-def read_run(directory: Path) -> Run:
-    """Read a run's directory.
+def read_run(directory: Path) -> RecordedRun:
+    """Read the run in a directory.
 
     Raises:
-        UsageError: it holds no run, or one of its files cannot be read.
+        UsageError: the directory holds no run, or one of its files cannot be read.
     """
     records: dict[str, list[dict[str, Any]]] = {}
-    foreign = 0
+    incomplete = 0
     try:
         config = read_config(directory)
         if lacking := [key for key, sound in _KEYS.items() if not sound(_at(config, key))]:
             raise ValueError(f"{CONFIG_FILE} has no proper {', '.join(lacking)}")
         for record in read_records(directory):
             if not _FIELDS.get(record["kind"], lambda _: True)(record):
-                foreign += 1
+                incomplete += 1
                 continue
             records.setdefault(record["kind"], []).append(_without_bulk(record))
         cost, environment = (_read_json(directory / name) for name in (COST_FILE, "environment.json"))
     except FileNotFoundError as error:
         raise UsageError(f"{directory} holds no run (there is no {error.filename}); name a run's directory") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"the run in {directory} cannot be read ({error}); mend that file or leave it out") from error
-    if foreign:
-        print(f"{directory}: {foreign} records have not the fields of their kind; left out", file=sys.stderr)
-    return Run(directory, config, records, cost, environment)
+        raise UsageError(
+            f"the run in {directory} cannot be read ({error}); repair that file or leave the run out"
+        ) from error
+    if incomplete:
+        print(f"{directory}: {incomplete} records lack a field of their kind; they were left out", file=sys.stderr)
+    return RecordedRun(directory, config, records, cost, environment)
 
 
 def setting(config: dict[str, Any], key: str) -> str:
-    """The value at a dotted key of a run's configuration, as text; empty where there is none."""
+    """The value at a dotted key of a run's configuration, as text; empty if there is no such key."""
     value = _at(config, key)
     return "" if value is None else str(value)
 
 
 def _at(config: Any, key: str) -> Any:
-    """The value at a dotted key; None where there is none."""
+    """The value at a dotted key; None if there is no such key."""
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
@@ -218,7 +225,7 @@ def _has_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for item in value.items() for text in item)
 
 
-# What a table needs of a configuration and of a record, whoever wrote them; other kinds of records are taken as they are.
+# What a table needs of a configuration and of a record. Records of other kinds are not checked.
 _KEYS: dict[str, Callable[[Any], bool]] = {
     "assignment.name": lambda value: isinstance(value, str),
     "assignment.rules": lambda value: value is None or _has_texts(value),
@@ -237,7 +244,7 @@ _FIELDS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 
 def _without_bulk(record: dict[str, Any]) -> dict[str, Any]:
-    """Of the thousands of numbers of a spectrum only the extremes: a long run's file holds millions."""
+    """The record; of a spectrum only the largest and smallest singular value, because a long run's file holds millions of numbers."""
     if record["kind"] != "spectra":
         return record
     bulk = ("sigma", "gram_diagonal")
@@ -252,8 +259,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_runs(places: Iterable[str | Path]) -> list[Run]:
-    """Every run in the given directories and below them, each once.
+def find_runs(places: Iterable[str | Path]) -> list[RecordedRun]:
+    """All runs in the given directories and below them, each once.
 
     Raises:
         UsageError: a directory does not exist or holds no run.
@@ -269,27 +276,31 @@ def find_runs(places: Iterable[str | Path]) -> list[Run]:
     return [read_run(directory) for directory in directories]
 
 
-def load_model(directory: str | Path) -> tuple[Any, dict[str, Any], int]:
+def model_of(loaded: Loaded) -> GPT:
+    """The model of a checkpoint, on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: it is not the checkpoint of a run.
+    """
+    check_parts(loaded)
+    with foreign(loaded):
+        model = GPT(gpt_config(read_sound(loaded.state["config"])[0]))
+        if not isinstance(loaded.state["config"]["data"]["tokenizer"], str):
+            raise TypeError("its data has no tokenizer")
+    take_weights(model, loaded)
+    return model.eval()
+
+
+def load_model(directory: str | Path) -> tuple[GPT, dict[str, Any], int]:
     """The model (on the CPU, in eval mode), configuration and step of a run's newest good checkpoint.
 
     Raises:
-        UsageError: no run, or no checkpoint yet. CheckpointError: none of its checkpoints is good, or the newest is not of a run.
+        UsageError: there is no run, or no checkpoint yet. CheckpointError: no checkpoint is good, or the newest is not that of a run.
     """
-    from model.gpt import GPT
-    from training.build import gpt_config
-    from training.settings import read_sound
-
     directory = Path(directory)
     if not directory.is_dir():
         raise UsageError(f"there is no run {directory}; name a directory that training wrote, such as outputs/first")
     loaded = load_newest(directory / "checkpoints")
     if loaded is None:
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
-    check_parts(loaded)
-    config = loaded.state["config"]
-    with foreign(loaded):
-        model = GPT(gpt_config(read_sound(config)[0]))
-        if not isinstance(config["data"]["tokenizer"], str):
-            raise TypeError("its data has no tokenizer")
-    take_weights(model, loaded)
-    return model.eval(), config, loaded.step
+    return model_of(loaded), loaded.state["config"], loaded.step

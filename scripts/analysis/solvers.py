@@ -1,11 +1,11 @@
-"""For those who study the step problem: its dual methods side by side, and its optimum. No run uses this; the step is optim/certified.py.
+"""For the study of the step problem: several dual methods, and its optimum. No run uses this module; the step is optim/certified.py.
 
-Each method walks through multipliers L of
+Each method computes a sequence of multipliers L of
 
     minimise ‖G + 2WL‖_*   over symmetric L = P(L),                                                    (dual of the step problem)
 
-and each of its calls costs one matrix sign. The answer at L is the tangent part of A = sign(G + 2WL). Everything is float64, by
-eigendecompositions in n × n, so that what is compared is the method. `python scripts/bench.py lmo` writes the table.
+and each of its calls costs one matrix sign. The answer at L is the tangent part of A = sign(G + 2WL). Everything is computed in float64, by
+eigendecompositions of n × n matrices, so that rounding does not blur the comparison. `python scripts/bench.py lmo` writes the table.
 
     least_squares   the tangent projection of G; one call
     su              the fixed point of Su (kexue.fm 11221), over-relaxed up to 1.6 [relaxation: our measurement]
@@ -27,10 +27,10 @@ from optim.manifolds import MANIFOLDS, like, tall
 
 History = tuple[tuple[Tensor, Tensor], ...]
 Advance = Callable[[StepProblem, Tensor, Tensor, Tensor, int, int, History], tuple[Tensor, History]]
-"""(problem, L, H, Z, call, calls, history) → the next L (k, n, n), and what the method remembers."""
+"""(problem, L, H, Z, call, calls, history) → the next L (k, n, n), and the new history."""
 
-MEMORY = 3  # earlier iterates that Anderson's acceleration combines
-ALPHA = 0.1  # of the published dual ascent
+MEMORY = 3  # how many earlier iterates Anderson's acceleration combines
+ALPHA = 0.1  # step size of the published dual ascent
 
 
 def _stay(
@@ -80,7 +80,7 @@ class Answer(NamedTuple):
 
 @torch.no_grad()
 def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", calls: int = 24) -> Answer:
-    """The best answer among `calls` multipliers of a method (of dual ascent, as published, the last).
+    """The best answer among `calls` multipliers of a method. Of dual ascent it is the last one, as published.
 
     Args:
         W, G: (m, n) or (k, m, n), any orientation; W on the manifold, a name of MANIFOLDS.
@@ -113,7 +113,7 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
 
 @torch.no_grad()
 def optimum(W: Tensor, G: Tensor, manifold: str, iterations: int = 500) -> tuple[float, float]:
-    """The optimum of the step problem of one tall W, G (m, n), from above: the least dual value found, and from below: a feasible value.
+    """Bounds of the optimum of the step problem of one tall W, G (m, n): above, the least dual value found; below, a feasible value.
 
     L-BFGS in float64 on the dual, then over-relaxed alternating projection between ‖T‖₂ ≤ 1 and the tangent space.
     """

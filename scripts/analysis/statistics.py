@@ -1,4 +1,4 @@
-"""Numbers over seeds and over runs: mean ± standard error, rank correlation, and where a curve is lowest."""
+"""Statistics over seeds and runs: mean ± standard error, rank correlation, and the best learning rate of a curve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error; the error is NaN where there is one value, or one that is not finite."""
+    """A mean and its standard error. The error is NaN if there is only one value, or if one is not finite."""
 
     mean: float
     error: float
@@ -18,13 +18,13 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Of at least one value."""
+        """The estimate of at least one value."""
         known = len(values) > 1 and all(map(math.isfinite, values))
         error = statistics.stdev(values) / math.sqrt(len(values)) if known else math.nan
         return cls(sum(values) / len(values), error, len(values))
 
     def text(self, digits: int, sign: str = "") -> str:
-        """Such as "2.30 ± 0.17"; a single value stands alone. `sign="+"` also shows the sign of a positive mean."""
+        """Text such as "2.30 ± 0.17"; without an error for a single value. `sign="+"` also shows the sign of a positive mean."""
         return f"{self.mean:{sign}.{digits}f}" + (f" ± {self.error:.{digits}f}" if self.count > 1 else "")
 
 
@@ -37,10 +37,10 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.correlation(ranks(a), ranks(b))
 
 
-def optimum(curve: Mapping[float, Sequence[float]]) -> tuple[float, float, bool]:
-    """Learning rate and loss of the lowest mean, and whether it lies at an end of the rates.
+def best_rate(curve: Mapping[float, Sequence[float]]) -> tuple[float, float, bool]:
+    """The best learning rate, the mean loss there, and whether the lowest mean has no finite neighbour on one side.
 
-    Between the rates by the parabola through the lowest point and its neighbours, in the logarithm of the rate.
+    It is the minimum of the parabola through the lowest mean and its two neighbours, over the logarithm of the rate.
     """
     rates = sorted(curve)
     means = [Estimate.of(curve[rate]).mean for rate in rates]

@@ -1,4 +1,4 @@
-"""An experiment as data, and what it becomes: its cases, their jobs, and the table and pictures of the runs that ended."""
+"""An experiment as data, and the study that is made of it: its cases, their jobs, and the table and pictures of the runs that ended."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.runs import Run, final_losses, read_run
-from scripts.analysis.statistics import Estimate, optimum
+from scripts.analysis.runs import RecordedRun, final_losses, read_run
+from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
@@ -25,19 +25,19 @@ Case = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a file of scripts/experiments says.
+    """The content of a file of scripts/experiments.
 
-    hypothesis: what is asked, in a sentence or two; the first line is what the list of experiments shows.
+    hypothesis: the question of the experiment, in a sentence or two. The list of experiments shows the first line.
     base: overrides of train.py for every run, such as ("experiment=crossing",).
     axes: key of train.py → its values, with commas; every combination is a case. Or the name of an axis → name of a value → overrides.
-    around: axes that are varied one at a time, from the values given here.
-    seeds: with commas; every case is run with each.
-    options: further options of the command and their defaults. workers: runs at a time.
+    around: axes that are varied one at a time, and the value of each while another one is varied.
+    seeds: with commas; every case is run with each seed.
+    options: further options of the command and their defaults. workers: how many runs at a time.
     derived: further overrides for a case.
-    measure: what is found beside the runs, before the table is made; it becomes `study.facts` and stands in table.json.
-    columns: of the table, which has a line for each case. tables: other tables in its place.
-    figures: file name → what draws it. remark: a sentence or more below the table.
-    untrained: whether there is something to tell although no run has ended.
+    measure: computes further numbers before the table is made; they become `study.facts` and are written to table.json.
+    columns: of the table, which has a line for each case. tables: other tables instead of that one.
+    figures: file name → function that draws it. remark: sentences below the table.
+    untrained: whether the experiment has a table even if no run has ended.
     """
 
     hypothesis: str
@@ -63,7 +63,7 @@ class Experiment:
 
 @dataclass
 class Study:
-    """An experiment as it was asked for: its axes, seeds and options, what applies to all runs, and in `groups` the runs that ended."""
+    """An experiment with the axes, seeds, options and overrides of the command line. groups: the runs that ended, by case."""
 
     experiment: Experiment
     axes: dict[str, list[str]]
@@ -71,30 +71,30 @@ class Study:
     seeds: list[str]
     options: dict[str, Any]
     overrides: list[str]
-    groups: list[list[Run]] = field(default_factory=list)
+    groups: list[list[RecordedRun]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RecordedRun]:
         """All runs that ended, case by case."""
         return [r for group in self.groups for r in group]
 
-    def grouped(self, *axes: str) -> dict[tuple[str, ...], list[Run]]:
+    def grouped(self, *axes: str) -> dict[tuple[str, ...], list[RecordedRun]]:
         """The runs by their values of some axes, in order."""
-        found: dict[tuple[str, ...], list[Run]] = {}
+        found: dict[tuple[str, ...], list[RecordedRun]] = {}
         for r in self.runs:
             found.setdefault(tuple(r.case[axis] for axis in axes), []).append(r)
         return found
 
-    def along(self, axis: str, **wanted: str) -> dict[str, list[Run]]:
-        """The runs by their values of an axis, where the other axes of `around` lie at home and further ones at the wanted values."""
+    def along(self, axis: str, **wanted: str) -> dict[str, list[RecordedRun]]:
+        """The runs by their values of an axis. The other axes of `around` have their values of `around`, further axes the wanted values."""
         wanted = {key: value for key, value in {**self.around, **wanted}.items() if key != axis}
         fit = [r for r in self.runs if wanted.items() <= dict(r.case).items()]
         found = {value: [r for r in fit if r.case[axis] == value] for value in self.axes[axis]}
         return {value: runs for value, runs in found.items() if runs}
 
     def cases(self) -> list[dict[str, str]]:
-        """Every combination of the axes' values; of the axes in `around`, those in which at most one lies elsewhere."""
+        """Every combination of the axes' values in which at most one axis of `around` differs from its value there."""
         extended = {axis: dict.fromkeys([*values, *self._home(axis)]) for axis, values in self.axes.items()}
         found = []
         for combination in itertools.product(*extended.values()):
@@ -109,10 +109,10 @@ class Study:
         return [self.around[axis]] if axis in self.around else []
 
     def settings(self, case: Case) -> list[str]:
-        """The overrides that make a case.
+        """The overrides of a case.
 
         Raises:
-            UsageError: an axis of names has no such value.
+            UsageError: an axis with named values has no such value.
         """
         found = []
         for axis, value in case.items():
@@ -126,10 +126,10 @@ class Study:
         return [*found, *self.experiment.derived(self, case)]
 
     def jobs(self, parent: Path) -> list[tuple[dict[str, str], Job]]:
-        """Each case and its job, seed by seed, so that an interrupted experiment has whole seeds.
+        """Each case and its job, seed after seed, so that an interrupted experiment has complete seeds. Nothing is written.
 
         Raises:
-            UsageError, ConfigError, HydraException: before anything is written.
+            UsageError, ConfigError, HydraException: a configuration is wrong.
         """
         settings = [(case, self.settings(case)) for case in self.cases()]
         found = []
@@ -138,26 +138,26 @@ class Study:
                 fixed = (*self.experiment.base, "logger.mode=disabled", *own, f"seed={seed}", *self.overrides)
                 name = directory_name(",".join(f"{key}={value}" for key, value in {**case, "seed": seed}.items()))
                 found.append((case, Job(fixed, parent / name)))
-        for _, job in found[: len(settings)]:  # seeds do not differ in what can be wrong
+        for _, job in found[: len(settings)]:  # one seed is enough for a check
             check(compose(job.overrides))
         return found
 
     def run(self, parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
-        """Run what has not ended, measure, and keep the runs; returns the reason for each directory whose run failed.
+        """Run what has not ended, read the runs, and measure. Returns directory → reason, for the runs that failed.
 
         Raises:
-            UsageError: no run has ended, and the experiment has nothing to tell without.
+            UsageError: no run has ended, and the experiment has no table without runs.
         """
         jobs = self.jobs(parent)
         failures = run_all([job for _, job in jobs], workers, launcher)
-        groups: dict[tuple[str, ...], list[Run]] = {}
+        groups: dict[tuple[str, ...], list[RecordedRun]] = {}
         for case, job in jobs:
             if job.ended:
                 groups.setdefault(tuple(case.values()), []).append(replace(read_run(job.directory), case=case))
         order = {tuple(case.values()): i for i, case in enumerate(self.cases())}
         self.groups = [groups[key] for key in sorted(groups, key=order.__getitem__)]
         if not self.groups and not self.experiment.untrained:
-            raise UsageError("no run came to its end, so there is no table; the lines above say why")
+            raise UsageError("no run came to its end, so there is no table; the lines above tell the reason")
         self.facts = self.experiment.measure(self)
         return failures
 
@@ -171,16 +171,16 @@ class Study:
         rows = rows_of(self.runs, columns or [BEST, FINAL, STATUS])
         write_tables(results, tables, foot, {"command": command, "environment": env, **self.facts, "rows": rows})
         drawn = [name for name, draw in self.experiment.figures.items() if draw(self, results / name)]
-        told = [*(table.text() for table in tables), self.experiment.remark(self)]
+        parts = [*(table.text() for table in tables), self.experiment.remark(self)]
         written = ", ".join(["table.md", "table.json", *drawn])
-        return "\n\n".join(filter(None, told)) + f"\n\n  written to {results}: {written}"
+        return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
 
 
-# ---- tables of their own ----
+# ---- tables of experiments ----
 
 
-def loss_cell(runs: Sequence[Run]) -> str:
-    """The final losses of some runs as a cell: mean ± standard error, and how many were unstable."""
+def loss_cell(runs: Sequence[RecordedRun]) -> str:
+    """The final losses of some runs as the text of a cell: mean ± standard error, and how many runs were unstable."""
     if not runs:
         return "not run"
     unstable = sum(r.unstable_step is not None for r in runs)
@@ -189,7 +189,7 @@ def loss_cell(runs: Sequence[Run]) -> str:
 
 
 def pivot(study: Study, across: str, heading: str) -> Table:
-    """Final losses with the values of one axis as columns, each called `heading` and its value; a line for each case of the others."""
+    """Final losses: a column for each value of one axis, named by `heading` and the value; a line for each case of the other axes."""
     down = [axis for axis in study.axes if axis != across]
     cells, values = study.grouped(*down, across), study.axes[across]
     lines = [
@@ -200,14 +200,17 @@ def pivot(study: Study, across: str, heading: str) -> Table:
     return Table(headings, lines, [False] * len(down) + [True] * len(values))
 
 
-def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[Run]] | None:
-    """The value of an axis with the lowest mean final loss of the runs that fit, none being unstable; None if there is none."""
+def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[RecordedRun]] | None:
+    """The value of an axis with the lowest mean final loss, and its runs, of which none may be unstable; None if there is no such value.
+
+    wanted: the values of other axes, as in Study.along.
+    """
     stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.unstable_step is None for r in runs)}
     return min(stable.items(), key=lambda item: Estimate.of(final_losses(item[1])).mean, default=None)
 
 
-def losses_by(runs: Sequence[Run], axis: str) -> dict[float, list[float]]:
-    """Final losses by an axis of numbers, one a seed; infinite where a run was unstable."""
+def losses_by(runs: Sequence[RecordedRun], axis: str) -> dict[float, list[float]]:
+    """Final losses by the value of an axis of numbers, one for each seed; infinite if the run was unstable."""
     found: dict[float, list[float]] = {}
     for r in runs:
         found.setdefault(float(r.case[axis]), []).append(r.final if r.stable and r.final is not None else math.inf)
@@ -215,18 +218,18 @@ def losses_by(runs: Sequence[Run], axis: str) -> dict[float, list[float]]:
 
 
 def optimum_table(study: Study, rate: str, models: str, names: Mapping[str, str], sizes: Mapping[str, str]) -> Table:
-    """The best learning rate at every size, and how many octaves it lies from that at home; by the parabola of `statistics.optimum`.
+    """The best learning rate (by `best_rate`) at every size, and its distance in octaves from that at the values of `around`.
 
     Args:
-        rate: axis of the learning rate. models: axis of what is compared, and `names` its values in words. sizes: axis → word.
+        rate: the axis of the learning rate. models: the axis of the models that are compared; names: its values → words. sizes: axis → word.
     """
     lines = []
     for model in study.axes[models]:
         home = study.along(models).get(model, [])
         for axis, word in sizes.items():
             for value, runs in study.along(axis, **{models: model}).items():
-                best, loss, at_end = optimum(losses_by(runs, rate))
-                moved = f"{math.log2(best / optimum(losses_by(home, rate))[0]):+.2f}" if home else ""
+                best, loss, at_end = best_rate(losses_by(runs, rate))
+                moved = f"{math.log2(best / best_rate(losses_by(home, rate))[0]):+.2f}" if home else ""
                 end = " (end of the rates)" if at_end else ""
                 lines.append([names[model], word, value, f"{best:.4f}{end}", moved, f"{loss:.4f}"])
     headings = ["model", "varied", "to", "best rate", "octaves from the base's", "val loss there"]

@@ -1,4 +1,4 @@
-"""Tables of runs: columns, lines of runs that belong together, and the one writer of table.md and table.json."""
+"""Tables of runs: columns, groups of runs, and the writer of table.md and table.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.runs import Run, setting
+from scripts.analysis.runs import RecordedRun, setting
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
 from training.run import environment
@@ -30,11 +30,11 @@ Value = float | str | None
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: a heading, its key in table.json, and what it says of a run; numbers get `digits` decimals."""
+    """One column of a table: heading, key in table.json, and the value for a run. Numbers are shown with `digits` decimals."""
 
     heading: str
     key: str
-    value: Callable[[Run], Value]
+    value: Callable[[RecordedRun], Value]
     digits: int = 4
 
 
@@ -56,9 +56,9 @@ COLUMNS = [
     STATUS,
     Column("paper", "paper_val_loss", lambda r: PUBLISHED.get(r.assignment)),
 ]
-"""The table of one set of settings. A new measurement is a new line here."""
+"""The columns of the paper's table. A new measurement needs one more line here."""
 
-ATTENTION = [
+ATTENTION_COLUMNS = [
     BEST,
     FINAL,
     Column("logit", "largest_logit", lambda r: r.last_probe("largest_logit"), digits=0),
@@ -68,7 +68,7 @@ ATTENTION = [
     Column("warned at", "warned", lambda r: "–" if r.warned_step is None else f"step {r.warned_step}"),
     STATUS,
 ]
-"""What attention shows at the end of a run; `ATTENTION_REMARK` belongs below it."""
+"""The state of attention at the end of a run. `ATTENTION_REMARK` belongs below such a table."""
 
 ATTENTION_REMARK = (
     "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe."
@@ -76,18 +76,18 @@ ATTENTION_REMARK = (
 
 
 def case(heading: str, axis: str) -> Column:
-    """A column that says which value of an experiment's axis a run has; its key is the last part of the axis's name."""
+    """A column with a run's value of an experiment's axis. Its key is the last part of the axis's name."""
     return Column(heading, axis.rpartition(".")[2], lambda r: r.case[axis])
 
 
-def told(columns: Sequence[Column], runs: Sequence[Run]) -> list[Column]:
-    """The columns in which at least one run has something to say."""
+def columns_with_values(columns: Sequence[Column], runs: Sequence[RecordedRun]) -> list[Column]:
+    """The columns that have a value for at least one run."""
     return [column for column in columns if any(column.value(r) is not None for r in runs)]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text, one list a line, with their headings; `numeric` columns are aligned to the right."""
+    """A table of text: headings, and one list of cells for each line. `numeric` columns are aligned to the right."""
 
     headings: list[str]
     lines: list[list[str]]
@@ -95,14 +95,14 @@ class Table:
     caption: str = ""
 
     def text(self) -> str:
-        """For a terminal."""
+        """The table for a terminal."""
         rows = [self.headings, *self.lines]
         widths = [max(len(row[i]) for row in rows) for i in range(len(self.headings))]
         aligned = [[self._pad(i, cell, widths[i]) for i, cell in enumerate(row)] for row in rows]
         return self._captioned("\n".join(("  " + "  ".join(row)).rstrip() for row in aligned))
 
     def markdown(self) -> str:
-        """For a Markdown page."""
+        """The table for a Markdown page."""
         rule = ["---:" if right else "---" for right in self.numeric]
         rows = [[as_cell(text) for text in row] for row in (self.headings, *self.lines)]
         return self._captioned("\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])))
@@ -114,8 +114,8 @@ class Table:
         return cell.rjust(width) if self.numeric[column] else cell.ljust(width)
 
 
-def make_table(groups: Sequence[Sequence[Run]], columns: Sequence[Column]) -> Table:
-    """One line a group; where some group has several seeds, their number is told."""
+def make_table(groups: Sequence[Sequence[RecordedRun]], columns: Sequence[Column]) -> Table:
+    """A table with one line for each group of runs. If a group has several runs, a column shows the number of seeds."""
     values = [[[column.value(r) for r in group] for column in columns] for group in groups]
     lines = [[cell(v, column.digits) for v, column in zip(line, columns)] for line in values]
     numeric = [any(isinstance(v, (int, float)) for line in values for v in line[i]) for i in range(len(columns))]
@@ -127,7 +127,7 @@ def make_table(groups: Sequence[Sequence[Run]], columns: Sequence[Column]) -> Ta
 
 
 def cell(values: Sequence[Value], digits: int) -> str:
-    """What a line says of its runs' values: mean ± standard error of numbers, each different text with its count."""
+    """The text of a cell for the values of its runs: mean ± standard error of numbers, or each different text with its count."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -140,8 +140,8 @@ def cell(values: Sequence[Value], digits: int) -> str:
     return Estimate.of(numbers).text(digits)
 
 
-def rows_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[dict[str, Any]]:
-    """The table as data, one dict a run, in full precision; with the run's case, which tells what it is to the experiment."""
+def rows_of(runs: Sequence[RecordedRun], columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """The table as data: one dict for each run, in full precision, with the run's case in the experiment."""
     return [
         {**{column.key: _finite(column.value(r)) for column in columns}, **r.case}
         | {"unstable_step": r.unstable_step, "seed": r.config["seed"], "directory": str(r.directory)}
@@ -152,9 +152,9 @@ def rows_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[dict[str, An
 # ---- runs that belong together ----
 
 
-def grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in nothing but the seed, in the paper's order of assignments."""
-    groups: list[list[Run]] = []
+def grouped(runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
+    """Groups of runs that differ only in the seed, in the paper's order of assignments."""
+    groups: list[list[RecordedRun]] = []
     for candidate in runs:
         for group in groups:
             if not different(group[0].config, candidate.config):
@@ -169,17 +169,17 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Dotted keys, the seed aside, in which two configurations differ and that may change a run's numbers."""
+    """Dotted keys that differ between two configurations and may change a run's numbers, without the seed."""
     return [key for change in other_settings(a, b) if (key := change.partition(":")[0]) != "seed"]
 
 
-def settings_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
-    """A column for every setting that tells the groups apart, but for the assignment, which the table names anyway."""
+def settings_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
+    """A column for every setting in which the groups differ, except the assignment, which has a column already."""
     first = groups[0][0].config
     keys = dict.fromkeys(key for group in groups for key in different(first, group[0].config))
     columns = []
     for key in keys:
-        # Of two step rules, which share few settings, the name says enough; decay_steps follows max_steps.
+        # Step rules share few settings, so their name is enough. decay_steps follows max_steps.
         if key.startswith(("assignment.", "optim.muon.rule.")) or (
             key == "schedule.decay_steps" and "max_steps" in keys
         ):
@@ -193,20 +193,20 @@ def of_setting(heading: str, name: str, key: str) -> Column:
     return Column(heading, name, lambda r: setting(r.config, key))
 
 
-def report_columns(groups: Sequence[Sequence[Run]]) -> list[Column]:
-    """The table's columns with the optimizer's step rule, what tells the groups apart, and how far each run went."""
+def report_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
+    """The columns of the paper's table, the step rule, the settings in which the groups differ, and the steps of each run."""
     rule = of_setting("step rule", "step_rule", "optim.muon.rule.kind")
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
     status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
     columns = [*COLUMNS[:3], rule, *settings_columns(groups), *COLUMNS[3:status], steps, *COLUMNS[status:]]
-    return told(columns, [r for group in groups for r in group])
+    return columns_with_values(columns, [r for group in groups for r in group])
 
 
 # ---- what is written ----
 
 
-def footer(command: str, runs: Sequence[Run], *remarks: str) -> str:
-    """Which command and settings wrote a table, and on what; of a setting in which the runs differ, nothing is said."""
+def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
+    """The text below a table: command, settings and machine. A setting in which the runs differ is left out."""
 
     def shared(text: str, *keys: str) -> str:
         values = [{setting(r.config, key) for r in runs} for key in keys]
@@ -243,7 +243,7 @@ def _is_number(text: str) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """Data in which a number that is not finite is null, as JSON has none."""
+    """The data with None for every number that is not finite, because JSON has no such numbers."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -252,7 +252,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_tables(directory: Path, tables: Sequence[Table], foot: str, data: Mapping[str, Any]) -> str:
-    """Write table.md, the tables with their foot, and table.json; returns the Markdown."""
+    """Write table.md (the tables and the text below them) and table.json; returns the Markdown."""
     directory.mkdir(parents=True, exist_ok=True)
     markdown = "\n\n".join([*(table.markdown() for table in tables), foot]) + "\n"
     (directory / "table.md").write_text(markdown)

@@ -1,1 +1,1 @@
-"""One file an experiment; `python scripts/experiment.py` lists and runs them, and scripts/analysis/study.py says what a file holds."""
+"""One file for each experiment. `python scripts/experiment.py` lists and runs them; scripts/analysis/study.py explains the fields."""

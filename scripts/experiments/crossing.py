@@ -8,7 +8,7 @@ from scripts.analysis.tables import BEST, FINAL, STATUS, Column, case
 
 
 def target(study: Study) -> dict[str, float]:
-    """The loss whose step is told: the one asked for, or the lowest that every run of every stable case reaches, rounded up."""
+    """The target loss: that of the command line, or the lowest loss that every run of every stable case reaches, rounded up."""
     stable = [r for group in study.groups if all(r.stable for r in group) for r in group]
     reached = [r.best for r in stable if r.best is not None]
     common = math.ceil(max(reached) * 100) / 100 if reached else math.inf
@@ -16,7 +16,7 @@ def target(study: Study) -> dict[str, float]:
 
 
 def columns(study: Study) -> list[Column]:
-    """What a case amounts to."""
+    """The columns of the table."""
     loss = study.facts["target"]
     return [
         Column("assignment", "assignment", lambda r: r.assignment),
@@ -30,7 +30,7 @@ def columns(study: Study) -> list[Column]:
 
 EXPERIMENT = Experiment(
     hypothesis="Which geometry of the weights suits which geometry of the stream? Assignments x residual rules at one budget.\n"
-    "target= is the loss whose step is told; 0 stands for one that every stable case reaches.",
+    "target= is a loss; the table shows the step at which each run reaches it. 0 takes a loss that every stable case reaches.",
     base=("experiment=crossing",),
     axes={"assignment": "unconstrained,all_stiefel,all_dgram,hetero", "residual": "pre_norm,geonorm,proj_sphere"},
     seeds="1,2,3",
@@ -38,5 +38,5 @@ EXPERIMENT = Experiment(
     measure=target,
     columns=columns,
     figures={"heat_map.png": lambda study, path: heat_map(study.groups, "assignment", "residual", path)},
-    remark=lambda study: "All cases share one learning rate: rules are compared as they come, not each at its best.",
+    remark=lambda study: "All cases have the same learning rate: no rule is compared at its own best one.",
 )

@@ -11,12 +11,12 @@ PLAIN = "assignment=adamw"  # trains the models: a retraction would undo their s
 
 
 def checked(study: Study, case: Case) -> list[str]:
-    """No further overrides; options that cannot be are refused before anything is trained."""
+    """Check the options before anything is trained; there are no further overrides."""
     exponents.require_sound(study.options)
     return []
 
 
-def measure(study: Study) -> dict[str, Any]:
+def exponents_of(study: Study) -> dict[str, Any]:
     """Exponents by assignment, over the phase diagram, and of the trained models."""
     o, overrides, facts = study.options, study.overrides, dict[str, Any]()
     facts["exponents"] = []
@@ -31,19 +31,19 @@ def measure(study: Study) -> dict[str, Any]:
 
 
 EXPERIMENT = Experiment(
-    hypothesis="Do tokens collapse and gradients explode at initialisation, and does the final loss know?",
+    hypothesis="Do tokens collapse and gradients explode at initialisation, and does the final loss depend on it?",
     base=(PLAIN, "max_steps=150"),
     axes={"init.residual_scale": "0.25,0.7071,2,5.657,16", "init.weight_scale": "0.25,0.5946,1.414,3.364,8"},
     seeds="1337",
     options={"assignments": "adamw,all_stiefel,all_dgram,hetero,hetero_inv"}
     | {"models": 5, "correlation": 0.99, "scan": 9, "skip": "normalised"},
     derived=checked,
-    measure=measure,
-    tables=lambda study: [exponents.table(study.facts["exponents"])],
+    measure=exponents_of,
+    tables=lambda study: [exponents.exponents_table(study.facts["exponents"])],
     figures={
         "phase.png": lambda study, path: study.facts["scan"] and phase_diagram(study.facts["scan"], path),
         "loss.png": lambda study, path: len(study.runs) > 1 and loss_against_exponents(study.facts["trained"], path),
     },
-    remark=lambda study: exponents.told(study.facts),
+    remark=lambda study: exponents.exponents_remark(study.facts),
     untrained=True,
 )

@@ -1,20 +1,20 @@
 """The failure of attention at small scale."""
 
-from scripts.analysis.experiment_figures import story
+from scripts.analysis.experiment_figures import warning_signs
 from scripts.analysis.study import Experiment, Study
-from scripts.analysis.tables import ATTENTION, ATTENTION_REMARK, case
+from scripts.analysis.tables import ATTENTION_COLUMNS, ATTENTION_REMARK, case
 
-STEP_RULES = {"paper": "published", "manifold_muon": "certified"}
+STEP_RULE_NAMES = {"paper": "published", "manifold_muon": "certified"}
 
 
 def rows(study: Study) -> dict[str, list]:
-    """Runs by step rule and learning rate: a row of the picture each."""
+    """The rows of the picture: runs by step rule and learning rate."""
     found = study.grouped("optim", "optim.muon.lr")
-    return {f"{STEP_RULES.get(optim, optim)}, lr {rate}": runs for (optim, rate), runs in found.items()}
+    return {f"{STEP_RULE_NAMES.get(optim, optim)}, lr {rate}": runs for (optim, rate), runs in found.items()}
 
 
 EXPERIMENT = Experiment(
-    hypothesis="Who saturates the softmax, when, and does the loss break? Five assignments under both step rules, at two rates.",
+    hypothesis="Which assignments saturate the softmax, when, and does the loss rise? Five assignments under both step rules, at two rates.",
     base=("experiment=instability_small",),
     axes={
         "optim": "paper,manifold_muon",
@@ -25,8 +25,8 @@ EXPERIMENT = Experiment(
         case("step rule", "optim"),
         case("lr", "optim.muon.lr"),
         case("assignment", "assignment"),
-        *ATTENTION,
+        *ATTENTION_COLUMNS,
     ],
-    figures={"instability.png": lambda study, path: story(rows(study), path)},
+    figures={"instability.png": lambda study, path: warning_signs(rows(study), path)},
     remark=lambda study: ATTENTION_REMARK,
 )

@@ -9,7 +9,7 @@ SIZES = {"model.n_embd": "width", "model.n_layer": "depth", "max_steps": "steps"
 
 
 def shape(study: Study, case: Case) -> list[str]:
-    """Heads of equal width everywhere; νGPT states its learning rate at the size that the others are varied from."""
+    """The overrides of a case: heads of the same width at every size; for νGPT also the size at which its learning rate is stated."""
     width, base, head = int(case["model.n_embd"]), study.around, study.options["head"]
     if head < 1 or width % head or int(base["model.n_embd"]) % head:
         raise UsageError(
@@ -27,8 +27,8 @@ def shape(study: Study, case: Case) -> list[str]:
     return [f"model.n_head={width // head}", *(stated if case["transfer"] == "nu" else [])]
 
 
-def panels(study: Study) -> list:
-    """A row a model, a panel for what is varied."""
+def panels_by_size(study: Study) -> list:
+    """The panels of the picture: a row for each model, a panel for each size that is varied."""
 
     def curves(model: str, axis: str) -> dict:
         return {value: losses_by(runs, RATE) for value, runs in study.along(axis, transfer=model).items()}
@@ -45,5 +45,5 @@ EXPERIMENT = Experiment(
     options={"head": 32},
     derived=shape,
     tables=lambda study: [optimum_table(study, RATE, "transfer", MODELS, SIZES)],
-    figures={"loss_by_rate.png": lambda study, path: loss_by_rate(panels(study), path)},
+    figures={"loss_by_rate.png": lambda study, path: loss_by_rate(panels_by_size(study), path)},
 )

@@ -1,8 +1,8 @@
 """The failing runs again, each with one remedy."""
 
-from scripts.analysis.experiment_figures import story
+from scripts.analysis.experiment_figures import warning_signs
 from scripts.analysis.study import Experiment, Study
-from scripts.analysis.tables import ATTENTION, ATTENTION_REMARK, case
+from scripts.analysis.tables import ATTENTION_COLUMNS, ATTENTION_REMARK, case
 
 HEALTHY = 0.05  # share of saturated rows at the end below which attention counts as restored
 REMEDIES = {
@@ -13,7 +13,7 @@ REMEDIES = {
     "norm_cap": ("optim.muon.rule.norm_cap=2",),
     "decay": ("optim.muon.weight_decay=0.1",),
     "attention_lr": ("optim.muon.lr_scale={attn: 0.2}",),
-    "head_blocks": ("optim.muon.blocks={c_attn: 12}",),  # queries, keys and values of each of four heads by themselves
+    "head_blocks": ("optim.muon.blocks={c_attn: 12}",),  # separate queries, keys and values for each of four heads
 }
 
 
@@ -38,9 +38,9 @@ EXPERIMENT = Experiment(
     hypothesis="Is it the logits? The failing runs of instability_small again, each with one suspected cause removed.",
     base=("experiment=mechanism",),
     axes={"assignment": "all_dgram,hetero_inv", "remedy": REMEDIES},
-    columns=lambda study: [case("assignment", "assignment"), case("remedy", "remedy"), *ATTENTION],
+    columns=lambda study: [case("assignment", "assignment"), case("remedy", "remedy"), *ATTENTION_COLUMNS],
     figures={
-        "mechanism.png": lambda study, path: story(
+        "mechanism.png": lambda study, path: warning_signs(
             {key: runs for (key,), runs in study.grouped("remedy").items()}, path
         )
     },

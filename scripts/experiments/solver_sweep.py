@@ -11,7 +11,7 @@ RULES = {"paper": "published", "manifold_muon": "ours"}
 
 
 def tables(study: Study) -> list[Table]:
-    """Every rate, then best against best."""
+    """Two tables: the losses at every rate, and the best of both step rules."""
     lines = []
     for assignment in study.axes["assignment"]:
         best = [best_of(study, RATE, assignment=assignment, optim=optim) for optim in RULES]
@@ -25,8 +25,8 @@ def tables(study: Study) -> list[Table]:
     return [pivot(study, RATE, "lr"), Table(headings, lines, [False, *[True] * 5], "Best against best:")]
 
 
-def panels(study: Study) -> list:
-    """A panel an assignment, the two step rules against each other."""
+def panels_by_assignment(study: Study) -> list:
+    """The panels of the picture: one for each assignment, with a curve for each step rule."""
     found: dict[str, dict] = {}
     for (_, optim), runs in study.grouped("assignment", "optim").items():
         found.setdefault(runs[0].assignment, {})[RULES.get(optim, optim)] = losses_by(runs, RATE)
@@ -45,7 +45,9 @@ EXPERIMENT = Experiment(
     seeds="1,2",
     tables=tables,
     figures={
-        "loss_by_rate.png": lambda study, path: loss_by_rate([panels(study)], path, "learning rate of the matrices")
+        "loss_by_rate.png": lambda study, path: loss_by_rate(
+            [panels_by_assignment(study)], path, "learning rate of the matrices"
+        )
     },
     remark=lambda study: "The cells hold final losses.",
 )
