@@ -24,7 +24,6 @@ from device_checks import (
 
 from model import loss as loss_module
 from model.gpt import GPT
-from optim import linalg
 from training.build import gpt_config
 from training.run import compiled
 from training.step import accumulate, mean_loss
@@ -208,10 +207,7 @@ def test_two_ranks_on_one_device(tmp_path, compile):
     check_ranks(2, "assignment=hetero", f"compile={compile}".lower(), device="cpu", folder=tmp_path, tolerance=2e-2)
 
 
-LAZY = pytest.mark.skipif(not hasattr(linalg, "mark_constants"), reason="optim/linalg.py imports torch._dynamo")
-
-
-@pytest.mark.parametrize("module", ["model.loss", pytest.param("train", marks=LAZY)])
+@pytest.mark.parametrize("module", ["model.loss", "train"])
 def test_an_import_does_not_load_the_compiler(module):
     """Loading torch._dynamo takes seconds, also for `python train.py --help`."""
     code = f"import sys, {module}; sys.exit('torch._dynamo' in sys.modules)"
