@@ -77,7 +77,7 @@ class Products:
         """
         if not self.short:
             return X.mT @ X, X
-        high = X.to(self.dtype)
+        high = X.to(self.dtype)  # the first 11 bits of every entry
         cross = self.wide(high.mT, (X - high) * LOW_BITS) / LOW_BITS  # (k, n, n)
         S = self.wide(high.mT, high) + cross + cross.mT
         return S + torch.diag_embed(X.square().sum(-2) - diagonal(S)), high
@@ -192,7 +192,7 @@ def gram_stage(R: Tensor, coefficients: Coefficients, mm: Products) -> Tensor:
     """
     Q = None
     for i, (a, b, c) in enumerate(coefficients):
-        Z = mm.add(R, b, R, R, alpha=c)
+        Z = mm.add(R, b, R, R, alpha=c)  # (k, n, n) = bR + cR²
         Q = Z + a * eye_like(Z) if Q is None else mm.add(Q, a, Q, Z)
         if i < len(coefficients) - 1:
             RZ = mm.add(R, a, R, Z)  # R(aI + Z)
@@ -217,7 +217,7 @@ def matrix_sign(
     S = over(S, size).to(mm.dtype)
     done = 0
     for steps in stages:
-        S = mm(X.mT, X) if done else S
+        S = mm(X.mT, X) if done else S  # formed anew: rounding errors of the last stage are gone
         Q = gram_stage(S, coefficients[done : done + steps], mm)
         X = mm(X, Q if done else over(Q, size.sqrt()))
         done += steps
@@ -226,7 +226,7 @@ def matrix_sign(
 
 def skew_sign(K: Tensor, steps: int, lower: float, mm: Products) -> Tensor:
     """The orthogonal skew factor (k, n, n) of skew K (k, n, n): its singular values above lower·‖K‖ to 1. 3·steps products."""
-    square = mm(K, K)  # -KᵀK
+    square = mm(K, K)  # (k, n, n) = -KᵀK
     size = frobenius(square)
     X, square = over(K, size.sqrt()), over(square, size)
     for i, (a, b, c) in enumerate(sign_coefficients(steps, lower)):
@@ -254,8 +254,8 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
         w = apply(v) - beta * previous
         alpha = inner(v, w)
         w = w - alpha * v
-        alphas.append(alpha.view(k))
-        betas.append(beta.view(k))
+        alphas.append(alpha.view(k))  # diagonal of the tridiagonal matrix
+        betas.append(beta.view(k))  # beside it
         beta = frobenius(w)
         previous, v = v, over(w, beta)
     T = torch.diag_embed(torch.stack(alphas, dim=-1)) + symmetric_sum(
@@ -290,14 +290,14 @@ def su_step(
     """
     z = at_least_float32(diagonal(Z))
     scale = symmetric_sum(d[..., :, None] * z[..., None, :])
-    r = -0.5 * H
+    r = -0.5 * H  # (k, n, n) residual
     dL = torch.zeros_like(r)
     p = ratio(r, scale).to(H.dtype)
     rq = inner(r, ratio(r, scale))
     for i in range(iterations):
-        Ap = project(symmetric_sum(metric(mm(p, Z))))
+        Ap = project(symmetric_sum(metric(mm(p, Z))))  # (k, n, n): the equation's left side at p
         step = ratio(rq, inner(p, Ap))
-        dL = (dL + step * p).to(H.dtype)
+        dL = (dL + step * p).to(H.dtype)  # kept at H's precision, like all of these
         if i < iterations - 1:
             r = (r - step * Ap).to(H.dtype)
             before, rq = rq, inner(r, ratio(r, scale))

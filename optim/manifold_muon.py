@@ -268,16 +268,16 @@ class ManifoldMuon(torch.optim.Optimizer):
         """
         stacks = [self._advance(bucket) for bucket in self.buckets]
         for bucket, stack, moved in zip(self.buckets, stacks, self.rule(stacks)):
-            targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]
+            targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
             targets = [
                 (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
                 for p, w in zip(bucket.params, targets)
             ]
-            torch._foreach_copy_(bucket.params, targets)
+            torch._foreach_copy_(bucket.params, targets)  # one launch for all
             bucket.state["level"].copy_(moved.level)
             bucket.state["fallbacks"].add_(moved.fallback)
-            bucket.highest = OnHost(moved.level.amax())
-            bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None
+            bucket.highest = OnHost(moved.level.amax())  # read when the next step begins
+            bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
         if self.world > 1:
             self._exchange()
 
@@ -285,11 +285,11 @@ class ManifoldMuon(torch.optim.Optimizer):
         """Take the gradients into the momenta and return what the step rule works on."""
         group, momentum = bucket.group, bucket.state["momentum"]
         keep = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
-        g = bucket.stack(p.grad for p in bucket.params)
+        g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
         advanced, G = (self.compiled_advance if g.is_cuda else advance)(
             g, momentum, group["momentum"], group["nesterov"], keep
         )
-        momentum.copy_(advanced)
+        momentum.copy_(advanced)  # in place: the parameters' state are views of it
         W, level = bucket.stack(bucket.params), bucket.state["level"]
         bucket.highest = bucket.highest or OnHost(level.amax())
         return Stack(W, G, group["manifold"], group["lr"], group["weight_decay"], keep, level, bucket.highest.read())
@@ -304,7 +304,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         for bucket in self.buckets:
             if bucket.seen is None:
                 continue
-            certificate = certify(*bucket.seen, bucket.group["manifold"])
+            certificate = certify(*bucket.seen, bucket.group["manifold"])  # (k,) each
             bucket.seen = None
             fields = {"feas": certificate.feas, "norm": -certificate.norm, "tangency": -certificate.tangency}
             fields["fallbacks"] = -bucket.state["fallbacks"]
@@ -328,7 +328,7 @@ class ManifoldMuon(torch.optim.Optimizer):
                 if rank == self.rank
                 else params[0].new_empty(sum(p.numel() for p in params))
             )
-            messages.append((rank, params, flat, dist.broadcast(flat, src=rank, async_op=True)))
+            messages.append((rank, params, flat, dist.broadcast(flat, src=rank, async_op=True)))  # not waited for yet
         for rank, params, flat, work in messages:
             work.wait()
             if rank != self.rank:
@@ -338,7 +338,9 @@ class ManifoldMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state on every rank, as one rank alone would have it; on several ranks, all must call."""
-        borrowed = [p for p, owner in self.owners.items() if owner != self.rank]
+        borrowed = [
+            p for p, owner in self.owners.items() if owner != self.rank
+        ]  # their state is here for this call alone
         blocks = {p: group["blocks"] for group in self.param_groups for p in group["params"]}
         for p, owner in self.owners.items() if self.world > 1 else ():
             for name, shape in state_shapes(p, blocks[p]).items():
