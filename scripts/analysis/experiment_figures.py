@@ -115,13 +115,8 @@ def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path
             axes.set_xlabel("step")
         handles = [Line2D([], [], color=colour, linewidth=2) for colour in shown.values()]
         handles += [Line2D([], [], color="#555555", linestyle="", marker=m, markersize=6) for m in ("^", "x")]
-        figure.legend(
-            handles,
-            [*shown, "early warning", "unstable"],
-            loc="outside lower center",
-            ncols=len(handles),
-            frameon=False,
-        )
+        names = [*shown, "early warning", "unstable"]
+        figure.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False)
     return path
 
 
@@ -135,13 +130,11 @@ def _curve(axes: Axes, run: RecordedRun, kind: str, field: str, colour: str) -> 
     records = [r for r in run.records.get(kind, []) if field in r and math.isfinite(r[field])]
     steps, values = [r["step"] for r in records], [r[field] for r in records]
     axes.plot(steps, values, color=colour, linewidth=1.2, alpha=0.8)
-    warned = [e["step"] for e in run.records.get("event", []) if e["event"] == "warning"]
-    for step, marker in ((warned[0] if warned else None, "^"), (run.unstable_step, "x")):
+    for step, marker in ((run.warned_step, "^"), (run.unstable_step, "x")):
         if step is not None and steps:
             nearest = min(range(len(steps)), key=lambda i: abs(steps[i] - step))
-            axes.plot(
-                [steps[nearest]], [values[nearest]], color=colour, marker=marker, markersize=6, markeredgewidth=1.8
-            )
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "markeredgewidth": 1.8}
+            axes.plot([steps[nearest]], [values[nearest]], **style)
 
 
 PROBE_CURVES = [
@@ -181,50 +174,30 @@ def _mean(value: Any) -> float:
 
 def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
     """Draw λ_a and λ_g over weight scale and residual strength. Both panels show both zero lines, measured (solid) and by the closed form (dashed)."""
-    lines = {"angle": "#111111", "gradient": "#7A1FA2"}
+    colours, titles = (
+        {"angle": "#111111", "gradient": "#7A1FA2"},
+        {"angle": "λ_a (angle)", "gradient": "λ_g (gradient)"},
+    )
+    places = scan["scales"], scan["strengths"]
     with picture(path, 9.6, 4.1, grid=False) as figure:
-        for axes, (field, title) in zip(
-            figure.subplots(1, 2, sharey=True), (("angle", "λ_a (angle)"), ("gradient", "λ_g (gradient)"))
-        ):
-            largest = max(abs(v) for row in scan[field] for v in row) or 1.0
-            mesh = axes.pcolormesh(
-                scan["scales"],
-                scan["strengths"],
-                scan[field],
-                cmap="RdBu_r",
-                vmin=-largest,
-                vmax=largest,
-                shading="nearest",
-            )
+        for axes, (field, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+            most = max(abs(v) for row in scan[field] for v in row) or 1.0
+            mesh = axes.pcolormesh(*places, scan[field], cmap="RdBu_r", vmin=-most, vmax=most, shading="nearest")
             figure.colorbar(mesh, ax=axes, shrink=0.85)
-            for name, colour in lines.items():
+            for name, colour in colours.items():
                 for key, style in ((name, "solid"), (f"{name}_closed", "dashed")):
                     values = [v for row in scan[key] for v in row]
                     if min(values) < 0 < max(values):
-                        axes.contour(
-                            scan["scales"],
-                            scan["strengths"],
-                            scan[key],
-                            [0.0],
-                            colors=colour,
-                            linestyles=style,
-                            linewidths=1.6,
-                        )
+                        axes.contour(*places, scan[key], [0.0], colors=colour, linestyles=style, linewidths=1.6)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set_xlabel("scale of c_fc (times GPT-2's)")
             axes.set_title(title, loc="left")
         figure.axes[0].set_ylabel(f"residual strength α (skip {scan['skip']})")
-        handles = [Line2D([], [], color=c) for c in lines.values()] + [
-            Line2D([], [], color="#555555", linestyle=s) for s in ("-", "--")
-        ]
-        figure.legend(
-            handles,
-            ["λ_a = 0", "λ_g = 0", "measured", "closed form"],
-            loc="outside lower center",
-            ncols=4,
-            frameon=False,
-        )
+        handles = [Line2D([], [], color=c) for c in colours.values()]
+        handles += [Line2D([], [], color="#555555", linestyle=s) for s in ("-", "--")]
+        names = ["λ_a = 0", "λ_g = 0", "measured", "closed form"]
+        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     return path
 
 
@@ -237,13 +210,8 @@ def loss_against_exponents(cells: Sequence[Mapping[str, float]], path: Path) -> 
             for cell in cells:
                 fine = cell["loss"] is not None and math.isfinite(cell["loss"])
                 shade = colormaps["viridis"](0.1 + 0.2 * math.log2(cell["weight_scale"] * 4))
-                axes.plot(
-                    [abs(cell[field])],
-                    [cell["loss"] if fine else ceiling],
-                    marker="o" if fine else "x",
-                    color=shade,
-                    markersize=5,
-                )
+                height, marker = (cell["loss"], "o") if fine else (ceiling, "x")
+                axes.plot([abs(cell[field])], [height], marker=marker, color=shade, markersize=5)
             axes.set_xlabel(name)
         figure.axes[0].set_ylabel("final validation loss")
         figure.axes[1].set_title("colour: weight scale, dark is small", loc="right", fontsize=8)

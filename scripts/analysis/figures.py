@@ -85,14 +85,8 @@ def draw_losses(groups: Groups, path: Path) -> Path:
         whole.set_ylabel("validation loss (nats per token)")
         if any(run.unstable_step is not None for group in groups for run in group):
             cross = Line2D([], [], color="#555555", linestyle="", **CROSS)
-            whole.legend(
-                [cross],
-                ["becomes unstable"],
-                loc="lower right",
-                bbox_to_anchor=(1.02, 0.98),
-                frameon=False,
-                handletextpad=0.2,
-            )
+            place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.98), "handletextpad": 0.2}
+            whole.legend([cross], ["becomes unstable"], frameon=False, **place)
         whole.set_title("all of training", loc="left")
         end.set_title("second half", loc="left")
         if finals:

@@ -26,37 +26,46 @@ from optim.linalg import eye_like, inner
 from optim.manifolds import MANIFOLDS, like, tall
 
 History = tuple[tuple[Tensor, Tensor], ...]
-Advance = Callable[[StepProblem, Tensor, Tensor, Tensor, int, int, History], tuple[Tensor, History]]
-"""(problem, L, H, Z, call, calls, history) → the next L (k, n, n), and the new history."""
+
+
+class Iterate(NamedTuple):
+    """A call of a method: its number k of `calls`, the multiplier L, and H and Z of StepProblem.sign_at there, (k, n, n).
+
+    past: what the method kept of earlier calls.
+    """
+
+    problem: StepProblem
+    L: Tensor
+    H: Tensor
+    Z: Tensor
+    k: int
+    calls: int
+    past: History
+
+
+Advance = Callable[[Iterate], tuple[Tensor, History]]
+"""The next L (k, n, n), and the new history."""
 
 MEMORY = 3  # how many earlier iterates Anderson's acceleration combines
 ALPHA = 0.1  # step size of the published dual ascent
 
 
-def _stay(
-    problem: StepProblem, L: Tensor, H: Tensor, Z: Tensor, k: int, calls: int, past: History
-) -> tuple[Tensor, History]:
-    return L, past
+def _stay(at: Iterate) -> tuple[Tensor, History]:
+    return at.L, at.past
 
 
-def _ascend(
-    problem: StepProblem, L: Tensor, H: Tensor, Z: Tensor, k: int, calls: int, past: History
-) -> tuple[Tensor, History]:
-    return L - ALPHA * (1 - k / calls) / problem.scale * H, past
+def _ascend(at: Iterate) -> tuple[Tensor, History]:
+    return at.L - ALPHA * (1 - at.k / at.calls) / at.problem.scale * at.H, at.past
 
 
-def _su(
-    problem: StepProblem, L: Tensor, H: Tensor, Z: Tensor, k: int, calls: int, past: History
-) -> tuple[Tensor, History]:
-    return L + min(1.2 + 0.2 * k, 1.6) * problem.su_step(H, Z, 30), past
+def _su(at: Iterate) -> tuple[Tensor, History]:
+    return at.L + min(1.2 + 0.2 * at.k, 1.6) * at.problem.su_step(at.H, at.Z, 30), at.past
 
 
-def _anderson(
-    problem: StepProblem, L: Tensor, H: Tensor, Z: Tensor, k: int, calls: int, past: History
-) -> tuple[Tensor, History]:
+def _anderson(at: Iterate) -> tuple[Tensor, History]:
     """The combination of the last iterates whose combined Su steps are shortest (Anderson, type II)."""
-    f = problem.su_step(H, Z, 30)
-    new, older = L + f, past[-MEMORY:]
+    L, f = at.L, at.problem.su_step(at.H, at.Z, 30)
+    new, older = L + f, at.past[-MEMORY:]
     if older:
         dF = torch.stack([(f - g).flatten(1) for _, g in older], dim=1)  # (k, memory, n²)
         normal = dF @ dF.mT
@@ -106,7 +115,7 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
         T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)
         last = k == 0 or method == "dual_ascent"
         best = T if last else torch.where(inner(problem.G, T) > inner(problem.G, best), T, best)
-        L, past = METHODS[method](problem, L, H, Z, k, calls, past)
+        L, past = METHODS[method](Iterate(problem, L, H, Z, k, calls, past))
     feas = (inner(problem.G, best) / bound).flatten()
     return Answer(like(best.reshape(tall(W).shape), W), feas, (bound * problem.scale).flatten())
 
