@@ -14,7 +14,7 @@ from optim.published import PublishedStep, sorted_svd
 ORACLE = np.load(Path(__file__).parent / "oracles" / "published_step.npz")
 SHAPES = [(40, 16), (16, 40), (24, 24), (3, 40, 16)]
 CONSTRAINED = [M for M in MANIFOLDS.values() if M.constrained]
-ids = ["stiefel", "dgram", "oblique"]
+ids = [M.name for M in CONSTRAINED]
 
 
 def gaussian(shape, seed=0, dtype=torch.float32):

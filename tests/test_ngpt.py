@@ -316,7 +316,7 @@ def test_nugpt_multipliers():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=demo", "residual=pre_norm"], "choose a model of it"),
+        (["model=demo", "residual=pre_norm"], "choose such a model"),
         (["assignment=unconstrained"], "measured for Adam"),
         (["model.n_embd=256"], "choose model.n_head=8"),
         (["transfer.rule=mup"], "choose none or nu"),
