@@ -65,13 +65,13 @@ LARGEST_ENTRY = 0.125  # of G as the step sees it: sums over m = 2^17 rows of it
 SKEW_STEPS, SKEW_LOWER = 7, 1e-3  # of a square Stiefel matrix; feas .997 and more on recorded problems
 CAP_FROM = 0.5  # the cap's polynomial is fitted on singular values in [CAP_FROM, 1]·‖T‖₂; smaller ones hardly exist
 # Lanczos iterations for ‖T‖₂ in n × n, and with the tall T itself, which costs memory traffic: on recorded problems 2% short on average, 6.5% at most.
-SMALL_NORM_STEPS, TALL_NORM_STEPS = 8, 2
+SMALL_NORM_STEPS, TALL_NORM_STEPS = 7, 2
 TANGENT_SHARE = 4.0  # a tangent part of G below so many rounding errors of the operands is taken for none
 
 # A round of the retraction leaves an error of 5/16·‖E‖³. From these ‖E‖ on one round, and two, would leave more than 3e-7:
 SECOND_ROUND, EXACT = 0.008, 0.15
 LANDS = (0.015, 0.3)  # ‖E‖ that one round, and two, still bring onto the manifold to a few 1e-6
-DISTANCE_STEPS = 4  # Lanczos iterations for ‖E‖₂; the limits above leave room for what they fall short
+DISTANCE_STEPS = 3  # Lanczos iterations for ‖E‖₂; the limits above leave room for what they fall short
 
 
 def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tensor:
