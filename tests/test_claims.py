@@ -59,11 +59,14 @@ def test_the_order_on_the_front_is_that_of_the_table():
 
 
 def test_the_seeds_differ_as_the_front_says():
-    assert "The last two losses differ by less than 0.001, and with [another seed]" in text(FRONT)
-    assert "Hetero-Inv is as good as Hetero" in text(FRONT)
+    assert "gives the same order, but between the two seeds a loss moves by up to 0.02, which is more than" in text(
+        FRONT
+    )
     first, second = full_losses("demo"), full_losses("demo_seed_2")
-    assert abs(first["Hetero-Inv"] - first["All-Stiefel"]) < 0.001
-    assert abs(second["Hetero-Inv"] - second["Hetero"]) < 0.001
+    assert sorted(first, key=first.get) == sorted(second, key=second.get)
+    moved = max(abs(first[name] - second[name]) for name in first)
+    assert 0.015 < moved < 0.02
+    assert any(abs(a - b) < moved for losses in (first, second) for a, b in pairwise(sorted(losses.values())))
 
 
 def test_the_rules_differ_as_the_page_says():
@@ -177,7 +180,7 @@ CLAIMS = {  # numbers with decimals in the prose: what they say, and where it is
     "0.39": lambda: result("exponents/table.json")["rank_correlation"]["|λ_g|"],
     "0.64": lambda: result("exponents/table.json")["rank_correlation"]["sum"],
 }
-ABOVE = {"0.001"}  # a bound, which test_the_seeds_differ_as_the_front_says compares
+ABOVE = {"0.02"}  # a bound, which test_the_seeds_differ_as_the_front_says compares
 
 
 def prose(file):
