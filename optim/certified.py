@@ -36,7 +36,7 @@ from optim.linalg import (
     Products,
     cap_fit,
     column_norms,
-    compiled,
+    compiled_whole,
     diagonal,
     exact_sums,
     eye_like,
@@ -367,7 +367,7 @@ class CertifiedStep:
     @cached_property
     def compiled_step(self) -> Any:
         """`step`, compiled once."""
-        return compiled(step)
+        return compiled_whole(step)
 
     def describe(self, device: torch.device) -> str:
         """What a person should know of the rule on this device, in one line."""

@@ -110,7 +110,7 @@ def exact_sums(device: torch.device) -> Iterator[None]:
         matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
-def compiled(function: Callable) -> Any:
+def compiled_whole(function: Callable) -> Any:
     """The function through torch.compile, whole and for fixed shapes, with fitted coefficients as constants of the program."""
     for constant in (sign_coefficients, cap_fit):
         torch.compiler.assume_constant_result(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from optim.certificate import certify
-from optim.linalg import compiled
+from optim.linalg import compiled_whole
 from optim.manifolds import MANIFOLDS, is_wide, tall
 
 
@@ -210,7 +210,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     @cached_property
     def compiled_advance(self) -> Any:
         """`advance`, compiled: one pass instead of four."""
-        return compiled(advance)
+        return compiled_whole(advance)
 
     @staticmethod
     def _check(group: dict[str, Any]) -> None:
