@@ -243,12 +243,12 @@ def direction_and_length(
 
 
 def polish(
-    V: Tensor, manifold: Manifold, shrink: Tensor | float, cap: float, mm: Products
+    V: Tensor, manifold: Manifold, shrink: Tensor | float, longest: float, mm: Products
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One round of the retraction: V (I + M) (k, m, n), the small M (k, n, n), and E (k, n, n) of V in the precision of the products.
 
     M makes V (VᵀV)^(-1/2) of V; where lengths of columns are free, of V with its columns at unit length, which then get back their
-    length·shrink, at most cap.
+    length·shrink, at most `longest`.
     """
     S, V_rounded = mm.gram(V)  # (k, n, n)
     lengths = diagonal(S).sqrt()[:, :, None] if manifold.free_lengths else None  # (k, n, 1)
@@ -256,22 +256,22 @@ def polish(
     E_rounded = E.to(mm.dtype)
     M = inverse_sqrt_increment(E, E_rounded, mm)
     if lengths is not None:
-        factor = torch.clamp_max(shrink * torch.ones_like(lengths), cap / lengths).mT  # (k, 1, n)
+        factor = torch.clamp_max(shrink * torch.ones_like(lengths), longest / lengths).mT  # (k, 1, n)
         M = over(M, lengths) * lengths.mT * factor + torch.diag_embed(factor.squeeze(-2) - 1)
     return mm.times_near_identity(V, V_rounded, M), M, E_rounded
 
 
 def retract(
-    V: Tensor, manifold: Manifold, shrink: Tensor, cap: float, level: Tensor, rounds: int, mm: Products
+    V: Tensor, manifold: Manifold, shrink: Tensor, longest: float, level: Tensor, rounds: int, mm: Products
 ) -> tuple[Tensor, Tensor]:
     """A point of the manifold near the trial point V (k, m, n), and ‖E‖₂ (k,), how far V was from it, infinite if nothing came of it.
 
-    Free lengths of columns become length·shrink, at most cap. rounds: 1; 2, of which the second is for matrices of level (k,) 1 and
+    Free lengths of columns become length·shrink, at most `longest`. rounds: 1; 2, of which the second is for matrices of level (k,) 1 and
     more; 0: an exact retraction, and a round for the lengths.
     """
-    new, M, E = polish(V, manifold, shrink, cap, mm)
+    new, M, E = polish(V, manifold, shrink, longest, mm)
     if rounds == 0:
-        new, M, _ = polish(manifold.retract(torch.where(V.isfinite(), V, 0)), manifold, shrink, cap, mm)
+        new, M, _ = polish(manifold.retract(torch.where(V.isfinite(), V, 0)), manifold, shrink, longest, mm)
     distance = largest_eigenvalue(lambda v: mm.times_vector(E, v), E, DISTANCE_STEPS).flatten()
     distance = torch.where(M.to(mm.dtype).isfinite().all(dim=(-2, -1)), distance, torch.inf)
     if rounds == 2:
@@ -316,8 +316,8 @@ def step(
     if not manifold.constrained:
         new = torch.where(moving[:, None, None], W * shrink - trial, W)
         return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving))
-    cap = torch.inf if norm_cap is None else norm_cap
-    new, distance = retract(W - trial, manifold, shrink, cap, level, rounds, mm)
+    longest = torch.inf if norm_cap is None else norm_cap
+    new, distance = retract(W - trial, manifold, shrink, longest, level, rounds, mm)
     landed = distance <= torch.where(level >= 1, LANDS[1], LANDS[0]) if rounds else distance < torch.inf
     wanted = (~(distance <= SECOND_ROUND)).float() + (~(distance <= EXACT)).float()  # NaN asks for the exact one
     return Moved(
