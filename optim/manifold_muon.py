@@ -66,7 +66,7 @@ class Moved(NamedTuple):
 
 
 class StepRule(Protocol):
-    """What ManifoldMuon needs of a rule."""
+    """What ManifoldMuon needs of a rule; hashable, so that the operations of a step are counted once."""
 
     def __hash__(self) -> int: ...
 
@@ -338,9 +338,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state on every rank, as one rank alone would have it; on several ranks, all must call."""
-        borrowed = [
-            p for p, owner in self.owners.items() if owner != self.rank
-        ]  # their state is here for this call alone
+        borrowed = [p for p, owner in self.owners.items() if owner != self.rank]  # their state is here for this call
         blocks = {p: group["blocks"] for group in self.param_groups for p in group["params"]}
         for p, owner in self.owners.items() if self.world > 1 else ():
             for name, shape in state_shapes(p, blocks[p]).items():
