@@ -11,6 +11,7 @@ An experiment is a file of scripts/experiments. Options of every experiment:
     <axis>=       the values of an axis, a list with commas
     seeds=        a list with commas
     around=       for axes that are varied one at a time: the value of each while another one is varied, in their order
+    trials=       for experiments that search their settings: how many trials each case has; search_seed= is their seed
     workers=      how many runs at a time; 0 trains nothing and makes the table of the runs that have ended
     output_dir=   where the runs are written (outputs/<name>)
     results=      where table.md, table.json and the pictures are written (results/<name>)
@@ -62,7 +63,7 @@ def help_of(name: str) -> str:
     experiment = load_experiment(name)
     axes = {axis: experiment.values(axis) for axis in experiment.axes}
     around = {"around": ",".join(experiment.around.values())} if experiment.around else {}
-    options = {**axes, "seeds": experiment.seeds, **around, **experiment.options, "workers": experiment.workers}
+    options = {**axes, "seeds": experiment.seeds, **around, **experiment.all_options, "workers": experiment.workers}
     return "\n".join([experiment.hypothesis, "", *(f"    {key}={value}" for key, value in options.items())])
 
 
@@ -75,7 +76,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     axes = {axis: experiment.values(axis) for axis in experiment.axes}
     own = {"workers": experiment.workers, "output_dir": "", "results": ""}
     lists = {"seeds": experiment.seeds, "around": ",".join(experiment.around.values())}
-    words, options = parse(arguments, {**axes, **lists, **own, **experiment.options})
+    words, options = parse(arguments, {**axes, **lists, **own, **experiment.all_options})
     launcher = [word for word in words if word.startswith(("hydra/launcher=", "hydra.launcher."))]
     if launcher and not launcher[0].startswith("hydra/launcher="):
         raise UsageError(
@@ -97,7 +98,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
         axes={axis: _listed(options[axis]) for axis in axes},
         around=dict(zip(experiment.around, around)),
         seeds=_listed(options["seeds"]),
-        options={key: options[key] for key in experiment.options},
+        options={key: options[key] for key in experiment.all_options},
         overrides=overrides,
     )
     return study, {key: options[key] for key in own}, launcher

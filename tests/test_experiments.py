@@ -21,7 +21,8 @@ from harness import children, command, last_step, records, wait_until
 from model.residual import RESIDUAL_RULES
 from scripts import experiment
 from scripts.analysis.runs import RecordedRun
-from scripts.analysis.statistics import Estimate, best_rate
+from scripts.analysis.search import Axis, Found
+from scripts.analysis.statistics import Difference, Estimate, best_rate, student_cdf, student_quantile
 from scripts.analysis.study import best_of, pivot
 from scripts.experiments import crossing, mechanism
 from training.config import compose
@@ -312,6 +313,71 @@ def test_an_override_reaches_every_job(name):
         assert {compose(job.overrides).logger.mode for _, job in jobs[:3]} == {mode}
 
 
+# ---- the search ----
+
+
+def search(loss, trials, **first):
+    """The search of a loss in the learning rate and the decay, after so many trials."""
+    found = Found([Axis("lr", 0.01), Axis("decay", 0.1, 4.0)], **first)
+    for _ in range(trials):
+        point = found.next_point()
+        assert point not in found.tried
+        found.tried[point] = loss(*(float(place) for place in point))
+    return found
+
+
+def bowl(rate, decay):
+    return (rate - 2.4) ** 2 + 0.3 * (decay + 1) ** 2
+
+
+def test_a_search_leaves_the_edge_and_then_halves_its_distance():
+    assert search(bowl, 1).best == {"lr": "0.01", "decay": "0.1"} and not search(bowl, 1).bracketed
+    found = search(bowl, 9)
+    assert found.best == {"lr": "0.04", "decay": "0.025"} and found.bracketed
+    assert float(search(bowl, 30).best["lr"]) == pytest.approx(0.01 * 2**2.4, rel=0.1)
+    assert search(bowl, 6, start=found.point).tried[found.point] == bowl(2, -1)
+
+
+def test_a_search_flees_from_unstable_rates():
+    found = search(lambda rate, decay: math.inf if rate > -3 else -rate, 4)
+    assert [float(point[0]) for point in found.tried] == [0, -1, -2, -3] and found.best["lr"] == "0.00125"
+
+
+def test_equally_many_trials_for_each_case_and_runs_at_the_best(tiny_grid, tmp_path, capsys):
+    words = ["horizon", HERE, *LESS["horizon"], *tiny_grid, *SMALL[:3], "max_steps=1,2", f"results={tmp_path}/results"]
+    assert experiment.main([*words, "trials=2", "seeds=1", f"output_dir={tmp_path}/runs"]) == 0
+    data = json.loads((tmp_path / "results/table.json").read_text())
+    tried = {}
+    for trial in data["trials"]:
+        tried.setdefault((trial["arm"], trial["max_steps"]), []).append((trial["val_loss"], trial["optim.muon.lr"]))
+    assert len(tried) == 4 and {len(found) for found in tried.values()} == {2}
+    for row in data["rows"]:
+        assert row["optim.muon.lr"] == min(tried[row["arm"], row["max_steps"]])[1] and row["seed"] == 1
+    first = {key: found[0][1] for key, found in tried.items()}
+    assert first["all_stiefel", "2"] == min(tried["all_stiefel", "1"])[1]
+    assert experiment.main([*words, "trials=0", f"output_dir={tmp_path}/none"]) == 2
+    assert "trials=0 is too few" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_students_distribution_and_paired_differences():
+    for freedom, t in (
+        (1, 12.7062),
+        (2, 4.30265),
+        (3, 3.18245),
+        (4, 2.77645),
+        (9, 2.26216),
+        (30, 2.04227),
+    ):  # printed tables
+        assert student_quantile(0.975, freedom) == pytest.approx(t, rel=1e-5)
+        assert student_cdf(t, freedom) == pytest.approx(0.975, abs=1e-6) and student_cdf(-t, freedom) == pytest.approx(
+            0.025, abs=1e-6
+        )
+    found = Difference.of({1: 2.0, 2: 2.2, 3: 2.1, 4: 9.0}, {3: 2.0, 2: 2.1, 1: 1.8})
+    assert (found.count, found.mean) == (3, pytest.approx(0.4 / 3)) and found.low < 0 < found.high
+    assert found.p == pytest.approx(0.0572, abs=1e-4)  # t = 4 with two degrees of freedom
+    assert Difference.of({1: 2.0}, {1: 1.5}).text() == "+0.500" and math.isnan(Difference.of({1: 2.0}, {1: 1.5}).p)
+
+
 # ---- what a case amounts to ----
 
 
@@ -382,6 +448,7 @@ def test_the_verdict_names_what_restored_attention():
 
 LESS = {  # of every experiment's lists, as little as draws a picture
     "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
+    "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "data=stdlib", "data.name=stdlib"],
     "exponents": ["scan=2", "init.residual_scale=1", "init.weight_scale=0.5,2", "models=2", "assignments=adamw,hetero"],
     "instability_one_gpu": [],
     "instability_small": ["optim.muon.lr=0.1", "optim=paper", "assignment=all_dgram,hetero"],
@@ -398,6 +465,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
 }
 TOLD = {  # what its table says
     "crossing": ["| 2 |", "steps to 100.00", "| Unconstrained | geonorm |"],
+    "horizon": ["| 4 | all_stiefel |", "(edge)", "minus Unconstrained", "paired by seed"],
     "exponents": ["| hetero |", "closed form", "Rank correlation of the final loss of 2 trained models"],
     "instability_small": ["| paper | 0.1 | all_dgram |", "those of the last probe"],
     "lr_transfer": ["| νGPT | width | 32 |", "| +0.00 |"],
@@ -417,7 +485,7 @@ def test_an_experiment_writes_its_table_and_pictures_and_keeps_what_is_done(name
     table, data = (tmp_path / "results/table.md").read_text(), json.loads((tmp_path / "results/table.json").read_text())
     assert all(word in table for word in TOLD[name]), table
     assert f"python scripts/experiment.py {name}" in table and data["command"] in table.replace("`", "")
-    runs = list((tmp_path / "runs").iterdir())
+    runs = [run for run in (tmp_path / "runs").iterdir() if run.name != "trials"]
     assert len(data["rows"]) == len(runs) and all(row["val_loss_final"] > 1 for row in data["rows"])
     pictures = {p.name for p in (tmp_path / "results").glob("*.png")}
     assert pictures == set(experiment.load_experiment(name).figures)

@@ -13,9 +13,9 @@ from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from scripts.analysis.figures import ASSIGNMENT_COLOURS, picture
+from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, OTHER_COLOURS, picture
 from scripts.analysis.runs import RecordedRun, final_losses
-from scripts.analysis.statistics import Estimate, best_rate
+from scripts.analysis.statistics import Difference, Estimate, best_rate
 
 Curves = Mapping[str, Mapping[float, Sequence[float]]]
 """Label → learning rate → final losses, one a seed."""
@@ -77,6 +77,70 @@ def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rat
                 axes.legend(frameon=False, fontsize=7)
                 axes.set_xlabel(rates)
             row[0].set_ylabel("validation loss (nats a token)")
+    return path
+
+
+def loss_of_trials(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path) -> Path:
+    """Draw every trial of a search: title of a panel → label of a curve → pairs of learning rate and loss.
+
+    Trials of one case that differ in other settings have the same learning rate; the line joins the best of each. The best of all has a large dot.
+    """
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    colours = dict(zip(labels, colormaps["tab20"].colors * 2))  # type: ignore[attr-defined]
+    with picture(path, 3.4 * len(panels), 4.2) as figure:
+        for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
+            for label, trials in curves.items():
+                finite = sorted((rate, loss) for rate, loss in trials if math.isfinite(loss))
+                lowest = dict(reversed(finite))
+                axes.plot(*zip(*finite), linestyle="", marker=".", color=colours[label], alpha=0.6) if finite else None
+                axes.plot(sorted(lowest), [lowest[r] for r in sorted(lowest)], color=colours[label], linewidth=1.2)
+                if finite:
+                    best = min(finite, key=lambda pair: pair[1])
+                    axes.plot(*best, marker="o", color=colours[label], markersize=6)
+            losses = [loss for trials in curves.values() for _, loss in trials if math.isfinite(loss)]
+            if losses:
+                low = min(losses)
+                axes.set_ylim(low - 0.03, min(max(losses), low + 0.6) + 0.03)
+            axes.set_xscale("log")
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("learning rate of the matrices")
+        figure.axes[0].set_ylabel("validation loss (nats a token)")
+        handles = [Line2D([], [], color=colours[label], linewidth=2) for label in labels]
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=7.5
+        )
+    return path
+
+
+def gap_by_tokens(
+    gaps: Mapping[str, Mapping[float, Difference]], path: Path, published: Mapping[str, tuple[float, float]]
+) -> Path:
+    """Draw the loss minus that of the baseline over training tokens: label → tokens → paired difference, whose 95% interval is a bar.
+
+    published: label → tokens and gap of a published run, one seed, drawn as a hollow mark of the label's colour.
+    """
+    with picture(path, 7.2, 4.2) as figure:
+        axes = figure.subplots()
+        for i, (label, line) in enumerate(gaps.items()):
+            colour = ASSIGNMENT_COLOURS.get(label, OTHER_COLOURS[i % len(OTHER_COLOURS)])
+            tokens, found = list(line), list(line.values())
+            below = [0.0 if math.isnan(d.low) else d.mean - d.low for d in found]
+            axes.errorbar(tokens, [d.mean for d in found], below, color=colour, marker="o", capsize=3, label=label)
+            if label in published:
+                axes.plot(*published[label], marker="D", markerfacecolor="none", color=colour, markersize=7)
+                axes.annotate(
+                    f"{label}, published",
+                    published[label],
+                    xytext=(-6, 8),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    ha="right",
+                )
+        axes.axhline(0.0, **DASHES)
+        axes.set_xscale("log")
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel("loss minus that of Unconstrained (nats a token)")
+        axes.legend(frameon=False)
     return path
 
 

@@ -108,6 +108,11 @@ class RecordedRun:
         """Loss on the whole validation split at the end (nats a token); None if it was not evaluated."""
         return next((record["loss"] for record in reversed(self.records.get("full_eval", []))), None)
 
+    @property
+    def held_out(self) -> float | None:
+        """Loss at the end (nats a token): on the whole validation split if it was evaluated, otherwise on the windows."""
+        return self.final if self.full is None else self.full
+
     def spectra(self, sublayer: str) -> dict[str, list[dict[str, Any]]]:
         """The spectra records of every matrix of a sublayer ("attention" or "mlp"), by parameter name."""
         found: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""Statistics over seeds and runs: mean ± standard error, rank correlation, and the best learning rate of a curve."""
+"""Statistics over seeds and runs: mean ± standard error, paired difference, rank correlation, and the best learning rate of a curve."""
 
 from __future__ import annotations
 
@@ -26,6 +26,64 @@ class Estimate:
     def text(self, digits: int, sign: str = "") -> str:
         """Text such as "2.30 ± 0.17"; without an error for a single value. `sign="+"` also shows the sign of a positive mean."""
         return f"{self.mean:{sign}.{digits}f}" + (f" ± {self.error:.{digits}f}" if self.count > 1 else "")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over seeds that both sides have, its standard error, and Student's 95% interval.
+
+    p: two-sided, that a difference at least as large comes from chance alone, if the differences are normal. With fewer than two seeds,
+    error, interval and p are NaN.
+    """
+
+    mean: float
+    error: float
+    count: int
+    low: float
+    high: float
+    p: float
+
+    @classmethod
+    def of(cls, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+        """Ours minus theirs. Both are given by seed; at least one seed must be in both."""
+        found = Estimate.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+        freedom = found.count - 1
+        half = student_quantile(0.975, freedom) * found.error if freedom else math.nan
+        t = abs(found.mean) / found.error if found.error else math.inf
+        p = math.nan if math.isnan(found.error) else 2 * (1 - student_cdf(t, freedom))
+        return cls(found.mean, found.error, found.count, found.mean - half, found.mean + half, p)
+
+    def text(self, digits: int = 3) -> str:
+        """Text such as "-0.031 [-0.040, -0.022]"; without an interval for a single seed."""
+        interval = f" [{self.low:+.{digits}f}, {self.high:+.{digits}f}]" if self.count > 1 else ""
+        return f"{self.mean:+.{digits}f}{interval}"
+
+
+def student_cdf(t: float, freedom: int) -> float:
+    """P(T ≤ t) of Student's distribution with a whole number of degrees of freedom, at least 1.
+
+    A finite sum (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4).
+    """
+    angle = math.atan2(t, math.sqrt(freedom))
+    cosine, odd = math.cos(angle), freedom % 2
+    term = cosine if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return (1 + within) / 2
+
+
+def student_quantile(share: float, freedom: int) -> float:
+    """The t with P(T ≤ t) = share, for a share from 0.5 to below 1, by bisection."""
+    low, high = 0.0, 1.0
+    while student_cdf(high, freedom) < share:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_cdf(middle, freedom) < share else (low, middle)
+    return high
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:

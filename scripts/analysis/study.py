@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.analysis.runs import RecordedRun, final_losses, read_run
+from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
 from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError
@@ -31,6 +32,7 @@ class Experiment:
     base: overrides of train.py for every run, such as ("experiment=crossing",).
     axes: key of train.py → its values, with commas; every combination is a case. Or the name of an axis → name of a value → overrides.
     around: axes that are varied one at a time, and the value of each while another one is varied.
+    search: the settings that are searched in each case before it is run with its seeds; None if there are none.
     seeds: with commas; every case is run with each seed.
     options: further options of the command and their defaults. workers: how many runs at a time.
     derived: further overrides for a case.
@@ -44,6 +46,7 @@ class Experiment:
     base: tuple[str, ...] = ()
     axes: Mapping[str, str | Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     around: Mapping[str, str] = field(default_factory=dict)
+    search: Search | None = None
     seeds: str = "1"
     options: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 2
@@ -60,10 +63,18 @@ class Experiment:
         values = self.axes[axis]
         return values if isinstance(values, str) else ",".join(values)
 
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The further options of the command, with those of the search."""
+        return {**(SEARCH_OPTIONS if self.search else {}), **self.options}
+
 
 @dataclass
 class Study:
-    """An experiment with the axes, seeds, options and overrides of the command line. groups: the runs that ended, by case."""
+    """An experiment with the axes, seeds, options and overrides of the command line.
+
+    groups: the runs that ended, by case. found: the search of each case, by the values of the case.
+    """
 
     experiment: Experiment
     axes: dict[str, list[str]]
@@ -72,6 +83,7 @@ class Study:
     options: dict[str, Any]
     overrides: list[str]
     groups: list[list[RecordedRun]] = field(default_factory=list)
+    found: dict[tuple[str, ...], Found] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,22 +137,34 @@ class Study:
                 raise UsageError(f"there is no {axis} '{value}'; choose from {', '.join(named)}")
         return [*found, *self.experiment.derived(self, case)]
 
-    def jobs(self, parent: Path) -> list[tuple[dict[str, str], Job]]:
-        """Each case and its job, seed after seed, so that an interrupted experiment has complete seeds. Nothing is written.
+    def job(self, parent: Path, case: Case, seed: str, settings: Sequence[str], searched: Case) -> Job:
+        """The run of a case with a seed. searched: key → value of the settings that were searched."""
+        own = [*settings, *(f"{key}={value}" for key, value in searched.items()), f"seed={seed}"]
+        name = directory_name(",".join(f"{key}={value}" for key, value in {**case, **searched, "seed": seed}.items()))
+        return Job((*self.experiment.base, "logger.mode=disabled", *own, *self.overrides), parent / name)
+
+    def jobs(self, parent: Path, cases: Sequence[Case] | None = None) -> list[tuple[dict[str, str], Job]]:
+        """Each case (of those given, or of all) and its job, seed after seed, so that an interrupted experiment has complete seeds.
+
+        The settings that are searched have their best values; before the search, those at which it starts. A case whose search
+        found nothing has no job. Nothing is written.
 
         Raises:
             UsageError, ConfigError, HydraException: a configuration is wrong.
         """
-        settings = [(case, self.settings(case)) for case in self.cases()]
-        found = []
-        for seed in self.seeds:
-            for case, own in settings:
-                fixed = (*self.experiment.base, "logger.mode=disabled", *own, f"seed={seed}", *self.overrides)
-                name = directory_name(",".join(f"{key}={value}" for key, value in {**case, "seed": seed}.items()))
-                found.append((case, Job(fixed, parent / name)))
-        for _, job in found[: len(settings)]:  # one seed is enough for a check
+        ready = []
+        for case in self.cases() if cases is None else cases:
+            found = self.found.get(tuple(case.values())) or self._new_search(case)
+            if found.tried or tuple(case.values()) not in self.found:
+                ready.append((case, self.settings(case), found.best))
+        jobs = [
+            ({**case, **best}, self.job(parent, case, seed, own, best))
+            for seed in self.seeds
+            for case, own, best in ready
+        ]
+        for _, job in jobs[: len(ready)]:  # one seed is enough for a check
             check(compose(job.overrides))
-        return found
+        return jobs
 
     def run(self, parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
         """Run what has not ended, read the runs, and measure. Returns directory → reason, for the runs that failed.
@@ -148,18 +172,70 @@ class Study:
         Raises:
             UsageError: no run has ended, and the experiment has no table without runs.
         """
-        jobs = self.jobs(parent)
-        failures = run_all([job for _, job in jobs], workers, launcher)
+        failures: dict[Path, str] = {}
         groups: dict[tuple[str, ...], list[RecordedRun]] = {}
-        for case, job in jobs:
-            if job.ended:
-                groups.setdefault(tuple(case.values()), []).append(replace(read_run(job.directory), case=case))
+        for cases in self._stages():
+            if self.experiment.search:
+                failures |= self._search(cases, parent, workers, launcher)
+            jobs = self.jobs(parent, cases)
+            failures |= run_all([job for _, job in jobs], workers, launcher)
+            for case, job in jobs:
+                if job.ended:
+                    key = tuple(case[axis] for axis in self.axes)
+                    groups.setdefault(key, []).append(replace(read_run(job.directory), case=case))
         order = {tuple(case.values()): i for i, case in enumerate(self.cases())}
         self.groups = [groups[key] for key in sorted(groups, key=order.__getitem__)]
         if not self.groups and not self.experiment.untrained:
             raise UsageError("no run came to its end, so there is no table; the lines above tell the reason")
         self.facts = self.experiment.measure(self)
         return failures
+
+    def _stages(self) -> list[list[dict[str, str]]]:
+        """The cases in the order in which they are run: all together, or by the value of the axis along which a search goes."""
+        along = self.experiment.search.along if self.experiment.search else None
+        if along is None:
+            return [self.cases()]
+        return [[case for case in self.cases() if case[along] == value] for value in self.axes[along]]
+
+    def _search(self, cases: Sequence[Case], parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
+        """Run the trials of some cases, a trial of each at a time. Returns directory → reason, for those that failed; such a search ends."""
+        failures, trials = {}, self.options["trials"]
+        if trials < 1:
+            raise UsageError(f"trials={trials} is too few; give at least 1")
+        going = {}
+        for case in cases:
+            key = tuple(case.values())
+            self.found[key] = self._new_search(case)
+            going[key] = case, self.settings(case)
+        for _ in range(trials):
+            points = {key: self.found[key].next_point() for key in going}
+            jobs = {}
+            for key, (case, own) in going.items():
+                searched = self.found[key].values(points[key])
+                judged = [*own, "full_eval=false"]  # a trial is judged by the windows
+                jobs[key] = self.job(parent / "trials", case, str(self.options["search_seed"]), judged, searched)
+            for job in jobs.values():
+                check(compose(job.overrides))
+            failures |= run_all(list(jobs.values()), workers, launcher)
+            for key, job in jobs.items():
+                if not job.ended:
+                    del going[key]
+                    continue
+                r = read_run(job.directory)
+                self.found[key].tried[points[key]] = r.final if r.stable and r.final is not None else math.inf
+        return failures
+
+    def _new_search(self, case: Case) -> Found:
+        """The search of a case before its first trial."""
+        search, before = self.experiment.search, self.found.get(self._previous(case))
+        return Found(search.axes(self, case) if search else [], before.point if before and before.tried else None)
+
+    def _previous(self, case: Case) -> tuple[str, ...]:
+        """The values of the case before this one along the axis of the search; empty if there is none."""
+        along = self.experiment.search.along if self.experiment.search else None
+        if along is None or (i := self.axes[along].index(case[along])) == 0:
+            return ()
+        return tuple({**case, along: self.axes[along][i - 1]}.values())
 
     def write(self, results: Path, command: str) -> str:
         """Write table.md, table.json and the pictures; returns the tables for a terminal."""
@@ -169,11 +245,19 @@ class Study:
         foot = footer(command, self.runs, *remarks * bool(self.runs), self.experiment.remark(self))
         env = self.runs[0].environment if self.runs else environment()
         rows = rows_of(self.runs, columns or [BEST, FINAL, STATUS])
-        write_tables(results, tables, foot, {"command": command, "environment": env, **self.facts, "rows": rows})
+        trials = (
+            {"trials": [line for found in self.found.items() for line in self._trials(*found)]} if self.found else {}
+        )
+        data = {"command": command, "environment": env, **self.facts, "rows": rows, **trials}
+        write_tables(results, tables, foot, data)
         drawn = [name for name, draw in self.experiment.figures.items() if draw(self, results / name)]
         parts = [*(table.text() for table in tables), self.experiment.remark(self)]
         written = ", ".join(["table.md", "table.json", *drawn])
         return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
+
+    def _trials(self, key: Sequence[str], found: Found) -> list[dict[str, Any]]:
+        """The trials of a case as data, in their order."""
+        return [{**dict(zip(self.axes, key)), **found.values(p), "val_loss": loss} for p, loss in found.tried.items()]
 
 
 # ---- tables of experiments ----

@@ -1,0 +1,67 @@
+"""Contests: cases that were searched with equally many trials, then run with several seeds, and compared seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from scripts.analysis.runs import RecordedRun
+from scripts.analysis.statistics import Difference
+from scripts.analysis.study import Case, Study
+from scripts.analysis.tables import Column, Table, make_table
+
+REMARK = (
+    "Differences are paired by seed, with Student's 95% interval. The search has a seed of its own, which no run of the table has. "
+    "(edge): a neighbour of the best settings was not tried."
+)
+"""The sentences below a table of a contest."""
+
+Opponent = Callable[[Case], Mapping[str, str]]
+"""From a case to the axis values in which the case that it is compared with differs from it."""
+
+
+def difference(ours: Sequence[RecordedRun], theirs: Sequence[RecordedRun]) -> Difference | None:
+    """The difference of the losses at the end, paired by seed; None if no seed is in both, or if a run was unstable."""
+    mine, other = ({r.config["seed"]: r.held_out for r in runs if r.held_out is not None} for runs in (ours, theirs))
+    if not mine.keys() & other.keys() or not all(r.stable for r in [*ours, *theirs]):
+        return None
+    return Difference.of(mine, other)
+
+
+def differences(study: Study, opponent: Opponent) -> dict[tuple[str, ...], Difference]:
+    """The difference of each case from its opponent, by the values of the case. A case that is its own opponent has none."""
+    runs, found = study.grouped(*study.axes), {}
+    for key, ours in runs.items():
+        case = dict(zip(study.axes, key))
+        other = tuple({**case, **opponent(case)}.values())
+        apart = difference(ours, runs.get(other, [])) if other != key else None
+        if apart is not None:
+            found[key] = apart
+    return found
+
+
+def contest_table(study: Study, columns: Sequence[Column], against: Mapping[str, Opponent]) -> Table:
+    """The columns, the best settings of each case, and its difference from each opponent, by the name of a heading."""
+    table = make_table(study.groups, columns)
+    apart = [differences(study, opponent) for opponent in against.values()]
+    for line, runs in zip(table.lines, study.groups):
+        key = tuple(runs[0].case[axis] for axis in study.axes)
+        line.append(_best_settings(study, key))
+        line += [found[key].text() if key in found else "" for found in apart]
+    headings = [*table.headings, "best settings", *(f"minus {name}" for name in against)]
+    return Table(headings, table.lines, [*table.numeric, False, *[True] * len(against)])
+
+
+def _best_settings(study: Study, key: tuple[str, ...]) -> str:
+    found = study.found[key]
+    text = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in found.best.items())
+    return text if found.bracketed else f"{text} (edge)"
+
+
+def trials_by(study: Study, panel: str, curve: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """The trials for `loss_of_trials`: a panel for each value of one axis, a curve for each value of another."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for key, search in study.found.items():
+        case = dict(zip(study.axes, key))
+        rates = [(float(next(iter(search.values(point).values()))), loss) for point, loss in search.tried.items()]
+        found.setdefault(f"{panel.rpartition('.')[2]} {case[panel]}", {}).setdefault(case[curve], []).extend(rates)
+    return found

@@ -1,0 +1,100 @@
+"""The search for the best settings of every case of an experiment: equally many trials for each case, and no edges.
+
+A compass search: the settings lie on a grid of equal factors without ends. The next trial is a neighbour of the best trial so far
+that was not tried yet; when all neighbours were tried, the distance is halved. So a best value can be at the edge of what was tried
+only if the trials ended first, and `Found.bracketed` says whether they did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+Point = tuple[Fraction, ...]
+"""The place of a trial: for each searched setting, how many factors it is away from the first value."""
+
+SEARCH_OPTIONS = {"trials": 8, "search_seed": 0}
+"""The options of an experiment with a search, and their defaults: trials of each case, and their seed, which no final run should have."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting that is searched: a key of train.py, the value of the first trial, and the factor between neighbours (above 1)."""
+
+    key: str
+    start: float
+    factor: float = 2.0
+
+    def text(self, place: Fraction) -> str:
+        """The value at a place, rounded to three digits."""
+        return f"{self.start * self.factor ** float(place):.3g}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched in an experiment, whose options have those of `SEARCH_OPTIONS`.
+
+    axes: the settings that are searched in a case, from its study and its values. A setting without effect is left out.
+    along: an axis of the experiment, or None. In the order of its values, a search starts at the best point of the one before.
+    """
+
+    axes: Callable[[Any, Mapping[str, str]], list[Axis]]
+    along: str | None = None
+
+
+@dataclass
+class Found:
+    """The search of a case. axes: what is searched. start: the point of the first trial. tried: point → loss (nats a token), in order.
+
+    The loss of an unstable run is infinite.
+    """
+
+    axes: list[Axis]
+    start: Point | None = None
+    tried: dict[Point, float] = field(default_factory=dict)
+
+    @property
+    def point(self) -> Point:
+        """The point with the lowest loss, the first one of equals; before the first trial, that at which it starts."""
+        return min(self.tried, key=self.tried.__getitem__, default=self.start or (Fraction(0),) * len(self.axes))
+
+    @property
+    def best(self) -> dict[str, str]:
+        """Key → value at the best point."""
+        return self.values(self.point)
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether, for each setting, a lower and a higher value were tried with the best of the others. Then the best is not at an edge."""
+        best = self.point
+        for i, place in enumerate(best):
+            beside = [p[i] for p in self.tried if p[:i] == best[:i] and p[i + 1 :] == best[i + 1 :]]
+            if not min(beside) < place < max(beside):
+                return False
+        return True
+
+    def values(self, point: Point) -> dict[str, str]:
+        """Key → value at a point."""
+        return {axis.key: axis.text(place) for axis, place in zip(self.axes, point)}
+
+    def next_point(self) -> Point:
+        """The point of the next trial. While every loss is infinite, the first setting, which is the learning rate, becomes smaller."""
+        best, distance = self.point, Fraction(1)
+        if not self.tried:
+            return best
+        if math.isinf(self.tried[best]):
+            return (min(point[0] for point in self.tried) - 1, *best[1:])
+        while True:
+            for neighbour in _neighbours(best, distance):
+                if neighbour not in self.tried:
+                    return neighbour
+            distance /= 2
+
+
+def _neighbours(point: Point, distance: Fraction) -> Iterator[Point]:
+    for i, place in enumerate(point):
+        for moved in (place + distance, place - distance):
+            yield (*point[:i], moved, *point[i + 1 :])

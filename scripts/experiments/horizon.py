@@ -1,0 +1,58 @@
+"""The order of the loss table, by horizon."""
+
+from scripts.analysis.contest import REMARK, contest_table, differences, trials_by
+from scripts.analysis.experiment_figures import gap_by_tokens, loss_of_trials
+from scripts.analysis.search import Axis, Search
+from scripts.analysis.statistics import Difference
+from scripts.analysis.study import Case, Experiment, Study
+from scripts.analysis.tables import STATUS, Column, case
+
+ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
+OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in ASSIGNMENTS}
+THEIRS = {f"{name}_published": (f"assignment={name}", "optim=paper") for name in ASSIGNMENTS}
+DECAYED = ("adamw", "unconstrained", "all_dgram", "hetero", "hetero_inv", "unconstrained_published")
+PUBLISHED = {
+    "Hetero": (3.28e9, 3.3544 - 3.3855),
+    "All-Stiefel": (3.28e9, 3.3679 - 3.3855),
+}  # arXiv 2606.13276, one seed
+
+
+def searched(study: Study, case: Case) -> list[Axis]:
+    """Learning rate and weight decay of the matrices. Where no decay acts on a matrix, only the rate."""
+    which, rate = ("adamw", 3e-3) if case["arm"] == "adamw" else ("muon", 0.05)
+    decay = [Axis(f"optim.{which}.weight_decay", 0.1, 4.0)] if case["arm"] in DECAYED else []
+    return [Axis(f"optim.{which}.lr", rate), *decay]
+
+
+def baseline(case: Case) -> dict[str, str]:
+    """Unconstrained under the same step rule; for AdamW, under ours."""
+    return {"arm": "unconstrained_published" if case["arm"] in THEIRS else "unconstrained"}
+
+
+def curves(study: Study) -> dict[str, dict[float, Difference]]:
+    """The curves of the picture: tokens → difference, of AdamW and of the assignments under our step rule."""
+    found: dict[str, dict[float, Difference]] = {}
+    apart = differences(study, baseline)
+    for runs in study.groups:
+        arm, steps, config = runs[0].case["arm"], runs[0].case["max_steps"], runs[0].config
+        if (arm, steps) in apart and arm not in THEIRS:
+            tokens = int(steps) * config["global_batch_tokens"]
+            found.setdefault(runs[0].assignment, {})[tokens] = apart[arm, steps]
+    return found
+
+
+COLUMNS = [case("steps", "max_steps"), case("arm", "arm"), Column("val loss", "val_loss", lambda r: r.held_out), STATUS]
+EXPERIMENT = Experiment(
+    hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?",
+    base=("experiment=horizon",),
+    axes={"arm": {"adamw": ("assignment=adamw",), **OURS, **THEIRS}, "max_steps": "250,1000,4000,16000"},
+    search=Search(searched, along="max_steps"),
+    seeds="1,2,3",
+    options={"trials": 6},
+    tables=lambda study: [contest_table(study, COLUMNS, {"Unconstrained": baseline})],
+    figures={
+        "gap.png": lambda study, path: gap_by_tokens(curves(study), path, PUBLISHED),
+        "trials.png": lambda study, path: loss_of_trials(trials_by(study, "max_steps", "arm"), path),
+    },
+    remark=lambda study: REMARK,
+)
