@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import groupby
 
-from optim.manifolds import MANIFOLDS
+from .manifolds import MANIFOLDS
 
 ADAMW = "adamw"
 

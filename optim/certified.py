@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim.linalg import (
+from .linalg import (
     Products,
     cap_fit,
     column_norms,
@@ -52,8 +52,8 @@ from optim.linalg import (
     su_step,
     symmetric_sum,
 )
-from optim.manifold_muon import Moved, Stack
-from optim.manifolds import MANIFOLDS, Effort, Manifold, like, tall
+from .manifold_muon import Moved, Stack
+from .manifolds import MANIFOLDS, Effort, Manifold, like, tall
 
 LENGTHS: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda m, n: 1.0,

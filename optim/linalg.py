@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.msign import polar_express_coefficients
+from .msign import polar_express_coefficients
 
 Coefficients = Sequence[tuple[float, float, float]]
 

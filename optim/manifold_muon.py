@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from optim.certificate import certify
-from optim.linalg import compiled_whole
-from optim.manifolds import MANIFOLDS, is_wide, tall
+from .certificate import certify
+from .linalg import compiled_whole
+from .manifolds import MANIFOLDS, is_wide, tall
 
 
 class Stack(NamedTuple):

@@ -23,8 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.linalg import column_norms, diagonal, ratio
-from optim.msign import msign
+from .linalg import column_norms, diagonal, ratio
+from .msign import msign
 
 Polar = Callable[[Tensor], Tensor]
 """A function (..., m, n) → (..., m, n), tall, that returns the polar factor of its argument to its own accuracy."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.manifold_muon import Moved, Stack
-from optim.manifolds import MANIFOLDS, Manifold, Polar, like, tall
-from optim.msign import msign
+from .manifold_muon import Moved, Stack
+from .manifolds import MANIFOLDS, Manifold, Polar, like, tall
+from .msign import msign
 
 
 def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: float, msign: Polar) -> Tensor:
