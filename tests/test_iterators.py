@@ -1,5 +1,7 @@
 """Iterations for the matrix sign: published lists and numbers, the recipe of the steepest quintic, minimax, and iterators in a run."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from optim.iterators import (
 from optim.manifold_muon import ManifoldMuon
 from optim.msign import iterate
 from optim.published import PublishedStep
+from scripts import design_iterator
 from training.build import build_optimizers, step_rule
 from training.checkpoint import check_same
 from training.checks import check
@@ -133,7 +136,7 @@ def test_a_list_that_rounding_makes_diverge_is_refused_in_that_precision():
             cans.require(dtype)
     cans.require(torch.float32)
     wide = widened(cans.coefficients, 1.01)
-    assert unsound(wide, 2**-8) is None
+    assert unsound(wide, 2**-8) is None  # more than the test asks for
     assert torch.linalg.svdvals(iterate(X, wide, cans.margin, torch.bfloat16).float())[0] < 1.15
     for rule, remedy in (("paper", "msign_dtype"), ("manifold_muon", "products")):
         chosen = [f"optim={rule}", "optim.muon.rule.iterator=cans"]
@@ -228,3 +231,51 @@ def test_a_run_of_a_program_without_the_setting_is_resumed():
     unknown = unknown_and_off(older, now)
     assert unknown == ["optim.muon.rule.iterator"]
     assert check_same(older, now, ignore=unknown) == ["seed: (absent) → 1337"]
+
+
+# ---- the command ----
+
+
+def designed(capsys, tmp_path, *arguments):
+    """What the command prints, and the override of its last step."""
+    assert design_iterator.main([*arguments, f"figure={tmp_path}/new/iterator.png"]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "new" / "iterator.png").read_bytes().startswith(b"\x89PNG")
+    return printed, re.search(r"override +'(.*)'", printed)[1]
+
+
+def test_the_command_prints_what_a_configuration_takes(capsys, tmp_path):
+    printed, override = designed(capsys, tmp_path, "l=0.1", "r=0.1")
+    assert "a 3.1225       b -4.3745      c 2.1656" in printed and "gamma 2.1656, peak 1.1, trough 0.89108" in printed
+    assert "slope at 0   296.8" in printed and "band         [0.29268, 1.1] on [0.001, 1]" in printed
+    cfg = compose(["optim=paper", override])
+    check(cfg)
+    assert len(cfg.optim.muon.rule.iterator) == 5
+    printed, override = designed(capsys, tmp_path, "interval=0.001,1", "steps=5", "safety=1.01", "digits=15")
+    chosen = compose(["optim=paper", override]).optim.muon.rule.iterator
+    assert np.allclose(chosen, ITERATORS["polar_express"].coefficients, rtol=1e-12)
+    assert "rounding" not in printed
+    printed, _ = designed(capsys, tmp_path, "name=cans")
+    assert "rounding     this iterator is not safe in bfloat16" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["l=0.3", "r=0.3"], r"have no valid slope: at gamma=2\.7778 the trough"),
+        (["l=2", "r=0.3"], "give 0 ≤ l < 1"),
+        (["l=0.1"], "give both"),
+        (["l=x", "r=0.1"], "l=x is not a number"),
+        (["interval=1,0.1"], "the smaller first"),
+        (["interval=0,1"], "two numbers above 0"),
+        (["interval=0.1,1", "safety=0.9"], "safety of at least 1"),
+        (["name=jordn"], "unknown iterator 'jordn'"),
+        (["name=jordan", "l=0.1"], "give one of them"),
+        (["what"], "what is no option"),
+        ([], "nothing is asked for"),
+    ],
+)
+def test_the_command_refuses_with_the_reason_and_exit_code_2(arguments, reason, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert design_iterator.main(arguments) == 2
+    assert re.search(reason, capsys.readouterr().err) and not list(tmp_path.iterdir())
