@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import groupby
+from typing import Any
 
-from optim.manifolds import MANIFOLDS
+from .manifolds import MANIFOLDS
 
 ADAMW = "adamw"
 
@@ -132,6 +133,31 @@ def assign(
     if problems:
         raise AssignmentError(problems)
     return rows
+
+
+def by_pattern(names: Iterable[str], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
+    """The value of every parameter of one optimizer, by name: that of the pattern it matches, or the default.
+
+    `key` is what the caller calls the mapping, for messages.
+
+    Raises:
+        AssignmentError: a parameter is matched by several patterns, or a pattern matches none.
+    """
+    hits = {name: [pattern for pattern in values if matches(pattern, name)] for name in names}
+    problems = [
+        f"{key}: '{name}' is matched by several patterns ({', '.join(map(repr, found))}); keep one of them"
+        for name, found in hits.items()
+        if len(found) > 1
+    ]
+    used = {pattern for found in hits.values() for pattern in found}
+    problems += [
+        f"{key}: pattern '{pattern}' matches no matrix or vector of this optimizer; see the table of parameters for names"
+        for pattern in values
+        if pattern not in used
+    ]
+    if problems:
+        raise AssignmentError(problems)
+    return {name: values[found[0]] if found else default for name, found in hits.items()}
 
 
 def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:

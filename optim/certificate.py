@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.linalg import diagonal, frobenius, inner, ratio, su_step, symmetric_sum
-from optim.manifolds import MANIFOLDS, Manifold, tall
+from .linalg import diagonal, frobenius, inner, ratio, su_step, symmetric_sum
+from .manifolds import MANIFOLDS, Manifold, tall
 
 DUAL_STEPS, CONJUGATE_GRADIENTS = 4, 12
 """Su steps toward the least dual value, each of one eigendecomposition in n × n: .1 to 2% above the optimum on recorded problems."""

@@ -26,13 +26,15 @@ E = P(VᵀV) - target, on Stiefel VᵀV - I; M what a round of the retraction ad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optim.linalg import (
+from .iterators import Iterator
+from .linalg import (
     Products,
     cap_fit,
     column_norms,
@@ -52,8 +54,9 @@ from optim.linalg import (
     su_step,
     symmetric_sum,
 )
-from optim.manifold_muon import Moved, Stack
-from optim.manifolds import MANIFOLDS, Effort, Manifold, like, tall
+from .manifold_muon import Moved, Stack
+from .manifolds import MANIFOLDS, Effort, Manifold, like, tall
+from .msign import iterate
 
 LENGTHS: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda m, n: 1.0,
@@ -195,6 +198,8 @@ def cap_factor(B: Tensor, effort: Effort, mm: Products) -> Tensor:
 
 def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> tuple[Tensor, Tensor]:
     """T (k, m, n) near the optimum of (1), tangent, and ‖X‖_F (k, 1, 1), the size of what there was to take a sign of."""
+    if not manifold.constrained and effort.iterator:
+        return iterate(G, effort.iterator.coefficients, effort.iterator.margin, mm.dtype), frobenius(G)
     if not manifold.constrained:
         return matrix_sign(G, effort.stages, effort.lower, mm)[0], frobenius(G)
     if manifold.rotations and W.size(-2) == W.size(-1):
@@ -342,10 +347,11 @@ class CertifiedStep:
         quality: a key of a manifold's `efforts`: "default" or "high".
         products: a name of PRECISIONS, or None for the device's own.
         length, norm_cap: see `step`; weight decay comes with the stacks.
+        iterator: of unconstrained matrices; None for the step's own, see `Effort`.
         compile: put `step` through torch.compile, which fuses what lies between the products; None for the device's own: on CUDA.
 
     Raises:
-        ValueError: an unknown quality, precision or length.
+        ValueError: an unknown quality, precision or length, or an iterator that diverges in the products' precision.
     """
 
     def __init__(
@@ -355,13 +361,18 @@ class CertifiedStep:
         length: str = "spectral",
         norm_cap: float | None = None,
         compile: bool | None = None,
+        iterator: Iterator | None = None,
     ) -> None:
         for manifold in MANIFOLDS.values():
             effort_of(manifold, quality)
         products_for(torch.device("cpu"), products)
         if length not in LENGTHS:
             raise ValueError(f"unknown step length {length!r}; choose one of {', '.join(LENGTHS)}")
-        self.quality, self.products, self.compile = quality, products, compile
+        if iterator:
+            iterator.require(
+                getattr(torch, products or "float16")
+            )  # what a GPU would choose, so that a rule fits any device
+        self.quality, self.products, self.compile, self.iterator = quality, products, compile, iterator
         self.settings: dict[str, Any] = {"length": length, "norm_cap": norm_cap}
 
     @cached_property
@@ -385,7 +396,8 @@ class CertifiedStep:
     def _move(self, stack: Stack) -> Moved:
         """The step of a stack, each matrix at its level."""
         W, level, manifold = stack.W, stack.level, MANIFOLDS[stack.manifold]
-        given = (W, stack.G, stack.eta, level, stack.keep, manifold, effort_of(manifold, self.quality))
+        effort = replace(effort_of(manifold, self.quality), iterator=self.iterator)
+        given = (W, stack.G, stack.eta, level, stack.keep, manifold, effort)
         settings = {"decay": stack.weight_decay, **self.settings}
         call = self.compiled_step if (W.is_cuda if self.compile is None else self.compile) else step
         with torch.no_grad(), exact_sums(W.device):

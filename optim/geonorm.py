@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optim.linalg import at_least_float32, cast
+from .linalg import at_least_float32, cast
 
 MAX_ANGLE = math.pi / 4
 """GeoNorm's clamp, radians."""

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.msign import polar_express_coefficients
+from .iterators import Quintic, polar_express_coefficients
 
-Coefficients = Sequence[tuple[float, float, float]]
+Coefficients = Sequence[Quintic]
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 LOW_BITS = 2.0**11  # how far float16's second half of a number lies below its first
@@ -179,7 +179,7 @@ def column_norms(X: Tensor) -> Tensor:
 
 
 def sign_coefficients(steps: int, lower: float) -> Coefficients:
-    """Polar Express for singular values in [lower, 1]: the best composition of exactly `steps` odd quintics (optim/msign.py)."""
+    """Polar Express for singular values in [lower, 1]: the best composition of exactly `steps` odd quintics (optim/iterators.py)."""
     return polar_express_coefficients(steps, lower=lower)
 
 

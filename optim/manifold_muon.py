@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from optim.certificate import certify
-from optim.linalg import compiled_whole
-from optim.manifolds import MANIFOLDS, is_wide, tall
+from .certificate import certify
+from .linalg import compiled_whole
+from .manifolds import MANIFOLDS, is_wide, tall
 
 
 class Stack(NamedTuple):
@@ -284,6 +284,11 @@ class ManifoldMuon(torch.optim.Optimizer):
     def _advance(self, bucket: Bucket) -> Stack:
         """Take the gradients into the momenta and return what the step rule works on."""
         group, momentum = bucket.group, bucket.state["momentum"]
+        if without := [p for p in bucket.params if p.grad is None]:
+            raise RuntimeError(
+                f"{len(without)} matrices have no gradient, the first of shape {tuple(without[0].shape)}; a step needs all of them: give "
+                "matrices that are not always used to AdamW, or leave them out with requires_grad_(False)"
+            )
         keep = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
         g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
         advanced, G = (self.compiled_advance if g.is_cuda else advance)(

@@ -23,8 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.linalg import column_norms, diagonal, ratio
-from optim.msign import msign
+from .iterators import Iterator
+from .linalg import column_norms, diagonal, ratio
+from .msign import msign
 
 Polar = Callable[[Tensor], Tensor]
 """A function (..., m, n) → (..., m, n), tall, that returns the polar factor of its argument to its own accuracy."""
@@ -66,6 +67,7 @@ class Effort:
     su_steps, su_lower: quintics and lower end of the smoothed inverse root inside a Su step.
     conjugate_gradients, relaxation: how exactly a Su step is solved, and how much of it is taken.
     stages, lower: of the matrix sign, see optim.linalg.matrix_sign.
+    iterator: of the sign of an unconstrained matrix, in place of `stages` and `lower`.
     caps, cap_degree, cap_relaxation: rounds that lower singular values above 1, the degree in TᵀT, and how far beyond 1 they aim.
     """
 
@@ -76,6 +78,7 @@ class Effort:
     relaxation: float = 1.0
     stages: tuple[int, ...] = (2, 3)
     lower: float = 3e-3
+    iterator: Iterator | None = None
     caps: int = 1
     cap_degree: int = 2
     cap_relaxation: float = 1.4

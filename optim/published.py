@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.manifold_muon import Moved, Stack
-from optim.manifolds import MANIFOLDS, Manifold, Polar, like, tall
-from optim.msign import msign
+from .iterators import Iterator
+from .manifold_muon import Moved, Stack
+from .manifolds import MANIFOLDS, Manifold, Polar, like, tall
+from .msign import iterate, msign
 
 
 def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: float, msign: Polar) -> Tensor:
@@ -64,12 +65,13 @@ class PublishedStep:
     """The published update, stack by stack; all settings as in the code of arXiv 2606.13276.
 
     dual_steps, alpha: see `dual_ascent`.  msign_steps, msign_dtype: the matrix sign, also inside the Stiefel retraction.
+    iterator: another matrix sign in its place, everywhere; it has its own number of steps. [ours, off]
     decay_manifolds: whether weight decay also shrinks weights on a manifold, which the published code leaves out; it acts on DGram's
     column norms alone, the other retractions undo it. [ours, off]
     retraction: of manifolds whose columns have free lengths (DGram): "sorted_svd", as published, or "manifold", the class's own. [ours]
 
     Raises:
-        ValueError: an unknown retraction.
+        ValueError: an unknown retraction, or an iterator that diverges in this dtype.
     """
 
     dual_steps: int
@@ -78,18 +80,25 @@ class PublishedStep:
     msign_dtype: torch.dtype
     decay_manifolds: bool = False
     retraction: str = "sorted_svd"
+    iterator: Iterator | None = None
 
     def __post_init__(self) -> None:
         if self.retraction not in RETRACTIONS:
             raise ValueError(f"unknown retraction {self.retraction!r}; choose one of {', '.join(RETRACTIONS)}")
+        if self.iterator:
+            self.iterator.require(self.msign_dtype)
 
     def describe(self, device: torch.device) -> str:
         """What a person should know of the rule, in one line."""
-        sign = f"{self.msign_steps} Polar Express steps in {str(self.msign_dtype).removeprefix('torch.')}"
+        steps = len(self.iterator.coefficients) if self.iterator else self.msign_steps
+        kind = "chosen" if self.iterator else "Polar Express"
+        sign = f"{steps} {kind} steps in {str(self.msign_dtype).removeprefix('torch.')}"
         return f"published step, {self.dual_steps} dual steps, {sign}, {self.retraction} retraction of DGram"
 
     def polar(self, X: Tensor) -> Tensor:
         """The matrix sign (k, m, n) in the rule's dtype."""
+        if self.iterator:
+            return iterate(X, self.iterator.coefficients, self.iterator.margin, self.msign_dtype)
         return msign(X, self.msign_steps, self.msign_dtype)
 
     def retract(self, V: Tensor, manifold: Manifold) -> Tensor:

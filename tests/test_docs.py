@@ -78,10 +78,15 @@ def test_a_block_that_needs_something_says_what_and_is_run_below():
     assert {block.language for block in BLOCKS} == {"bash", "python"}
 
 
-def test_python_runs_as_it_stands(capsys):
+def test_python_runs_as_it_stands(capsys, tmp_path, monkeypatch):
+    (tmp_path / "manifold_muon").symlink_to(
+        ROOT / "optim"
+    )  # as `pip install .` would have it; tests/test_any_model.py installs it
+    monkeypatch.syspath_prepend(tmp_path)
     for block in PYTHON:
         exec(compile(block.code, block.file, "exec"), {"__name__": "example"})
-    assert "transformer.h.0-3.attn.c_attn.weight" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "transformer.h.0-3.attn.c_attn.weight" in printed and "1.layers.0.self_attn.in_proj_weight" in printed
 
 
 @pytest.mark.parametrize("needs", SHELL)

@@ -89,7 +89,10 @@ GROUPS = [
     ({*TEXT, "[]", "null"}, "data.val_files"),
     ({"[]"}, "data.revisions"),
     (OFF, "launcher.checksum_interval log.interval_spectra log.interval_certificate probe.interval"),
-    (OFF, "optim.muon.rule.products checkpoint.interval stability.warning data.max_tokens data.expected"),
+    (
+        OFF,
+        "optim.muon.rule.iterator optim.muon.rule.products checkpoint.interval stability.warning data.max_tokens data.expected",
+    ),
 ]
 LEGAL = {key: labels for labels, names in GROUPS for key in names.split()}
 

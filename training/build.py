@@ -17,6 +17,7 @@ from model.gpt import GPT
 from model.unit_norm import UnitNorm
 from optim.assignment import AssignmentError, Row, assign, folded
 from optim.certified import CertifiedStep
+from optim.iterators import IteratorError, iterator
 from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.published import PublishedStep
 from training.groups import adamw_groups, muon_groups
@@ -148,24 +149,31 @@ def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, 
 def step_rule(settings: Optim) -> StepRule:
     """The step rule of ManifoldMuon."""
     rule = settings.muon.rule
+    chosen = None if rule.iterator is None else iterator(rule.iterator)
     if isinstance(rule, CertifiedRule):
-        return CertifiedStep(rule.quality, rule.products, rule.length, rule.norm_cap, rule.compile)
+        return CertifiedStep(rule.quality, rule.products, rule.length, rule.norm_cap, rule.compile, chosen)
     dtype = getattr(torch, rule.msign_dtype)
-    return PublishedStep(rule.dual_steps, rule.alpha, rule.msign_steps, dtype, rule.decay_manifolds, rule.retraction)
+    return PublishedStep(
+        rule.dual_steps, rule.alpha, rule.msign_steps, dtype, rule.decay_manifolds, rule.retraction, chosen
+    )
 
 
 def rehearse(
     shapes: Mapping[str, tuple[int, ...]], cfg: Settings, unit_vectors: Mapping[str, int] | None = None
 ) -> tuple[list[Row], list[str]]:
     """What `build_optimizers` would assign to parameters of these names and shapes, and its errors, with remedies."""
-    rows: list[Row] = []
+    rows, problems = list[Row](), list[str]()
+    try:
+        step_rule(cfg.optim)
+    except IteratorError as error:
+        problems.append(f"optim.muon.rule.iterator: {error}")
     try:
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
         muon_groups(rows, cfg.optim.muon)
         adamw_groups(rows, cfg.optim.adamw)
     except AssignmentError as error:
-        return rows, error.problems
-    return rows, []
+        problems += error.problems
+    return rows, problems
 
 
 def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str, int] | None = None) -> Optimizers:

@@ -257,6 +257,9 @@ class Either(Kind):
     def fits(self, value: Any) -> bool:
         return self.first.fits(value) or self.second.fits(value)
 
+    def hint(self, value: Any) -> str:
+        return self.first.hint(value) or self.second.hint(value)
+
     def read(self, value: Any) -> Any:
         return (self.first if self.first.fits(value) else self.second).read(value)
 

@@ -2,36 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-from optim.assignment import AssignmentError, Row, matches
+from optim.assignment import AssignmentError, Row, by_pattern
 from training.settings import AdamW, Muon
-
-
-def by_pattern(names: Iterable[str], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
-    """The value of every parameter of one optimizer, by name: that of the pattern it matches, or the default.
-
-    `key` is what the configuration calls the mapping, for messages.
-
-    Raises:
-        AssignmentError: a parameter is matched by several patterns, or a pattern matches none.
-    """
-    hits = {name: [pattern for pattern in values if matches(pattern, name)] for name in names}
-    problems = [
-        f"{key}: '{name}' is matched by several patterns ({', '.join(map(repr, found))}); keep one of them"
-        for name, found in hits.items()
-        if len(found) > 1
-    ]
-    used = {pattern for found in hits.values() for pattern in found}
-    problems += [
-        f"{key}: pattern '{pattern}' matches no matrix or vector of this optimizer; see the table of parameters for names"
-        for pattern in values
-        if pattern not in used
-    ]
-    if problems:
-        raise AssignmentError(problems)
-    return {name: values[found[0]] if found else default for name, found in hits.items()}
 
 
 def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, Any]]]:

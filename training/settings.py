@@ -16,10 +16,24 @@ from model.config import Attention, Init, Shape
 from model.residual import RESIDUAL_RULES, Positive, ResidualRule
 from optim.assignment import ADAMW
 from optim.certified import LENGTHS
+from optim.iterators import ITERATORS, unsound
 from optim.linalg import PRECISIONS
 from optim.manifolds import MANIFOLDS
 from optim.published import RETRACTIONS
-from training.fields import MOST, YAML_WORDS, Choice, Kind, PathText, Problem, Section, is_number, plain
+from training.fields import (
+    MOST,
+    YAML_WORDS,
+    Choice,
+    Either,
+    Kind,
+    Number,
+    PathText,
+    Problem,
+    Section,
+    Several,
+    is_number,
+    plain,
+)
 from training.schedule import SCHEDULES
 from training.stability import StabilityRules
 
@@ -42,6 +56,26 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class ListOfQuintics(Several):
+    """Triples (a, b, c) of odd quintics, applied in order, that are an iteration for the matrix sign."""
+
+    remedy = "give a list of triples [a, b, c] whose composed map is positive and bounded"
+
+    def fits(self, value: Any) -> bool:
+        return super().fits(value) and unsound(self.read(value)) is None
+
+    def hint(self, value: Any) -> str:
+        return f": {unsound(self.read(value))}" if super().fits(value) else ""
+
+
+Signs = Annotated[
+    str | tuple[tuple[float, float, float], ...],
+    Either(Choice(tuple(ITERATORS)), ListOfQuintics(Several(Number(False), 3))),
+]
+"""A name of optim.iterators.ITERATORS, or a list of coefficients."""
+
+
+@dataclass(frozen=True)
 class PublishedRule:
     """The published step rule."""
 
@@ -52,6 +86,7 @@ class PublishedRule:
     msign_dtype: Literal["float32", "bfloat16"]
     retraction: Annotated[str, ("options", tuple(RETRACTIONS))]
     decay_manifolds: bool
+    iterator: Annotated[Signs | None, ("null", "means the step's own")]
 
 
 @dataclass(frozen=True)
@@ -64,6 +99,7 @@ class CertifiedRule:
     length: Annotated[str, ("options", tuple(LENGTHS))]
     norm_cap: Positive | None
     compile: Annotated[bool | None, ("null", "means on CUDA")]
+    iterator: Annotated[Signs | None, ("null", "means the step's own")]
 
 
 STEP_RULES = {"published": PublishedRule, "certified": CertifiedRule}

@@ -1,0 +1,100 @@
+"""ManifoldMuon for a model of any kind: which of its matrices get a manifold, and AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .assignment import AssignmentError, Row, assign, by_pattern, matches
+from .certified import CertifiedStep
+from .manifold_muon import ManifoldMuon, StepRule
+
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+"""Modules whose weights are tables, a row a token, and so AdamW's."""
+
+
+def for_model(
+    model: nn.Module,
+    rules: Mapping[str, str],
+    *,
+    lr: float,
+    adamw: Mapping[str, Any],
+    adamw_for: Iterable[str] = (),
+    blocks: Mapping[str, int] | None = None,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    rule: StepRule | None = None,
+) -> tuple[ManifoldMuon, torch.optim.AdamW]:
+    """The optimizers of a model: ManifoldMuon for the matrices that a rule gives a manifold, AdamW for everything else.
+
+    The matrices are brought onto their manifolds here. Both are ordinary torch optimizers: call `step` and `zero_grad` of both, give each
+    its schedule, save both states. Parameters without `requires_grad` belong to neither; tied ones count once.
+
+    Args:
+        rules: pattern of parameter names → a manifold or "adamw", see optim/assignment.py; {"*": "stiefel"} is every matrix. Each 2-D
+            parameter must match exactly one. Embeddings (TABLES) and parameters of other shapes are AdamW's without a rule.
+        lr: of ManifoldMuon, the length of a step in spectral norm.
+        adamw: settings of torch.optim.AdamW, such as {"lr": 1e-3}. Its weight decay is for matrices and tables, not for vectors.
+        adamw_for: patterns of further parameters that are AdamW's whatever the rules say: the output layer, as a rule.
+        blocks: pattern → into how many matrices the rows are cut, such as {"in_proj_weight": 3} for queries, keys and values.
+        momentum, nesterov, weight_decay, rule: see ManifoldMuon; the rule is the certified step, unless another is given.
+
+    Raises:
+        AssignmentError: a 2-D parameter matches no rule or several, a pattern matches nothing, blocks that do not divide a matrix; or
+            there is nothing for one of the two optimizers.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = assigned(model, params, rules, tuple(adamw_for))
+    muon, rest = [row for row in rows if row.manifold], [row for row in rows if not row.manifold]
+    if not muon or not rest:
+        what = (
+            "no matrix has a manifold; use torch.optim.AdamW"
+            if rest
+            else "no parameter is left to AdamW; construct ManifoldMuon"
+        )
+        raise AssignmentError([what])
+    cuts = by_pattern([row.name for row in muon], blocks or {}, 1, "blocks")
+    if wrong := [row for row in muon if cuts[row.name] < 1 or row.shape[0] % cuts[row.name]]:
+        raise AssignmentError(
+            [f"blocks: {cuts[row.name]} do not divide the {row.shape[0]} rows of '{row.name}'" for row in wrong]
+        )
+    groups: dict[tuple[str, int], list[str]] = {}
+    for row in muon:
+        groups.setdefault((str(row.manifold), cuts[row.name]), []).append(row.name)
+    manifold_muon = ManifoldMuon(
+        [
+            {"params": [params[name] for name in names], "names": names, "manifold": manifold, "blocks": cut}
+            for (manifold, cut), names in groups.items()
+        ],
+        rule or CertifiedStep(),
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+    )
+    vectors = {"params": [params[row.name] for row in rest if len(row.shape) < 2], "weight_decay": 0.0}
+    others = {"params": [params[row.name] for row in rest if len(row.shape) >= 2]}
+    return manifold_muon, torch.optim.AdamW([group for group in (others, vectors) if group["params"]], **adamw)
+
+
+def assigned(
+    model: nn.Module, params: Mapping[str, torch.Tensor], rules: Mapping[str, str], adamw_for: tuple[str, ...]
+) -> list[Row]:
+    """One row for each of `params`, as `for_model` assigns them; `parameter_table` prints them."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, TABLES)}
+    unused = [pattern for pattern in adamw_for if not any(matches(pattern, name) for name in params)]
+    held = {n for n, p in params.items() if id(p) in tables or any(matches(pattern, n) for pattern in adamw_for)}
+    rows: list[Row] = []
+    problems = [f"adamw_for: pattern '{pattern}' matches no parameter" for pattern in unused]
+    try:
+        rows = assign({name: tuple(p.shape) for name, p in params.items() if name not in held}, rules, ())
+    except AssignmentError as error:
+        problems += error.problems
+    if problems:
+        raise AssignmentError(problems)
+    by_name = {row.name: row for row in rows}
+    return [by_name.get(n) or Row(n, tuple(p.shape), "AdamW", None, ruled=False) for n, p in params.items()]

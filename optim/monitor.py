@@ -1,0 +1,125 @@
+"""A monitor of ManifoldMuon: how far its matrices are from their manifolds, how good its steps are, and a warning when one is off.
+
+A constraint can be violated without any error: a rounded copy, a loaded checkpoint, another library's decay. The loss shows it late.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .manifold_muon import ManifoldMuon, row_blocks
+from .manifolds import MANIFOLDS
+
+
+class ManifoldWarning(UserWarning):
+    """Matrices are not on their manifold, or not finite."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One matrix; of several blocks the worst.
+
+    distance: from the manifold, ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F. largest, smallest: singular values. feas: the share of the optimum
+    that the last watched step achieved at least; step: its norm ‖T‖₂; both NaN if there was none, or another rank owns the matrix.
+    fallbacks: steps so far that were not the ordinary one.
+    """
+
+    manifold: str
+    distance: float
+    largest: float
+    smallest: float
+    feas: float = math.nan
+    step: float = math.nan
+    fallbacks: float = math.nan
+
+
+class Report(dict[str, Seen]):
+    """Name of a matrix → what was seen of it. As text, a table."""
+
+    def off(self, tolerance: float) -> dict[str, Seen]:
+        """The matrices farther from their manifold than the tolerance, or not finite."""
+        return {
+            name: seen
+            for name, seen in self.items()
+            if not seen.distance <= tolerance or not math.isfinite(seen.largest)
+        }
+
+    def __str__(self) -> str:
+        lines: list[tuple[str, ...]] = [
+            ("", "manifold", "distance", "largest", "smallest", "feas", "step", "fallbacks")
+        ]
+        for name, s in self.items():
+            numbers = (s.distance, s.largest, s.smallest, s.feas, s.step, s.fallbacks)
+            lines.append((name, s.manifold, *("-" if math.isnan(x) else f"{x:.3g}" for x in numbers)))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+class Monitor:
+    """Watches every `interval`-th step of an optimizer, the first included, and warns if a matrix is off its manifold after it.
+
+    Weights and state stay bitwise as they would be without it. A watched step keeps three copies of the matrices until it has been
+    judged, and waits for the device; the certificate takes a few eigendecompositions a matrix in float64 (optim/certificate.py).
+
+    Args:
+        tolerance: the distance from which to warn. The certified step keeps to a few 1e-6; the published one, in bfloat16, to 1e-2.
+    """
+
+    def __init__(self, optimizer: ManifoldMuon, *, interval: int = 100, tolerance: float = 1e-4) -> None:
+        self.optimizer, self.interval, self.tolerance = optimizer, interval, tolerance
+        self.steps = 0
+        self.certified: Mapping[str, Mapping[str, float]] = {}
+        for i, group in enumerate(optimizer.param_groups):
+            group.setdefault("names", [f"group {i}, matrix {j}" for j in range(len(group["params"]))])
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    def report(self) -> Report:
+        """All matrices as they are now, and the last watched step. Warns with ManifoldWarning if some are off their manifold."""
+        found = Report()
+        for group in self.optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"]):
+                measured = _measure(row_blocks(p, group["blocks"]), group["manifold"])
+                last = self.certified.get(name, {})
+                step = {"feas": last.get("feas", math.nan), "step": last.get("norm", math.nan)}
+                found[name] = Seen(group["manifold"], *measured, **step, fallbacks=last.get("fallbacks", math.nan))
+        if off := found.off(self.tolerance):
+            worst = max(off, key=lambda name: off[name].distance if math.isfinite(off[name].distance) else math.inf)
+            warnings.warn(
+                f"{len(off)} of {len(found)} matrices are off their manifold by more than {self.tolerance:g}; the worst is {worst} "
+                f"({off[worst].manifold}, distance {off[worst].distance:.3g}); something beside the optimizer changed them, or a step did "
+                "not land: `bring_onto_manifold()` of the optimizer brings them back",
+                ManifoldWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.optimizer.watched = self.steps % self.interval == 0
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.steps += 1
+        if self.optimizer.watched:
+            self.optimizer.watched = False
+            self.certified = self.optimizer.certificates()
+            self.report()
+
+
+@torch.no_grad()
+def _measure(W: Tensor, manifold: str) -> tuple[float, float, float]:
+    """The largest distance from the manifold, largest and smallest singular value of the matrices of W (k, m, n); NaN if not finite."""
+    if not bool(W.isfinite().all()):
+        return (math.nan,) * 3
+    sigma = torch.linalg.svdvals(W.float())
+    return float(MANIFOLDS[manifold].residual(W).max()), float(sigma.max()), float(sigma.min())

@@ -1,0 +1,153 @@
+"""Design an iteration for the matrix sign: odd quintics p(x) = a·x + b·x³ + c·x⁵, one after the other, applied to singular values.
+
+    python scripts/design_iterator.py l=0.1 r=0.1                      the steepest quintic with fixed points 0, ±(1-l), ±(1+r), five times
+    python scripts/design_iterator.py interval=0.001,1 steps=6         the composition of six that is nearest to 1 on [0.001, 1]
+    python scripts/design_iterator.py name=cans safety=1.01            a published list, here widened against rounding
+
+Prints the coefficients, the slope of the composed map at 0, its band (least and largest value) on the interval, and an override of train.py.
+Options: steps=5; interval=0.001,1 is also where the band is measured; cushion=0.024, of intervals, relative to their upper end; safety=1
+widens each interval by this factor; digits=6 of the printed coefficients, whose band is the one that is printed; figure=outputs/iterator.png.
+The maths, with sources: optim/iterators.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from optim.iterators import (
+    CUSHION,
+    LOWER,
+    Iterator,
+    IteratorError,
+    Quintic,
+    band,
+    iterator,
+    peak_and_trough,
+    polar_express_coefficients,
+    slope_at_zero,
+    steepest,
+    unsound,
+    widened,
+)
+from scripts.analysis.iterator_figures import draw_iterator
+from scripts.command import UsageError, parse, run
+
+DEFAULTS = {
+    "l": "",
+    "r": "",
+    "interval": "",
+    "name": "",
+    "steps": 5,
+    "cushion": CUSHION,
+    "safety": 1.0,
+    "digits": 6,
+    "figure": "outputs/iterator.png",
+}
+
+
+def number(key: str, text: str) -> float:
+    """A number of the command line.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{key}={text} is not a number; give one, such as {key}=0.1") from None
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """The two ends of `interval=lower,upper`; [LOWER, 1] if there is no text.
+
+    Raises:
+        UsageError: they are not two numbers with 0 < lower < upper.
+    """
+    if not text:
+        return LOWER, 1.0
+    ends = [number("interval", part) for part in text.split(",")]
+    if len(ends) != 2 or not 0 < ends[0] < ends[1] < float("inf"):
+        raise UsageError(
+            f"interval={text} is no interval; give two numbers above 0, the smaller first: interval=0.001,1"
+        )
+    return ends[0], ends[1]
+
+
+def design(options: dict) -> tuple[list[Quintic], str]:
+    """The coefficients that the options ask for, and what they are, in words.
+
+    Raises:
+        UsageError: options that contradict each other. IteratorError: there is no such iteration.
+    """
+    lower, upper = interval_of(options["interval"])
+    if options["steps"] < 1 or options["safety"] < 1 or not 0 <= options["cushion"] < 1:
+        raise UsageError("give steps of at least 1, safety of at least 1 and a cushion from 0 to below 1")
+    if options["name"]:
+        if options["l"] or options["r"]:
+            raise UsageError("name= and l=, r= are two ways to a list; give one of them")
+        known = iterator(options["name"])
+        return list(widened(known.coefficients, options["safety"])), options["name"]
+    if options["l"] or options["r"]:
+        if not (options["l"] and options["r"]):
+            raise UsageError("l= and r= belong together, for the fixed points 1-l and 1+r; give both")
+        l, r = number("l", options["l"]), number("r", options["r"])
+        quintics = [steepest(l, r)] * options["steps"]
+        return list(
+            widened(quintics, options["safety"])
+        ), f"fixed points {1 - l:g} and {1 + r:g}, as steep as they allow"
+    found = polar_express_coefficients(options["steps"], lower, upper, options["cushion"], options["safety"])
+    return list(found), f"nearest to 1 on [{lower:g}, {upper:g}]"
+
+
+def describe(coefficients: list[Quintic], lower: float, upper: float) -> str:
+    """What a person wants to know of a list: slope, band, what rounding does to it."""
+    low, high = band(coefficients, lower, upper)
+    lines = [
+        f"slope at 0   {slope_at_zero(coefficients):.6g}",
+        f"band         [{low:.5g}, {high:.5g}] on [{lower:g}, {upper:g}]",
+    ]
+    if len(set(coefficients)) == 1 and (turns := peak_and_trough(coefficients[0])):
+        lines.append(f"one step     gamma {coefficients[0][2]:.6g}, peak {turns[0]:.5g}, trough {turns[1]:.5g}")
+    if reason := unsound(coefficients):
+        return "\n".join([*lines, f"not usable   {reason}"])
+    for dtype in (torch.bfloat16, torch.float16):
+        try:
+            Iterator(tuple(coefficients), (low, high)).require(dtype)
+        except IteratorError as error:
+            lines.append(f"rounding     {error}")
+            break
+    return "\n".join(lines)
+
+
+def work(arguments: list[str]) -> int:
+    """Design, print and draw."""
+    others, options = parse(arguments, DEFAULTS)
+    if others or not any(options[key] for key in ("l", "r", "interval", "name")):
+        raise UsageError(
+            f"{f'{others[0]} is no option' if others else 'nothing is asked for'}; give l= and r=, interval= or name=; see --help"
+        )
+    try:
+        exact, what = design(options)
+    except IteratorError as error:
+        raise UsageError(str(error)) from error
+    coefficients = [(round(a, d := options["digits"]), round(b, d), round(c, d)) for a, b, c in exact]
+    lower, upper = interval_of(options["interval"])
+    print(f"{what}: {len(coefficients)} steps")
+    for a, b, c in coefficients if len(set(coefficients)) > 1 else coefficients[:1]:
+        print(f"  a {a:<12g} b {b:<12g} c {c:g}")
+    print(describe(coefficients, lower, upper))
+    print(f"override     'optim.muon.rule.iterator={[list(q) for q in coefficients]}'")
+    path = Path(options["figure"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"written: {draw_iterator(coefficients, lower, upper, what, path)}")
+    return 0
+
+
+main = partial(run, work, __doc__)
+
+if __name__ == "__main__":
+    sys.exit(main())
