@@ -189,6 +189,7 @@ def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str,
     optimizers: list[torch.optim.Optimizer] = []
     if groups := with_params(muon_groups(rows, muon)):
         common = {"lr": muon.lr, "momentum": muon.momentum, "weight_decay": muon.weight_decay}
+        common |= {"block_length": muon.block_length, "cautious": muon.cautious, "row_beta": muon.row_beta}
         optimizers.append(ManifoldMuon(groups, step_rule(cfg.optim), nesterov=muon.nesterov, **common))
     if groups := with_params(adamw_groups(rows, adamw)):
         optimizers.append(torch.optim.AdamW(groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True))

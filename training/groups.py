@@ -44,7 +44,17 @@ def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, 
     scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale")
     blocks = by_pattern(mine, muon.blocks or {}, 1, "optim.muon.blocks")
     groups: dict[tuple, list[str]] = {}
-    problems = []
+    options = {
+        "block_length": muon.block_length != "each",
+        "cautious": muon.cautious,
+        "row_beta": muon.row_beta is not None,
+    }
+    problems = [
+        f"optim.muon.{name} is an option of the certified step, but the step rule is '{muon.rule.kind}'; use optim=manifold_muon, "
+        f"or leave optim.muon.{name} as it is in configs/optim"
+        for name, given in options.items()
+        if mine and given and muon.rule.kind == "published"
+    ]
     for row in rows:
         if not row.manifold:
             continue

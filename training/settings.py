@@ -82,6 +82,9 @@ class Muon:
     weight_decay: NotNegative
     lr_scale: Factors
     blocks: Annotated[Mapping[str, Count] | None, ("null", "means 1 for all")]
+    block_length: Literal["each", "whole"]
+    cautious: bool
+    row_beta: Annotated[Share | None, ("null", "leaves rows as they are")]
     rule: Annotated[PublishedRule | CertifiedRule, ("by", "kind"), ("types", STEP_RULES)]
 
 
