@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from optim.assignment import AssignmentError, Row, matches
-from training.settings import AdamW, Muon
+from optim.modular import norm_of
+from training.settings import AdamW, Muon, Norms
 
 
 def by_pattern(names: Iterable[str], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
@@ -72,6 +76,46 @@ def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, 
         (names, {"manifold": manifold, "lr": muon.lr * scale, "blocks": cut})
         for (manifold, scale, cut), names in groups.items()
     ]
+
+
+def norm_pairs(shapes: Mapping[str, tuple[int, ...]], norms: Norms) -> dict[str, tuple[str, str]]:
+    """The norms of input and output of each parameter.
+
+    Raises:
+        AssignmentError: see `by_pattern`; or a parameter has no such norm.
+    """
+    pairs = by_pattern(shapes, norms.patterns or {}, norms.others, "optim.norms.patterns")
+    problems = {}
+    for name, pair in pairs.items():
+        try:
+            norm_of(torch.empty(shapes[name], device="meta"), *pair)
+        except ValueError as error:
+            problems[f"optim.norms: {error}"] = name
+    if problems:
+        raise AssignmentError([f"{problem} (for '{name}')" for problem, name in problems.items()])
+    return pairs
+
+
+def modular_groups(rows: list[Row], norms: Norms) -> tuple[list[Row], list[tuple[list[str], dict[str, Any]]]]:
+    """The rows, all given to Modular, and its parameter groups: names of the parameters that share their norms.
+
+    Raises:
+        AssignmentError: see `norm_pairs`; or a matrix is on a manifold, of which Modular knows nothing.
+    """
+    held = {row.manifold: row.name for row in rows if row.manifold not in (None, "euclidean")}
+    if held:
+        raise AssignmentError(
+            [
+                f"assignment: '{manifold}' is for '{name}', but optim.modular knows no manifolds; use assignment=unconstrained"
+                for manifold, name in held.items()
+            ]
+        )
+    groups: dict[tuple[str, str], list[str]] = {}
+    pairs = norm_pairs({row.name: row.shape for row in rows}, norms)
+    for name, pair in pairs.items():
+        groups.setdefault(pair, []).append(name)
+    rows = [replace(row, optimizer="Modular", manifold=None, norm=" → ".join(pairs[row.name])) for row in rows]
+    return rows, [(names, {"input": source, "output": target}) for (source, target), names in groups.items()]
 
 
 def adamw_groups(rows: list[Row], adamw: AdamW) -> list[tuple[list[str], dict[str, Any]]]:

@@ -18,6 +18,7 @@ from optim.assignment import ADAMW
 from optim.certified import LENGTHS
 from optim.linalg import PRECISIONS
 from optim.manifolds import MANIFOLDS
+from optim.norms import FEATURES
 from optim.published import RETRACTIONS
 from training.fields import MOST, YAML_WORDS, Choice, Kind, PathText, Problem, Section, is_number, plain
 from training.schedule import SCHEDULES
@@ -28,6 +29,7 @@ Share = Annotated[float, ("low", 0), ("below", 1)]
 Power = Annotated[float, ("low", -10), ("high", 10)]
 Geometry = Annotated[str, Choice(lambda: (*MANIFOLDS, ADAMW))]
 Precision = Annotated[str, ("options", tuple(PRECISIONS))]
+Feature = Annotated[str, ("options", tuple(FEATURES))]
 
 
 # ---- optimization ----
@@ -100,12 +102,32 @@ class AdamW:
 
 
 @dataclass(frozen=True)
+class Modular:
+    """Steepest descent in the norm of each parameter, for all parameters; optim/modular.py."""
+
+    lr: NotNegative
+    momentum: Share
+    nesterov: bool
+    weight_decay: NotNegative
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms of the input and the output of each parameter; optim/norms.py."""
+
+    patterns: Annotated[Mapping[str, tuple[Feature, Feature]] | None, ("null", "leaves all to `others`")]
+    others: tuple[Feature, Feature]
+
+
+@dataclass(frozen=True)
 class Optim:
-    """Both optimizers; configs/optim."""
+    """The optimizers; configs/optim."""
 
     muon: Muon
     adamw: AdamW
     always_adamw: tuple[str, ...]
+    modular: Annotated[Modular | None, ("null", "leaves the parameters to muon and adamw")]
+    norms: Norms
 
 
 @dataclass(frozen=True)
@@ -194,6 +216,7 @@ class Log:
     interval: Count
     interval_spectra: Count | None
     interval_certificate: Count | None
+    interval_updates: Count | None
 
 
 @dataclass(frozen=True)

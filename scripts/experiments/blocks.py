@@ -20,8 +20,8 @@ CUTS = {
 EXPERIMENT = Experiment(
     hypothesis="What does a cut of c_attn do that a longer step does not?\n"
     "Blocks of which each steps as far as a matrix move c_attn √3 times as far as no cut, in root mean square; block_length=whole undoes it.",
-    base=("experiment=crossing",),
-    axes={"assignment": "unconstrained,all_stiefel", "cut": CUTS},
+    base=("experiment=solver_sweep",),
+    axes={"assignment": "unconstrained", "cut": CUTS},
     seeds="1,2",
     columns=lambda study: [
         Column("assignment", "assignment", lambda r: r.assignment),
