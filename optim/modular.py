@@ -29,15 +29,15 @@ def as_operator(p: Tensor, input: str) -> Tensor:
 
 
 def norm_of(p: Tensor, input: str, output: str, exact: bool = False) -> Norm:
-    """The norm of a parameter (1-D or 2-D) as `as_operator` gives it; its matrix sign by SVD if `exact`, else by an iteration.
+    """The norm of a parameter (at most 2-D; a number is a vector of one) as `as_operator` gives it; its matrix sign by SVD if `exact`, else by an iteration.
 
     Raises:
         ValueError: there is no such norm, or the parameter has more dimensions.
     """
-    if p.ndim == 1:
+    if p.ndim < 2:
         return vector_norm(input, output, p.numel())
-    if p.ndim != 2:
-        raise ValueError(f"Modular takes vectors and matrices, not a tensor of shape {tuple(p.shape)}")
+    if p.ndim > 2:
+        raise ValueError(f"Modular takes numbers, vectors and matrices, not a tensor of shape {tuple(p.shape)}")
     dtype = torch.bfloat16 if p.is_cuda else torch.float32
     sign = polar if exact else partial(msign, steps=SIGN_STEPS, dtype=dtype)
     fan_out, fan_in = as_operator(p, input).shape
@@ -48,7 +48,7 @@ class Modular(torch.optim.Optimizer):
     """Momentum and steepest descent, each parameter in its own norm.
 
     Args:
-        groups: dicts of "params" (1-D or 2-D), "input" and "output", names of FEATURES (optim/norms.py); any of the settings below may
+        groups: dicts of "params" (at most 2-D), "input" and "output", names of FEATURES (optim/norms.py); any of the settings below may
             be given per group.
         lr: the size of a step in the parameter's norm.
         momentum, nesterov, weight_decay: see above; the decay is decoupled, per unit of lr.

@@ -177,15 +177,15 @@ FEATURES = {
     "one": lambda x: x.abs().sum(-1),
     "l2": lambda x: torch.linalg.vector_norm(x, dim=-1),
     "rms": lambda x: x.square().mean(-1).sqrt(),
-    "inf": lambda x: x.abs().amax(-1),
+    "max": lambda x: x.abs().amax(-1),
 }
-"""Norms of features x (..., n) by name. `one`: the sum of entries, 1 for a token as a one-hot vector."""
+"""Norms of features x (..., n) by name. `one`: the sum of entries, 1 for a token as a one-hot vector; `max`: ℓ∞."""
 
 _OPERATORS: dict[str, dict[str, type[Norm]]] = {
-    "one": {"l2": Columns, "inf": EntriesInf},
-    "l2": {"l2": Spectral, "inf": Rows},
+    "one": {"l2": Columns, "max": EntriesInf},
+    "l2": {"l2": Spectral, "max": Rows},
 }
-PAIRS = tuple((i, o) for i in ("one", "l2", "rms") for o in ("l2", "rms", "inf"))
+PAIRS = tuple((i, o) for i in ("one", "l2", "rms") for o in ("l2", "rms", "max"))
 """The (input, output) for which `operator_norm` has a norm: others have no dual map in closed form."""
 
 
@@ -211,6 +211,6 @@ def vector_norm(input: str, output: str, length: int) -> Norm:
     """
     if input == "one" and output in ("l2", "rms"):
         return Scaled(dims=1, norm=Entries2(dims=1), factor=1.0 if output == "l2" else length**-0.5)
-    if input == output or (input, output) == ("one", "inf"):
+    if input == output or (input, output) == ("one", "max"):
         return EntriesInf(dims=1)
     raise ValueError(f"there is no norm {input} → {output} of a vector; choose one → l2, one → rms, or two equal ones")

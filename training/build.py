@@ -166,8 +166,7 @@ def rehearse(
             return modular_groups(rows, cfg.optim.norms)[0], []
         muon_groups(rows, cfg.optim.muon)
         adamw_groups(rows, cfg.optim.adamw)
-        if cfg.log.interval_updates is not None:
-            norm_pairs(shapes, cfg.optim.norms)
+        norm_pairs(shapes, cfg.optim.norms)
     except AssignmentError as error:
         return rows, error.problems
     return rows, []

@@ -32,12 +32,12 @@ class CoordinateCheck:
     """Keeps the parameters of one step, and measures what the step did.
 
     Args:
-        model: whose parameters step. pairs: of the parameters to measure; those with more than two dimensions are left out.
+        model: whose parameters step. pairs: of the parameters to measure.
     """
 
     def __init__(self, model: nn.Module, pairs: Pairs) -> None:
         self.model = model
-        self.params = {name: p for name, p in model.named_parameters() if name in pairs and p.ndim in (1, 2)}
+        self.params = {name: p for name, p in model.named_parameters() if name in pairs}
         self.pairs = pairs
         self.before: dict[str, Tensor] = {}
 

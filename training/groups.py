@@ -84,7 +84,10 @@ def norm_pairs(shapes: Mapping[str, tuple[int, ...]], norms: Norms) -> dict[str,
     Raises:
         AssignmentError: see `by_pattern`; or a parameter has no such norm.
     """
-    pairs = by_pattern(shapes, norms.patterns or {}, norms.others, "optim.norms.patterns")
+    given: dict[str, tuple[str, str] | None] = by_pattern(shapes, norms.patterns or {}, None, "optim.norms.patterns")
+    source, target = norms.others
+    tables = {name for name in shapes if any(matches(pattern, name) for pattern in norms.tables)}
+    pairs = {name: pair or ("one" if name in tables else source, target) for name, pair in given.items()}
     problems = {}
     for name, pair in pairs.items():
         try:

@@ -115,8 +115,9 @@ class Modular:
 class Norms:
     """The norms of the input and the output of each parameter; optim/norms.py."""
 
-    patterns: Annotated[Mapping[str, tuple[Feature, Feature]] | None, ("null", "leaves all to `others`")]
     others: tuple[Feature, Feature]
+    tables: tuple[str, ...]
+    patterns: Annotated[Mapping[str, tuple[Feature, Feature]] | None, ("null", "leaves all to others and tables")]
 
 
 @dataclass(frozen=True)
