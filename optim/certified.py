@@ -14,7 +14,8 @@ So a good L makes sign(X) nearly tangent, and any L bounds the optimum from abov
     5. retract      V = W - eta·T / max(1, ‖T‖₂), then V (VᵀV)^(-1/2) by a small n × n factor
     6. fallback     where V is too far from the manifold for that, the next step of this matrix takes more rounds, or an exact retraction
 
-A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)).
+A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)). A set of matrices without a Gram condition names the manifold, point and
+momentum whose problem (1) is its own, and moves by itself instead of 5 and 6 (`Manifold.problem`, `Manifold.move`).
 
 Legend.  W weight, c the lengths of its columns, U = W/c; G momentum, scaled to the largest entry LARGEST_ENTRY; C = UᵀG; `cL` the
 multiplier L with row i times c_i, so that W L = U·cL and nothing overflows where lengths differ; S = XᵀX; A matrix sign; N = UᵀA; K the

@@ -1,5 +1,6 @@
 """Cutting c_attn into blocks, at equal length of step and not."""
 
+from scripts.analysis.experiment_figures import heat_map
 from scripts.analysis.study import Experiment
 from scripts.analysis.tables import BEST, FINAL, STATUS, Column, case
 
@@ -37,6 +38,7 @@ EXPERIMENT = Experiment(
         Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
         STATUS,
     ],
+    figures={"losses.png": lambda study, path: heat_map(study.groups, "assignment", "cut", path)},
     remark=lambda study: (
         "`each` and `uncut_longer` move c_attn equally far, `whole` and `uncut` too. No case is at its own best rate."
     ),
