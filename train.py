@@ -33,6 +33,7 @@ from training import checkpoint
 from training.batch import micro_batch_size
 from training.build import build
 from training.checks import check
+from training.coordinate import coordinate_check
 from training.data import open_data
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
@@ -105,6 +106,7 @@ class Run:
         if not ranks.is_main:
             torch.manual_seed(cfg.seed + ranks.rank)  # equal weights on all ranks, but different dropout
         self.params = dict(self.model.named_parameters())
+        self.coordinates = coordinate_check(self.model, cfg)
         self.guard = FiniteGuard(list(self.params), self.device)
         self.step, self.seconds = 0, 0.0
         notes: list[str] = []
@@ -147,6 +149,8 @@ class Run:
                         self.write_spectra(log)
                     if self.due(cfg.log.interval_certificate):
                         self.write_certificates(log)
+                    if self.due(cfg.log.interval_updates):
+                        self.write_updates(log)
 
                     # Once in a while: probe attention and collapse.
                     if self.due(cfg.probe.interval):
@@ -173,6 +177,7 @@ class Run:
                 self.step, self.val_loss = self.step + 1, None
                 tokens += cfg.global_batch_tokens
                 self.optimizers.watch(self.due(cfg.log.interval_certificate))
+                self.coordinates.watch(self.due(cfg.log.interval_updates))
                 self.optimizers.step(skip=self.guard.check(self.step, part, loss, norms))
                 self.model.clip_logits()
                 self.optimizers.zero_grad()
@@ -238,6 +243,12 @@ class Run:
         found = {name: certificate for part in parts for name, certificate in part.items()}
         for name in (row.name for row in self.optimizers.rows if row.name in found):
             log.write("certificate", self.step, name=name, **found[name])
+
+    def write_updates(self, log: RunLog | NoLog) -> None:
+        """Record how far the last step moved each parameter and the features behind it, on the first validation windows."""
+        if self.ranks.is_main:
+            for name, record in self.coordinates.records(self.probe_windows):
+                log.write("update", self.step, name=name, **record)
 
     def write_probe(self, log: RunLog | NoLog) -> None:
         """Record attention and collapse on the first validation windows, and an early warning. All ranks compute the same."""

@@ -37,9 +37,10 @@ class AssignmentError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its name, shape, optimizer ("ManifoldMuon" or "AdamW"), manifold or None, and whether a rule spoke of it.
+    """One parameter: its name, shape, optimizer ("ManifoldMuon", "AdamW" or another's class), manifold or None, and whether a rule spoke of it.
 
-    unit: the dimension along which its vectors are kept at unit length beside the optimizer, or None.
+    unit: the dimension along which its vectors are kept at unit length beside the optimizer, or None. norm: in which it steps, in words,
+    if its optimizer asks for one.
     """
 
     name: str
@@ -48,11 +49,12 @@ class Row:
     manifold: str | None
     ruled: bool
     unit: int | None = None
+    norm: str | None = None
 
     @property
     def geometry(self) -> str:
-        """The manifold and unit vectors in words, "-" for neither."""
-        words = [self.manifold] if self.manifold else []
+        """The manifold or norm and unit vectors in words, "-" for none."""
+        words = [word for word in (self.manifold, self.norm) if word]
         words += [] if self.unit is None else [("unit columns", "unit rows")[self.unit]]
         return ", ".join(words) or "-"
 

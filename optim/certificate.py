@@ -100,7 +100,7 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
         raise ValueError(f"W {tuple(W.shape)}, G {tuple(G.shape)} and T {tuple(T.shape)} must be equally shaped")
     W, G, T = (tall(X).double().reshape(-1, *tall(X).shape[-2:]) for X in (W, G, T))
     finite = G.isfinite().all(dim=(-2, -1), keepdim=True)
-    problem = StepProblem(W, torch.where(finite, G, 0), MANIFOLDS[manifold])
+    problem = StepProblem(*MANIFOLDS[manifold].problem(W, torch.where(finite, G, 0)))
     tangent = problem.tangent(T)
     tangency = ratio(frobenius(T - tangent), frobenius(T))
     norm = torch.linalg.eigvalsh(tangent.mT @ tangent)[:, -1].clamp_min(0).sqrt()[:, None, None]

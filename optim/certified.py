@@ -14,7 +14,8 @@ So a good L makes sign(X) nearly tangent, and any L bounds the optimum from abov
     5. retract      V = W - eta·T / max(1, ‖T‖₂), then V (VᵀV)^(-1/2) by a small n × n factor
     6. fallback     where V is too far from the manifold for that, the next step of this matrix takes more rounds, or an exact retraction
 
-A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)).
+A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)). A set of matrices without a Gram condition names the manifold, point and
+momentum whose problem (1) is its own, and moves by itself instead of 5 and 6 (`Manifold.problem`, `Manifold.move`).
 
 Legend.  W weight, c the lengths of its columns, U = W/c; G momentum, scaled to the largest entry LARGEST_ENTRY; C = UᵀG; `cL` the
 multiplier L with row i times c_i, so that W L = U·cL and nothing overflows where lengths differ; S = XᵀX; A matrix sign; N = UᵀA; K the
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ from .linalg import (
 from .manifold_muon import Moved, Stack
 from .manifolds import MANIFOLDS, Effort, Manifold, like, tall
 from .msign import iterate
+from .refine import Refine
 
 LENGTHS: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda m, n: 1.0,
@@ -128,9 +130,13 @@ class Frame(NamedTuple):
         """diag(WᵀW) as (k, n)."""
         return self.c.squeeze(-1).square()
 
-    def metric(self, L: Tensor) -> Tensor:
-        """WᵀW L (k, n, n) where columns are orthogonal."""
-        return self.d[:, :, None] * L
+    def gram(self, cL: Tensor, mm: Products) -> Tensor:
+        """UᵀU cL (k, n, n)."""
+        return cL if self.D is None else mm(self.D, cL)
+
+    def metric(self, L: Tensor, mm: Products) -> Tensor:
+        """WᵀW L (k, n, n)."""
+        return self.d[:, :, None] * L if self.D is None else self.c * mm(self.D, self.c * L)
 
     def tangency(self, N: Tensor) -> Tensor:
         """H = P(WᵀA + AᵀW) (k, n, n) from N = UᵀA."""
@@ -160,14 +166,15 @@ def multiplier(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products)
     GG = mm(G.mT, G)  # (k, n, n)
 
     def gram_of_X(cL: Tensor) -> Tensor:
-        return GG + 2 * symmetric_sum(mm(cL.mT, C + cL))
+        return GG + 2 * symmetric_sum(mm(cL.mT, C + frame.gram(cL, mm)))
 
     S = gram_of_X(cL)
     coefficients = sign_coefficients(effort.su_steps, effort.su_lower)
     for _ in range(effort.su):
         Z = gram_stage(over(S, frobenius(S)).to(mm.dtype), coefficients, mm)  # (k, n, n) ≈ (XᵀX)^(-1/2), up to a factor
-        H = frame.tangency(mm(C + 2 * cL, Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
-        dL = su_step(frame.manifold.project, frame.metric, H, Z, frame.d, effort.conjugate_gradients, mm)
+        H = frame.tangency(mm(C + 2 * frame.gram(cL, mm), Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
+        metric = partial(frame.metric, mm=mm)
+        dL = su_step(frame.manifold.project, metric, H, Z, frame.d, effort.conjugate_gradients, mm)
         cL = (cL + effort.relaxation * frame.c * dL).to(mm.dtype)
         S = gram_of_X(cL)
     return cL, S
@@ -237,6 +244,7 @@ def direction_and_length(
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     moving = torch.isfinite(largest) & (largest > 0)
     G = torch.where(moving, G, 0) / torch.where(moving, largest, 1) * LARGEST_ENTRY
+    W, G, manifold = manifold.problem(W, G)
     size_of_G, G = frobenius(G), G.to(mm.dtype)
     T, size = tangent_sign(W, G, manifold, effort, mm)
     norm = largest_eigenvalue(lambda v: mm.times_vector(T.mT, mm.times_vector(T, v)), T, TALL_NORM_STEPS).sqrt()
@@ -288,6 +296,18 @@ def retract(
 # ---- the step ----
 
 
+def reach(length: str, m: int, n: int, whole: tuple[int, int] | None) -> float:
+    """The length of a step of one (m, n) matrix in spectral norm, per unit of eta.
+
+    With the shape of the `whole` parameter, that its blocks move as far together as it would uncut, in root mean square: a direction of
+    which all min(m, n) singular values are 1 has ‖T‖_F² = min(m, n), and those of the blocks add up. [ours]
+    """
+    if whole is None:
+        return LENGTHS[length](m, n)
+    blocks = whole[0] * whole[1] / (m * n)
+    return LENGTHS[length](*whole) * (min(whole) / (blocks * min(m, n))) ** 0.5
+
+
 def step(
     W: Tensor,
     G: Tensor,
@@ -302,6 +322,8 @@ def step(
     decay: float = 0.0,
     length: str = "spectral",
     norm_cap: float | None = None,
+    whole: tuple[int, int] | None = None,
+    refine: Refine | None = None,
 ) -> Moved:
     """One update of tall W (k, m, n) float32 on its manifold along momentum G, at any scale. Pure, without a host sync.
 
@@ -309,18 +331,26 @@ def step(
         eta: 0-d learning rate on the device: the length of the step in spectral norm, times LENGTHS[length].
         level: (k,) what the last step of each matrix asked for, see Moved.level. rounds: as far as any of them needs, see `retract`.
         keep: 0-d bool, on the device: where true nothing moves, whatever G is.
-        decay: decoupled, per unit of eta, of euclidean weights and of free lengths of columns; norm_cap: no free length grows longer.
+        decay: decoupled, per unit of eta, of weights without a Gram condition (but see their `move`) and of free lengths of columns;
+            norm_cap: no free length grows longer.
+        whole: the shape of the parameter of which the matrices are blocks, if its step is to be as long as without the cut, see `reach`.
+        refine: what happens to the direction before it is taken, see optim/refine.py.
 
     Returns:
         Moved. Where there is nothing to step along, or V did not land, the weight is kept bitwise.
     """
     T, scale = direction_and_length(W, G, manifold, effort, mm)
     moving = (scale.flatten() > 0) & ~keep
+    second = None
+    if refine is not None:
+        T, second = refine(torch.where(scale > 0, scale * T, 0), W, manifold, moving)
+        scale = (scale > 0).to(T.dtype)
     shrink = 1 - eta * decay
-    trial = eta * LENGTHS[length](*W.shape[-2:]) * scale * T
+    trial = eta * reach(length, W.size(-2), W.size(-1), whole) * scale * T
     if not manifold.constrained:
-        new = torch.where(moving[:, None, None], W * shrink - trial, W)
-        return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving))
+        new = manifold.move(W, G, trial, eta * reach(length, W.size(-2), W.size(-1), whole), shrink)
+        new = torch.where(moving[:, None, None], new, W)
+        return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving), second)
     longest = torch.inf if norm_cap is None else norm_cap
     new, distance = retract(W - trial, manifold, shrink, longest, level, rounds, mm)
     landed = distance <= torch.where(level >= 1, LANDS[1], LANDS[0]) if rounds else distance < torch.inf
@@ -331,6 +361,7 @@ def step(
         scale,
         torch.where(moving, wanted, level),
         moving & ~landed if rounds else moving,
+        second,
     )
 
 
@@ -398,7 +429,7 @@ class CertifiedStep:
         W, level, manifold = stack.W, stack.level, MANIFOLDS[stack.manifold]
         effort = replace(effort_of(manifold, self.quality), iterator=self.iterator)
         given = (W, stack.G, stack.eta, level, stack.keep, manifold, effort)
-        settings = {"decay": stack.weight_decay, **self.settings}
+        settings = {"decay": stack.weight_decay, "whole": stack.whole, "refine": stack.refine, **self.settings}
         call = self.compiled_step if (W.is_cuda if self.compile is None else self.compile) else step
         with torch.no_grad(), exact_sums(W.device):
             moved = call(*given, products_for(W.device, self.products), rounds=2 if stack.highest else 1, **settings)
@@ -406,7 +437,10 @@ class CertifiedStep:
                 return moved
             exact = step(*given, Products("float32"), rounds=0, **settings)  # rare: not worth a compilation
             asked = level.eq(2)
-            return Moved(*(torch.where(asked.view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(exact, moved)))
+            pairs = zip(exact, moved)
+            return Moved(
+                *(y if x is None else torch.where(asked.view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in pairs)
+            )
 
 
 def effort_of(manifold: Manifold, quality: str) -> Effort:

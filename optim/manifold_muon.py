@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .certificate import certify
 from .linalg import compiled_whole
 from .manifolds import MANIFOLDS, is_wide, tall
+from .refine import Refine
 
 
 class Stack(NamedTuple):
@@ -33,6 +34,8 @@ class Stack(NamedTuple):
     eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
     keep: 0-d bool on W's device; where true, nothing moves.
     level: (k,) float32, what the last step of each matrix asked for, 0, 1 or 2; highest: the largest, on the host.
+    whole: the tall shape of the parameter of which these are blocks, if its step is to be as long as without the cut.
+    refine: what is done to the directions before they are taken.
     """
 
     W: Tensor
@@ -43,6 +46,8 @@ class Stack(NamedTuple):
     keep: Tensor
     level: Tensor
     highest: int
+    whole: tuple[int, int] | None = None
+    refine: Refine | None = None
 
 
 class Moved(NamedTuple):
@@ -50,7 +55,7 @@ class Moved(NamedTuple):
 
     W: new weights (k, m, n). T, scale: the direction that was taken is scale·T, T (k, m, n) of any float dtype and scale (k, 1, 1), 0 where
     none was. level: (k,) float32, what the next step of each matrix is to take. fallback: (k,) bool, whether this step was not the
-    ordinary one, or kept the weight.
+    ordinary one, or kept the weight. second: the new mean squares of rows, where the stack's `refine` keeps them.
     """
 
     W: Tensor
@@ -58,6 +63,7 @@ class Moved(NamedTuple):
     scale: Tensor
     level: Tensor
     fallback: Tensor
+    second: Tensor | None = None
 
     @property
     def direction(self) -> Tensor:
@@ -106,7 +112,8 @@ class Bucket:
     """The matrices of one parameter group that have the same tall shape; `blocks` row blocks of each parameter stand in a row.
 
     state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. level: (k,) float32, what
-    the last step asked for. fallbacks: (k,) float32, how many steps were not the ordinary one.
+    the last step asked for. fallbacks: (k,) float32, how many steps were not the ordinary one. row_squares: (k, rows) float32, see
+    optim/refine.py, of rows of the parameter, which are columns of the stack where that is transposed (`wide`).
     highest: the largest level, on its way to the host.
     seen: W, G, T (k, m, n) of the last step, if it was watched.
     """
@@ -115,6 +122,7 @@ class Bucket:
     blocks: int
     group: dict[str, Any]
     state: dict[str, Tensor]
+    wide: bool = False
     highest: OnHost | None = None
     seen: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -132,9 +140,13 @@ def row_blocks(t: Tensor, blocks: int) -> Tensor:
     return t.reshape(blocks, t.size(0) // blocks, t.size(1))
 
 
-def state_shapes(p: Tensor, blocks: int) -> dict[str, tuple[int, ...]]:
+def state_shapes(p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a parameter's state, see Bucket."""
-    return {"momentum": tuple(tall(row_blocks(p, blocks)).shape), "level": (blocks,), "fallbacks": (blocks,)}
+    blocks = group["blocks"]
+    shapes = {"momentum": tuple(tall(row_blocks(p, blocks)).shape), "level": (blocks,), "fallbacks": (blocks,)}
+    if group["row_beta"] is not None:
+        shapes["row_squares"] = (blocks, p.size(0) // blocks)
+    return shapes
 
 
 @cache
@@ -171,6 +183,9 @@ class ManifoldMuon(torch.optim.Optimizer):
         groups: parameter groups: dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS); any of the settings below
             may be given per group, and "blocks" (1): into how many matrices the rows of each parameter are cut, and "names" of the
             parameters, for `certificates`.
+        block_length: "each": every block's step has length lr; "whole": the parameter's step is as long, in root mean square, as it
+            would be without the cut.
+        cautious, row_beta: see optim/refine.py.
         rule: the step rule, called once a step with all stacks. Its `init` brings the weights onto their manifold here, at
             construction, by the whole parameter on every rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
@@ -192,9 +207,12 @@ class ManifoldMuon(torch.optim.Optimizer):
         momentum: float,
         nesterov: bool,
         weight_decay: float,
+        block_length: str = "each",
+        cautious: bool = False,
+        row_beta: float | None = None,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "blocks": 1}
-        super().__init__(groups, defaults)
+        super().__init__(groups, {**defaults, "block_length": block_length, "cautious": cautious, "row_beta": row_beta})
         self.rule = rule
         self.found_inf: Tensor | None = None
         self.watched = False
@@ -237,19 +255,28 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     def _buckets_of(self, group: dict[str, Any]) -> list[Bucket]:
         """This rank's matrices of a group, by shape, with their state."""
-        blocks, by_shape = group["blocks"], dict[tuple[int, ...], list[Tensor]]()
+        blocks, by_shape = group["blocks"], dict[tuple[Any, ...], list[Tensor]]()
         for p in group["params"]:
             if self.owners[p] == self.rank:
-                by_shape.setdefault(tuple(tall(row_blocks(p, blocks)).shape[-2:]), []).append(p)
+                cut = row_blocks(p, blocks)
+                # Rows of a parameter matter where their mean squares are kept: then each orientation has a bucket of its own; and the
+                # whole parameter's shape where its blocks share a length.
+                apart = (is_wide(cut) and group["row_beta"] is not None, *self._whole(p, group))
+                by_shape.setdefault((*tall(cut).shape[-2:], apart), []).append(p)
         buckets = []
         for params in by_shape.values():
-            shapes, device = state_shapes(params[0], blocks), params[0].device
+            shapes, device = state_shapes(params[0], group), params[0].device
             state = {name: torch.zeros(len(params) * k, *size, device=device) for name, (k, *size) in shapes.items()}
-            bucket = Bucket(params, blocks, group, state)
+            bucket = Bucket(params, blocks, group, state, is_wide(row_blocks(params[0], blocks)))
             for i, p in enumerate(params):  # views: batched arithmetic, and an ordinary state_dict
                 self.state[p] = {name: whole[bucket.rows_of(i)] for name, whole in state.items()}
             buckets.append(bucket)
         return buckets
+
+    @staticmethod
+    def _whole(p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
+        """The tall shape of a parameter whose blocks share the length of a step, else ()."""
+        return tuple(tall(p).shape) if group["block_length"] == "whole" and group["blocks"] > 1 else ()
 
     @torch.no_grad()
     def bring_onto_manifold(self, names: Collection[str] | None = None) -> None:
@@ -276,6 +303,8 @@ class ManifoldMuon(torch.optim.Optimizer):
             torch._foreach_copy_(bucket.params, targets)  # one launch for all
             bucket.state["level"].copy_(moved.level)
             bucket.state["fallbacks"].add_(moved.fallback)
+            if moved.second is not None:
+                bucket.state["row_squares"].copy_(moved.second)
             bucket.highest = OnHost(moved.level.amax())  # read when the next step begins
             bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
         if self.world > 1:
@@ -297,7 +326,13 @@ class ManifoldMuon(torch.optim.Optimizer):
         momentum.copy_(advanced)  # in place: the parameters' state are views of it
         W, level = bucket.stack(bucket.params), bucket.state["level"]
         bucket.highest = bucket.highest or OnHost(level.amax())
-        return Stack(W, G, group["manifold"], group["lr"], group["weight_decay"], keep, level, bucket.highest.read())
+        refine = None
+        if group["cautious"] or group["row_beta"] is not None:
+            squares = bucket.state.get("row_squares")
+            refine = Refine(g if group["cautious"] else None, squares, group["row_beta"] or 0.0, bucket.wide)
+        common = (group["manifold"], group["lr"], group["weight_decay"], keep, level, bucket.highest.read())
+        whole = self._whole(bucket.params[0], group) or None
+        return Stack(W, G, *common, whole, refine)  # type: ignore[arg-type]  # of two numbers
 
     def certificates(self) -> dict[str, dict[str, float]]:
         """How good the last step of this rank's matrices was, by name (optim/certificate.py); empty unless it was `watched`.
@@ -344,9 +379,9 @@ class ManifoldMuon(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state on every rank, as one rank alone would have it; on several ranks, all must call."""
         borrowed = [p for p, owner in self.owners.items() if owner != self.rank]  # their state is here for this call
-        blocks = {p: group["blocks"] for group in self.param_groups for p in group["params"]}
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, owner in self.owners.items() if self.world > 1 else ():
-            for name, shape in state_shapes(p, blocks[p]).items():
+            for name, shape in state_shapes(p, groups[p]).items():
                 whole = self.state[p][name].contiguous() if owner == self.rank else torch.empty(shape, device=p.device)
                 dist.broadcast(whole, src=owner)
                 if owner != self.rank:

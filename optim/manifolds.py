@@ -7,6 +7,14 @@ A is tangent at W when P(WᵀA + AᵀW) = 0, and the normal space is {W K : K = 
     stiefel     P = identity     WᵀW = I: orthonormal columns
     dgram       P = off-diagonal WᵀW diagonal: orthogonal columns of any length
     oblique     P = diagonal     diag(WᵀW) = 1: columns of unit length
+    hyperball   P = mean of diag ‖W‖_F² = n: the length that n unit columns have together
+
+Other sets of matrices have no such projector. Their step problem is that of a Gram-space manifold at another point (`Manifold.problem`), and
+they say where a step leads (`Manifold.move`):
+
+    spectral_ball    ‖W‖₂ ≤ 1      Muon's direction, then the nearest point of the ball
+    spectral_sphere  ‖W‖₂ = 1      orthogonal to u vᵀ, the largest singular pair; then W/‖W‖₂
+    oblique_gain     every matrix  unit columns as in oblique, times a gain each that moves by itself
 
 Source: Gram-space Manifold Muon (Keigwin, Pai, Chen; tilderesearch.com/vignettes/gram-space) and arXiv 2606.13276.
 
@@ -24,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .iterators import Iterator
-from .linalg import column_norms, diagonal, ratio
+from .linalg import column_norms, diagonal, eye_like, ratio, top_pair
 from .msign import msign
 
 Polar = Callable[[Tensor], Tensor]
@@ -63,7 +71,7 @@ def polar(X: Tensor) -> Tensor:
 class Effort:
     """What the certified step (optim/certified.py) spends on a manifold, and how. Measured on recorded problems: `bench.py lmo`.
 
-    su: Su steps that improve the multiplier before the sign; they assume that the columns of W are orthogonal.
+    su: Su steps that improve the multiplier before the sign; preconditioned as if the columns of W were orthogonal.
     su_steps, su_lower: quintics and lower end of the smoothed inverse root inside a Su step.
     conjugate_gradients, relaxation: how exactly a Su step is solved, and how much of it is taken.
     stages, lower: of the matrix sign, see optim.linalg.matrix_sign.
@@ -144,6 +152,17 @@ class Manifold:
         """The tangent part A - W K of A (..., m, n) at W, in the orientation of W."""
         d = column_norms(tall(W)).squeeze(-2).square()
         return A - like(tall(W) @ self.normal(self.tangency(W, A), d), W)
+
+    def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:
+        """The Gram-space manifold, its point W' and the momentum G' (k, m, n) whose step problem gives the direction at tall W, G."""
+        return W, G, self
+
+    def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
+        """Where a step leads from tall W (k, m, n), if `constrained` is false; with a Gram condition the step rule retracts.
+
+        G is the momentum, trial the direction times its length, eta the 0-d length alone, shrink the 0-d factor of weight decay.
+        """
+        return W * shrink - trial
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
         """`retract` of a tall W."""
@@ -228,5 +247,122 @@ class Oblique(Manifold):
         return ratio(W, column_norms(W))
 
 
-MANIFOLDS: dict[str, Manifold] = {m.name: m for m in (Euclidean(), Stiefel(), DGram(), Oblique())}
+class Hyperball(Manifold):
+    """‖W‖_F² = n for a tall W (m, n), with any lengths and angles of its columns: the root mean square of its singular values is 1.
+
+    Source: Hyperball (arXiv 2606.16899, and its authors' post of December 2025), which fixes ‖W‖_F and ‖step‖_F. Ours: the norm is that of
+    n unit columns, not that of the start, so that runs compare with stiefel; and the direction is the best tangent one (theirs is Muon's
+    own, whose normal part the scaling deletes).
+    """
+
+    name = "hyperball"
+    efforts: ClassVar = {
+        "default": Effort(su=1, conjugate_gradients=1),
+        "high": Effort(su=3, su_steps=4, su_lower=0.02, conjugate_gradients=1, caps=2, cap_degree=4),
+    }
+
+    def project(self, S: Tensor) -> Tensor:
+        return diagonal(S).mean(-1)[..., None, None] * eye_like(S)
+
+    def normal(self, H: Tensor, d: Tensor) -> Tensor:
+        return ratio(H, 2 * d.mean(-1)[..., None, None])
+
+    def _retract(self, W: Tensor, polar: Polar) -> Tensor:
+        return ratio(W, torch.linalg.matrix_norm(W, keepdim=True)) * W.size(-1) ** 0.5
+
+
+class SpectralBall(Euclidean):
+    """‖W‖₂ ≤ 1: no singular value above 1. The step is Muon's, then singular values above 1 become 1: projected steepest descent.
+
+    Source: the spectral ball and its hard cap of singular values (leloykun.github.io). Ours: the cap by one matrix sign in n × n.
+    """
+
+    name = "spectral_ball"
+
+    def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
+        """The nearest point of the ball, to 35/128·e⁴ relative to the excess e = ‖V‖₂² - 1 of the trial point V, see `_cap`."""
+        return self._cap(super().move(W, G, trial, eta, shrink))
+
+    def residual(self, W: Tensor) -> Tensor:
+        return (torch.linalg.matrix_norm(W if W.dtype == torch.float64 else W.float(), 2) - 1).clamp_min(0)
+
+    def _retract(self, W: Tensor, polar: Polar) -> Tensor:
+        """The nearest point, by eigenvalues of WᵀW in float64, since a GPU takes tenths of a second for an SVD."""
+        values, V = torch.linalg.eigh(W.double().mT @ W.double())  # (..., n)
+        factor = values.clamp_min(1).rsqrt()
+        return (W.double() @ (V * factor[..., None, :]) @ V.mT).to(W.dtype)
+
+    @staticmethod
+    def _cap(V: Tensor) -> Tensor:
+        """V (k, m, n) float32 with singular values σ above 1 brought to 1 and the others left where they are.
+
+        M = VᵀV - I has the positive part P = (M + M sign(M)) / 2, and V (I + P)^(-1/2) is what is wanted; by the series of the root to
+        P⁴, since a step leaves singular values little above 1. An inexact sign where M is near 0 matters as little as M does.
+        """
+        M = V.mT @ V - eye_like(V.mT @ V)  # (k, n, n)
+        P = 0.5 * (M + M @ msign(M, 12, M.dtype, lower=1e-4))
+        P = 0.5 * (P + P.mT)
+        series = (35 / 128) * P - (5 / 16) * eye_like(P)
+        for coefficient in (3 / 8, -1 / 2):
+            series = series @ P + coefficient * eye_like(P)
+        return V + V @ (series @ P)
+
+
+class SpectralSphere(Euclidean):
+    """‖W‖₂ = 1: the largest singular value stays 1, the others move. Directions are orthogonal to u vᵀ, its singular vectors.
+
+    The condition ⟨u vᵀ, T⟩ = 0 is hyperball's at the point u vᵀ. The step ends in W/‖W‖₂. Where singular values coincide at 1 there are
+    more normal directions than u vᵀ; the scaling then deals with the rest.
+    Sources: the spectral sphere (arXiv 2601.08393), MACRO (arXiv 2605.04418). Ours: radius 1, and the multiplier by least squares and Su's
+    step where the first bisects.
+    """
+
+    name = "spectral_sphere"
+    efforts: ClassVar = Hyperball.efforts
+
+    def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:
+        u, _, v = top_pair(W)
+        return u @ v.mT * W.size(-1) ** 0.5, G, MANIFOLDS["hyperball"]  # (k, m, n), on hyperball
+
+    def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
+        V = W - trial
+        return ratio(V, top_pair(V)[1])
+
+    def tangent(self, W: Tensor, A: Tensor) -> Tensor:
+        N, _, hyperball = self.problem(tall(W), tall(A))
+        return like(hyperball.tangent(N, tall(A)), W)
+
+    def residual(self, W: Tensor) -> Tensor:
+        return (torch.linalg.matrix_norm(W if W.dtype == torch.float64 else W.float(), 2) - 1).abs()
+
+    def _retract(self, W: Tensor, polar: Polar) -> Tensor:
+        return ratio(W, torch.linalg.matrix_norm(W, 2, keepdim=True))
+
+
+class ObliqueGain(Euclidean):
+    """W = U diag(c) with unit columns U and a free gain c of each: U steps on oblique, c by itself. Every matrix is a point.
+
+    U ← columns of U - eta·T at unit length, where T is oblique's direction at U along G·diag(c);  c ← c (shrink - eta·sign(UᵀG)_jj).
+    Source: Muown (arXiv 2605.10797) and AngularMuown (arXiv 2606.23637), for which c belongs to the rows of a weight and moves by Adam.
+    Ours: the columns of the tall form, as in oblique, and a step of c that keeps no state, relative to c.
+    """
+
+    name = "oblique_gain"
+
+    def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:
+        c = column_norms(W)  # (k, 1, n)
+        return ratio(W, c), G * c, MANIFOLDS["oblique"]
+
+    def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
+        c = column_norms(W)
+        V = ratio(W, c) - trial
+        radial = (W * G).sum(-2, keepdim=True).sign()  # (k, 1, n)
+        return ratio(V, column_norms(V)) * (c * (shrink - eta * radial))
+
+    def tangent(self, W: Tensor, A: Tensor) -> Tensor:
+        return like(MANIFOLDS["oblique"].tangent(ratio(tall(W), column_norms(tall(W))), tall(A)), W)
+
+
+_ALL = (Euclidean(), Stiefel(), DGram(), Oblique(), Hyperball(), SpectralBall(), SpectralSphere(), ObliqueGain())
+MANIFOLDS: dict[str, Manifold] = {m.name: m for m in _ALL}
 """The manifolds by the name that an assignment uses."""

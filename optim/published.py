@@ -116,6 +116,9 @@ class PublishedStep:
         """The step of each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
         moved = []
         for s in stacks:
+            refused = [name for name, given in (("whole", s.whole), ("refine", s.refine)) if given is not None]
+            if refused:
+                raise ValueError(f"the published step has no {' and no '.join(refused)}; take the certified step")
             W, A = self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay)
             ones, no = W.new_ones(len(W), 1, 1), torch.zeros_like(s.level, dtype=torch.bool)
             moved.append(Moved(torch.where(s.keep, s.W, W), A, ones, s.level, no))
@@ -126,8 +129,10 @@ class PublishedStep:
     ) -> tuple[Tensor, Tensor]:
         """The new weight, and A, of tall W, G (k, m, n) float32 at the 0-d learning rate eta."""
         if not manifold.constrained:
-            A = self.polar(G).float()
-            return W * (1 - eta * weight_decay) - eta * A, A
+            at, along, gram = manifold.problem(W, G)
+            steps = self.dual_steps if gram.constrained else 0
+            A = dual_ascent(at, along, gram, steps, self.alpha, self.polar) if steps else self.polar(along).float()
+            return manifold.move(W, G, eta * A, eta, 1 - eta * weight_decay), A
         A = dual_ascent(W, G, manifold, self.dual_steps, self.alpha, self.polar)
         kept = W * (1 - eta * weight_decay) if self.decay_manifolds else W
         return self.retract(kept - eta * A, manifold), A

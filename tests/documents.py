@@ -99,6 +99,7 @@ def in_process(words, overrides, monkeypatch):
 
 
 LESS = {  # of every experiment's lists, as little as draws a picture
+    "blocks": ["cut=heads_whole", "seeds=1"],
     "crossing": ["assignment=hetero", "residual=geonorm", "seeds=1"],
     "exponents": ["init.residual_scale=0.5,1", "init.weight_scale=1", "scan=2", "models=1", "assignments=adamw"],
     "instability_one_gpu": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram,hetero"],

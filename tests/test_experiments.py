@@ -447,6 +447,7 @@ def test_the_verdict_names_what_restored_attention():
 # ---- what is written ----
 
 LESS = {  # of every experiment's lists, as little as draws a picture
+    "blocks": ["cut=uncut,heads_whole", "seeds=1"],
     "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
     "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "data=stdlib", "data.name=stdlib"],
     "exponents": ["scan=2", "init.residual_scale=1", "init.weight_scale=0.5,2", "models=2", "assignments=adamw,hetero"],
@@ -464,6 +465,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "solver_sweep": ["optim.muon.lr=0.02,0.05", "assignment=hetero", "seeds=1"],
 }
 TOLD = {  # what its table says
+    "blocks": ["| Unconstrained | heads_whole |", "move c_attn equally far"],
     "crossing": ["| 2 |", "steps to 100.00", "| Unconstrained | geonorm |"],
     "horizon": ["| 4 | all_stiefel |", "(edge)", "minus Unconstrained", "paired by seed"],
     "exponents": ["| hetero |", "closed form", "Rank correlation of the final loss of 2 trained models"],

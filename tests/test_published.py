@@ -75,7 +75,7 @@ def muon(params, manifold, rule=BF16):
     return ManifoldMuon([group], rule, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("manifold", MANIFOLDS)
+@pytest.mark.parametrize("manifold", ["euclidean", "stiefel", "dgram", "oblique"])
 def test_batched_steps_equal_one_matrix_at_a_time(manifold):
     """In float32, with few dual steps and no square matrix, so that rounding does not decide."""
     rule = PublishedStep(dual_steps=3, alpha=0.1, msign_steps=10, msign_dtype=torch.float32)

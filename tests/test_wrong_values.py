@@ -23,6 +23,7 @@ CONFIGURATIONS = {
     "nugpt": ["experiment=nugpt_demo"],
     "text": ["data=text", "residual=p_sphere", "attention=qk_clip", "schedule=wsd"],
     "fineweb": ["data=fineweb", "residual=sandwich_norm", "assignment=adamw", "optim.muon.blocks={}"],
+    "modular": ["optim=modular", "assignment=unconstrained"],
     "geonorm": ["residual=geonorm", "attention=soft_cap", "optim.muon.lr_scale={attn: 0.5}"],
 }
 
@@ -57,7 +58,7 @@ OFF = {"null"}  # switches it off, or leaves the choice to the program
 POWER = {"-1", "0", "0.5", "1.5"}
 NOTHING: set[str] = set()  # whole numbers above 0, choices and sections
 
-RATES = "optim.adamw.lr optim.adamw.weight_decay optim.adamw.eps optim.muon.lr optim.muon.weight_decay"
+RATES = "optim.modular.lr optim.modular.weight_decay optim.adamw.lr optim.adamw.weight_decay optim.adamw.eps optim.muon.lr optim.muon.weight_decay"
 BASE = ("bias", "rope", "tied", "unit_weights")
 GROUPS = [
     (
@@ -66,8 +67,13 @@ GROUPS = [
     ),
     (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval"),
     (FLAG | OFF, "optim.muon.rule.compile"),
+    (FLAG, "optim.muon.cautious optim.modular.nesterov"),
+    (SHARE | OFF, "optim.muon.row_beta"),
     (FLAG, "sweep.resume allow_changes compile " + " ".join(f"transfer.base.{name}" for name in BASE)),
-    (SHARE, "model.dropout transfer.base.dropout optim.muon.momentum schedule.warmup_steps schedule.floor"),
+    (
+        SHARE,
+        "model.dropout transfer.base.dropout optim.muon.momentum optim.modular.momentum schedule.warmup_steps schedule.floor",
+    ),
     (SHARE, "stability.warning.entropy"),
     ({"0.5"}, "schedule.decay data.val_fraction"),
     (POSITIVE, "model.logit_scale residual.alpha residual.p init.weight_scale init.residual_scale"),
@@ -84,11 +90,19 @@ GROUPS = [
     (TEXT, "assignment.name data.name data.dir data.column data.repository data.subset logger.project sweep.name"),
     (TEXT | OFF, "data.separator logger.group name output_dir"),
     ({"word"}, "resume"),  # the path of a checkpoint; no, off and yes are meant otherwise
-    ({"null", "{}"}, "optim.muon.lr_scale optim.muon.blocks optim.adamw.lr_scale"),  # a mapping may be empty
+    (
+        {"null", "{}"},
+        "optim.muon.lr_scale optim.muon.blocks optim.adamw.lr_scale optim.norms.patterns",
+    ),  # a mapping may be empty
     ({*TEXT, "[]"}, "data.files"),  # data.prepare asks for one if there is none
     ({*TEXT, "[]", "null"}, "data.val_files"),
     ({"[]"}, "data.revisions"),
-    (OFF, "launcher.checksum_interval log.interval_spectra log.interval_certificate probe.interval"),
+    (
+        OFF,
+        "launcher.checksum_interval log.interval_spectra log.interval_certificate log.interval_updates probe.interval",
+    ),
+    (OFF, "optim.modular"),
+    ({"[]"}, "optim.norms.tables"),
     (
         OFF,
         "optim.muon.rule.iterator optim.muon.rule.products checkpoint.interval stability.warning data.max_tokens data.expected",
@@ -225,7 +239,10 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
         ("schedule.warmup_steps=2.5", "give a whole number of updates, 0 or more, or a share of them below 1"),
         ("max_steps=1e16", "give a whole number of at least 1, and at most 1e+15"),
         ("name=5", """give text of 1 to 200 bytes (null means the assignment's); as text it is written '"5"'"""),
-        ("log=null", "log is null; give a section with the keys interval, interval_spectra, interval_certificate"),
+        (
+            "log=null",
+            "log is null; give a section with the keys interval, interval_spectra, interval_certificate, interval_updates",
+        ),
         ("optim.muon.blocks={attn: 0}", "optim.muon.blocks.attn is 0; give a whole number of at least 1"),
         (f"name={'x' * 300}", "... (302 characters); give text of 1 to 200 bytes"),
         ("schedule.decay_steps=${nope}", "'nope' not found"),

@@ -19,8 +19,9 @@ from optim.assignment import AssignmentError, Row, assign, folded
 from optim.certified import CertifiedStep
 from optim.iterators import IteratorError, iterator
 from optim.manifold_muon import ManifoldMuon, StepRule
+from optim.modular import Modular
 from optim.published import PublishedStep
-from training.groups import adamw_groups, muon_groups
+from training.groups import adamw_groups, modular_groups, muon_groups, norm_pairs
 from training.settings import CertifiedRule, Optim, Settings
 from training.transfer import transferred
 
@@ -169,8 +170,11 @@ def rehearse(
         problems.append(f"optim.muon.rule.iterator: {error}")
     try:
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
+        if cfg.optim.modular is not None:
+            return modular_groups(rows, cfg.optim.norms)[0], []
         muon_groups(rows, cfg.optim.muon)
         adamw_groups(rows, cfg.optim.adamw)
+        norm_pairs(shapes, cfg.optim.norms)
     except AssignmentError as error:
         problems += error.problems
     return rows, problems
@@ -195,9 +199,14 @@ def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str,
         return [{"params": [params[name] for name in names], "names": names, **group} for names, group in groups]
 
     optimizers: list[torch.optim.Optimizer] = []
+    unit_norm = UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None])
+    if cfg.optim.modular is not None:
+        rows, shared = modular_groups(rows, cfg.optim.norms)
+        return Optimizers([Modular(with_params(shared), **vars(cfg.optim.modular))], rows, unit_norm)
     if groups := with_params(muon_groups(rows, muon)):
-        common = {"lr": muon.lr, "momentum": muon.momentum, "weight_decay": muon.weight_decay}
+        common: dict[str, Any] = {"lr": muon.lr, "momentum": muon.momentum, "weight_decay": muon.weight_decay}
+        common |= {"block_length": muon.block_length, "cautious": muon.cautious, "row_beta": muon.row_beta}
         optimizers.append(ManifoldMuon(groups, step_rule(cfg.optim), nesterov=muon.nesterov, **common))
     if groups := with_params(adamw_groups(rows, adamw)):
         optimizers.append(torch.optim.AdamW(groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True))
-    return Optimizers(optimizers, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))
+    return Optimizers(optimizers, rows, unit_norm)

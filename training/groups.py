@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from optim.assignment import AssignmentError, Row, by_pattern
-from training.settings import AdamW, Muon
+import torch
+
+from optim.assignment import AssignmentError, Row, by_pattern, matches
+from optim.modular import norm_of
+from training.settings import AdamW, Muon, Norms
 
 
 def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, Any]]]:
@@ -18,7 +23,17 @@ def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, 
     scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale")
     blocks = by_pattern(mine, muon.blocks or {}, 1, "optim.muon.blocks")
     groups: dict[tuple, list[str]] = {}
-    problems = []
+    options = {
+        "block_length": muon.block_length != "each",
+        "cautious": muon.cautious,
+        "row_beta": muon.row_beta is not None,
+    }
+    problems = [
+        f"optim.muon.{name} is an option of the certified step, but the step rule is '{muon.rule.kind}'; use optim=manifold_muon, "
+        f"or leave optim.muon.{name} as it is in configs/optim"
+        for name, given in options.items()
+        if mine and given and muon.rule.kind == "published"
+    ]
     for row in rows:
         if not row.manifold:
             continue
@@ -36,6 +51,49 @@ def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, 
         (names, {"manifold": manifold, "lr": muon.lr * scale, "blocks": cut})
         for (manifold, scale, cut), names in groups.items()
     ]
+
+
+def norm_pairs(shapes: Mapping[str, tuple[int, ...]], norms: Norms) -> dict[str, tuple[str, str]]:
+    """The norms of input and output of each parameter.
+
+    Raises:
+        AssignmentError: see `by_pattern`; or a parameter has no such norm.
+    """
+    given: dict[str, tuple[str, str] | None] = by_pattern(shapes, norms.patterns or {}, None, "optim.norms.patterns")
+    source, target = norms.others
+    tables = {name for name in shapes if any(matches(pattern, name) for pattern in norms.tables)}
+    pairs = {name: pair or ("one" if name in tables else source, target) for name, pair in given.items()}
+    problems = {}
+    for name, pair in pairs.items():
+        try:
+            norm_of(torch.empty(shapes[name], device="meta"), *pair)
+        except ValueError as error:
+            problems[f"optim.norms: {error}"] = name
+    if problems:
+        raise AssignmentError([f"{problem} (for '{name}')" for problem, name in problems.items()])
+    return pairs
+
+
+def modular_groups(rows: list[Row], norms: Norms) -> tuple[list[Row], list[tuple[list[str], dict[str, Any]]]]:
+    """The rows, all given to Modular, and its parameter groups: names of the parameters that share their norms.
+
+    Raises:
+        AssignmentError: see `norm_pairs`; or a matrix is on a manifold, of which Modular knows nothing.
+    """
+    held = {row.manifold: row.name for row in rows if row.manifold not in (None, "euclidean")}
+    if held:
+        raise AssignmentError(
+            [
+                f"assignment: '{manifold}' is for '{name}', but optim.modular knows no manifolds; use assignment=unconstrained"
+                for manifold, name in held.items()
+            ]
+        )
+    groups: dict[tuple[str, str], list[str]] = {}
+    pairs = norm_pairs({row.name: row.shape for row in rows}, norms)
+    for name, pair in pairs.items():
+        groups.setdefault(pair, []).append(name)
+    rows = [replace(row, optimizer="Modular", manifold=None, norm=" → ".join(pairs[row.name])) for row in rows]
+    return rows, [(names, {"input": source, "output": target}) for (source, target), names in groups.items()]
 
 
 def adamw_groups(rows: list[Row], adamw: AdamW) -> list[tuple[list[str], dict[str, Any]]]:

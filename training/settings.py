@@ -19,6 +19,7 @@ from optim.certified import LENGTHS
 from optim.iterators import ITERATORS, unsound
 from optim.linalg import PRECISIONS
 from optim.manifolds import MANIFOLDS
+from optim.norms import FEATURES
 from optim.published import RETRACTIONS
 from training.fields import (
     MOST,
@@ -42,6 +43,7 @@ Share = Annotated[float, ("low", 0), ("below", 1)]
 Power = Annotated[float, ("low", -10), ("high", 10)]
 Geometry = Annotated[str, Choice(lambda: (*MANIFOLDS, ADAMW))]
 Precision = Annotated[str, ("options", tuple(PRECISIONS))]
+Feature = Annotated[str, ("options", tuple(FEATURES))]
 
 
 # ---- optimization ----
@@ -118,6 +120,9 @@ class Muon:
     weight_decay: NotNegative
     lr_scale: Factors
     blocks: Annotated[Mapping[str, Count] | None, ("null", "means 1 for all")]
+    block_length: Literal["each", "whole"]
+    cautious: bool
+    row_beta: Annotated[Share | None, ("null", "leaves rows as they are")]
     rule: Annotated[PublishedRule | CertifiedRule, ("by", "kind"), ("types", STEP_RULES)]
 
 
@@ -133,12 +138,33 @@ class AdamW:
 
 
 @dataclass(frozen=True)
+class Modular:
+    """Steepest descent in the norm of each parameter, for all parameters; optim/modular.py."""
+
+    lr: NotNegative
+    momentum: Share
+    nesterov: bool
+    weight_decay: NotNegative
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms of the input and the output of each parameter; optim/norms.py."""
+
+    others: tuple[Feature, Feature]
+    tables: tuple[str, ...]
+    patterns: Annotated[Mapping[str, tuple[Feature, Feature]] | None, ("null", "leaves all to others and tables")]
+
+
+@dataclass(frozen=True)
 class Optim:
-    """Both optimizers; configs/optim."""
+    """The optimizers; configs/optim."""
 
     muon: Muon
     adamw: AdamW
     always_adamw: tuple[str, ...]
+    modular: Annotated[Modular | None, ("null", "leaves the parameters to muon and adamw")]
+    norms: Norms
 
 
 @dataclass(frozen=True)
@@ -227,6 +253,7 @@ class Log:
     interval: Count
     interval_spectra: Count | None
     interval_certificate: Count | None
+    interval_updates: Count | None
 
 
 @dataclass(frozen=True)

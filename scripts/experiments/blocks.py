@@ -1,0 +1,45 @@
+"""Cutting c_attn into blocks, at equal length of step and not."""
+
+from scripts.analysis.experiment_figures import heat_map
+from scripts.analysis.study import Experiment
+from scripts.analysis.tables import BEST, FINAL, STATUS, Column, case
+
+QKV, HEADS, TOGETHER = (
+    "optim.muon.blocks={c_attn: 3}",
+    "optim.muon.blocks={c_attn: 12}",
+    "optim.muon.block_length=whole",
+)
+CUTS = {
+    "uncut": (),
+    "uncut_longer": ("optim.muon.lr_scale={c_attn: 1.7320508}",),  # as long as blocks of which each steps like a matrix
+    "qkv_each": (QKV,),
+    "qkv_whole": (QKV, TOGETHER),
+    "heads_each": (HEADS,),  # queries, keys and values of each of four heads
+    "heads_whole": (HEADS, TOGETHER),
+}
+
+EXPERIMENT = Experiment(
+    hypothesis="What does a cut of c_attn do that a longer step does not?\n"
+    "Blocks of which each steps as far as a matrix move c_attn √3 times as far as no cut, in root mean square; block_length=whole undoes it.",
+    base=(
+        "experiment=solver_sweep",
+        "max_steps=100",
+        "eval_interval=50",
+        "probe.interval=null",
+        "schedule.warmup_steps=15",
+    ),
+    axes={"assignment": "unconstrained", "cut": CUTS},
+    seeds="1,2",
+    columns=lambda study: [
+        Column("assignment", "assignment", lambda r: r.assignment),
+        case("cut", "cut"),
+        BEST,
+        FINAL,
+        Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
+        STATUS,
+    ],
+    figures={"losses.png": lambda study, path: heat_map(study.groups, "assignment", "cut", path)},
+    remark=lambda study: (
+        "`each` and `uncut_longer` move c_attn equally far, `whole` and `uncut` too. No case is at its own best rate."
+    ),
+)

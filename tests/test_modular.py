@@ -1,0 +1,113 @@
+"""Steps in each parameter's own norm, and the coordinate check that measures what they do to features."""
+
+import math
+
+import pytest
+import torch
+from test_remedies import tiny_gpt
+
+from optim.modular import Modular, norm_of
+from optim.norms import FEATURES
+from train import train
+from training.build import build_optimizers
+from training.checks import check
+from training.config import compose
+from training.coordinate import coordinate_check
+from training.log import read_records
+from training.validate import ConfigError
+
+SETTINGS = ["optim=modular", "assignment=unconstrained", "log.interval_updates=2"]
+
+
+def loss_of(model, seed=0):
+    x = torch.randint(40, (2, 17), generator=torch.Generator().manual_seed(seed))
+    return model(x[:, :-1], x[:, 1:])[1]
+
+
+@pytest.mark.parametrize("pair", [("rms", "rms"), ("one", "rms"), ("rms", "max"), ("l2", "l2"), ("one", "max")])
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_a_step_has_the_size_of_the_learning_rate_in_its_norm(shape, pair):
+    p = torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
+    before = p.detach().clone()
+    optimizer = Modular(
+        [{"params": [p], "input": pair[0], "output": pair[1]}], lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.0
+    )
+    p.grad = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 1e-6  # of any scale
+    optimizer.step()
+    change = (p - before).T if pair[0] == "one" else p - before
+    size = norm_of(p, *pair, exact=True).size(change.detach())
+    assert size == pytest.approx(0.1, rel=2e-3)
+    assert (change * (p.grad.T if pair[0] == "one" else p.grad)).sum() < 0
+
+
+def test_momentum_decay_and_a_skipped_step():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = Modular(
+        [{"params": [p], "input": "rms", "output": "rms"}], lr=0.1, momentum=0.5, nesterov=False, weight_decay=1.0
+    )
+    p.grad = torch.tensor([1.0, 1.0, -1.0])
+    optimizer.step()
+    assert torch.allclose(p, torch.tensor([0.9 - 0.1, -1.8 - 0.1, 2.7 + 0.1]))
+    kept, state = p.detach().clone(), optimizer.state[p]["momentum"].clone()
+    optimizer.found_inf = torch.ones(())
+    p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    assert torch.equal(p, kept) and torch.equal(optimizer.state[p]["momentum"], state)
+    optimizer.found_inf = None
+    p.grad = torch.tensor([-0.4, -0.6, 0.0])  # momentum .5·(1, 1, -1): its sign turns for the second alone
+    optimizer.step()
+    assert torch.allclose(p, 0.9 * kept - 0.1 * torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_every_parameter_of_a_model_steps_by_the_same_size_and_no_feature_changes_by_more():
+    torch.manual_seed(0)
+    model, cfg = tiny_gpt(), compose([*SETTINGS, "optim.modular.lr=0.01"])
+    optimizers = build_optimizers(model, cfg)
+    assert {row.optimizer for row in optimizers.rows} == {"Modular"}
+    assert {row.geometry for row in optimizers.rows} == {"one → rms", "rms → rms"}
+    checks = coordinate_check(model, cfg)
+    loss_of(model).backward()
+    checks.watch(True)
+    optimizers.step()
+    x = torch.randint(40, (2, 16))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inputs = {}
+    handle = model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda m, i, o: inputs.update(c_fc=i[0]))
+    records = dict(checks.records(x))
+    handle.remove()
+    assert records.keys() == weights.keys()
+    for name, record in records.items():
+        assert record["size"] == pytest.approx(0.01, rel=2e-3), name
+        if record["change_max"] is not None and ".ln" not in name:
+            assert 0 < record["change_mean"] <= record["change_max"] <= 1.001 * record["size"] * record["input_max"]
+        assert torch.equal(weights[name], model.get_parameter(name))
+    name = "transformer.h.0.mlp.c_fc.weight"
+    change = FEATURES["rms"](inputs["c_fc"] @ (weights[name] - checks.before[name]).T)
+    assert records[name]["change_max"] == pytest.approx(change.max().item(), rel=1e-3)
+    assert records["transformer.wte.weight"]["input_max"] == 1
+
+
+@pytest.mark.parametrize("optim", ["modular", "manifold_muon"])
+def test_a_run_records_the_sizes_of_its_steps_and_resumes(tiny, tmp_path, optim):
+    settings = [*tiny, "assignment=unconstrained", f"optim={optim}", "log.interval_updates=2", "max_steps=6"]
+    best = train(compose([*settings, "checkpoint.interval=3"]))
+    records = [r for r in read_records(tmp_path / "run") if r["kind"] == "update"]
+    assert {r["step"] for r in records} == {2, 4, 6} and all(r["size"] > 0 for r in records)
+    half = next(path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.rstrip("_").endswith("3"))
+    again = [*settings, "checkpoint.interval=3", f"resume={half}", f"output_dir={tmp_path}/again"]
+    assert train(compose(again)) == best
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["assignment=hetero"], "optim.modular knows no manifolds; use assignment=unconstrained"),
+        (["optim.norms.others=[max, rms]"], "there is no norm max → rms"),
+        (["optim.norms.patterns={wta: [one, rms]}"], "pattern 'wta' matches no matrix or vector"),
+        (["optim.norms.patterns={wte: [one, most]}"], "choose one of one, l2, rms, max"),
+    ],
+)
+def test_what_modular_refuses(overrides, message):
+    with pytest.raises(ConfigError, match="problem") as refused:
+        check(compose([*SETTINGS, *overrides]))
+    assert message in str(refused.value)

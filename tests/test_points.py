@@ -1,0 +1,291 @@
+"""Points of the map of optimizers: sets of matrices that no Gram projector describes, refined directions, and steps of blocks as long as the whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from optim.certificate import certify
+from optim.certified import CertifiedStep, direction
+from optim.manifold_muon import ManifoldMuon, Stack
+from optim.manifolds import MANIFOLDS
+from optim.msign import msign
+from optim.published import PublishedStep
+from training.build import build
+from training.checks import check
+from training.config import compose
+from training.validate import ConfigError
+
+NEW = ["hyperball", "spectral_ball", "spectral_sphere", "oblique_gain"]
+SPHERES = ["hyperball", "spectral_sphere"]  # one normal direction
+RULES = {"certified": CertifiedStep(), "published": PublishedStep(3, 0.1, 10, torch.float32)}
+
+
+def gaussian(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def stack_of(W, G, manifold, eta=0.05, decay=0.0):
+    level = torch.zeros(len(W))
+    return Stack(W, G, manifold, torch.tensor(eta), decay, torch.tensor(False), level, 0)
+
+
+# ---- the sets ----
+
+
+@pytest.mark.parametrize("shape", [(24, 9), (9, 24), (12, 12), (2, 24, 9)])
+@pytest.mark.parametrize("name", NEW)
+def test_the_retraction_lands_and_keeps_what_is_there(name, shape):
+    M, W = MANIFOLDS[name], gaussian(*shape, dtype=torch.float64)
+    R = M.retract(W)
+    assert R.shape == W.shape and M.residual(R).max() < 1e-12 and torch.allclose(M.retract(R), R, atol=1e-12)
+    inside = MANIFOLDS["spectral_ball"].retract(0.01 * W)
+    assert torch.allclose(inside, 0.01 * W, atol=1e-15)
+
+
+def test_the_ball_is_reached_at_its_nearest_point():
+    W = gaussian(20, 8, dtype=torch.float64)
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    assert torch.allclose(MANIFOLDS["spectral_ball"].retract(W), U * s.clamp_max(1) @ Vh)
+    V = (U * torch.linspace(0.0, 1.1, 8, dtype=torch.float64)) @ Vh  # what a step of .1 may leave
+    near = (U * torch.linspace(0.0, 1.1, 8, dtype=torch.float64).clamp_max(1)) @ Vh
+    moved = MANIFOLDS["spectral_ball"].move(V[None].float(), None, torch.zeros(1, 20, 8), None, 1.0)[0]
+    assert (moved - near).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", NEW)
+def test_steps_stay_on_the_set_and_descend(name, rule):
+    """To the nearest point of the set that is reached: ‖W - target‖ falls, and the weights stay where they belong."""
+    M = MANIFOLDS[name]
+    W, target = M.retract(gaussian(3, 24, 9)), 0.5 * gaussian(3, 24, 9, seed=1)
+    before = (W - target).norm()
+    for step in range(30):
+        [moved] = RULES[rule]([stack_of(W, W - target, name, eta=0.1 * (1 - step / 30))])
+        W = moved.W
+    assert M.residual(W).max() < 5e-4
+    best = (M.retract(target) - target).norm() if name != "spectral_sphere" else 0.6 * before
+    assert (W - target).norm() < min(0.9 * before, 1.5 * best + 0.3 * before)
+
+
+def normal_at(W, name):
+    """The unit normal of one matrix, as the maths has it: the gradient of the norm that is fixed."""
+    if name == "hyperball":
+        return W / W.norm()
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    return torch.outer(U[:, 0], Vh[0])
+
+
+def optimum(G, N):
+    """max ⟨G, T⟩ with ‖T‖₂ ≤ 1, ⟨N, T⟩ = 0, by its dual: the least ‖G + L·N‖_* over numbers L, which is convex; by ternary search."""
+    low, high = -4 * G.norm(), 4 * G.norm()
+    for _ in range(80):
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        if torch.linalg.matrix_norm(G + a * N, "nuc") < torch.linalg.matrix_norm(G + b * N, "nuc"):
+            high = b
+        else:
+            low = a
+    return torch.linalg.matrix_norm(G + low * N, "nuc")
+
+
+@pytest.mark.parametrize("pull", [0.0, 2.0])  # how much of the momentum is normal
+@pytest.mark.parametrize("name", SPHERES)
+def test_directions_on_spheres_are_tangent_feasible_and_near_the_optimum(name, pull):
+    M = MANIFOLDS[name]
+    W = M.retract(gaussian(2, 30, 10, dtype=torch.float64))
+    N = torch.stack([normal_at(w, name) for w in W])
+    G = gaussian(2, 30, 10, seed=1, dtype=torch.float64)
+    G = G + pull * G.norm(dim=(-2, -1), keepdim=True) * N
+    for quality, share in (("default", 0.95), ("high", 0.96)):
+        T = direction(W, G, name, quality=quality)
+        assert torch.linalg.matrix_norm(T, 2).max() < 1 + 1e-6
+        assert (T * N).sum((-2, -1)).abs().max() < 1e-5
+        best = torch.stack([optimum(g, n) for g, n in zip(G, N)])
+        value = (G * T).sum((-2, -1))
+        assert (value > share * best).all() and (value <= best * (1 + 1e-9)).all()
+        certificate = certify(W, G, T, name)
+        assert torch.allclose(certificate.feas, value / best, rtol=2e-2) and certificate.tangency.max() < 1e-5
+
+
+def test_the_tangent_part_leaves_the_norm_as_it_is():
+    for name in SPHERES:
+        M, W = MANIFOLDS[name], MANIFOLDS[name].retract(gaussian(9, 24, dtype=torch.float64))
+        A = M.tangent(W, gaussian(9, 24, seed=3, dtype=torch.float64))
+        drift = [M.residual(W + t * A).item() for t in (1e-3, 5e-4)]
+        assert drift[0] / drift[1] == pytest.approx(4, rel=0.1)  # second order
+
+
+def test_gains_and_unit_columns_step_apart():
+    W, G = gaussian(2, 24, 9), gaussian(2, 24, 9, seed=1)
+    c = W.norm(dim=-2, keepdim=True)
+    T = direction(W / c, G * c, "oblique")
+    [moved] = RULES["certified"]([stack_of(W, G, "oblique_gain", eta=0.1, decay=0.5)])
+    assert torch.allclose(moved.direction, T, atol=0.02)  # up to the estimate of ‖T‖₂
+    U = W / c - 0.1 * moved.direction
+    gains = c * (1 - 0.1 * 0.5 - 0.1 * (W * G).sum(-2, keepdim=True).sign())
+    assert torch.allclose(moved.W, U / U.norm(dim=-2, keepdim=True) * gains, atol=1e-5)
+    assert torch.allclose(moved.W.norm(dim=-2, keepdim=True), gains, rtol=1e-5)
+    assert certify(W, G, moved.direction, "oblique_gain").feas.min() > 0.9
+
+
+# ---- refined directions ----
+
+
+def optimizer_of(params, **options):
+    common = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
+    group = {
+        "params": params,
+        "names": [f"p{i}" for i in range(len(params))],
+        "manifold": options.pop("manifold", "euclidean"),
+    }
+    if "blocks" in options:
+        group["blocks"] = options.pop("blocks")
+    return ManifoldMuon([group], CertifiedStep(), **{**common, **options})
+
+
+def parameters(*shapes):
+    return [torch.nn.Parameter(gaussian(*shape, seed=i) / 4) for i, shape in enumerate(shapes)]
+
+
+def steps_of(params, optimizer, count=3):
+    """The change of every parameter in each of some steps."""
+    found = []
+    for step in range(count):
+        before = [p.detach().clone() for p in params]
+        for i, p in enumerate(params):
+            p.grad = gaussian(*p.shape, seed=100 + 10 * step + i)
+        optimizer.step()
+        found.append([p.detach() - old for p, old in zip(params, before)])
+    return found
+
+
+def test_rows_are_normalised_by_their_mean_square_over_time():
+    """Against NorMuon one matrix at a time, rows of the parameter as it stands, tall and wide in one group."""
+    shapes = [(24, 9), (9, 24), (24, 9)]
+    params, beta = parameters(*shapes), 0.8
+    optimizer = optimizer_of(params, row_beta=beta)
+    assert [tuple(optimizer.state[p]["row_squares"].shape) for p in params] == [(1, 24), (1, 9), (1, 24)]
+    momenta, squares = [torch.zeros(s) for s in shapes], [torch.zeros(s[0]) for s in shapes]
+    for step, changes in enumerate(steps_of(params, optimizer)):
+        for i, change in enumerate(changes):
+            g = gaussian(*shapes[i], seed=100 + 10 * step + i)
+            momenta[i] = 0.9 * momenta[i] + g
+            T = msign(g + 0.9 * momenta[i], 12, torch.float64).float()
+            squares[i] = beta * squares[i] + (1 - beta) * T.square().mean(1)
+            R = T / squares[i].sqrt()[:, None]
+            expected = -0.1 * R * T.norm() / R.norm()
+            assert (change - expected).norm() < 0.03 * expected.norm()
+            assert change.norm() == pytest.approx(expected.norm().item(), rel=1e-2)
+    sizes = torch.stack([row.norm() for row in changes[1]])
+    assert sizes.std() < 0.3 * sizes.mean()
+
+
+def test_the_cautious_step_goes_against_no_gradient_and_is_as_long():
+    plain, cautious = (
+        steps_of(p := parameters((24, 9), (9, 24)), optimizer_of(p, cautious=on)) for on in (False, True)
+    )
+    for step, (before, after) in enumerate(zip(plain, cautious)):
+        for i, (a, b) in enumerate(zip(before, after)):
+            g = gaussian(*a.shape, seed=100 + 10 * step + i)
+            assert (b * g <= 0).all() and b.norm() == pytest.approx(a.norm().item(), rel=1e-3)
+            kept = b != 0
+            assert 0.5 < kept.float().mean() < 1 and torch.allclose(
+                b[kept] / a[kept], (b[kept] / a[kept]).mean(), rtol=1e-2
+            )
+
+
+@pytest.mark.parametrize("manifold", ["stiefel", "dgram", "hyperball", "spectral_sphere", "oblique_gain"])
+def test_refined_directions_stay_tangent(manifold):
+    params = parameters((24, 9), (9, 24))
+    optimizer = optimizer_of(params, manifold=manifold, cautious=True, row_beta=0.9)
+    steps_of(params, optimizer)
+    for bucket in optimizer.buckets:
+        assert not bucket.state["fallbacks"].any()
+    assert all(MANIFOLDS[manifold].residual(p.detach()).max() < 1e-4 for p in params)
+
+
+def test_the_mean_squares_are_saved_and_a_skipped_step_leaves_them():
+    params, twins = parameters((24, 9), (9, 24)), parameters((24, 9), (9, 24))
+    first, second = optimizer_of(params, row_beta=0.9), optimizer_of(twins, row_beta=0.9)
+    steps_of(params, first, 2)
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        torch._foreach_copy_(twins, params)
+    for a, b in zip(steps_of(params, first, 1)[0], steps_of(twins, second, 1)[0]):
+        assert torch.equal(a, b)
+    kept = [first.state[p]["row_squares"].clone() for p in params]
+    first.found_inf = torch.ones(())
+    steps_of(params, first, 1)
+    assert all(torch.equal(first.state[p]["row_squares"], old) for p, old in zip(params, kept))
+    assert "row_squares" not in optimizer_of(parameters((24, 9))).state_dict()["state"][0]
+
+
+# ---- blocks ----
+
+
+@pytest.mark.parametrize("shape", [(36, 12), (12, 36), (24, 24)])
+@pytest.mark.parametrize("blocks", [3, 12])
+@pytest.mark.parametrize("length", ["spectral", "rms"])
+def test_blocks_together_step_as_far_as_the_whole(shape, blocks, length):
+    def moved(**options):
+        params = parameters(shape)
+        optimizer = optimizer_of(params, **options)
+        optimizer.rule = CertifiedStep("high", length=length)
+        return steps_of(params, optimizer, 1)[0][0].norm().item()
+
+    whole = moved()
+    assert moved(blocks=blocks, block_length="whole") == pytest.approx(whole, rel=2e-2)
+    ranks = blocks * min(shape[0] // blocks, shape[1]) / min(shape)
+    longer = (
+        ranks**0.5 if length == "spectral" else 1.0
+    )  # by the root mean square blocks are as long as the whole anyway
+    assert moved(blocks=blocks, block_length="each") == pytest.approx(longer * whole, rel=2e-2)
+    assert moved(block_length="whole") == whole
+
+
+# ---- the configuration ----
+
+ASSIGNMENTS = ["all_hyperball", "all_spectral_ball", "all_spectral_sphere", "all_oblique", "all_oblique_gain"]
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_every_point_trains_by_name(assignment):
+    torch.manual_seed(0)
+    small = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16"]
+    options = [
+        "optim.muon.cautious=true",
+        "optim.muon.row_beta=0.95",
+        "optim.muon.blocks={c_attn: 3}",
+        "optim.muon.block_length=whole",
+    ]
+    for own in ([], options):
+        cfg = compose([f"assignment={assignment}", *small, *own])
+        check(cfg)
+        model, optimizers = build(cfg)
+        x = torch.randint(257, (4, 17), generator=torch.Generator().manual_seed(0))
+        losses = []
+        for _ in range(8):
+            loss = model(x[:, :-1], x[:, 1:])[1]
+            loss.backward()
+            optimizers.step()
+            optimizers.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.1
+        [manifold] = {row.manifold for row in optimizers.rows if row.manifold}
+        for row in optimizers.rows:
+            if row.manifold and not (own and "c_attn" in row.name):
+                assert MANIFOLDS[manifold].residual(model.get_parameter(row.name).detach()).max() < 1e-3
+
+
+def test_the_published_rule_refuses_the_options():
+    options = ["optim.muon.cautious=true", "optim.muon.row_beta=0.95", "optim.muon.block_length=whole"]
+    with pytest.raises(ConfigError, match="3 problems") as refused:
+        check(compose(["optim=paper", *options]))
+    assert "optim.muon.row_beta is an option of the certified step" in str(refused.value)
+    with pytest.raises(ValueError, match="the published step has no whole"):
+        RULES["published"]([stack_of(gaussian(1, 8, 4), gaussian(1, 8, 4), "euclidean")._replace(whole=(8, 4))])
+
+
+def test_every_set_has_an_assignment():
+    named = {path.stem for path in (Path(__file__).parent.parent / "configs" / "assignment").glob("all_*.yaml")}
+    assert named >= {f"all_{name}" for name in ("stiefel", "dgram", "oblique", *NEW)}
