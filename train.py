@@ -185,6 +185,7 @@ class Run:
                 "end",
                 self.step,
                 full_val_loss=self.full_val_loss,
+                state_bytes=self.optimizers.state_bytes(),  # for each parameter of an optimizer
                 **end_summary(self.stability, self.seconds, self.device),
             )
         finally:
