@@ -185,7 +185,7 @@ class Run:
                 "end",
                 self.step,
                 full_val_loss=self.full_val_loss,
-                state_bytes=self.optimizers.state_bytes(),  # for each parameter of an optimizer
+                state_bytes=self.optimizers.state_bytes(),
                 **end_summary(self.stability, self.seconds, self.device),
             )
         finally:

@@ -72,12 +72,12 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_bytes(self) -> dict[str, float]:
-        """Bytes of state on this rank for each parameter of an optimizer, by its name; measured, so 0 before the state is made."""
-        held = {name: sum(t.numel() * t.element_size() for t in tensors_of(o.state)) for name, o in self.named.items()}
-        sizes = {
-            name: sum(p.numel() for group in o.param_groups for p in group["params"]) for name, o in self.named.items()
-        }
-        return {name: held[name] / sizes[name] for name in self.named}
+        """Bytes of state for each parameter whose state this rank holds, by the name of the optimizer; 0 before there is state."""
+        found = {}
+        for name, optimizer in self.named.items():
+            held = sum(t.numel() * t.element_size() for t in tensors_of(optimizer.state))
+            found[name] = held / max(1, sum(p.numel() for p, state in optimizer.state.items() if state))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """One state dict for each optimizer, by name. Those of libraries also have the shapes of the parameters."""
