@@ -300,6 +300,7 @@ class Settings:
     eval_interval: Count
     eval_windows: Count
     full_eval: bool
+    reading: Literal["random", "in_order"]
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     compile: Literal["auto", True, False]
