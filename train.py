@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from data.in_order import InOrder, first_windows
 from data.loader import Loader, Prefetcher, validation_windows
 from model.probes import probe
 from model.spectra import spectra
@@ -86,9 +87,11 @@ class Run:
         dataset = open_data(cfg)
         self.data, self.val = dataset.fingerprint, dataset.val
         block, windows = cfg.model.block_size, cfg.global_batch_tokens // cfg.model.block_size
-        self.loader = Loader(dataset.train, block, cfg.seed, windows, ranks.rank, ranks.world)
+        reader = InOrder if cfg.reading == "in_order" else Loader
+        self.loader = reader(dataset.train, block, cfg.seed, windows, ranks.rank, ranks.world)
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
-        self.held_out = validation_windows(dataset.val, block, cfg.eval_windows)
+        held_out = first_windows if cfg.reading == "in_order" else validation_windows
+        self.held_out = held_out(dataset.val, block, cfg.eval_windows)
         self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
         cut = [
             f"{key}={wanted}: the data has only {have} validation windows of {block} tokens; all are used"
@@ -190,6 +193,7 @@ class Run:
                 "end",
                 self.step,
                 full_val_loss=self.full_val_loss,
+                state_bytes=self.optimizers.state_bytes(),
                 **end_summary(self.stability, self.seconds, self.device),
             )
         finally:

@@ -25,7 +25,8 @@ class Shape:
     """The shape of a GPT and its parts; configs/model.
 
     vocab_size: may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units of GPUs.
-    rope: rotary positions instead of a table of positions. tied: whether the head and the embedding share their weight.
+    rope: rotary positions instead of a table of positions; "half": of half of the channels, see HalfRotary. tied: whether the head and the embedding share their weight.
+    head_cap: unless None, every logit z of the head becomes c·z/√(z² + c²). head_bias: whether the untied head has a bias.
     unit_weights: nGPT (arXiv 2410.01131): the rows or columns of the matrices have unit length, see `GPT.unit_vectors`, and there are the
         learned scales s_qk, s_uv and s_z.
     storage: the size at which s_qk and s_z are stored, see StoredScale; None for 1/√d. logit_scale: s_z at the start.
@@ -38,9 +39,11 @@ class Shape:
     n_embd: Annotated[int, ("low", 1), ("high", 2**20)]
     dropout: Annotated[float, ("low", 0), ("below", 1)]
     bias: bool
-    rope: bool
-    mlp: Literal["gelu", "swiglu"]
+    rope: Literal[True, False, "half"]
+    mlp: Literal["gelu", "swiglu", "relu2"]
     tied: bool
+    head_cap: Positive | None
+    head_bias: bool
     unit_weights: bool
     storage: Annotated[float | None, ("above", 0), ("null", "means 1/√n_embd")]
     logit_scale: Positive
@@ -48,9 +51,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Attention:
-    """The optional parts of attention, see model/attention.py; configs/attention. None: off."""
+    """The optional parts of attention, see model/attention.py; configs/attention. None: off.
 
-    qk_norm: bool
+    qk_norm: queries and keys have unit root mean square, times a learned gain, or with "no_gain" without one.
+    scale: of the logits q·k; None for 1/√(width of a head), and √ of it with unit weights.
+    """
+
+    qk_norm: Literal[True, False, "no_gain"]
+    scale: Annotated[Positive | None, ("null", "means 1/√(width of a head)")]
     qk_clip: Positive | None
     qk_clip_on: Literal["weights", "gain"]
     logit_cap: Positive | None
@@ -97,11 +105,24 @@ class GPTConfig(Shape, Attention, Init):
             found.append(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; change one of them"
             )
-        elif self.rope and self.n_embd // self.n_head % 2:
+        elif self.rope and self.n_embd // self.n_head % (4 if self.rope == "half" else 2):
+            whole = "a multiple of 4" if self.rope == "half" else "even"
             found.append(
-                f"model.rope rotates pairs of channels, and a head has {self.n_embd // self.n_head}; make it even"
+                f"model.rope rotates pairs of channels, and a head has {self.n_embd // self.n_head}; make it {whole}"
             )
-        norm = "attention.qk_norm=true" if self.qk_norm else "model.unit_weights=true" if self.unit_weights else None
+        if self.tied and self.head_bias:
+            found.append("model.head_bias is for a head of its own; use model.tied=false")
+        if self.unit_weights and self.head_cap:
+            found.append(
+                "model.head_cap bounds the logits, as model.unit_weights does already; use model.head_cap=null"
+            )
+        norm = (
+            f"attention.qk_norm={str(self.qk_norm).lower()}"
+            if self.qk_norm
+            else "model.unit_weights=true"
+            if self.unit_weights
+            else None
+        )
         if norm and self.qk_clip and self.qk_clip_on == "weights":
             found.append(
                 f"{norm} undoes what attention.qk_clip does to the weights; switch one off, or use attention.qk_clip_on=gain"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.attention import PG_OP_OVERHEAD
 from model.config import GPTConfig
 from model.layers import MLPS, CausalSelfAttention
-from model.loss import linear_cross_entropy
+from model.loss import capped, linear_cross_entropy
 from model.scale import StoredScale
 from optim.geonorm import cast
 
@@ -62,7 +62,7 @@ class GPT(nn.Module):
             raise ValueError("; ".join(problems))
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
         stored = config.storage or config.n_embd**-0.5
@@ -130,11 +130,16 @@ class GPT(nn.Module):
         """For tokens x (B, T) int64: (logits (B, T, V), None). With targets y (B, T): (None, mean loss in nats, 0-d)."""
         h = self.features(x)
         if y is None:
-            return F.linear(h, self.head_weight()), None
+            return self.logits(h), None
         # Under autocast the norm returns float32, but the product with the head is computed in the autocast dtype.
         if torch.is_autocast_enabled(h.device.type):
             h = cast(h, torch.get_autocast_dtype(h.device.type))
-        return None, linear_cross_entropy(h.flatten(0, 1), self.head_weight(), y.flatten())
+        bias, cap = self.lm_head.bias, self.config.head_cap
+        return None, linear_cross_entropy(h.flatten(0, 1), self.head_weight(), y.flatten(), bias, cap)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """The logits (..., V) of the last hidden state h (..., d)."""
+        return capped(F.linear(h, self.head_weight(), self.lm_head.bias), self.config.head_cap)
 
     @torch.no_grad()
     def generate(self, x: Tensor, new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
@@ -147,7 +152,7 @@ class GPT(nn.Module):
             raise ValueError(f"temperature={temperature} must be at least 0 and top_k={top_k} at least 1")
         for _ in range(new_tokens):
             h = self.features(x[:, -self.config.block_size :])[:, -1]
-            logits = F.linear(h, self.head_weight()).float()  # (B, V)
+            logits = self.logits(h).float()  # (B, V)
             if top_k is not None:
                 kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -torch.inf)

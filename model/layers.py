@@ -39,6 +39,22 @@ class Rotary(nn.Module):
         return cast(torch.cat([a * cos - b * sin, a * sin + b * cos], -1), x.dtype)
 
 
+class HalfRotary(Rotary):
+    """Rotary positions of half of the pairs of channels; the other half does not know positions. The angles are those of the public
+    speedruns: position · base^(-i/(D/4 - 1)) for i = 0 .. D/4 - 1, with base 1024 (github.com/KellerJordan/modded-nanogpt)."""
+
+    def __init__(self, head_width: int, block_size: int) -> None:
+        super().__init__(head_width, block_size)
+        rate = 1024.0 ** -torch.linspace(0, 1, head_width // 4, dtype=torch.float64)
+        rate = torch.cat([rate, torch.zeros_like(rate)])
+        angle = torch.outer(torch.arange(block_size, dtype=torch.float64), rate)
+        self.cos, self.sin = angle.cos().float(), angle.sin().float()
+
+
+ROTARIES: dict[bool | str, type[Rotary]] = {True: Rotary, "half": HalfRotary}
+"""Rotary positions by the value of `model.rope`."""
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; queries, keys and values come from one fused matrix `c_attn` (3d, d).
 
@@ -53,14 +69,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(d, 3 * d, bias=config.bias)
         self.c_proj = nn.Linear(d, d, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.rotary = Rotary(width, config.block_size) if config.rope else None
-        self.q_norm = nn.RMSNorm(width) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(width) if config.qk_norm else None
+        self.rotary = ROTARIES[config.rope](width, config.block_size) if config.rope else None
+        gained = config.qk_norm != "no_gain"
+        self.q_norm = nn.RMSNorm(width, elementwise_affine=gained) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(width, elementwise_affine=gained) if config.qk_norm else None
         self.qk_clip = QKClip(config.qk_clip, config.qk_clip_on, config.n_head) if config.qk_clip else None
         gated = config.head_gate != "none"
         self.head_gate = HeadGate(config.head_gate, config.n_head, d, config.block_size) if gated else None
         self.s_qk = StoredScale(d, 1.0, config.storage or d**-0.5) if config.unit_weights else None
-        self.scale = math.sqrt(width) if config.unit_weights else 1 / math.sqrt(width)
+        self.scale = config.scale or (math.sqrt(width) if config.unit_weights else 1 / math.sqrt(width))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T, D) of x (B, T, d); the logits are scale·q·k."""
@@ -154,5 +171,12 @@ class SwiGLU(MLP):
         return u * F.silu(v)
 
 
-MLPS: dict[str, type[MLP]] = {"gelu": MLP, "swiglu": SwiGLU}
+class SquaredReLU(MLP):
+    """max(x, 0)² between the two matrices: arXiv 2109.08668."""
+
+    def activation(self, h: Tensor) -> Tensor:
+        return F.relu(h).square()
+
+
+MLPS: dict[str, type[MLP]] = {"gelu": MLP, "swiglu": SwiGLU, "relu2": SquaredReLU}
 """Kinds of MLP by the name that `model.mlp` gives."""

@@ -22,33 +22,44 @@ _COMPILED_BYTES = 4
 _SHARE = 0.25
 
 
+def capped(z: Tensor, cap: float | None) -> Tensor:
+    """c·z/√(z² + c²), which stays within ±c; None: z itself."""
+    return z if cap is None else cap * z * torch.rsqrt(z.square() + cap**2)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of h Wᵀ, a chunk of rows at a time. The forward pass also computes the gradient, so that no logit is kept."""
+    """Mean cross entropy of the logits, a chunk of rows at a time. The forward pass also computes the gradient, so that no logit is kept."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, W: Tensor, y: Tensor, rows: int) -> Tensor:
+    def forward(ctx, h: Tensor, W: Tensor, y: Tensor, rows: int, b: Tensor | None, cap: float | None) -> Tensor:
         need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.biased = b is not None
         loss = torch.zeros((), dtype=torch.float32, device=h.device)
         grad_h = torch.empty_like(h) if need else None
         grad_W = torch.zeros_like(W, dtype=torch.float32) if need else None
+        grad_b = torch.zeros(W.size(0), dtype=torch.float32, device=W.device) if need else None
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
-            logits = cast(h[part] @ W.T, torch.float32)
+            z = cast(h[part] @ W.T if b is None else F.linear(h[part], W, b), torch.float32)
+            logits = capped(z, cap)
             loss += F.cross_entropy(logits, y[part], reduction="sum")
-            if grad_h is not None and grad_W is not None:
+            if grad_h is not None and grad_W is not None and grad_b is not None:
                 probs = torch.softmax(logits, dim=-1)
                 probs.scatter_add_(1, y[part, None], torch.full_like(probs[:, :1], -1.0))
+                if cap is not None:
+                    probs *= (1 + (z / cap).square()) ** -1.5  # the derivative of capped
+                grad_b += probs.sum(0) / h.size(0) if ctx.biased else 0
                 probs = cast(probs / h.size(0), h.dtype)
                 grad_h[part] = probs @ W
                 grad_W += probs.T @ h[part]
-        if grad_h is not None and grad_W is not None:
-            ctx.save_for_backward(grad_h, cast(grad_W, W.dtype))
+        if grad_h is not None and grad_W is not None and grad_b is not None:
+            ctx.save_for_backward(grad_h, cast(grad_W, W.dtype), cast(grad_b, W.dtype))
         return loss / h.size(0)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h, grad_W = ctx.saved_tensors
-        return grad_h * cast(grad, grad_h.dtype), grad_W * cast(grad, grad_W.dtype), None, None
+        grad_h, grad_W, grad_b = (g * cast(grad, g.dtype) for g in ctx.saved_tensors)
+        return grad_h, grad_W, None, None, grad_b if ctx.biased else None, None
 
 
 def _device_bytes(index: int) -> int:
@@ -72,18 +83,22 @@ def rows_at_once(rows: int, vocab: int, device: torch.device) -> int:
     return rows if fits else _CUDA_ROWS
 
 
-def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
-    """Mean cross entropy in nats (0-d float32) of the logits h Wᵀ against y.
+def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None, cap: float | None = None) -> Tensor:
+    """Mean cross entropy in nats (0-d float32) of the logits h Wᵀ + b, capped unless `cap` is None, against y.
 
     Args:
         h: (N, d) in the dtype of the matrix products.
-        W: (V, d), any float dtype; cast to h's.
         y: (N,) int64.
+        b: (V,), cast to h's dtype; None: no bias.
     """
-    W = cast(W, h.dtype)
+    W, b = cast(W, h.dtype), None if b is None else cast(b, h.dtype)
     if not torch.is_grad_enabled():
-        h, W = h.detach(), W.detach()  # otherwise the forward pass would compute their gradients
+        h, W, b = (
+            h.detach(),
+            W.detach(),
+            None if b is None else b.detach(),
+        )  # otherwise the forward pass would compute their gradients
     rows = rows_at_once(h.size(0), W.size(0), h.device)
     if rows >= h.size(0):
-        return F.cross_entropy(cast(h @ W.T, torch.float32), y)
-    return _ChunkedCrossEntropy.apply(h, W, y, rows)
+        return F.cross_entropy(capped(cast(h @ W.T if b is None else F.linear(h, W, b), torch.float32), cap), y)
+    return _ChunkedCrossEntropy.apply(h, W, y, rows, b, cap)

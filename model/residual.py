@@ -92,6 +92,32 @@ class PreNormJoint(nn.LayerNorm):
         return x + sublayer(super().forward(x))
 
 
+@dataclass(frozen=True)
+class PreRMSNorm(ResidualRule):
+    """x + f(RMSNorm(x)), with an RMSNorm of the embedding too and c_proj zero at the start: the rule of the public speedruns
+    (github.com/KellerJordan/modded-nanogpt, records/track_3_optimization)."""
+
+    def entry(self, stream: Stream) -> nn.Module:
+        return nn.RMSNorm(stream.width)
+
+    def join(self, stream: Stream, layer: int) -> nn.Module:
+        return PreRMSNormJoint(stream.width)
+
+    def exit(self, stream: Stream) -> nn.Module:
+        return nn.RMSNorm(stream.width)
+
+    @torch.no_grad()
+    def init(self, sublayer: Sublayer, stream: Stream) -> None:
+        nn.init.zeros_(sublayer.c_proj.weight)
+
+
+class PreRMSNormJoint(nn.RMSNorm):
+    """x + f(RMSNorm(x))."""
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:  # type: ignore[override]  # as above
+        return x + sublayer(super().forward(x))
+
+
 class PostNormJoint(nn.LayerNorm):
     """LayerNorm(gain · x + f(x))."""
 
@@ -354,6 +380,7 @@ class NGPT(_OnSphere):
 
 RESIDUAL_RULES: dict[str, type[ResidualRule]] = {
     "pre_norm": PreNorm,
+    "pre_rms_norm": PreRMSNorm,
     "post_norm": PostNorm,
     "deep_norm": DeepNorm,
     "sandwich_norm": SandwichNorm,

@@ -66,6 +66,7 @@ def geodesic(x, g, angle):
 
 FORMULAS = {
     "pre_norm": lambda x, f: x + f(norm(x)),
+    "pre_rms_norm": lambda x, f: x + f(F.rms_norm(x, x.shape[-1:])),
     "post_norm": lambda x, f: norm(x + f(x)),
     "deep_norm": lambda x, f: norm((2 * LAYERS) ** 0.25 * x + f(x)),
     "sandwich_norm": lambda x, f: x + norm(f(norm(x))),

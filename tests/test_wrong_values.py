@@ -24,6 +24,12 @@ CONFIGURATIONS = {
     "text": ["data=text", "residual=p_sphere", "attention=qk_clip", "schedule=wsd"],
     "fineweb": ["data=fineweb", "residual=sandwich_norm", "assignment=adamw", "optim.muon.blocks={}"],
     "modular": ["optim=modular", "assignment=unconstrained"],
+    "library": [
+        "optim=_library",
+        "optim.library.optimizer=torch.optim.Muon",
+        "optim.library.lr=0.1",
+        "optim.library.weight_decay=0",
+    ],
     "geonorm": ["residual=geonorm", "attention=soft_cap", "optim.muon.lr_scale={attn: 0.5}"],
 }
 
@@ -59,6 +65,7 @@ POWER = {"-1", "0", "0.5", "1.5"}
 NOTHING: set[str] = set()  # whole numbers above 0, choices and sections
 
 RATES = "optim.modular.lr optim.modular.weight_decay optim.adamw.lr optim.adamw.weight_decay optim.adamw.eps optim.muon.lr optim.muon.weight_decay"
+LIBRARY = "optim.library.lr optim.library.weight_decay"
 BASE = ("bias", "rope", "tied", "unit_weights")
 GROUPS = [
     (
@@ -81,7 +88,10 @@ GROUPS = [
     (POSITIVE, "stability.max_rise"),
     (POSITIVE | OFF, "model.storage transfer.base.storage residual.storage attention.qk_clip attention.logit_cap"),
     (POSITIVE | OFF, "optim.muon.rule.norm_cap stability.z_threshold stability.warning.logit grad_clip"),
-    (NOT_NEGATIVE, f"{RATES} optim.muon.lr_scale.attn"),  # a rate of 0 leaves its matrices as they are
+    (NOT_NEGATIVE, f"{RATES} {LIBRARY} optim.muon.lr_scale.attn"),  # a rate of 0 leaves its matrices as they are
+    (NOT_NEGATIVE | OFF, "optim.matrices.lr optim.matrices.weight_decay"),
+    (OFF, "optim.library"),
+    ({"{}"}, "optim.library.settings"),  # the optimizer's own defaults
     (POWER, "transfer.horizon transfer.alpha_depth transfer.logit_width"),
     (POWER, "transfer.width.embedding transfer.width.hidden transfer.width.head"),
     ({"1.5"}, "launcher.timeout_s"),
@@ -92,7 +102,7 @@ GROUPS = [
     ({"word"}, "resume"),  # the path of a checkpoint; no, off and yes are meant otherwise
     (
         {"null", "{}"},
-        "optim.muon.lr_scale optim.muon.blocks optim.adamw.lr_scale optim.norms.patterns",
+        "optim.muon.lr_scale optim.muon.blocks optim.adamw.lr_scale optim.library.lr_scale optim.norms.patterns",
     ),  # a mapping may be empty
     ({*TEXT, "[]"}, "data.files"),  # data.prepare asks for one if there is none
     ({*TEXT, "[]", "null"}, "data.val_files"),

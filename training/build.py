@@ -6,23 +6,26 @@ A configuration may transfer settings from another model size (training/transfer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.unit_norm import UnitNorm
-from optim.assignment import AssignmentError, Row, assign, folded
+from optim.assignment import AssignmentError, Row, assign
 from optim.certified import CertifiedStep
 from optim.iterators import IteratorError, iterator
 from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.modular import Modular
 from optim.published import PublishedStep
-from training.groups import adamw_groups, modular_groups, muon_groups, norm_pairs
-from training.settings import CertifiedRule, Optim, Settings
+from training import library
+from training.groups import adamw_groups, given_to_library, library_groups, modular_groups, muon_groups, norm_pairs
+from training.optimizers import Optimizers
+from training.settings import CertifiedRule, Library, Optim, Settings
+from training.settings import Modular as ModularSettings
 from training.transfer import transferred
 
 
@@ -42,111 +45,6 @@ def gpt_config(cfg: Settings) -> GPTConfig:
     return GPTConfig(**vars(cfg.model), **vars(cfg.attention), **vars(cfg.init), residual=cfg.residual)
 
 
-class Optimizers:
-    """ManifoldMuon and AdamW (each if it has parameters) as one optimizer. After each step, unit vectors are normalised.
-
-    Iterating yields the torch optimizers. `.rows` is the assignment, `.muon` the ManifoldMuon or None.
-    """
-
-    def __init__(self, optimizers: list[torch.optim.Optimizer], rows: list[Row], unit_norm: UnitNorm) -> None:
-        self.optimizers, self.rows, self.unit_norm = optimizers, rows, unit_norm
-        self.peak_lr = [[float(g["lr"]) for g in o.param_groups] for o in optimizers]
-
-    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
-        return iter(self.optimizers)
-
-    @property
-    def muon(self) -> ManifoldMuon | None:
-        """The optimizer of the matrices with a manifold or `euclidean`; None if there are none."""
-        return next((o for o in self.optimizers if isinstance(o, ManifoldMuon)), None)
-
-    def rates(self, multiplier: float) -> dict[str, float]:
-        """The learning rate of the first group of each optimizer, by the name of its class."""
-        return {type(o).__name__: peaks[0] * multiplier for o, peaks in zip(self.optimizers, self.peak_lr)}
-
-    def set_lr(self, multiplier: float) -> None:
-        """Set the learning rate of every group to `multiplier` times its peak."""
-        for optimizer, peaks in zip(self.optimizers, self.peak_lr):
-            for group, peak in zip(optimizer.param_groups, peaks):
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(peak * multiplier)
-                else:
-                    group["lr"] = peak * multiplier
-
-    def step(self, skip: Tensor | None = None) -> None:
-        """One update by every optimizer; if `skip` (0-d bool, on the device) is true, none. There is no host sync.
-
-        `skip` is passed as `found_inf`, the attribute with which torch.amp.GradScaler makes fused optimizers skip an update.
-        """
-        for optimizer in self.optimizers:
-            optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # as torch does
-            optimizer.step()
-        self.unit_norm()
-
-    def watch(self, on: bool) -> None:
-        """Whether ManifoldMuon keeps its next step for the certificates."""
-        if self.muon is not None:
-            self.muon.watched = on
-
-    def zero_grad(self) -> None:
-        """Drop all gradients."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """One state dict per optimizer, by class name."""
-        return {type(o).__name__: o.state_dict() for o in self.optimizers}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Load what `state_dict` returned, where optimizer, name and shape are the same. All ranks must call.
-
-        Settings and learning rates are those of the configuration. State that does not fit is left at its start. A weight whose manifold
-        has changed is retracted onto the new one. The parameters must already have their saved values.
-
-        Returns:
-            One line for everything that was not loaded unchanged; empty for the same assignment.
-        """
-        missed = [line for optimizer in self.optimizers for line in _take_over(optimizer, state)]
-        if self.muon is None:
-            return missed
-        saved = [group for part in state.values() for group in part["param_groups"]]
-        before = {name: (g.get("manifold"), g.get("blocks")) for g in saved for name in g.get("names", ())}
-        now = {name: (g["manifold"], g["blocks"]) for g in self.muon.param_groups for name in g["names"]}
-        moved = [n for n, place in now.items() if n in before and before[n] != place and place[0] != "euclidean"]
-        self.muon.bring_onto_manifold(moved)
-        return missed + [f"{name}: brought onto its manifold" for name in folded(moved)]
-
-
-def _take_over(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
-    """Load the saved state that fits into an optimizer, by parameter name; returns a line for everything left at its start."""
-    kind, fresh = type(optimizer).__name__, optimizer.state_dict()
-    params = {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"])}
-    saved = _state_by_name(state.get(kind, {"state": {}, "param_groups": []}), list(params))
-    taken: dict[int, dict[str, Tensor]] = {}
-    missed: dict[str, list[str]] = {}
-    for index, (name, p) in enumerate(params.items()):
-        old, start = saved.get(name, {}), fresh["state"].get(index)
-        # AdamW creates its state in its first step: numbers, and tensors of the shape of the parameter.
-        wanted = start or {key: value if value.ndim == 0 else p for key, value in old.items()}
-        fits = {key: old[key] for key, value in wanted.items() if key in old and old[key].shape == value.shape}
-        lost = [key for key in wanted if key not in fits]
-        if lost or name not in saved:
-            missed.setdefault(", ".join(lost) or "state", []).append(name)
-        taken[index] = fits if start or not lost else {}
-    optimizer.load_state_dict({"state": taken, "param_groups": fresh["param_groups"]})
-    return [
-        f"{kind}'s {what} of {name}: starts from scratch" for what, names in missed.items() for name in folded(names)
-    ]
-
-
-def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
-    """Parameter name → its state. The oldest checkpoints have no names; their parameters are in the order `order`."""
-    indices = [i for group in saved["param_groups"] for i in group["params"]]
-    if all("names" in group for group in saved["param_groups"]):
-        order = [name for group in saved["param_groups"] for name in group["names"]]
-    return {name: saved["state"].get(i, {}) for name, i in zip(order, indices)} if len(order) == len(indices) else {}
-
-
 def step_rule(settings: Optim) -> StepRule:
     """The step rule of ManifoldMuon."""
     rule = settings.muon.rule
@@ -163,21 +61,51 @@ def rehearse(
     shapes: Mapping[str, tuple[int, ...]], cfg: Settings, unit_vectors: Mapping[str, int] | None = None
 ) -> tuple[list[Row], list[str]]:
     """What `build_optimizers` would assign to parameters of these names and shapes, and its errors, with remedies."""
-    rows, problems = list[Row](), list[str]()
+    matrices = cfg.optim.of_matrices()
+    problems = library.problems(matrices) if isinstance(matrices, Library) else []
+    rows: list[Row] = []
     try:
         step_rule(cfg.optim)
     except IteratorError as error:
         problems.append(f"optim.muon.rule.iterator: {error}")
     try:
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
-        if cfg.optim.modular is not None:
-            return modular_groups(rows, cfg.optim.norms)[0], []
-        muon_groups(rows, cfg.optim.muon)
-        adamw_groups(rows, cfg.optim.adamw)
+        rows, *_ = _shared_out(rows, cfg.optim)
         norm_pairs(shapes, cfg.optim.norms)
     except AssignmentError as error:
         problems += error.problems
     return rows, problems
+
+
+Groups = list[tuple[list[str], dict[str, Any]]]
+
+
+def _shared_out(rows: list[Row], optim: Optim) -> tuple[list[Row], Groups, Groups]:
+    """The rows with the optimizers of the configuration, and the groups of the matrices' optimizer and of AdamW.
+
+    Raises:
+        AssignmentError: see training/groups.py.
+    """
+    matrices = optim.of_matrices()
+    if isinstance(matrices, ModularSettings):
+        return *modular_groups(rows, optim.norms), []
+    if isinstance(matrices, Library):
+        rows = given_to_library(rows, library.display_name(matrices))
+        groups = library_groups(rows, matrices)
+    else:
+        groups = muon_groups(rows, matrices)
+    return rows, groups, adamw_groups(rows, optim.adamw)
+
+
+def _optimizer_of_matrices(groups: list[dict[str, Any]], optim: Optim) -> tuple[str, torch.optim.Optimizer]:
+    """The optimizer of the matrices (of all parameters, if it is Modular), and its name."""
+    matrices = optim.of_matrices()
+    if isinstance(matrices, ModularSettings):
+        return "Modular", Modular(groups, **vars(matrices))
+    if isinstance(matrices, Library):
+        return library.display_name(matrices), library.make(matrices, groups)
+    keys = ("lr", "momentum", "weight_decay", "nesterov", "block_length", "cautious", "row_beta")
+    return "ManifoldMuon", ManifoldMuon(groups, step_rule(optim), **{key: getattr(matrices, key) for key in keys})
 
 
 def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str, int] | None = None) -> Optimizers:
@@ -189,24 +117,20 @@ def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str,
         unit_vectors: see `assign`; normalised here, and by every `Optimizers.step`.
 
     Raises:
-        AssignmentError: see `assign`, `muon_groups` and `adamw_groups`.
+        AssignmentError: see `assign` and training/groups.py. LookupError: there is no optimizer `optim.library.optimizer`.
     """
-    params, muon, adamw = dict(model.named_parameters()), cfg.optim.muon, cfg.optim.adamw
+    params, adamw = dict(model.named_parameters()), cfg.optim.adamw
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
+    rows, mine, rest = _shared_out(rows, cfg.optim)
 
-    def with_params(groups: list[tuple[list[str], dict[str, Any]]]) -> list[dict[str, Any]]:
+    def with_params(groups: Groups) -> list[dict[str, Any]]:
         return [{"params": [params[name] for name in names], "names": names, **group} for names, group in groups]
 
-    optimizers: list[torch.optim.Optimizer] = []
-    unit_norm = UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None])
-    if cfg.optim.modular is not None:
-        rows, shared = modular_groups(rows, cfg.optim.norms)
-        return Optimizers([Modular(with_params(shared), **vars(cfg.optim.modular))], rows, unit_norm)
-    if groups := with_params(muon_groups(rows, muon)):
-        common: dict[str, Any] = {"lr": muon.lr, "momentum": muon.momentum, "weight_decay": muon.weight_decay}
-        common |= {"block_length": muon.block_length, "cautious": muon.cautious, "row_beta": muon.row_beta}
-        optimizers.append(ManifoldMuon(groups, step_rule(cfg.optim), nesterov=muon.nesterov, **common))
-    if groups := with_params(adamw_groups(rows, adamw)):
-        optimizers.append(torch.optim.AdamW(groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True))
-    return Optimizers(optimizers, rows, unit_norm)
+    named: dict[str, torch.optim.Optimizer] = {}
+    if mine:
+        name, optimizer = _optimizer_of_matrices(with_params(mine), cfg.optim)
+        named[name] = optimizer
+    if rest:
+        named["AdamW"] = torch.optim.AdamW(with_params(rest), lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True)
+    return Optimizers(named, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))

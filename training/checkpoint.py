@@ -121,7 +121,7 @@ def save(
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep} would keep no checkpoint; set it to 1 or more")
-    _refuse_foreign(state, "state")
+    refuse_foreign(state, "state")
     directory = Path(directory)
     final = directory / f"step_{step:08d}"
     temp = directory / f".{final.name}.tmp"
@@ -141,7 +141,7 @@ def save(
     return final
 
 
-def _refuse_foreign(value: Any, where: str) -> None:
+def refuse_foreign(value: Any, where: str) -> None:
     """Raise for a value that ``torch.load(weights_only=True)`` would refuse later."""
     # Exact types: numpy.float64 is a subclass of float, but it is pickled as a NumPy object.
     if type(value) not in _PLAIN_TYPES:
@@ -151,11 +151,11 @@ def _refuse_foreign(value: Any, where: str) -> None:
         )
     if isinstance(value, dict):
         for key, item in value.items():
-            _refuse_foreign(key, f"the key {key!r} of {where}")
-            _refuse_foreign(item, f"{where}[{key!r}]")
+            refuse_foreign(key, f"the key {key!r} of {where}")
+            refuse_foreign(item, f"{where}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _refuse_foreign(item, f"{where}[{index}]")
+            refuse_foreign(item, f"{where}[{index}]")
 
 
 class _DigestFile:
@@ -369,7 +369,8 @@ def _verify(path: Path) -> _Manifest:
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
     """List each key whose value differs between two nested configurations, as ``"schedule.lr: 0.1 → 0.2"``.
 
-    ``ignore`` names dotted keys; a name covers everything below it (``"logger"`` covers ``logger.mode``).
+    ``ignore`` names dotted keys; a name covers everything below it (``"logger"`` covers ``logger.mode``). A key that one of them does not
+    have is the same as None: settings that were added later are switched off by it.
     """
     before, after = dict(_leaves(saved)), dict(_leaves(now))
     ignored = tuple(ignore)
@@ -377,7 +378,13 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterabl
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
         both_nan = old != old and new != new
-        if old != new and not both_nan and not any(key == name or key.startswith(f"{name}.") for name in ignored):
+        both_none = before.get(key) is after.get(key) is None
+        if (
+            old != new
+            and not both_nan
+            and not both_none
+            and not any(key == name or key.startswith(f"{name}.") for name in ignored)
+        ):
             changes.append(f"{key}: {old} → {new}")
     return changes
 

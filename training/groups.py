@@ -1,4 +1,4 @@
-"""From rows of the assignment to the parameter groups of both optimizers, by the patterns of the configuration."""
+"""From rows of the assignment to the parameter groups of the optimizers, by the patterns of the configuration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from optim.assignment import AssignmentError, Row, by_pattern, matches
+from optim.assignment import AssignmentError, Row, by_pattern, folded, matches
+from optim.manifolds import MANIFOLDS
 from optim.modular import norm_of
-from training.settings import AdamW, Muon, Norms
+from training.settings import AdamW, Library, Muon, Norms
 
 
 def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, Any]]]:
@@ -94,6 +95,43 @@ def modular_groups(rows: list[Row], norms: Norms) -> tuple[list[Row], list[tuple
         groups.setdefault(pair, []).append(name)
     rows = [replace(row, optimizer="Modular", manifold=None, norm=" → ".join(pairs[row.name])) for row in rows]
     return rows, [(names, {"input": source, "output": target}) for (source, target), names in groups.items()]
+
+
+def given_to_library(rows: list[Row], name: str) -> list[Row]:
+    """The rows, with the matrices given to a library's optimizer of this name, which knows no manifolds.
+
+    Raises:
+        AssignmentError: a matrix is on a manifold, or there are none for it.
+    """
+    held: dict[str, list[str]] = {}
+    for row in rows:
+        if row.manifold and MANIFOLDS[row.manifold].constrained:
+            held.setdefault(row.manifold, []).append(row.name)
+    problems = [
+        f"assignment: '{manifold}' is for {folded(names)[0]}, but {name} of optim.library knows no manifolds; "
+        "use assignment=unconstrained, or optim=manifold_muon"
+        for manifold, names in held.items()
+    ]
+    if not any(row.manifold for row in rows):
+        problems.append(
+            f"assignment: no matrix is left for {name} of optim.library; use assignment=unconstrained, or optim=manifold_muon"
+        )
+    if problems:
+        raise AssignmentError(problems)
+    return [replace(row, optimizer=name) if row.manifold else row for row in rows]
+
+
+def library_groups(rows: list[Row], library: Library) -> list[tuple[list[str], dict[str, Any]]]:
+    """The parameter groups of a library's optimizer: names of the matrices that share a learning rate.
+
+    Raises:
+        AssignmentError: see `by_pattern`.
+    """
+    groups: dict[float, list[str]] = {}
+    mine = [row.name for row in rows if row.manifold]
+    for name, scale in by_pattern(mine, library.lr_scale or {}, 1.0, "optim.library.lr_scale").items():
+        groups.setdefault(scale, []).append(name)
+    return [(names, {"lr": library.lr * scale}) for scale, names in groups.items()]
 
 
 def adamw_groups(rows: list[Row], adamw: AdamW) -> list[tuple[list[str], dict[str, Any]]]:

@@ -7,7 +7,7 @@ training/validate.py checks relations between settings.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from data.settings import Count, Data
@@ -157,14 +157,56 @@ class Norms:
 
 
 @dataclass(frozen=True)
+class Keywords(Kind):
+    """Keyword arguments for a class of a library: names with any plain values. A list becomes a tuple."""
+
+    remedy = "give a mapping of the optimizer's own settings, such as {momentum: 0.9}; {} for its defaults"
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, Mapping) and all(isinstance(name, str) and name.isidentifier() for name in value)
+
+    def read(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: self.read(item) for name, item in value.items()}
+        return tuple(map(self.read, value)) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Library:
+    """An optimizer of torch or of another library, for `euclidean` matrices; configs/optim/_library.yaml."""
+
+    optimizer: str
+    lr: NotNegative
+    weight_decay: NotNegative
+    lr_scale: Factors
+    settings: Annotated[Mapping[str, Any], Keywords()]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Learning rate and weight decay of the matrices, whichever optimizer updates them."""
+
+    lr: Annotated[NotNegative | None, ("null", "means that of its own section")]
+    weight_decay: Annotated[NotNegative | None, ("null", "means that of its own section")]
+
+
+@dataclass(frozen=True)
 class Optim:
-    """The optimizers; configs/optim."""
+    """The optimizers; configs/optim. The matrices are updated by `library`, or if it is None, by ManifoldMuon; `modular` updates everything."""
 
     muon: Muon
     adamw: AdamW
     always_adamw: tuple[str, ...]
     modular: Annotated[Modular | None, ("null", "leaves the parameters to muon and adamw")]
     norms: Norms
+    library: Annotated[Library | None, ("null", "means ManifoldMuon")]
+    matrices: Matrices
+
+    def of_matrices(self) -> Muon | Library | Modular:
+        """The section of the optimizer of the matrices, with the learning rate and decay of `matrices` where it gives them."""
+        return replace(
+            self.modular or self.library or self.muon, **{k: v for k, v in vars(self.matrices).items() if v is not None}
+        )
 
 
 @dataclass(frozen=True)
@@ -323,6 +365,7 @@ class Settings:
     eval_interval: Count
     eval_windows: Count
     full_eval: bool
+    reading: Literal["random", "in_order"]
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     compile: Literal["auto", True, False]

@@ -9,9 +9,10 @@ import yaml
 
 from model.gpt import GPT
 from optim.assignment import parameter_table
-from training.build import Optimizers
+from training import library
 from training.files import CONFIG_FILE, write_whole
 from training.log import RunLog
+from training.optimizers import Optimizers
 from training.progress import ProgressSink
 from training.run import environment, run_name
 from training.settings import Settings
@@ -38,4 +39,6 @@ def print_start(cfg: Settings, directory: Path, model: GPT, optimizers: Optimize
         print(carried_over)
     if optimizers.muon is not None:
         print(f"ManifoldMuon: {optimizers.muon.rule.describe(model.lm_head.weight.device)}")
+    if cfg.optim.library is not None:
+        print(f"{library.display_name(cfg.optim.library)}: {library.describe(cfg.optim.library)}")
     print(f"{model.describe()} → {directory}", *remarks, sep="\n", flush=True)

@@ -1,4 +1,5 @@
-"""Statistics over seeds and runs: mean ± standard error, paired difference, rank correlation, and the best learning rate of a curve."""
+"""Statistics over seeds and runs: mean ± standard error, paired difference, the significance rule of the public optimizer track, rank
+correlation, and the best learning rate of a curve."""
 
 from __future__ import annotations
 
@@ -84,6 +85,37 @@ def student_quantile(share: float, freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if student_cdf(middle, freedom) < share else (low, middle)
     return high
+
+
+# ---- the rule of the public optimizer track ----
+
+TARGET, SIGMA, MARGIN = 3.28, 0.0013, 0.004
+"""Its target (nats), the standard deviation of a run's loss over seeds that it assumes, and 3.09 of these, for p < .001."""
+
+
+def significance(losses: Sequence[float], target: float = TARGET) -> tuple[bool, float]:
+    """Whether the mean of these losses is below the target by the track's rule, and the one-sided p of a z-test at σ = SIGMA.
+
+    The rule is (target - mean)·√n ≥ MARGIN, from github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, rule 3. The
+    losses must be those of all runs, at a step that is the same for all.
+    """
+    lead = (target - sum(losses) / len(losses)) * math.sqrt(len(losses))
+    return lead >= MARGIN * (1 - 1e-9), statistics.NormalDist().cdf(-lead / SIGMA)
+
+
+def stopping_step(curves: Sequence[Mapping[int, float]], target: float = TARGET) -> int | None:
+    """The first step at which all runs were evaluated and their losses (step → loss) pass `significance`; None if there is none."""
+    shared = set.intersection(*map(set, curves))
+    return next((step for step in sorted(shared) if significance([c[step] for c in curves], target)[0]), None)
+
+
+def lower_at_equal_steps(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether our mean is lower by the track's pairwise rule: the difference / √(1/n₁ + 1/n₂) ≥ MARGIN, at the same number of steps."""
+    lead = sum(theirs) / len(theirs) - sum(ours) / len(ours)
+    return lead / math.sqrt(1 / len(ours) + 1 / len(theirs)) >= MARGIN * (1 - 1e-9)
+
+
+# ---- ranks and rates ----
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:

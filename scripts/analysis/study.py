@@ -199,7 +199,8 @@ class Study:
 
     def _search(self, cases: Sequence[Case], parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
         """Run the trials of some cases, a trial of each at a time. Returns directory → reason, for those that failed; such a search ends."""
-        failures, trials = {}, self.options["trials"]
+        failures: dict[Path, str] = {}
+        trials = self.options["trials"]
         if trials < 1:
             raise UsageError(f"trials={trials} is too few; give at least 1")
         going = {}

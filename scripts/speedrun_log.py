@@ -1,0 +1,103 @@
+"""Logs of runs for the public optimizer track, each with the code and settings that made it, and the verdict of its rule.
+
+    python scripts/speedrun_log.py outputs/track3/seed_1 outputs/track3/seed_2 logs=logs
+
+Name all runs that were started with these settings, with no other difference than the seed, or directories that hold them. A log holds
+every source file and every setting, so that it can be run again, and the losses in the lines of the track's own logs. The stopping step is
+the first at which the mean over all runs passes the rule (target - mean)·√n ≥ 0.004, which is p < .001 in a one-sided test at σ = 0.0013.
+The track does not accept optimizers of libraries: their code has to be copied into the repository.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from scripts.analysis.runs import RecordedRun, find_runs
+from scripts.analysis.statistics import TARGET, significance, stopping_step
+from scripts.analysis.tables import different
+from scripts.command import ROOT, UsageError, parse, run
+from training.files import CONFIG_FILE, read_config
+from training.log import read_records
+
+SOURCES = (
+    "train.py",
+    "data/*.py",
+    "model/*.py",
+    "optim/*.py",
+    "training/*.py",
+    "configs/**/*.yaml",
+    "requirements.lock",
+)
+LINE = "=" * 100
+
+
+def code() -> list[Path]:
+    """The files that a run depends on."""
+    return [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern))]
+
+
+def log_of(directory: Path) -> str:
+    """The log of a run: code, settings, environment, and a line for each evaluation, with seconds of training up to it."""
+    parts = [f"# ---- {path.relative_to(ROOT)} ----\n{path.read_text().rstrip()}" for path in code()]
+    for name in (CONFIG_FILE, "environment.json", "parameters.txt"):
+        parts.append(f"# ---- {name} of the run ----\n{(directory / name).read_text().rstrip()}")
+    return "\n".join([*parts, LINE, *_lines(directory)]) + "\n"
+
+
+def _lines(directory: Path) -> list[str]:
+    lines, step, seconds = [], 0, 0.0
+    records = list(read_records(directory))
+    tokens = int(read_config(directory)["global_batch_tokens"])
+    last = max((record["step"] for record in records), default=0)
+    for record in records:
+        if record["kind"] == "train":
+            seconds += (record["step"] - step) * tokens / record["tokens_per_s"]
+            step = record["step"]
+        elif record["kind"] == "eval":
+            average = f"{1000 * seconds / step:.2f}" if step else "nan"
+            lines.append(
+                f"step:{record['step']}/{last} val_loss:{record['loss']:.5f} train_time:{seconds:.3f}s step_avg:{average}ms"
+            )
+    return lines
+
+
+def verdict(runs: list[RecordedRun], target: float) -> str:
+    """What the rule says about all runs of one setting."""
+    curves = [{record["step"]: record["loss"] for record in read_records(r.directory, "eval")} for r in runs]
+    last = min(max(curve) for curve in curves)
+    step = stopping_step(curves, target)
+    at = last if step is None else step
+    losses = [curve[at] for curve in curves]
+    _, p = significance(losses, target)
+    mean = f"mean {sum(losses) / len(losses):.4f} of n={len(losses)} at step {at}, one-sided p={p:.1e} at σ=0.0013"
+    return f"not reached: {mean}" if step is None else f"{target:g} is reached at step {step}: {mean}"
+
+
+def work(arguments: list[str]) -> int:
+    """Write the logs and print the verdict."""
+    places, options = parse(arguments, {"logs": "logs", "target": TARGET})
+    if not places:
+        raise UsageError("name the runs, such as outputs/track3/*; see --help")
+    runs = find_runs(places)
+    if changed := {key for r in runs[1:] for key in different(runs[0].config, r.config)}:
+        raise UsageError(f"the runs differ in {', '.join(sorted(changed))}; name the runs of one setting at a time")
+    folder = Path(options["logs"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for r in runs:
+        newer = [path for path in code() if path.stat().st_mtime > (r.directory / CONFIG_FILE).stat().st_mtime]
+        if newer:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in newer[:3])
+            print(f"{r.directory}: {len(newer)} files are newer than the run ({names}); its log may not have its code")
+        path = folder / f"{r.directory.name}.txt"
+        path.write_text(log_of(r.directory))
+        print(f"written: {path}")
+    print(verdict(runs, options["target"]))
+    return 0
+
+
+main = partial(run, work, __doc__)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""All optimizers of a model as one, and the transfer of their state from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.unit_norm import UnitNorm
+from optim.assignment import Row, folded
+from optim.manifold_muon import ManifoldMuon
+from training.library import like_saved, settings_of_group, tensors_of
+
+
+class Optimizers:
+    """The optimizer of the matrices and AdamW (each if it has parameters) as one. After each step, unit vectors are normalised.
+
+    Iterating yields the torch optimizers. `.named` has them by the names that tables, records and checkpoints use. `.rows` is the
+    assignment, `.muon` the ManifoldMuon or None.
+    """
+
+    def __init__(self, named: Mapping[str, torch.optim.Optimizer], rows: list[Row], unit_norm: UnitNorm) -> None:
+        self.named, self.rows, self.unit_norm = dict(named), rows, unit_norm
+        self.peak_lr = {name: [float(g["lr"]) for g in o.param_groups] for name, o in self.named.items()}
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        return iter(self.named.values())
+
+    @property
+    def muon(self) -> ManifoldMuon | None:
+        """The ManifoldMuon; None if there is none."""
+        return next((o for o in self if isinstance(o, ManifoldMuon)), None)
+
+    def rates(self, multiplier: float) -> dict[str, float]:
+        """The learning rate of the first group of each optimizer, by its name."""
+        return {name: peaks[0] * multiplier for name, peaks in self.peak_lr.items()}
+
+    def set_lr(self, multiplier: float) -> None:
+        """Set the learning rate of every group to `multiplier` times its peak."""
+        for name, optimizer in self.named.items():
+            for group, peak in zip(optimizer.param_groups, self.peak_lr[name]):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(peak * multiplier)
+                else:
+                    group["lr"] = peak * multiplier
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """One update by every optimizer; if `skip` (0-d bool, on the device, the same on all ranks) is true, none.
+
+        ManifoldMuon and fused torch optimizers are given `skip` as `found_inf`, the attribute with which torch.amp.GradScaler makes them
+        skip an update, without a host sync. Other optimizers do not know it, and their state may be of any type: numbers on the host,
+        lists, counters in the groups. So that nothing of it changes, their step is not called, for which the host reads `skip` once.
+        """
+        for optimizer in self:
+            if skips_on_device(optimizer):
+                optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # as torch does
+            elif skip is not None and skip.item():
+                continue
+            optimizer.step()
+        self.unit_norm()
+
+    def watch(self, on: bool) -> None:
+        """Whether ManifoldMuon keeps its next step for the certificates."""
+        if self.muon is not None:
+            self.muon.watched = on
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_bytes(self) -> dict[str, float]:
+        """Bytes of state for each parameter whose state this rank holds, by the name of the optimizer; 0 before there is state."""
+        found = {}
+        for name, optimizer in self.named.items():
+            held = sum(t.numel() * t.element_size() for t in tensors_of(optimizer.state))
+            found[name] = held / max(1, sum(p.numel() for p, state in optimizer.state.items() if state))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """One state dict for each optimizer, by name. Those of libraries also have the shapes of the parameters."""
+        return {name: self._state_of(o) for name, o in self.named.items()}
+
+    @staticmethod
+    def _state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        state = optimizer.state_dict()
+        return state if _fixed_state(optimizer) else {**state, "shapes": _shapes(optimizer)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Load what `state_dict` returned, where optimizer, name and shape are the same. All ranks must call.
+
+        Settings and learning rates are those of the configuration. State that does not fit is left at its start. A weight whose manifold
+        has changed is retracted onto the new one. The parameters must already have their saved values.
+
+        Returns:
+            One line for everything that was not loaded unchanged; empty for the same assignment.
+        """
+        missed = []
+        for name, optimizer in self.named.items():
+            take = _take_over if _fixed_state(optimizer) else _take_over_any
+            missed += take(name, optimizer, state.get(name, {"state": {}, "param_groups": []}))
+        if self.muon is None:
+            return missed
+        saved = [group for part in state.values() for group in part["param_groups"]]
+        before = {name: (g.get("manifold"), g.get("blocks")) for g in saved for name in g.get("names", ())}
+        now = {name: (g["manifold"], g["blocks"]) for g in self.muon.param_groups for name in g["names"]}
+        moved = [n for n, place in now.items() if n in before and before[n] != place and place[0] != "euclidean"]
+        self.muon.bring_onto_manifold(moved)
+        return missed + [f"{name}: brought onto its manifold" for name in folded(moved)]
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer skips its step where its `found_inf` is 1. torch marks those that do for its GradScaler."""
+    return isinstance(optimizer, ManifoldMuon) or getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _fixed_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all state is tensors of known shapes: of ManifoldMuon and of torch's AdamW, but not of libraries' optimizers."""
+    return isinstance(optimizer, ManifoldMuon) or type(optimizer) is torch.optim.AdamW
+
+
+# ---- taking over state ----
+
+
+def _take_over(kind: str, optimizer: torch.optim.Optimizer, saved_state: Mapping[str, Any]) -> list[str]:
+    """Load the saved state that fits into an optimizer, by parameter name; returns a line for everything left at its start."""
+    fresh = optimizer.state_dict()
+    params = _by_name(optimizer)
+    saved = _state_by_name(saved_state, list(params))
+    taken: dict[int, dict[str, Tensor]] = {}
+    missed: dict[str, list[str]] = {}
+    for index, (name, p) in enumerate(params.items()):
+        old, start = saved.get(name, {}), fresh["state"].get(index)
+        # AdamW creates its state in its first step: numbers, and tensors of the shape of the parameter.
+        wanted = start or {key: value if value.ndim == 0 else p for key, value in old.items()}
+        fits = {key: old[key] for key, value in wanted.items() if key in old and old[key].shape == value.shape}
+        lost = [key for key in wanted if key not in fits]
+        if lost or name not in saved:
+            missed.setdefault(", ".join(lost) or "state", []).append(name)
+        taken[index] = fits if start or not lost else {}
+    optimizer.load_state_dict({"state": taken, "param_groups": fresh["param_groups"]})
+    return _lines(kind, missed)
+
+
+def _take_over_any(kind: str, optimizer: torch.optim.Optimizer, saved_state: Mapping[str, Any]) -> list[str]:
+    """The same for an optimizer of a library, whose state may be of any type, in the groups too.
+
+    A parameter's state fits if the parameter has the same name and shape. A group takes the state of the saved group of its first
+    parameter.
+    """
+    fresh, shapes, params = optimizer.state_dict(), saved_state.get("shapes", {}), _by_name(optimizer)
+    saved = _state_by_name(saved_state, list(params))
+    fits = {name: saved[name] for name, p in params.items() if name in saved and shapes.get(name) == list(p.shape)}
+    taken = {index: fits[name] for index, name in enumerate(params) if name in fits}
+    settings = settings_of_group(optimizer)
+    for group in fresh["param_groups"]:
+        twin: Mapping[str, Any] = next(
+            (old for old in saved_state["param_groups"] if group["names"][0] in old["names"]), {}
+        )
+        group.update({key: value for key, value in twin.items() if key not in settings})
+    optimizer.load_state_dict({"state": taken, "param_groups": fresh["param_groups"]})
+    for name, state in fits.items():
+        optimizer.state[params[name]] = like_saved(optimizer.state[params[name]], state)
+    return _lines(kind, {"state": lost} if (lost := [name for name in params if name not in fits]) else {})
+
+
+def _lines(kind: str, missed: Mapping[str, Sequence[str]]) -> list[str]:
+    return [
+        f"{kind}'s {what} of {name}: starts from scratch" for what, names in missed.items() for name in folded(names)
+    ]
+
+
+def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"])}
+
+
+def _shapes(optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in _by_name(optimizer).items()}
+
+
+def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+    """Parameter name → its state. The oldest checkpoints have no names; their parameters are in the order `order`."""
+    indices = [i for group in saved["param_groups"] for i in group["params"]]
+    if all("names" in group for group in saved["param_groups"]):
+        order = [name for group in saved["param_groups"] for name in group["names"]]
+    return {name: saved["state"].get(i, {}) for name, i in zip(order, indices)} if len(order) == len(indices) else {}
