@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from scripts.analysis.runs import RecordedRun
-from scripts.analysis.statistics import Difference
+from scripts.analysis.runs import RecordedRun, final_losses
+from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Case, Study
 from scripts.analysis.tables import Column, Table, make_table
+from scripts.bench_train import RandomTraining
+from scripts.timing import median, take_turns
+from training.settings import read_sound
 
 REMARK = (
     "Differences are paired by seed, with Student's 95% interval. The search has a seed of its own, which no run of the table has. "
@@ -65,3 +68,30 @@ def trials_by(study: Study, panel: str, curve: str) -> dict[str, dict[str, list[
         rates = [(float(next(iter(search.values(point).values()))), loss) for point, loss in search.tried.items()]
         found.setdefault(f"{panel.rpartition('.')[2]} {case[panel]}", {}).setdefault(case[curve], []).extend(rates)
     return found
+
+
+def targets(study: Study, name: str) -> dict[str, float]:
+    """Steps → mean final loss on the windows of the case of this name, the first axis; a horizon without it is left out."""
+    runs = study.grouped(*study.axes)
+    return {steps: Estimate.of(final_losses(found)).mean for (case, steps), found in runs.items() if case == name}
+
+
+def costs(study: Study) -> dict[str, dict[str, float]]:
+    """Value of the first axis → milliseconds of a whole training step, and bytes of state of a parameter that its optimizer updates.
+
+    Measured now, by turns in one process, on random tokens, with the settings of the first seed's run at the shortest horizon.
+    """
+    trainings = {}
+    for runs in reversed(study.groups):
+        cfg = read_sound(runs[0].config)[0]
+        trainings[next(iter(runs[0].case.values()))] = RandomTraining(
+            cfg, cfg.micro_batch_size, cfg.global_batch_tokens
+        )
+    times = take_turns({name: training.step for name, training in trainings.items()}, repeats=5, warmup=2)
+    return {
+        name: {
+            "ms_per_step": 1000 * median(times[name]),
+            "state_bytes": next(iter(training.optimizers.state_bytes().values())),
+        }
+        for name, training in trainings.items()
+    }

@@ -1,0 +1,60 @@
+"""Points of the family of steepest descent, tuned equally."""
+
+from scripts.analysis.contest import REMARK, contest_table, costs, targets, trials_by
+from scripts.analysis.experiment_figures import loss_of_trials
+from scripts.analysis.search import Axis, Search
+from scripts.analysis.study import Case, Experiment, Study
+from scripts.analysis.tables import STATUS, Column, Table, case
+
+MUON = "optim=manifold_muon"
+POINTS = {  # name → overrides, first learning rate, first weight decay; None: no decay acts on a matrix
+    "AdamW": (("optim=adamw",), 3e-3, 0.1),
+    "SGD": (("optim=sgd",), 0.5, 1e-4),
+    "Lion": (("optim=lion",), 3e-4, 1.0),
+    "Shampoo": (("optim=shampoo",), 0.1, 0.1),
+    "SOAP": (("optim=soap",), 3e-3, 0.1),
+    "Muon": (("assignment=unconstrained", MUON), 0.05, 0.1),
+    "NorMuon": (("assignment=unconstrained", MUON, "optim.muon.row_beta=0.95"), 0.05, 0.1),
+    "Hyperball": (("assignment=all_hyperball", MUON), 0.05, None),
+    "spectral sphere": (("assignment=all_spectral_sphere", MUON), 0.05, None),
+    "oblique with gains": (("assignment=all_oblique_gain", MUON), 0.05, 0.1),
+    "Stiefel": (("assignment=all_stiefel", MUON), 0.05, None),
+    "DGram": (("assignment=all_dgram", MUON), 0.05, 0.1),
+    "Hetero": (("assignment=hetero", MUON), 0.05, 0.1),
+}
+OPPONENTS = {name: lambda case, name=name: {"optimizer": name} for name in ("AdamW", "Muon")}
+
+
+def searched(study: Study, case: Case) -> list[Axis]:
+    """Learning rate and weight decay of the matrices; embeddings, head and norms have the same AdamW in every case."""
+    _, rate, decay = POINTS[case["optimizer"]]
+    return [Axis("optim.matrices.lr", rate)] + ([Axis("optim.matrices.weight_decay", decay, 4.0)] if decay else [])
+
+
+def tables(study: Study) -> list[Table]:
+    """A line for each optimizer and horizon; the target of a horizon is what tuned AdamW reaches."""
+    target, cost = study.facts["targets"], study.facts["costs"]
+    columns = [
+        case("steps", "max_steps"),
+        case("optimizer", "optimizer"),
+        Column("val loss", "val_loss", lambda r: r.held_out),
+        Column("steps to AdamW's", "steps_to_target", lambda r: r.steps_to(target.get(r.case["max_steps"], 0.0)), 0),
+        Column("ms a step", "ms_per_step", lambda r: cost[r.case["optimizer"]]["ms_per_step"], 1),
+        Column("state, bytes a parameter", "state_bytes", lambda r: cost[r.case["optimizer"]]["state_bytes"], 1),
+        STATUS,
+    ]
+    return [contest_table(study, columns, OPPONENTS)]
+
+
+EXPERIMENT = Experiment(
+    hypothesis="Which point of the family reaches the lowest loss, if each has the same number of trials over rate and decay?",
+    base=("experiment=family",),
+    axes={"optimizer": {name: overrides for name, (overrides, _, _) in POINTS.items()}, "max_steps": "100,400"},
+    search=Search(searched, along="max_steps"),
+    seeds="1,2,3",
+    options={"trials": 8},
+    measure=lambda study: {"targets": targets(study, "AdamW"), "costs": costs(study)},
+    tables=tables,
+    figures={"trials.png": lambda study, path: loss_of_trials(trials_by(study, "max_steps", "optimizer"), path)},
+    remark=lambda study: REMARK,
+)
