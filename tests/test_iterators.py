@@ -26,11 +26,11 @@ from optim.manifold_muon import ManifoldMuon
 from optim.msign import iterate
 from optim.published import PublishedStep
 from scripts import design_iterator
-from training.build import build_optimizers, step_rule
+from training.build import build_optimizers, gpt_config, step_rule
 from training.checkpoint import check_same
 from training.checks import check
 from training.config import compose
-from training.resume import unknown_and_off
+from training.settings import completed, read_sound
 from training.validate import ConfigError
 
 # The thread's recipe, with γ found by another program on a grid: (l, r) → γ, then (a, b, c), the peak on (0, 1-l), the trough on (1-l, 1+r).
@@ -224,13 +224,13 @@ def test_a_wrong_iterator_is_refused_with_its_reason():
             compose([f"optim.muon.rule.iterator={value}"])
 
 
-def test_a_run_of_a_program_without_the_setting_is_resumed():
-    now = compose([]).plain()
-    older = compose([]).plain()
-    del older["optim"]["muon"]["rule"]["iterator"], older["seed"]
-    unknown = unknown_and_off(older, now)
-    assert unknown == ["optim.muon.rule.iterator"]
-    assert check_same(older, now, ignore=unknown) == ["seed: (absent) → 1337"]
+def test_a_run_of_a_program_without_the_setting_is_resumed_and_read():
+    now = compose(["experiment=nugpt_demo"]).plain()
+    older = compose(["experiment=nugpt_demo"]).plain()
+    del older["optim"]["muon"]["rule"]["iterator"]
+    assert completed(older) == now and gpt_config(read_sound(completed(older))[0]).n_layer == 4
+    del older["seed"]
+    assert check_same(completed(older), now) == ["seed: (absent) → 1337"]
 
 
 # ---- the command ----

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from training.files import read_config
 from training.log import METRICS_FILE, read_records
 from training.ranks import LostRanks, Ranks
 from training.run import environment
-from training.settings import Settings
+from training.settings import Settings, completed
 from training.stability import Stability
 from training.step import FiniteGuard
 
@@ -106,8 +106,8 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or use "
             "resume=auto to continue the run there"
         )
-    unknown = unknown_and_off(loaded.state["config"], cfg.plain())
-    changed = [] if cfg.allow_changes else check_same(loaded.state["config"], cfg.plain(), ignore=(*HARMLESS, *unknown))
+    saved = completed(loaded.state["config"])
+    changed = [] if cfg.allow_changes else check_same(saved, cfg.plain(), ignore=HARMLESS)
     if loaded.state["data"] != data:
         changed.append(f"data: the shards in {cfg.data.dir} are not the data of the run")
     if changed:
@@ -116,15 +116,6 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             "resume=never and another output_dir:" + "".join(f"\n  - {c}" for c in changed)
         )
     return loaded
-
-
-def unknown_and_off(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys that are null now, and that the older program which saved a configuration did not have."""
-    found = [prefix + key for key, value in now.items() if value is None and key not in saved]
-    for key in now.keys() & saved.keys():
-        if isinstance(now[key], Mapping) and isinstance(saved[key], Mapping):
-            found += unknown_and_off(saved[key], now[key], f"{prefix}{key}.")
-    return found
 
 
 def check_parts(loaded: Loaded) -> None:

@@ -390,3 +390,11 @@ def read_sound(cfg: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
     settings = object.__new__(Settings)
     vars(settings).update({name: kind.read(cfg[name]) for name, kind in section.kinds.items() if name not in unsound})
     return settings, found
+
+
+def completed(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run of an older program, with null for every setting that it did not have and that may be null.
+
+    Null is the behaviour without the setting. A setting that may not be null stays missing.
+    """
+    return Section(Settings).completed(cfg)
