@@ -257,7 +257,7 @@ class Hyperball(Manifold):
 
     name = "hyperball"
     efforts: ClassVar = {
-        "default": Effort(su=1, conjugate_gradients=1),
+        "default": Effort(caps=0),  # the multiplier is a number, and that of least squares is near the best
         "high": Effort(su=3, su_steps=4, su_lower=0.02, conjugate_gradients=1, caps=2, cap_degree=4),
     }
 
@@ -313,12 +313,12 @@ class SpectralSphere(Euclidean):
 
     The condition ⟨u vᵀ, T⟩ = 0 is hyperball's at the point u vᵀ. The step ends in W/‖W‖₂. Where singular values coincide at 1 there are
     more normal directions than u vᵀ; the scaling then deals with the rest.
-    Sources: the spectral sphere (arXiv 2601.08393), MACRO (arXiv 2605.04418). Ours: radius 1, and the multiplier by least squares and Su's
-    step where the first bisects.
+    Sources: the spectral sphere (arXiv 2601.08393), MACRO (arXiv 2605.04418). Ours: radius 1, and the multiplier by least squares, at
+    quality `high` by Su's step too, where the first bisects.
     """
 
     name = "spectral_sphere"
-    efforts: ClassVar = Hyperball.efforts
+    efforts: ClassVar = {"default": Effort(), "high": Hyperball.efforts["high"]}
 
     def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:
         u, _, v = top_pair(W)

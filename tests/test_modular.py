@@ -1,6 +1,7 @@
 """Steps in each parameter's own norm, and the coordinate check that measures what they do to features."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from test_remedies import tiny_gpt
 
 from optim.modular import Modular, norm_of
 from optim.norms import FEATURES
+from scripts import updates
 from train import train
 from training.build import build_optimizers
 from training.checks import check
@@ -88,11 +90,19 @@ def test_every_parameter_of_a_model_steps_by_the_same_size_and_no_feature_change
 
 
 @pytest.mark.parametrize("optim", ["modular", "manifold_muon"])
-def test_a_run_records_the_sizes_of_its_steps_and_resumes(tiny, tmp_path, optim):
+def test_a_run_records_the_sizes_of_its_steps_and_resumes(tiny, tmp_path, optim, capsys):
     settings = [*tiny, "assignment=unconstrained", f"optim={optim}", "log.interval_updates=2", "max_steps=6"]
     best = train(compose([*settings, "checkpoint.interval=3"]))
     records = [r for r in read_records(tmp_path / "run") if r["kind"] == "update"]
     assert {r["step"] for r in records} == {2, 4, 6} and all(r["size"] > 0 for r in records)
+    capsys.readouterr()
+    assert updates.main([str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "Step 6 of" in said and re.search(
+        r"h\.0\.mlp\.c_fc\.weight +rms → rms +[\d.e-]+ +[\d.e-]+ +[01](\.\d+)?\n", said
+    )
+    assert updates.main([str(tmp_path / "run"), "step=3"]) == 2
+    assert "has no records 'update' of step 3; train with" in capsys.readouterr().err
     half = next(path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.rstrip("_").endswith("3"))
     again = [*settings, "checkpoint.interval=3", f"resume={half}", f"output_dir={tmp_path}/again"]
     assert train(compose(again)) == best

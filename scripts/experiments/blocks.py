@@ -21,14 +21,8 @@ CUTS = {
 EXPERIMENT = Experiment(
     hypothesis="What does a cut of c_attn do that a longer step does not?\n"
     "Blocks of which each steps as far as a matrix move c_attn √3 times as far as no cut, in root mean square; block_length=whole undoes it.",
-    base=(
-        "experiment=solver_sweep",
-        "max_steps=100",
-        "eval_interval=50",
-        "probe.interval=null",
-        "schedule.warmup_steps=15",
-    ),
-    axes={"assignment": "unconstrained", "cut": CUTS},
+    base=("experiment=solver_sweep", "probe.interval=null"),
+    axes={"assignment": "unconstrained,all_stiefel", "cut": CUTS},
     seeds="1,2",
     columns=lambda study: [
         Column("assignment", "assignment", lambda r: r.assignment),
