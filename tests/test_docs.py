@@ -74,7 +74,8 @@ def test_commands_run(block, little_stdlib, tmp_path, monkeypatch, capsys):
 
 
 def test_a_block_that_needs_something_says_what_and_is_run_below():
-    assert set(SHELL) == {"several devices", "an hour", "a GPU and 9 billion tokens", "your files"}
+    shards = "a GPU and the published shards"
+    assert set(SHELL) == {"several devices", "an hour", "a GPU and 9 billion tokens", shards, "your files"}
     assert {block.language for block in BLOCKS} == {"bash", "python"}
 
 
@@ -187,6 +188,17 @@ def test_commands_for_one_gpu_run(tmp_path, monkeypatch, capsys):
         in_process(words, tiny, monkeypatch)
     assert {path.name for path in tmp_path.glob("results/*")} >= {"table.md", "val_loss.png", "instability.png"}
     assert capsys.readouterr().out.count("best validation loss") == 2
+
+
+def test_commands_for_the_optimizer_track_run(tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    without_workers(monkeypatch)
+    tiny = [*TINY_RUN, *tiny_data, "model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.block_size=16"]
+    tiny += ["model.vocab_size=320", "device=cpu", "compile=false"]
+    for words in SHELL["a GPU and the published shards"]:
+        where = ["seeds=1", "assignment=hetero", "results=results"] if words[1].startswith("scripts/") else []
+        in_process(words, [*tiny, *where], monkeypatch)
+    assert "not reached" in (tmp_path / "results" / "table.md").read_text()
 
 
 # ---- your own text ----

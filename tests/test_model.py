@@ -9,7 +9,8 @@ from model.gpt import GPT, GPTConfig
 from model.loss import linear_cross_entropy
 from training.config import compose
 
-TINY = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16)
+TINY_SHAPE = {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16}
+TINY = GPTConfig(**TINY_SHAPE)
 
 
 @pytest.fixture
@@ -101,8 +102,9 @@ def test_loss_is_the_cross_entropy_of_the_logits(model, tokens):
     assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), y.flatten()).item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch, dtype):
+def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch, dtype, cap):
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(37, 16, generator=generator, dtype=torch.float64).to(dtype)
     W = torch.randn(50, 16, generator=generator, dtype=torch.float64).float()
@@ -111,10 +113,10 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch, dtype):
     for limit in (2**26, 0):
         monkeypatch.setattr(loss_module, "_FULL_LOGITS", limit)
         monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 50 * 8)  # eight rows at a time, the last chunk short
-        a, b = h.clone().requires_grad_(), W.clone().requires_grad_()
-        value = linear_cross_entropy(a, b, y)
+        a, b, bias = h.clone().requires_grad_(), W.clone().requires_grad_(), W[:, 0].clone().requires_grad_()
+        value = linear_cross_entropy(a, b, y) if cap is None else linear_cross_entropy(a, b, y, bias, cap)
         (3 * value).backward()
-        results.append((value.detach(), a.grad, b.grad))
+        results.append((value.detach(), a.grad, b.grad, *([] if cap is None else [bias.grad])))
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for plain, chunked in zip(*results):
         assert torch.linalg.norm((plain - chunked).float()) <= tolerance * torch.linalg.norm(plain.float())
@@ -142,3 +144,24 @@ def test_impossible_shapes_are_refused_with_every_reason():
         GPTConfig(n_emb=32)
     with pytest.raises(ValueError, match="exceeds"):
         GPT(TINY)(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_half_rotary_turns_half_of_the_channels_by_the_position():
+    """Channels of the second half of each pair's list keep their values; logits depend on distance only."""
+    from model.layers import HalfRotary
+
+    rotary, x = HalfRotary(16, 32), torch.randn(1, 1, 1, 16).expand(1, 1, 32, 16)
+    y = rotary(x)
+    still = [4, 5, 6, 7, 12, 13, 14, 15]
+    assert torch.equal(y[..., still], x[..., still]) and not torch.allclose(y[..., 1:, :4], x[..., 1:, :4])
+    z = y @ y.mT
+    assert torch.allclose(z[..., 0, 3], z[..., 10, 13], atol=1e-5)
+
+
+def test_the_head_of_the_speedrun_is_bounded():
+    model = GPT(GPTConfig(**{**TINY_SHAPE, "tied": False, "head_bias": True, "head_cap": 2.0}))
+    model.lm_head.weight.data.mul_(1e4)
+    logits, _ = model(torch.randint(40, (2, 16)))
+    assert 1.9 < logits.abs().max() <= 2
+    with pytest.raises(ValueError, match=r"model\.head_bias is for a head of its own; use model\.tied=false"):
+        GPT(GPTConfig(**TINY_SHAPE, head_bias=True))

@@ -66,11 +66,11 @@ NOTHING: set[str] = set()  # whole numbers above 0, choices and sections
 
 RATES = "optim.modular.lr optim.modular.weight_decay optim.adamw.lr optim.adamw.weight_decay optim.adamw.eps optim.muon.lr optim.muon.weight_decay"
 LIBRARY = "optim.library.lr optim.library.weight_decay"
-BASE = ("bias", "rope", "tied", "unit_weights")
+BASE = ("bias", "rope", "tied", "head_bias", "unit_weights")
 GROUPS = [
     (
         FLAG,
-        "model.bias model.rope model.tied model.unit_weights attention.qk_norm residual.learn_p optim.muon.nesterov",
+        "model.bias model.rope model.tied model.head_bias model.unit_weights attention.qk_norm residual.learn_p optim.muon.nesterov",
     ),
     (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval"),
     (FLAG | OFF, "optim.muon.rule.compile"),
@@ -86,6 +86,7 @@ GROUPS = [
     (POSITIVE, "model.logit_scale residual.alpha residual.p init.weight_scale init.residual_scale"),
     (POSITIVE, "optim.muon.rule.alpha transfer.head_factor transfer.storage transfer.base.logit_scale"),
     (POSITIVE, "stability.max_rise"),
+    (POSITIVE | OFF, "model.head_cap transfer.base.head_cap attention.scale"),
     (POSITIVE | OFF, "model.storage transfer.base.storage residual.storage attention.qk_clip attention.logit_cap"),
     (POSITIVE | OFF, "optim.muon.rule.norm_cap stability.z_threshold stability.warning.logit grad_clip"),
     (NOT_NEGATIVE, f"{RATES} {LIBRARY} optim.muon.lr_scale.attn"),  # a rate of 0 leaves its matrices as they are
