@@ -39,7 +39,7 @@ class Shape:
     dropout: Annotated[float, ("low", 0), ("below", 1)]
     bias: bool
     rope: bool
-    mlp: Literal["gelu", "swiglu"]
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"]
     tied: bool
     unit_weights: bool
     storage: Annotated[float | None, ("above", 0), ("null", "means 1/√n_embd")]
