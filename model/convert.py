@@ -80,9 +80,8 @@ def to_hf(config: GPTConfig, state: Mapping[str, Tensor], end_of_text: int) -> t
         if config.tied and name == _HEAD:
             continue
         tensors[name] = t.T.contiguous() if _TRANSPOSED.search(name) else t.contiguous()
-        bias = name.removesuffix("weight") + "bias"
-        if (".h." in name or ".ln_f." in name) and bias not in state:
-            tensors[bias] = torch.zeros(len(t))
+        if not config.bias and (".h." in name or ".ln_f." in name):
+            tensors[name.removesuffix("weight") + "bias"] = torch.zeros(len(t))
     pdrop = {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
     about = {
         "architectures": ["GPT2LMHeadModel"],
