@@ -87,6 +87,26 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    def with_context(self, tokens: int) -> GPT:
+        """This model for windows of up to `tokens` tokens, in eval mode: itself if it can read them, otherwise a copy.
+
+        Rotary positions continue without change beyond those of training; nGPT (arXiv 2410.01131, section 3.2) is read so.
+
+        Raises:
+            ValueError: the positions are learned, and there are not as many.
+        """
+        if tokens <= self.config.block_size:
+            return self.eval()
+        if not self.config.rope or self.config.head_gate == "position":
+            learned = "attention.head_gate=position" if self.config.rope else "model.rope=false"
+            raise ValueError(
+                f"a context of {tokens} tokens is longer than model.block_size={self.config.block_size}, and with {learned} every position "
+                "is learned; train with rotary positions (model.rope=true), or shorten the context"
+            )
+        longer = GPT(GPTConfig(**{**vars(self.config), "block_size": tokens})).to(self.lm_head.weight.device)
+        longer.load_state_dict(self.state_dict())
+        return longer.eval()
+
     def unit_vectors(self) -> dict[str, int]:
         """Matrices whose vectors the optimizer must keep at unit length: parameter name → the dimension along which the vectors lie.
 

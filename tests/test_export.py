@@ -32,7 +32,7 @@ needs_safetensors = pytest.mark.skipif(find_spec("safetensors") is None, reason=
 def gpt(**settings):
     """A model whose biases and gains are not those of the start."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE, **settings)).eval()
+    model = GPT(GPTConfig(**{**SHAPE, **settings})).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
