@@ -90,7 +90,7 @@ class GPT(nn.Module):
     def with_context(self, tokens: int) -> GPT:
         """This model for windows of up to `tokens` tokens, in eval mode: itself if it can read them, otherwise a copy.
 
-        Rotary positions continue without change beyond those of training; nGPT (arXiv 2410.01131, section 3.2) is read so.
+        Rotary positions continue beyond those of training without a change; nGPT (arXiv 2410.01131) is claimed to read on so.
 
         Raises:
             ValueError: the positions are learned, and there are not as many.

@@ -6,7 +6,8 @@
 
 The newest good checkpoint is used. temperature=0 takes the likeliest token each time. top_k=0 draws from the whole vocabulary, and top_p
 from the likeliest tokens that together have this probability. Without a prompt the model begins a new document. The same seed gives the
-same text on the same device, for each prompt alone. speed=true generates again, without the cache of keys and values.
+same text on the same device, for each prompt alone. speed=true generates again, with and without the cache of keys and values, as many
+tokens as fit into the window (block_size); beyond it, every token has a new position, and the cache is of no use.
 """
 
 from __future__ import annotations
@@ -60,14 +61,15 @@ def continuation(
 
 
 def speed(model: GPT, tokenizer: Tokenizer, prompt: str, tokens: int, sampling: Sampling, seed: int) -> str:
-    """How many tokens a second are drawn with and without the cache, in words."""
+    """How many tokens a second are drawn with and without the cache, in words; only of tokens that fit into the window."""
+    tokens = max(1, min(tokens, model.config.block_size + 1 - max(1, len(tokenizer.encode(prompt)))))
     rates = []
     for cached in (True, False):
         start = time.perf_counter()
         count = sum(1 for _ in continuation(model, tokenizer, prompt, tokens, sampling, seed, cached))
         rates.append(count / (time.perf_counter() - start))
     return (
-        f"{rates[0]:,.0f} tokens/s with the cache of keys and values, {rates[1]:,.0f} without: "
+        f"{tokens} tokens at {rates[0]:,.0f} tokens/s with the cache of keys and values, {rates[1]:,.0f} without: "
         f"{rates[0] / rates[1]:.1f} times as fast"
     )
 

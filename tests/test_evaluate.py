@@ -14,7 +14,7 @@ from test_import import TINY
 
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer
-from scripts import evaluate
+from scripts import evaluate, export
 from scripts.analysis.runs import load_model
 from train import train
 from training.config import compose
@@ -190,6 +190,25 @@ def test_greedy_answers_are_their_own_continuation_and_stop():
     if len(text) > 2:
         [cut] = answers.generate_until([request("abc", {"until": [text[2]], "max_gen_toks": 6})])
         assert cut == text.split(text[2])[0]
+
+
+@needs_lm_eval
+@pytest.mark.skipif(
+    not all(map(find_spec, ("transformers", "accelerate"))), reason="transformers or accelerate is not installed"
+)
+def test_lm_eval_finds_the_same_in_the_folder_for_hugging_face(run, tmp_path):  # noqa: F811
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from scripts.harness import Harness
+
+    assert export.main([str(run), str(tmp_path / "hf"), "to=hf"]) == 0
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32")
+    pairs = [("line 1", " says"), ("x", "y"), ("", "line"), ("line ", "2")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = [answers.loglikelihood(requests) for answers in (Harness(load_model(run)[0], BYTES), theirs)]
+    for (ours, greedy), (other, other_greedy) in zip(*found):
+        assert ours == pytest.approx(other, abs=1e-4) and greedy == other_greedy
 
 
 @needs_lm_eval
