@@ -187,7 +187,7 @@ def known_settings(config: GPTConfig) -> dict[str, Any]:
 def misfits(weights: Weights, config: GPTConfig) -> list[str]:
     """Settings under which a model of this configuration would not compute what the weights were trained for, with the remedy.
 
-    Fewer positions, a larger vocabulary and biases are possible, see `take`.
+    Fewer positions, a larger vocabulary and more biases are possible, see `take`.
     """
     have, theirs = known_settings(config), weights.settings
     without_effect = {f"model.{key}" for key in ("block_size", "vocab_size", "bias", "dropout")}
@@ -198,8 +198,11 @@ def misfits(weights: Weights, config: GPTConfig) -> list[str]:
         wrong.append("model.vocab_size")
     if not config.rope and theirs.get("model.block_size", config.block_size) < config.block_size:
         wrong.append("model.block_size")
+    found = []
+    if not config.bias and any(name.endswith(".bias") and t.any() for name, t in weights.tensors.items()):
+        found.append(f"model.bias=false does not fit {weights.source}, whose biases are not zero; set model.bias=true")
     named = {key: key.removesuffix(".rule") for key in wrong}
-    return [
+    return found + [
         f"{name}={_word(have.get(key))} does not fit {weights.source}; set {name}={_word(theirs[key])}"
         for key, name in named.items()
     ]
@@ -238,10 +241,8 @@ def take(weights: Weights, model: nn.Module) -> list[str]:
         else:
             found[name] = t
     left = [name for name in weights.tensors if name not in own and name not in model.state_dict()]
-    biases = [name for name in left if name.endswith(".bias")]
-    if any(weights.tensors[name].any() for name in biases):
-        problems.append(f"{weights.source} has biases that are not zero; set model.bias=true")
-    problems += [f"{name}: in {weights.source}, but not in this model" for name in left if name not in biases]
+    needed = [name for name in left if not name.endswith(".bias") or weights.tensors[name].any()]
+    problems += [f"{name}: in {weights.source}, but not in this model" for name in needed]
     if not problems:
         for name, t in found.items():
             own[name].copy_(t)

@@ -111,17 +111,17 @@ def test_every_setting_that_does_not_fit_is_listed_with_its_remedy():
     weights = from_hf("there", about, tensors)
     other = GPTConfig(**{**SHAPE, "n_head": 4, "vocab_size": 30, "block_size": 32}, rope=True)
     assert sorted(misfits(weights, other)) == [
+        "model.bias=false does not fit there, whose biases are not zero; set model.bias=true",
         "model.mlp=gelu does not fit there; set model.mlp=gelu_tanh",
         "model.n_head=4 does not fit there; set model.n_head=2",
         "model.rope=true does not fit there; set model.rope=false",
         "model.vocab_size=30 does not fit there; set model.vocab_size=40",
     ]
-    assert misfits(weights, GPTConfig(**{**SHAPE, "block_size": 32}, mlp="gelu_tanh"))[0].startswith(
-        "model.block_size=32 does"
-    )
+    [said] = misfits(weights, GPTConfig(**{**SHAPE, "block_size": 32}, mlp="gelu_tanh", bias=True))
+    assert said == "model.block_size=32 does not fit there; set model.block_size=16"
     free = GPT(GPTConfig(**SHAPE, mlp="gelu_tanh"))
     before = {name: t.clone() for name, t in free.state_dict().items()}
-    assert take(weights, free) == ["there has biases that are not zero; set model.bias=true"]
+    assert take(weights, free)[0].endswith("bias: in there, but not in this model")
     assert_bitwise(free.state_dict(), before)
 
 
