@@ -19,7 +19,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ from training.build import build
 from training.checks import check
 from training.coordinate import coordinate_check
 from training.data import open_data
+from training.init_from import start_from
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
 from training.ranks import Ranks, world_size
@@ -113,9 +116,14 @@ class Run:
         self.guard = FiniteGuard(list(self.params), self.device)
         self.step, self.seconds = 0, 0.0
         notes: list[str] = []
+        self.origin: dict[str, Any] = {}  # a record of the weights that were not drawn here
         if resumed is not None:
             parts = (self.model, self.optimizers, self.stability, self.guard)
             self.step, self.seconds, notes = restore(resumed, cfg, *parts, ranks.rank)
+        elif cfg.init_from is not None:
+            measured = (self.model, self.model, self.held_out, cfg.micro_batch_size, ranks, self.autocast)
+            loss = partial(mean_loss, *measured)
+            self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
         self.resumed_at = self.step if resumed is not None else None
         # The loss of the current weights; None if it was not computed.
         self.val_loss: float | None = resumed.metric if resumed is not None else None
@@ -137,6 +145,8 @@ class Run:
         # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
         self.compiled = compiled(self.model, cfg, self.device)
         replica = compiled(DistributedDataParallel(self.model), cfg, self.device) if ranks.world > 1 else self.compiled
+        if self.origin:
+            log.write("init_from", self.step, **self.origin)
         batches = Prefetcher(self.loader, self.step)
         self.clock, tokens = time.perf_counter(), 0
         try:

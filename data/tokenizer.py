@@ -29,6 +29,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text; ids outside the vocabulary (a padded embedding may produce them) become U+FFFD."""
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id of the vocabulary; of `eot`, which is not text, none."""
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8; 256 ends a document."""
@@ -46,6 +49,9 @@ class ByteTokenizer:
         special = {self.eot: END_OF_TEXT.encode()}
         parts = (bytes([i]) if i < 256 else special.get(i, UNKNOWN.encode()) for i in map(int, ids))
         return b"".join(parts).decode("utf-8", "replace")
+
+    def token_bytes(self) -> list[bytes]:
+        return [*(bytes([i]) for i in range(256)), b""]
 
 
 class GPT2Tokenizer:
@@ -80,6 +86,9 @@ class GPT2Tokenizer:
         token = self._encoding.decode_single_token_bytes
         parts = (token(i) if i < self.vocab_size else UNKNOWN.encode() for i in map(int, ids))
         return b"".join(parts).decode("utf-8", "replace")
+
+    def token_bytes(self) -> list[bytes]:
+        return [*map(self._encoding.decode_single_token_bytes, range(self.eot)), b""]
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}

@@ -21,14 +21,14 @@ _CLIP_ROWS = 512
 
 
 def causal_logits(q: Tensor, k: Tensor, cap: float | None = None, scale: float | None = None) -> Tensor:
-    """scale·q·k for q, k (B, H, T, w) as float32 (B, H, T, T), -inf above the diagonal.
+    """scale·q·k for q (B, H, T, w), k (B, H, S, w) as float32 (B, H, T, S), -inf for keys after the query; the last of both is the same token.
 
     scale: None for 1/√w.  cap: unless None, every logit z becomes cap·tanh(z/cap) (soft cap; Gemma 2, arXiv 2408.00118).
     """
     z = cast(q @ k.mT, torch.float32) * (q.size(-1) ** -0.5 if scale is None else scale)
     if cap:
         z = cap * torch.tanh(z / cap)
-    future = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1)
+    future = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1 + z.size(-1) - z.size(-2))
     return z.masked_fill(future, -torch.inf)
 
 
@@ -40,6 +40,26 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, dropout: float
     """
     p = cast(torch.softmax(causal_logits(q, k, cap, scale), dim=-1), v.dtype)
     return F.dropout(p, dropout) @ v
+
+
+class KeyValueCache:
+    """The keys and values of one layer for the tokens so far, so that the next token needs no others to be computed again.
+
+    capacity: the largest number of tokens. length: the number of tokens so far.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self.stored: Tensor | None = None  # (2, B, H, capacity, w): keys and values
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (B, H, length, w) of all tokens, after those (B, H, T, w) of the next T were added."""
+        if self.stored is None:
+            self.stored = k.new_empty(2, *k.shape[:2], self.capacity, k.size(-1))
+        start, self.length = self.length, self.length + k.size(-2)
+        self.stored[0, :, :, start : self.length] = k
+        self.stored[1, :, :, start : self.length] = v
+        return self.stored[0, :, :, : self.length], self.stored[1, :, :, : self.length]
 
 
 class HeadGate(nn.Module):
@@ -60,11 +80,11 @@ class HeadGate(nn.Module):
         self.kind, self.n_head = kind, n_head
         self.weight = nn.Parameter(torch.zeros(n_head * (width if kind == "token" else block_size)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gates (B or 1, H, T, 1) for attention's input x (B, T, d)."""
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Gates (B or 1, H, T, 1) for attention's input x (B, T, d), whose first token has the position `start`."""
         if self.kind == "token":
             return 2 * torch.sigmoid(x @ self.weight.view(self.n_head, -1).T).mT.unsqueeze(-1)
-        table = self.weight.view(-1, self.n_head)[: x.size(1)]  # (T, H)
+        table = self.weight.view(-1, self.n_head)[start : start + x.size(1)]  # (T, H)
         return cast(2 * torch.sigmoid(table).T[None, :, :, None], x.dtype)
 
 

@@ -40,7 +40,7 @@ class Shape:
     dropout: Annotated[float, ("low", 0), ("below", 1)]
     bias: bool
     rope: Literal[True, False, "half"]
-    mlp: Literal["gelu", "swiglu", "relu2"]
+    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
     tied: bool
     head_cap: Positive | None
     head_bias: bool

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import PG_OP_OVERHEAD
+from model.attention import PG_OP_OVERHEAD, KeyValueCache
 from model.config import GPTConfig
+from model.generate import Sampling, stream
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import capped, linear_cross_entropy
 from model.scale import StoredScale
@@ -27,9 +29,10 @@ class Block(nn.Module):
         self.ln_2 = config.residual.join(config.stream, layer)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
-        x = self.ln_1(x, self.attn)
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d); see CausalSelfAttention for the cache."""
+        attn: typing.Any = self.attn if cache is None else partial(self.attn, cache=cache)
+        x = self.ln_1(x, attn)
         return self.ln_2(x, self.mlp)
 
 
@@ -84,6 +87,26 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    def with_context(self, tokens: int) -> GPT:
+        """This model for windows of up to `tokens` tokens, in eval mode: itself if it can read them, otherwise a copy.
+
+        Rotary positions continue beyond those of training without a change; nGPT (arXiv 2410.01131) is claimed to read on so.
+
+        Raises:
+            ValueError: the positions are learned, and there are not as many.
+        """
+        if tokens <= self.config.block_size:
+            return self.eval()
+        if not self.config.rope or self.config.head_gate == "position":
+            learned = "attention.head_gate=position" if self.config.rope else "model.rope=false"
+            raise ValueError(
+                f"a context of {tokens} tokens is longer than model.block_size={self.config.block_size}, and with {learned} every position "
+                "is learned; train with rotary positions (model.rope=true), or shorten the context"
+            )
+        longer = GPT(GPTConfig(**{**vars(self.config), "block_size": tokens})).to(self.lm_head.weight.device)
+        longer.load_state_dict(self.state_dict())
+        return longer.eval()
+
     def unit_vectors(self) -> dict[str, int]:
         """Matrices whose vectors the optimizer must keep at unit length: parameter name → the dimension along which the vectors lie.
 
@@ -109,22 +132,29 @@ class GPT(nn.Module):
         W = self.lm_head.weight
         return W if self.s_z is None else W * self.s_z().unsqueeze(1)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Token ids (B, T) int64 → the stream (B, T, d) before the first block."""
-        T = x.size(1)
-        if self.config.block_size < T:
-            raise ValueError(f"a sequence of {T} tokens exceeds model.block_size={self.config.block_size}; crop it")
+    def embed(self, x: Tensor, start: int = 0) -> Tensor:
+        """Token ids (B, T) int64, the first at position `start` → the stream (B, T, d) before the first block."""
+        stop = start + x.size(1)
+        if self.config.block_size < stop:
+            raise ValueError(f"a sequence of {stop} tokens exceeds model.block_size={self.config.block_size}; crop it")
         h = self.transformer.wte(x)
         if self.transformer.wpe is not None:
-            h = h + self.transformer.wpe(torch.arange(T, device=x.device))
+            h = h + self.transformer.wpe(torch.arange(start, stop, device=x.device))
         return self.transformer.entry(self.transformer.drop(h))
 
-    def features(self, x: Tensor) -> Tensor:
-        """Token ids (B, T) int64 → the last hidden state (B, T, d), after the final norm of the residual rule."""
-        h = self.embed(x)
-        for block in self.transformer.h:
-            h = block(h)
+    def features(self, x: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Token ids (B, T) int64 → the last hidden state (B, T, d), after the final norm of the residual rule.
+
+        With `caches` (see `new_caches`), x follows the tokens that they hold.
+        """
+        h = self.embed(x, caches[0].length if caches else 0)
+        for layer, block in enumerate(self.transformer.h):
+            h = block(h, caches[layer]) if caches else block(h)
         return self.transformer.ln_f(h)
+
+    def new_caches(self) -> list[KeyValueCache]:
+        """An empty cache of keys and values for each layer."""
+        return [KeyValueCache(self.config.block_size) for _ in self.transformer.h]
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """For tokens x (B, T) int64: (logits (B, T, V), None). With targets y (B, T): (None, mean loss in nats, 0-d)."""
@@ -141,27 +171,13 @@ class GPT(nn.Module):
         """The logits (..., V) of the last hidden state h (..., d)."""
         return capped(F.linear(h, self.head_weight(), self.lm_head.bias), self.config.head_cap)
 
-    @torch.no_grad()
     def generate(self, x: Tensor, new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Continue x (B, T) int64 by `new_tokens` sampled tokens, → (B, T + new_tokens). temperature 0: the most likely token.
 
         Raises:
-            ValueError: temperature is negative or top_k is not positive.
+            ValueError: see Sampling.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature={temperature} must be at least 0 and top_k={top_k} at least 1")
-        for _ in range(new_tokens):
-            h = self.features(x[:, -self.config.block_size :])[:, -1]
-            logits = self.logits(h).float()  # (B, V)
-            if top_k is not None:
-                kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -torch.inf)
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial(torch.softmax(logits / temperature, -1), 1)
-            x = torch.cat([x, token], 1)
-        return x
+        return torch.cat([x, *stream(self, x, new_tokens, Sampling(temperature, top_k))], 1)
 
     def parameter_count(self, positions: bool = True) -> int:
         """Number of parameters; a tied head counts once. Without the position table if `positions` is false."""

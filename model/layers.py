@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import HeadGate, QKClip, capped_attention, clip_head_weights
+from model.attention import HeadGate, KeyValueCache, QKClip, capped_attention, clip_head_weights
 from model.config import GPTConfig
 from model.scale import StoredScale
 from optim.geonorm import cast, to_sphere
@@ -32,10 +32,11 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos().float(), persistent=False)  # (block_size, D/2)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) → the same, in x's dtype."""
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """(B, H, T, D) → the same, in x's dtype. The first token has the position `start`."""
         a, b = cast(x, torch.float32).chunk(2, -1)
-        cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]
+        here = slice(start, start + x.size(-2))
+        cos, sin = self.cos[here], self.sin[here]
         return cast(torch.cat([a * cos - b * sin, a * sin + b * cos], -1), x.dtype)
 
 
@@ -79,15 +80,15 @@ class CausalSelfAttention(nn.Module):
         self.s_qk = StoredScale(d, 1.0, config.storage or d**-0.5) if config.unit_weights else None
         self.scale = config.scale or (math.sqrt(width) if config.unit_weights else 1 / math.sqrt(width))
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, T, D) of x (B, T, d); the logits are scale·q·k."""
+    def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, D) of x (B, T, d), whose first token has the position `start`; the logits are scale·q·k."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         if self.q_norm is not None and self.k_norm is not None:
             # Unit root mean square, times a learned gain (Henry et al., arXiv 2010.04245).
             q, k = (cast(norm(cast(u, torch.float32)), v.dtype) for norm, u in ((self.q_norm, q), (self.k_norm, k)))
         if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
+            q, k = self.rotary(q, start), self.rotary(k, start)
         if self.s_qk is not None:
             s = self.s_qk().view(self.n_head, 1, -1)
             q, k = (cast(s * to_sphere(u), v.dtype) for u in (q, k))
@@ -95,18 +96,24 @@ class CausalSelfAttention(nn.Module):
             q = q * cast(self.qk_clip.gain, v.dtype)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
-        q, k, v = self.heads(x)
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d). With a cache, x follows the tokens whose keys and values are in it, and is added to them."""
+        T, start = x.size(1), 0 if cache is None else cache.length
+        q, k, v = self.heads(x, start)
+        if cache is not None:
+            k, v = cache.append(k, v)
         dropout = self.dropout if self.training else 0.0
         if self.qk_clip is not None and self.training:
             self.qk_clip.watch(q, k, self.scale)
         if self.logit_cap:
             y = capped_attention(q, k, v, self.logit_cap, dropout, self.scale)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+            # After cached tokens, a single query sees every key; several queries need a mask, because is_causal aligns the first ones.
+            seen = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start) if start and T > 1 else None
+            causal = start == 0
+            y = F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=causal, scale=self.scale)
         if self.head_gate is not None:
-            y = y * self.head_gate(x)
+            y = y * self.head_gate(x, start)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
 
     def clip_logits(self) -> None:
@@ -161,6 +168,13 @@ class MLP(nn.Module):
         return [(W, True) for W in (*self.c_fc.weight.chunk(self.branches), self.c_proj.weight)]
 
 
+class TanhMLP(MLP):
+    """The MLP with the approximation of GELU by tanh that GPT-2 was trained with: `gelu_new` of Hugging Face."""
+
+    def activation(self, h: Tensor) -> Tensor:
+        return F.gelu(h, approximate="tanh")
+
+
 class SwiGLU(MLP):
     """u · SiLU(v), with u and v from one fused matrix `c_fc` (8d, d): arXiv 2002.05202, with the width of nGPT."""
 
@@ -178,5 +192,5 @@ class SquaredReLU(MLP):
         return F.relu(h).square()
 
 
-MLPS: dict[str, type[MLP]] = {"gelu": MLP, "swiglu": SwiGLU, "relu2": SquaredReLU}
+MLPS: dict[str, type[MLP]] = {"gelu": MLP, "gelu_tanh": TanhMLP, "swiglu": SwiGLU, "relu2": SquaredReLU}
 """Kinds of MLP by the name that `model.mlp` gives."""

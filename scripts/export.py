@@ -1,82 +1,120 @@
-"""Write a trained model as a plain state dict with nanoGPT's names.
+"""Write a trained model for other programs.
 
-    python scripts/export.py outputs/first gpt.pt
+    python scripts/export.py outputs/first gpt.pt                              to=nanogpt, the default
+    python scripts/export.py outputs/first gpt2_folder to=hf
+    python scripts/export.py outputs/first model.safetensors to=safetensors
 
-In nanoGPT, with the GPTConfig that the command prints:  GPT(config).load_state_dict(torch.load("gpt.pt"))
+nanogpt       a state dict with nanoGPT's names. With the GPTConfig that the command prints:
+              GPT(config).load_state_dict(torch.load("gpt.pt"))
+hf            a folder with weights, configuration and tokenizer:
+              transformers.GPT2LMHeadModel.from_pretrained("gpt2_folder"), AutoTokenizer.from_pretrained("gpt2_folder")
+safetensors   every tensor under its name here, for models that the others do not have
 
-Hugging Face's GPT2LMHeadModel stores the four matrices of a layer (c_attn, attn.c_proj, c_fc, mlp.c_proj) transposed, in Conv1D.
-Give it W.T of each, zeros for a bias that is missing, and activation_function="gelu".
+All weights are float32. train.py reads each of them back: init_from=<what was written>.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from model.gpt import GPTConfig
+from data.hf_tokenizer import tokenizer_files
+from data.tokenizer import Tokenizer, get_tokenizer
+from model.convert import NotGPT2, known_settings, to_hf, to_nanogpt
+from model.gpt import GPT
 from scripts.analysis.runs import load_model
 from scripts.command import UsageError, parse, run
+from training.tensor_file import SETTINGS, write_tensors
 
-NANOGPT = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
-"""The arguments of nanoGPT's GPTConfig."""
+EXPORT_OPTIONS = {"to": "nanogpt"}
 
 
-def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
-    """Write parameter name → float32 tensor; returns the step and the arguments of nanoGPT's GPTConfig.
+def write_nanogpt(model: GPT, tokenizer: Tokenizer, path: Path) -> str:
+    """Write the state dict; returns nanoGPT's GPTConfig. NotGPT2 if nanoGPT has no such model."""
+    shape, tensors = to_nanogpt(model.config, model.state_dict())
+    torch.save(tensors, path)
+    return f"GPTConfig({', '.join(f'{key}={value}' for key, value in shape.items())})"
 
-    The file is written whole or not at all.
+
+def write_hf(model: GPT, tokenizer: Tokenizer, path: Path) -> str:
+    """Write the folder; returns its files. NotGPT2 if Hugging Face's GPT-2 has no such model."""
+    about, tensors = to_hf(model.config, model.state_dict(), tokenizer.eot)
+    path.mkdir()
+    write_tensors(path / "model.safetensors", tensors)
+    for name, content in {"config.json": about, **tokenizer_files(tokenizer, model.config.block_size)}.items():
+        (path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    return ", ".join(sorted(file.name for file in path.iterdir()))
+
+
+def write_safetensors(model: GPT, tokenizer: Tokenizer, path: Path) -> str:
+    """Write all tensors, a tied head once; returns what they are."""
+    state = {name: t for name, t in model.state_dict().items() if name not in model.tied_names().values()}
+    write_tensors(path, state, {SETTINGS: json.dumps(known_settings(model.config)), "tokenizer": tokenizer.name})
+    return f"{len(state)} tensors"
+
+
+FORMATS: dict[str, Callable[[GPT, Tokenizer, Path], str]] = {
+    "nanogpt": write_nanogpt,
+    "hf": write_hf,
+    "safetensors": write_safetensors,
+}
+"""What writes a model, by the name that `to=` gives."""
+
+
+def export(directory: str, target: Path, to: str = "nanogpt") -> tuple[int, str]:
+    """Write the newest good checkpoint of a run, whole or not at all; returns its step, and what the format says about it.
 
     Raises:
-        UsageError: the target cannot be written, or nanoGPT has no such model.
+        UsageError: the target cannot be written, or the format has no such model. CheckpointError, DataError: the run cannot be read.
     """
-    if target.is_dir() or not target.parent.is_dir():
+    if to not in FORMATS:
+        raise UsageError(f"to={to} is no format; choose one of {', '.join(FORMATS)}")
+    if target.exists() and (to == "hf" or target.is_dir()):
+        raise UsageError(f"{target} exists already; name a new {'folder' if to == 'hf' else 'file'}")
+    if not target.absolute().parent.is_dir():
         raise UsageError(f"{target} cannot be written; name a file in an existing directory, such as gpt.pt")
     model, config, step = load_model(directory)
-    plain = vars(GPTConfig())
-    foreign = [] if config["residual"]["rule"] == "pre_norm" else [f"residual={config['residual']['rule']}"]
-    foreign += [
-        f"model.{key}={value}" for key, value in config["model"].items() if key not in NANOGPT and value != plain[key]
-    ]
-    if foreign:
-        raise UsageError(
-            f"{directory} was trained with {', '.join(foreign)}, which nanoGPT does not have; only GPT-2 itself can be exported"
-        )
-    switched = [
-        key for key in ("qk_norm", "qk_clip", "logit_cap", "head_gate") if config["attention"][key] != plain[key]
-    ]
-    if switched:
-        raise UsageError(
-            f"{directory} was trained with attention.{switched[0]}={config['attention'][switched[0]]}, which nanoGPT does not have; "
-            "only attention=plain can be exported"
-        )
-    state = {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        torch.save(state, temporary)
+        remark = FORMATS[to](model, get_tokenizer(config["data"]["tokenizer"]), temporary)
         os.replace(temporary, target)
+    except NotGPT2 as error:
+        raise UsageError(
+            f"{directory} was trained with {error}; to=safetensors writes its tensors under the names of this project"
+        ) from error
     except (OSError, RuntimeError) as error:  # torch answers a full disk with a RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise UsageError(
             f"{target} cannot be written ({error}); name a file in another folder or on another disk"
         ) from error
-    return step, {key: config["model"][key] for key in NANOGPT}
+    return step, remark
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def work(arguments: list[str]) -> int:
     """Export, and print what was written."""
-    others, _ = parse(arguments, {})
+    others, options = parse(arguments, EXPORT_OPTIONS)
     if len(others) != 2:
         raise UsageError("name a run and the file to write: python scripts/export.py outputs/first gpt.pt")
-    step, shape = export(others[0], Path(others[1]))
-    print(f"{others[0]}, step {step} → {others[1]} ({Path(others[1]).stat().st_size / 2**20:.1f} MiB)")
-    print(f"GPTConfig({', '.join(f'{key}={value}' for key, value in shape.items())})")
+    target = Path(others[1])
+    step, remark = export(others[0], target, **options)
+    files = [target] if target.is_file() else list(target.iterdir())
+    print(f"{others[0]}, step {step} → {target} ({sum(file.stat().st_size for file in files) / 2**20:.1f} MiB)")
+    print(remark)
     return 0
 
 

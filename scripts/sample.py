@@ -1,51 +1,127 @@
-"""Generate text with a trained model.
+"""Generate text with a trained model; it is printed as it is drawn.
 
     python scripts/sample.py outputs/first prompt="def " tokens=200 temperature=0.8 top_k=50 seed=0
+    python scripts/sample.py outputs/first prompts=prompts.txt top_k=0 top_p=0.9       one prompt a line
+    python scripts/sample.py outputs/first speed=true                                  and how fast that was
 
-The newest good checkpoint is used. temperature=0 takes the likeliest token each time. top_k=0 draws from the whole vocabulary. Without
-a prompt the model begins a new document.
+The newest good checkpoint is used. temperature=0 takes the likeliest token each time. top_k=0 draws from the whole vocabulary, and top_p
+from the likeliest tokens that together have this probability. Without a prompt the model begins a new document. The same seed gives the
+same text on the same device, for each prompt alone. speed=true generates again, with and without the cache of keys and values, as many
+tokens as fit into the window (block_size); beyond it, every token has a new position, and the cache is of no use.
 """
 
 from __future__ import annotations
 
+import codecs
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from data.tokenizer import get_tokenizer
+from data.tokenizer import END_OF_TEXT, UNKNOWN, Tokenizer, get_tokenizer
+from model.generate import Sampling, stream
+from model.gpt import GPT
 from scripts.analysis.runs import load_model
 from scripts.command import UsageError, parse, run
 
-SAMPLE_OPTIONS = {"prompt": "", "tokens": 200, "temperature": 0.8, "top_k": 50, "seed": 0}
+SAMPLE_OPTIONS = {
+    "prompt": "",
+    "prompts": "",
+    "tokens": 200,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 1.0,
+    "seed": 0,
+    "speed": "false",
+}
 
 
-def sample(directory: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt and its continuation by `tokens` sampled tokens. The same seed gives the same text on the same device.
+def text_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, a piece for each as soon as its characters are complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    known = tokenizer.token_bytes()
+    for token in tokens:
+        piece = END_OF_TEXT.encode() if token == tokenizer.eot else UNKNOWN.encode()
+        yield decoder.decode(known[token] or piece if token < len(known) else piece)
+    yield decoder.decode(b"", final=True)
+
+
+def continuation(
+    model: GPT, tokenizer: Tokenizer, prompt: str, tokens: int, sampling: Sampling, seed: int, cached: bool = True
+) -> Iterator[int]:
+    """The `tokens` sampled tokens after a prompt, one at a time; after the token between documents if it is empty."""
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    torch.manual_seed(seed)
+    x = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
+    for token in stream(model, x, tokens, sampling, cached):
+        yield int(token)
+
+
+def speed(model: GPT, tokenizer: Tokenizer, prompt: str, tokens: int, sampling: Sampling, seed: int) -> str:
+    """How many tokens a second are drawn with and without the cache, in words; only of tokens that fit into the window."""
+    tokens = max(1, min(tokens, model.config.block_size + 1 - max(1, len(tokenizer.encode(prompt)))))
+    rates = []
+    for cached in (True, False):
+        start = time.perf_counter()
+        count = sum(1 for _ in continuation(model, tokenizer, prompt, tokens, sampling, seed, cached))
+        rates.append(count / (time.perf_counter() - start))
+    return (
+        f"{tokens} tokens at {rates[0]:,.0f} tokens/s with the cache of keys and values, {rates[1]:,.0f} without: "
+        f"{rates[0] / rates[1]:.1f} times as fast"
+    )
+
+
+def prompts_of(prompt: str, file: str) -> list[str]:
+    """The prompt, or those in a file, one a line.
 
     Raises:
-        UsageError: a number is impossible, or there is no model in the directory.
+        UsageError: both are given, or the file cannot be read or is empty.
     """
-    if tokens < 1 or top_k < 0 or not temperature >= 0:
+    if not file:
+        return [prompt]
+    try:
+        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"prompts={file} cannot be read ({error}); name a text file with a prompt a line") from error
+    if prompt or not lines:
         raise UsageError(
-            f"tokens={tokens} must be at least 1, top_k={top_k} and temperature={temperature} at least 0; change that"
+            f"prompts={file} {'is empty' if not lines else 'and prompt='}; give one prompt, or a file of them"
         )
-    model, config, _ = load_model(directory)
-    tokenizer = get_tokenizer(config["data"]["tokenizer"])
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(seed)
-    x = torch.tensor([ids], device=device)  # (1, T)
-    out = model.to(device).generate(x, tokens, temperature, top_k or None)[0].tolist()
-    return tokenizer.decode(out if prompt else out[1:])
+    return lines
 
 
 def work(arguments: list[str]) -> int:
-    """Print a sample."""
+    """Print samples."""
     others, options = parse(arguments, SAMPLE_OPTIONS)
     if len(others) != 1:
         raise UsageError(f"name one run and, if you like, {', '.join(f'{k}=' for k in SAMPLE_OPTIONS)}; see --help")
-    print(sample(others[0], **options))
+    tokens, top_k, seed = options["tokens"], options["top_k"], options["seed"]
+    if tokens < 1 or top_k < 0 or options["speed"] not in ("true", "false"):
+        raise UsageError(
+            f"tokens={tokens} must be at least 1, top_k={top_k} at least 0, speed={options['speed']} true or false"
+        )
+    try:
+        sampling = Sampling(options["temperature"], top_k or None, options["top_p"])
+    except ValueError as error:
+        raise UsageError(f"{error}; change that") from error
+    prompts = prompts_of(options["prompt"], options["prompts"])
+    model, config, _ = load_model(others[0])
+    model, tokenizer = (
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        get_tokenizer(config["data"]["tokenizer"]),
+    )
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompts) > 1:
+            print(f"--- prompt {number} of {len(prompts)}")
+        print(prompt, end="", flush=True)
+        for piece in text_of(tokenizer, continuation(model, tokenizer, prompt, tokens, sampling, seed)):
+            print(piece, end="", flush=True)
+        print()
+    if options["speed"] == "true":
+        print(speed(model, tokenizer, prompts[0], tokens, sampling, seed))
     return 0
 
 

@@ -64,7 +64,8 @@ def test_commands_run(block, little_stdlib, tmp_path, monkeypatch, capsys):
     for said, expected in (
         ("train.py", "best validation loss"),
         ("report.py", "val loss, best"),
-        ("export.py", "gpt.pt ("),
+        ("export.py", " MiB)"),
+        ("evaluate.py", "bits per byte"),
         ("watch.py", "finished"),
         ("probe.py", "eff. rank"),
     ):

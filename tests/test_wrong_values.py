@@ -99,7 +99,7 @@ GROUPS = [
     ({"0"}, "data.split_seed seed"),
     ({"0", "null"}, "stability.max_skipped"),  # 0: the first update that is left out ends the run
     (TEXT, "assignment.name data.name data.dir data.column data.repository data.subset logger.project sweep.name"),
-    (TEXT | OFF, "data.separator logger.group name output_dir"),
+    (TEXT | OFF, "data.separator logger.group name output_dir init_from"),
     ({"word"}, "resume"),  # the path of a checkpoint; no, off and yes are meant otherwise
     (
         {"null", "{}"},

@@ -61,6 +61,12 @@ class Optimizers:
             optimizer.step()
         self.unit_norm()
 
+    def bring_onto_manifold(self) -> None:
+        """Put every matrix onto its manifold, and unit vectors to unit length, after the weights were replaced."""
+        if self.muon is not None:
+            self.muon.bring_onto_manifold()
+        self.unit_norm()
+
     def watch(self, on: bool) -> None:
         """Whether ManifoldMuon keeps its next step for the certificates."""
         if self.muon is not None:

@@ -31,6 +31,7 @@ HARMLESS = (
     "log",
     "probe",
     "full_eval",
+    "init_from",  # of the first step only
     "name",
     "data.dir",
     "data.auto_prepare",
@@ -203,9 +204,9 @@ def restore(
 
 
 def resumption(loaded: Loaded | None, cfg: Settings, notes: list[str]) -> list[str]:
-    """The lines that a resumed run prints: skipped checkpoints, the step of the one that was used, and the changes."""
+    """The lines that a resumed run prints: skipped checkpoints, the step of the one that was used, and the changes; otherwise the notes."""
     if loaded is None:
-        return []
+        return notes
     skipped = [f"skipped {path}: {reason}" for path, reason in loaded.skipped]
     resumed = f"resumed from {loaded.path}, step {loaded.step} of {cfg.max_steps}"
     return [*skipped, resumed, *(f"  - {note}" for note in notes)]

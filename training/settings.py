@@ -372,6 +372,7 @@ class Settings:
     output_dir: Annotated[str | None, ("path", True), ("null", "means outputs/<date>/<name>")]
     allow_changes: bool
     resume: Annotated[str, Resume()]
+    init_from: Annotated[str | None, ("path", True), ("null", "starts from random weights")]
 
     def plain(self) -> dict[str, Any]:
         """The same as dicts, lists, numbers and text, as in config.yaml and in checkpoints."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from scripts.analysis.runs import RecordedRun, final_losses
@@ -9,7 +10,7 @@ from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Case, Study
 from scripts.analysis.tables import Column, Table, make_table
 from scripts.bench_train import RandomTraining
-from scripts.timing import median, take_turns
+from scripts.timing import take_turns
 from training.settings import read_sound
 
 REMARK = (
@@ -90,7 +91,7 @@ def costs(study: Study) -> dict[str, dict[str, float]]:
     times = take_turns({name: training.step for name, training in trainings.items()}, repeats=5, warmup=2)
     return {
         name: {
-            "ms_per_step": 1000 * median(times[name]),
+            "ms_per_step": 1000 * statistics.median(times[name]),
             "state_bytes": next(iter(training.optimizers.state_bytes().values())),
         }
         for name, training in trainings.items()

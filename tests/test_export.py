@@ -1,0 +1,252 @@
+"""What scripts/export.py writes is read by the programs it is for, and comes back bitwise."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from test_tokenizer import TOKENIZERS
+
+from data.hf_tokenizer import merges, tokenizer_files
+from data.tokenizer import get_tokenizer
+from model.convert import NotGPT2, from_hf, from_nanogpt, take, to_hf, to_nanogpt
+from model.gpt import GPT, GPTConfig
+from scripts import export
+from scripts.analysis.runs import load_model
+from train import train
+from training.config import compose
+from training.init_from import read_weights
+from training.tensor_file import read_tensors, write_tensors
+
+SHAPE = {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16}
+GPT2S = {
+    "plain": {},
+    "biases": {"bias": True},
+    "as published": {"bias": True, "mlp": "gelu_tanh"},
+    "untied": {"tied": False},
+}
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+needs_safetensors = pytest.mark.skipif(find_spec("safetensors") is None, reason="safetensors is not installed")
+
+
+def gpt(**settings):
+    """A model whose biases and gains are not those of the start."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SHAPE, **settings})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def tokens():
+    return torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def assert_bitwise(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data, tmp_path_factory):
+    """The directory of a finished run."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    small = [
+        "model.n_layer=2",
+        "model.n_head=2",
+        "model.n_embd=16",
+        "model.block_size=16",
+        "max_steps=2",
+        "eval_windows=2",
+    ]
+    more = ["global_batch_tokens=32", "full_eval=false", "device=cpu", "logger.mode=disabled", f"output_dir={folder}"]
+    train(compose([*tiny_data, *small, *more]))
+    return folder
+
+
+# ---- Hugging Face ----
+
+
+@pytest.mark.parametrize("settings", GPT2S.values(), ids=GPT2S)
+def test_to_hugging_face_and_back_is_bitwise(settings):
+    model = gpt(**settings)
+    about, tensors = to_hf(model.config, model.state_dict(), 0)
+    assert (
+        tensors["transformer.h.1.attn.c_attn.weight"].shape == (16, 48) and "transformer.h.0.mlp.c_fc.bias" in tensors
+    )
+    fresh = GPT(model.config)
+    assert take(from_hf("there", json.loads(json.dumps(about)), tensors), fresh) == []
+    assert_bitwise(fresh.state_dict(), model.state_dict())
+
+
+@needs_transformers
+@pytest.mark.parametrize("settings", GPT2S.values(), ids=GPT2S)
+def test_transformers_computes_the_same_logits(settings, tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    model = gpt(**settings)
+    export.write_hf(model, get_tokenizer("bytes"), tmp_path / "hf")
+    theirs, loading = GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(tokens()).logits, model(tokens())[0], rtol=0, atol=1e-4)
+    tied = theirs.lm_head.weight is theirs.transformer.wte.weight
+    assert tied == model.config.tied
+
+
+@needs_transformers
+def test_a_run_becomes_a_folder_that_transformers_generates_text_with(run, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "gpt2"
+    assert export.main([str(run), str(folder), "to=hf"]) == 0
+    assert "config.json, model.safetensors, tokenizer.json" in capsys.readouterr().out
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor(tokenizer("line 7")["input_ids"])[None]
+    ours = load_model(run)[0]
+    assert ids.tolist() == [get_tokenizer("bytes").encode("line 7").tolist()]
+    longer = theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(longer, ours.generate(ids, 8, temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rope": True}, "model.rope=True"),
+        ({"mlp": "swiglu"}, "model.mlp=swiglu"),
+        ({"qk_norm": True}, "attention.qk_norm=True"),
+        ({"logit_cap": 5.0, "head_gate": "token"}, "attention.logit_cap=5.0, attention.head_gate=token"),
+        ({"residual": compose(["residual=sandwich_norm"]).residual}, "residual=sandwich_norm"),
+    ],
+)
+def test_what_gpt2_does_not_have_is_refused(settings, said):
+    model = gpt(**settings)
+    for convert in (
+        lambda: to_hf(model.config, model.state_dict(), 0),
+        lambda: to_nanogpt(model.config, model.state_dict()),
+    ):
+        with pytest.raises(NotGPT2, match=said.replace(".", r"\.")):
+            convert()
+    for settings in (GPT2S["as published"], GPT2S["untied"]):
+        with pytest.raises(NotGPT2, match="nanoGPT does not have"):
+            to_nanogpt(gpt(**settings).config, {})
+
+
+# ---- tokenizers ----
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_tokenizer_of_the_folder_is_ours(name, tmp_path):
+    from tokenizers import Tokenizer
+
+    ours = get_tokenizer(name)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_files(ours, 16)["tokenizer.json"]))
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("", "plain words, don't", "Étude — 文字 🙂\r\n\t  x", "\x00 7777 x=1\n\n\n  if"):
+        assert theirs.encode(text).ids == ours.encode(text).tolist()
+        assert theirs.decode(theirs.encode(text).ids) == text
+    assert theirs.token_to_id("<|endoftext|>") == ours.eot and theirs.get_vocab_size() == ours.vocab_size
+
+
+def test_merges_are_found_from_the_ids_alone():
+    letters = [b"a", b"b", b"c"]
+    assert merges([*letters, b"ab", b"abc", b"cab", b""]) == [(b"a", b"b"), (b"ab", b"c"), (b"c", b"ab")]
+    with pytest.raises(ValueError, match="not a byte-pair encoding"):
+        merges([*letters, b"abc"])
+
+
+# ---- nanoGPT and safetensors ----
+
+
+@pytest.mark.parametrize("settings", [GPT2S["plain"], GPT2S["biases"]], ids=["plain", "biases"])
+def test_to_nanogpt_and_back_is_bitwise(settings, tmp_path):
+    """A state dict, and a checkpoint of nanoGPT: from a compiled model, with its arguments, and with masks of old versions."""
+    model = gpt(**settings)
+    arguments, state = to_nanogpt(model.config, model.state_dict())
+    whole = {f"_orig_mod.{name}": t for name, t in state.items()} | {
+        "_orig_mod.transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)
+    }
+    for content in (state, {"model": whole, "model_args": arguments, "iter_num": 3}):
+        torch.save(content, tmp_path / "gpt.pt")
+        fresh = GPT(model.config)
+        weights = read_weights(tmp_path / "gpt.pt")
+        assert take(weights, fresh) == []
+        assert_bitwise(fresh.state_dict(), model.state_dict())
+    assert weights.settings["model.n_head"] == 2
+    with pytest.raises(NotGPT2, match="holds neither"):
+        from_nanogpt("x.pt", {"model": 3})
+
+
+def test_a_model_that_gpt2_does_not_have_goes_as_safetensors_and_comes_back(run, tmp_path, capsys):
+    model = gpt(rope=True, mlp="swiglu", qk_norm=True, tied=True)
+    export.write_safetensors(model, get_tokenizer("bytes"), tmp_path / "m.safetensors")
+    weights = read_weights(tmp_path / "m.safetensors")
+    assert "lm_head.weight" not in weights.tensors and weights.settings["model.rope"] is True
+    fresh = GPT(model.config)
+    assert take(weights, fresh) == []
+    assert_bitwise(fresh.state_dict(), model.state_dict())
+    assert export.main([str(run), str(tmp_path / "run.safetensors"), "to=safetensors"]) == 0
+    assert "tensors" in capsys.readouterr().out
+
+
+@needs_safetensors
+def test_the_format_is_that_of_safetensors(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
+    tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in dtypes}
+    tensors |= {"empty": torch.zeros(0, 3), "number": torch.tensor(2.0), "part": torch.arange(9.0)[3:6]}
+    write_tensors(tmp_path / "ours", tensors, {"a": "ü"})
+    assert_bitwise(load_file(tmp_path / "ours"), tensors)
+    with safe_open(tmp_path / "ours", "pt") as file:
+        assert file.metadata() == {"format": "pt", "a": "ü"}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", {"b": "c"})
+    back, metadata = read_tensors(tmp_path / "theirs")
+    assert_bitwise(back, tensors)
+    assert metadata == {"b": "c"}
+
+
+def test_a_damaged_file_of_tensors_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.arange(100.0)})
+    sound = path.read_bytes()
+    for damaged in (
+        b"",
+        sound[:5],
+        sound[:40],
+        sound[:-7],
+        b"\xff" * 300,
+        sound.replace(b"F32", b"F99"),
+        sound.replace(b"100", b"101"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"x\.safetensors"):
+            read_tensors(path)
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{run}", "{tmp}/x", "to=onnx"], "choose one of nanogpt, hf, safetensors"),
+        (["{run}", "{tmp}", "to=hf"], "exists already; name a new folder"),
+        (["{run}", "{tmp}/none/x", "to=hf"], "existing directory"),
+    ],
+)
+def test_bad_arguments_are_one_message_and_leave_nothing(run, tmp_path, capsys, arguments, said):
+    assert export.main([argument.format(run=run, tmp=tmp_path) for argument in arguments]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    def full(path, tensors):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_tensors", full)
+    assert export.main([str(run), str(tmp_path / "hf"), "to=hf"]) == 2
+    assert "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())

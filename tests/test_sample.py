@@ -1,0 +1,78 @@
+"""scripts/sample.py: text as it is drawn, from one prompt or a file of them."""
+
+import io
+import sys
+
+import pytest
+import torch
+from test_export import run  # noqa: F401  # a fixture
+from test_tokenizer import TOKENIZERS
+
+from data.tokenizer import get_tokenizer
+from scripts import sample
+from scripts.analysis.runs import load_model
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_pieces_are_the_text_and_no_character_is_cut(name):
+    tokenizer = get_tokenizer(name)
+    text = "Étude — 文字 🙂 plain"
+    ids = [
+        *tokenizer.encode(text).tolist(),
+        tokenizer.eot,
+        tokenizer.vocab_size + 3,
+        *tokenizer.encode("文").tolist()[:2],
+    ]
+    pieces = list(sample.text_of(tokenizer, ids))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert "".join(sample.text_of(tokenizer, tokenizer.encode(text).tolist())) == text
+
+
+def test_a_sample_is_that_of_generate_and_prompts_do_not_change_each_other(run, tmp_path, capsys):  # noqa: F811
+    model, tokenizer = load_model(run)[0], get_tokenizer("bytes")
+    texts = {}
+    for prompt in ("line 1 = ", "says"):
+        torch.manual_seed(3)
+        ids = model.generate(torch.tensor([tokenizer.encode(prompt).tolist()]), 30, temperature=0.9, top_k=9)
+        texts[prompt] = tokenizer.decode(ids[0].tolist())
+        assert sample.main([str(run), f"prompt={prompt}", "tokens=30", "temperature=0.9", "top_k=9", "seed=3"]) == 0
+        assert capsys.readouterr().out == texts[prompt] + "\n"
+    (tmp_path / "p.txt").write_text("line 1 = \n\nsays\n")
+    arguments = ["tokens=30", "temperature=0.9", "top_k=9", "seed=3", "speed=true"]
+    assert sample.main([str(run), f"prompts={tmp_path}/p.txt", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("--- prompt 1 of 2\n{}\n--- prompt 2 of 2\n{}\n".format(*texts.values()))
+    assert "tokens/s with the cache of keys and values" in said.splitlines()[-1]
+
+
+def test_text_is_printed_while_it_is_drawn(run, monkeypatch):  # noqa: F811
+    drawn, printed = [], []
+
+    class Screen(io.StringIO):
+        def write(self, text):
+            printed.append((len(drawn), text))
+            return len(text)
+
+    original = sample.stream
+    monkeypatch.setattr(sample, "stream", lambda *args: (drawn.append(1) or token for token in original(*args)))
+    monkeypatch.setattr(sys, "stdout", Screen())
+    assert sample.main([str(run), "tokens=5", "temperature=0"]) == 0
+    assert {count for count, text in printed if text} >= {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["top_p=0"], "top_p=0.0 above 0"),
+        (["speed=fast"], "true or false"),
+        (["prompts={tmp}/none.txt"], "cannot be read"),
+        (["prompts={tmp}/empty.txt"], "is empty"),
+        (["prompts={tmp}/one.txt", "prompt=x"], "give one prompt, or a file"),
+    ],
+)
+def test_mistakes_are_one_message(run, tmp_path, capsys, arguments, said):  # noqa: F811
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "one.txt").write_text("a\n")
+    assert sample.main([str(run), *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and not out
