@@ -25,6 +25,7 @@ class Shape:
     """The shape of a GPT and its parts; configs/model.
 
     vocab_size: may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units of GPUs.
+    stream_dtype: the dtype in which the residual stream is kept between two sublayers; they and the norms compute as without it.
     rope: rotary positions instead of a table of positions. tied: whether the head and the embedding share their weight.
     unit_weights: nGPT (arXiv 2410.01131): the rows or columns of the matrices have unit length, see `GPT.unit_vectors`, and there are the
         learned scales s_qk, s_uv and s_z.
@@ -38,6 +39,7 @@ class Shape:
     n_embd: Annotated[int, ("low", 1), ("high", 2**20)]
     dropout: Annotated[float, ("low", 0), ("below", 1)]
     bias: bool
+    stream_dtype: Literal["float32", "bfloat16"]
     rope: bool
     mlp: Literal["gelu", "swiglu"]
     tied: bool

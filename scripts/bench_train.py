@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from model.gpt import GPT
 from model.probes import probe
 from scripts.command import UsageError
-from scripts.timing import NOT_MEASURED, PEAK, Rows, device, median, peak_bytes, seconds_of, take_turns
+from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, seconds_of, take_turns
 from training.build import Optimizers, build_optimizers, gpt_config
 from training.config import compose
-from training.run import compiled, device_name, resolve_device
+from training.run import compiled, peak_flops, resolve_device
 from training.settings import Settings
 from training.step import accumulate, clip
+from training.trace import activities, longest_operations
 
-# How many steps a trace shows, and how many operations a table names.
-_TRACED_STEPS = 2
-_OPERATIONS = 12
+_TRACED_STEPS = 2  # how many steps a trace shows
 
 
 class RandomTraining:
@@ -108,7 +108,7 @@ def training_rows(options: dict[str, Any]) -> Rows:
     trainings = trainings_by_assignment(options)
     steps = {key: training.step for key, training in trainings.items()}
     times = take_turns(steps, options["repeats"] or 5, warmup=2, limit_s=options["limit_s"])
-    peak = next((flops for part, flops in PEAK.items() if part in device_name()), None)
+    peak = peak_flops(device())
     rows = []
     for (assignment, optim), training in trainings.items():
         seconds = times[assignment, optim]
@@ -128,17 +128,12 @@ def training_rows(options: dict[str, Any]) -> Rows:
 
 def profile_rows(options: dict[str, Any]) -> Rows:
     """The operations of a step that take longest, by torch.profiler. The traces are written to the folder `traces`."""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_cuda = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    key = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
+    where = device()
     rows = []
     for (assignment, optim), training in trainings_by_assignment(options).items():
         for _ in range(3):
             training.step()
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities(where)) as profiler:
             for _ in range(_TRACED_STEPS):
                 training.step()
         if options["traces"]:
@@ -146,14 +141,9 @@ def profile_rows(options: dict[str, Any]) -> Rows:
             folder.mkdir(parents=True, exist_ok=True)
             word = f"{assignment}_{optim}".rstrip("_-")
             profiler.export_chrome_trace(str(folder / f"trace_{word}.json.gz"))
-        events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
-        events.sort(key=lambda event: -getattr(event, key))
-        total = sum(getattr(event, key) for event in events) or 1
-        for event in events[:_OPERATIONS]:
-            spent = getattr(event, key)
-            row = {"assignment": assignment, "optim": optim, "operation": event.key.replace("|", "/")[:70]}
-            row |= {"calls a step": event.count / _TRACED_STEPS, "ms a step": spent / 1e3 / _TRACED_STEPS}
-            rows.append({**row, "share": spent / total})
+        for row in longest_operations(profiler, _TRACED_STEPS, where):
+            row["operation"] = row["operation"].replace("|", "/")
+            rows.append({"assignment": assignment, "optim": optim, **row})
     return rows
 
 

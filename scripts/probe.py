@@ -40,7 +40,7 @@ from scripts.analysis.tables import Table
 from scripts.command import UsageError, parse, run
 from training.checkpoint import load
 from training.data import open_data
-from training.settings import read_sound
+from training.settings import read_sound, up_to_date
 
 LAYER_HEADINGS = [
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
@@ -88,7 +88,7 @@ def work(arguments: list[str]) -> int:
     directory = Path(others[0])
     for step, model, config in checkpoints(directory):
         windows = validation_windows(
-            open_data(read_sound(config)[0]).val, config["model"]["block_size"], options["windows"]
+            open_data(read_sound(up_to_date(config))[0]).val, config["model"]["block_size"], options["windows"]
         )
         x = torch.from_numpy(windows[:, :-1].astype("int64"))
         shape = model.config

@@ -6,7 +6,7 @@ A configuration may transfer settings from another model size (training/transfer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.spectra import Residual
 from model.unit_norm import UnitNorm
 from optim.assignment import AssignmentError, Row, assign, folded
 from optim.certified import CertifiedStep
 from optim.manifold_muon import ManifoldMuon, StepRule
+from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
+from training.capture import CapturedUpdate, CudaGraphs, Record
 from training.groups import adamw_groups, muon_groups
 from training.settings import CertifiedRule, Optim, Settings
 from training.transfer import transferred
@@ -31,7 +34,10 @@ def build(cfg: Settings, device: torch.device | str = "cpu") -> tuple[GPT, Optim
         AssignmentError: see `build_optimizers`.
     """
     model = GPT(gpt_config(cfg)).to(device)
-    return model, build_optimizers(model, transferred(cfg), model.unit_vectors())
+    optimizers = build_optimizers(model, transferred(cfg), model.unit_vectors())
+    if cfg.capture:
+        optimizers.capture(CudaGraphs(torch.device(device)))
+    return model, optimizers
 
 
 def gpt_config(cfg: Settings) -> GPTConfig:
@@ -48,6 +54,7 @@ class Optimizers:
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], rows: list[Row], unit_norm: UnitNorm) -> None:
         self.optimizers, self.rows, self.unit_norm = optimizers, rows, unit_norm
+        self.captured: CapturedUpdate | None = None
         self.peak_lr = [[float(g["lr"]) for g in o.param_groups] for o in optimizers]
 
     def __iter__(self) -> Iterator[torch.optim.Optimizer]:
@@ -72,14 +79,39 @@ class Optimizers:
                     group["lr"] = peak * multiplier
 
     def step(self, skip: Tensor | None = None) -> None:
-        """One update by every optimizer; if `skip` (0-d bool, on the device) is true, none. There is no host sync.
+        """One update by every optimizer; if `skip` (0-d bool, on the device) is true, none. There is no host sync."""
+        muon = self.muon
+        levels = muon.highest_levels() if muon else ()
+        if self.captured is not None and skip is not None:
+            self.captured(skip, levels, plain=muon is not None and muon.watched)
+        else:
+            self.update(skip, levels)
+        if muon is not None:
+            muon.publish()
+        self.unit_norm()
+
+    def update(self, skip: Tensor | None, levels: Sequence[int]) -> None:
+        """The part of a step that is the device's alone; `levels` as from ManifoldMuon.highest_levels.
 
         `skip` is passed as `found_inf`, the attribute with which torch.amp.GradScaler makes fused optimizers skip an update.
         """
         for optimizer in self.optimizers:
             optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # as torch does
-            optimizer.step()
-        self.unit_norm()
+            if isinstance(optimizer, ManifoldMuon):
+                optimizer.update(levels)
+            else:
+                optimizer.step()
+
+    def capture(self, record: Record) -> None:
+        """From now on, replay `update` as `record` recorded it. Learning rates become 0-d tensors, so that a schedule reaches the replay."""
+        params = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=params[0].device)
+                if not isinstance(optimizer, ManifoldMuon):
+                    group["capturable"] = True
+            optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # the first updates are
+        self.captured = CapturedUpdate(self.update, params, record)
 
     def watch(self, on: bool) -> None:
         """Whether ManifoldMuon keeps its next step for the certificates."""
@@ -90,6 +122,25 @@ class Optimizers:
         """Drop all gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def certificates(self, gather: Callable[[Any], list[Any]]) -> list[tuple[str, dict[str, float]]]:
+        """(name, certificate) of each matrix whose last step was watched. `gather` collects an object of every rank; all ranks must call."""
+        parts = gather(self.muon.certificates() if self.muon else {})
+        found = {name: certificate for part in parts for name, certificate in part.items()}
+        return [(row.name, found[row.name]) for row in self.rows if row.name in found]
+
+    def ruled_matrices(self) -> dict[str, tuple[Tensor, Residual | None, int]]:
+        """Every matrix that matches a rule of the assignment, by name: itself, the distance from its manifold, and its row blocks."""
+        params = {
+            n: p for o in self.optimizers for group in o.param_groups for n, p in zip(group["names"], group["params"])
+        }
+        blocks = {n: group["blocks"] for group in (self.muon.param_groups if self.muon else ()) for n in group["names"]}
+        residuals: dict[str, Residual] = {name: manifold.residual for name, manifold in MANIFOLDS.items()}
+        return {
+            row.name: (params[row.name], residuals.get(row.manifold or ""), blocks.get(row.name, 1))
+            for row in self.rows
+            if row.ruled
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """One state dict per optimizer, by class name."""

@@ -35,6 +35,8 @@ def problems_of_machine(cfg: Settings) -> list[str]:
     found = []
     if cfg.device == "cuda" and not torch.cuda.is_available():
         found.append("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    if cfg.capture and (cfg.device == "cpu" or not torch.cuda.is_available()):
+        found.append("capture=true records a CUDA graph, and the device is a CPU; use capture=false")
     if cfg.output_dir is not None:
         found += problems_of_directory(Path(cfg.output_dir))
     return found
@@ -79,3 +81,13 @@ def shortened(cfg: Settings, world: int) -> list[str]:
     if asked >= 1 and steps < asked:
         found.append(f"schedule.warmup_steps={asked} is too long for {updates} updates; {steps} of them are warm-up")
     return found
+
+
+def cut_windows(cfg: Settings, held_out: int, probed: int) -> list[str]:
+    """Settings that ask for more validation windows than the data has, and what the run uses instead; one line each."""
+    wanted = (("eval_windows", cfg.eval_windows, held_out), ("probe.windows", cfg.probe.windows, probed))
+    return [
+        f"{key}={asked}: the data has only {have} validation windows of {cfg.model.block_size} tokens; all are used"
+        for key, asked, have in wanted
+        if have < asked
+    ]

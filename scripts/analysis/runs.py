@@ -18,7 +18,7 @@ from training.checkpoint import Loaded, load_newest
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, read_records
 from training.resume import check_parts, foreign, take_weights
-from training.settings import read_sound
+from training.settings import read_sound, up_to_date
 from training.sweep import COST_FILE
 
 SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
@@ -284,7 +284,7 @@ def model_of(loaded: Loaded) -> GPT:
     """
     check_parts(loaded)
     with foreign(loaded):
-        model = GPT(gpt_config(read_sound(loaded.state["config"])[0]))
+        model = GPT(gpt_config(read_sound(up_to_date(loaded.state["config"]))[0]))
         if not isinstance(loaded.state["config"]["data"]["tokenizer"], str):
             raise TypeError("its data has no tokenizer")
     take_weights(model, loaded)
