@@ -1,6 +1,7 @@
 """Write a trained model as a plain state dict with nanoGPT's names.
 
     python scripts/export.py outputs/first gpt.pt
+    python scripts/export.py outputs/first gpt.pt weights=average       of a run with average=ema or average=window
 
 In nanoGPT, with the GPTConfig that the command prints:  GPT(config).load_state_dict(torch.load("gpt.pt"))
 
@@ -27,8 +28,8 @@ NANOGPT = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout",
 """The arguments of nanoGPT's GPTConfig."""
 
 
-def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
-    """Write parameter name → float32 tensor; returns the step and the arguments of nanoGPT's GPTConfig.
+def export(directory: str, target: Path, average: bool = False) -> tuple[int, dict[str, Any]]:
+    """Write parameter name → float32 tensor (`average`: of the average of the weights); returns the step and the arguments of nanoGPT's GPTConfig.
 
     The file is written whole or not at all.
 
@@ -37,7 +38,7 @@ def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
     """
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"{target} cannot be written; name a file in an existing directory, such as gpt.pt")
-    model, config, step = load_model(directory)
+    model, config, step = load_model(directory, average)
     plain = vars(GPTConfig())
     foreign = [] if config["residual"]["rule"] == "pre_norm" else [f"residual={config['residual']['rule']}"]
     foreign += [
@@ -71,10 +72,12 @@ def export(directory: str, target: Path) -> tuple[int, dict[str, Any]]:
 
 def work(arguments: list[str]) -> int:
     """Export, and print what was written."""
-    others, _ = parse(arguments, {})
+    others, options = parse(arguments, {"weights": "last"})
+    if options["weights"] not in ("last", "average"):
+        raise UsageError(f"weights={options['weights']} is neither last nor average; give one of them")
     if len(others) != 2:
         raise UsageError("name a run and the file to write: python scripts/export.py outputs/first gpt.pt")
-    step, shape = export(others[0], Path(others[1]))
+    step, shape = export(others[0], Path(others[1]), options["weights"] == "average")
     print(f"{others[0]}, step {step} → {others[1]} ({Path(others[1]).stat().st_size / 2**20:.1f} MiB)")
     print(f"GPTConfig({', '.join(f'{key}={value}' for key, value in shape.items())})")
     return 0

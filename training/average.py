@@ -17,7 +17,7 @@ from training.settings import EmaAverage, NoAverage, WindowAverage
 
 
 class Average:
-    """The base: an average of named weights, in `sums` copies of them; see the classes below."""
+    """The base: an average of named weights, made of `copies` copies of them; see the classes below."""
 
     copies = 1
 
@@ -35,6 +35,10 @@ class Average:
     def mean(self) -> list[Tensor]:
         """The average of every weight; before the first update, the weights at the start."""
         raise NotImplementedError
+
+    def take(self) -> None:
+        """Put the average in the place of the weights, for good."""
+        _copy(self.params, self.mean())
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
