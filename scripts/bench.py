@@ -11,7 +11,7 @@
     python scripts/bench.py counts         products, launches and bytes of one certified step at GPT-2 124M (nothing is timed)
 
 Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
-assignments= and optims= (lists; train and profile), limit_s= (train: seconds after which no further turn begins), traces= (profile: a
+assignments= and optims= (lists; train and profile), variants= (train: a list of overrides, such as capture=true), limit_s= (train: seconds after which no further turn begins), traces= (profile: a
 folder for the traces), results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The table
 and a JSON file with every time are written to results/<device>/. The same command works on a CPU and on CUDA.
 """
@@ -245,7 +245,7 @@ def work(arguments: list[str]) -> int:
     numbers = {"layers": 0, "width": 0, "repeats": 0, "micro_batch_size": 0, "limit_s": 0}
     numbers["tokens"] = 65536 if torch.cuda.is_available() else 4096
     texts = dict.fromkeys(("problems", "model", "traces", "results", "file"), "")
-    lists = {"assignments": "adamw,unconstrained,hetero", "optims": "manifold_muon"}
+    lists = {"assignments": "adamw,unconstrained,hetero", "optims": "manifold_muon", "variants": ""}
     others, options = parse(arguments, {**numbers, **texts, **lists})
     if len(others) != 1 or others[0] not in BENCHES:
         raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")

@@ -20,6 +20,7 @@ from model.probes import probe
 from scripts.command import UsageError
 from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, seconds_of, take_turns
 from training.build import Optimizers, build_optimizers, gpt_config
+from training.capture import WARM_UP, CudaGraphs
 from training.config import compose
 from training.run import compiled, peak_flops, resolve_device
 from training.settings import Settings
@@ -54,7 +55,10 @@ class RandomTraining:
     @cached_property
     def optimizers(self) -> Optimizers:
         """The optimizers of the configuration."""
-        return build_optimizers(self.model, self.cfg, self.model.unit_vectors())
+        optimizers = build_optimizers(self.model, self.cfg, self.model.unit_vectors())
+        if self.cfg.capture:
+            optimizers.capture(CudaGraphs(self.device))
+        return optimizers
 
     def forward(self) -> Tensor:
         """The loss of the first micro-batch, 0-d."""
@@ -87,15 +91,19 @@ def training_of(cfg: Settings, options: dict[str, Any]) -> RandomTraining:
     )
 
 
-def trainings_by_assignment(options: dict[str, Any]) -> dict[tuple[str, str], RandomTraining]:
-    """(assignment, optim) → its training. AdamW has no step rule: its optim is "-", and it occurs once."""
+def trainings_by_assignment(options: dict[str, Any]) -> dict[tuple[str, str, str], RandomTraining]:
+    """(assignment, optim, variant) → its training. AdamW has no step rule: its optim is "-", and it occurs once for each variant.
+
+    The option `variants` names overrides of train.py; each is a variant, besides "-", which has none.
+    """
     found = {}
-    for optim in options["optims"].split(","):
-        for assignment in options["assignments"].split(","):
-            key = (assignment, "-" if assignment == "adamw" else optim)
-            if key not in found:
-                overrides = [f"model={_size(options)}", f"assignment={assignment}", f"optim={optim}"]
-                found[key] = training_of(compose(overrides), options)
+    for variant in ["-", *filter(None, options["variants"].split(","))]:
+        for optim in options["optims"].split(","):
+            for assignment in options["assignments"].split(","):
+                key = (assignment, "-" if assignment == "adamw" else optim, variant)
+                if key not in found:
+                    overrides = [f"model={_size(options)}", f"assignment={assignment}", f"optim={optim}"]
+                    found[key] = training_of(compose([*overrides, *([variant] if variant != "-" else [])]), options)
     return found
 
 
@@ -107,12 +115,12 @@ def training_rows(options: dict[str, Any]) -> Rows:
     """Some steps of every assignment, by turns; then one step of each for its memory."""
     trainings = trainings_by_assignment(options)
     steps = {key: training.step for key, training in trainings.items()}
-    times = take_turns(steps, options["repeats"] or 5, warmup=2, limit_s=options["limit_s"])
+    times = take_turns(steps, options["repeats"] or 5, warmup=WARM_UP + 1, limit_s=options["limit_s"])
     peak = peak_flops(device())
     rows = []
-    for (assignment, optim), training in trainings.items():
-        seconds = times[assignment, optim]
-        row: dict[str, Any] = {"assignment": assignment, "optim": optim, "model": _size(options)}
+    for (assignment, optim, variant), training in trainings.items():
+        seconds = times[assignment, optim, variant]
+        row: dict[str, Any] = {"assignment": assignment, "optim": optim, "variant": variant, "model": _size(options)}
         row["tokens a step"] = training.tokens
         row |= dict.fromkeys(("tokens/s", "MFU", "optimizer s", "optimizer share"), NOT_MEASURED)
         row |= {"step s": median(seconds), "peak GiB": NOT_MEASURED, "all s": seconds}
@@ -130,7 +138,7 @@ def profile_rows(options: dict[str, Any]) -> Rows:
     """The operations of a step that take longest, by torch.profiler. The traces are written to the folder `traces`."""
     where = device()
     rows = []
-    for (assignment, optim), training in trainings_by_assignment(options).items():
+    for (assignment, optim, _), training in trainings_by_assignment(options | {"variants": ""}).items():
         for _ in range(3):
             training.step()
         with profile(activities=activities(where)) as profiler:

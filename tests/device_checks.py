@@ -15,7 +15,9 @@ from model.probes import probe
 from model.residual import RESIDUAL_RULES
 from optim.manifolds import MANIFOLDS
 from training.build import build_optimizers, gpt_config
+from training.capture import WARM_UP
 from training.config import compose
+from training.phases import Phases
 from training.ranks import Ranks
 from training.run import compiled
 from training.step import FiniteGuard, accumulate, clip, mean_loss
@@ -236,6 +238,36 @@ def check_step_equals_the_cpus(*overrides, device, tolerance=1e-3):
         found.append(run.weights())
     for name, w in found[0].items():
         assert relative(found[1][name], w) < tolerance, name
+
+
+def check_captured(*overrides, device, record, tolerance=1e-3):
+    """Updates that are replayed from a graph are those that are made as usual: refused ones, a watched one, a second round."""
+    usual, captured = (Training(*overrides, device=device) for _ in range(2))
+    captured.optimizers.capture(record)
+    for step in range(WARM_UP + 6):
+        for run in (usual, captured):
+            if muon := run.optimizers.muon:
+                muon.watched = step == WARM_UP + 1
+                if step == WARM_UP + 3:
+                    muon.buckets[0].state["level"].fill_(1.0)
+                    muon.buckets[0].highest = None
+            run.advance(poison=step == WARM_UP + 2)
+    assert usual.guard.count == captured.guard.count == 1 and captured.optimizers.captured.graphs
+    for name, w in usual.weights().items():
+        assert relative(captured.weights()[name], w) < tolerance, name
+
+
+def check_phases(device, seconds):
+    """A phase is as long as the device is busy in it, and its length is known without a wait in between."""
+    phase, work = Phases(torch.device(device)), torch.randn(4096, 4096, device=device)
+    for _ in range(3):
+        with phase("outer"):
+            work @ work
+            with phase("inner"):
+                for _ in range(20):
+                    work @ work
+    found, whole = phase.read(), seconds(lambda: [work @ work for _ in range(63)])
+    assert 0.5 * whole < sum(found.values()) < 2 * whole and found["inner"] > 5 * found["outer"] > 0
 
 
 # ---- several ranks on one device ----
