@@ -21,33 +21,32 @@ class NoHostReads(TorchDispatchMode):
 
 
 class Recording(TorchDispatchMode):
-    """Writes down every operation with the very tensors it was given and has returned."""
+    """Writes down every operation with the very tensors it was given and has returned; before: what was written to, as it was."""
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.before = [], {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func not in READS, f"{func} cannot be recorded"
+        for argument, value in zip(func._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for t in tensors(value):
+                    self.before.setdefault(id(t), (t, t.clone()))
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
 
-def recorder(run):
-    """Records a call without making it: what it changes of a Training is put back. The replay writes into the tensors of the recording."""
-
-    def record(call):
-        before = [t.clone() for t in fixed(run)]
-        recording = Recording()
-        with torch.no_grad(), recording:
-            call()
-        with torch.no_grad():
-            for t, old in zip(fixed(run), before):
-                t.copy_(old)
-        return replay_of(recording.calls)
-
-    return record
+def record(call):
+    """Records a call without making it: what it writes to is put back. The replay writes into the tensors of the recording."""
+    recording = Recording()
+    with torch.no_grad(), recording:
+        call()
+    with torch.no_grad():
+        for t, before in reversed(recording.before.values()):
+            t.copy_(before)
+    return replay_of(recording.calls)
 
 
 def replay_of(calls):
@@ -75,7 +74,7 @@ def test_replayed_updates_are_the_usual_ones(overrides):
     """Other gradients, another learning rate each time, refused updates, a watched one, and one that needs a second round."""
     usual, captured = (Training(*overrides, autocast=False) for _ in range(2))
     for run in (usual, captured):  # the usual one too, so that its learning rates are tensors as well
-        run.optimizers.capture(recorder(run))
+        run.optimizers.capture(record)
     usual.optimizers.captured = None
     muon = [run.optimizers.muon for run in (usual, captured)]
     for step in range(WARM_UP + 8):
@@ -97,7 +96,7 @@ def test_replayed_updates_are_the_usual_ones(overrides):
 def test_learning_rates_in_tensors_round_to_float32():
     """The only difference that `capture` makes: AdamW's rate is a float32 number, which changes a weight by a few last bits."""
     plain, captured = (Training("assignment=adamw", autocast=False) for _ in range(2))
-    captured.optimizers.capture(recorder(captured))
+    captured.optimizers.capture(record)
     for _ in range(3):
         plain.advance()
         captured.advance()
