@@ -17,6 +17,7 @@ from torch.profiler import profile
 
 from model.gpt import GPT
 from model.probes import probe
+from model.spectra import Spectra
 from scripts.command import UsageError
 from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, seconds_of, take_turns
 from training.build import Optimizers, build_optimizers, gpt_config
@@ -156,14 +157,17 @@ def profile_rows(options: dict[str, Any]) -> Rows:
 
 
 def probe_rows(options: dict[str, Any]) -> Rows:
-    """One probe, and forward, backward and clipping of some tokens, scaled to a step of experiment=paper.
+    """One probe, all spectra, and forward, backward and clipping of some tokens, scaled to a step of experiment=paper.
 
-    The update is left out, so the share of the probe is overstated.
+    The update is left out, so the shares are overstated. Of the spectra, training waits for the first part only; on a GPU, a thread of the
+    CPU does the rest meanwhile.
     """
     cfg = compose(["experiment=paper", *([f"model={options['model']}"] if options["model"] else [])])
     interval = cfg.probe.interval
-    if interval is None:
-        raise UsageError("experiment=paper has no probe.interval, so a probe has no share of its time; set it there")
+    if interval is None or cfg.log.interval_spectra is None:
+        raise UsageError(
+            "experiment=paper has no probe.interval or no log.interval_spectra, so there is no share of its time; set them there"
+        )
     training = training_of(cfg, options)
     watched = torch.randint(cfg.model.vocab_size, (cfg.probe.windows, cfg.model.block_size), device=device())
 
@@ -171,8 +175,25 @@ def probe_rows(options: dict[str, Any]) -> Rows:
         training.gradients()
         training.model.zero_grad(set_to_none=True)
 
-    times = take_turns({"step": step, "probe": lambda: probe(training.model, watched)}, options["repeats"] or 3)
+    matrices = training.optimizers.ruled_matrices()
+    calls = {
+        "step": step,
+        "probe": lambda: probe(training.model, watched),
+        "begun": lambda: Spectra(matrices),
+        "spectra": lambda: Spectra(matrices).records(),
+    }
+    times = take_turns(calls, options["repeats"] or 3)
     whole = statistics.median(times["step"]) * cfg.global_batch_tokens / training.tokens
     seconds = statistics.median(times["probe"])
-    row = {"probe s": seconds, "step s": whole, "measured tokens": training.tokens, "probe.interval": interval}
-    return [{**row, "share of training": f"{100 * seconds / (interval * whole):.3f}%", "all probe s": times["probe"]}]
+    row: dict[str, Any] = {
+        "probe s": seconds,
+        "step s": whole,
+        "measured tokens": training.tokens,
+        "probe.interval": interval,
+    }
+    row["share of training"] = f"{100 * seconds / (interval * whole):.3f}%"
+    begun, spectra = (statistics.median(times[name]) for name in ("begun", "spectra"))
+    waited = begun if training.device.type == "cuda" else spectra
+    row |= {"spectra s": spectra, "waited for s": waited, "log.interval_spectra": cfg.log.interval_spectra}
+    row["their share"] = f"{100 * waited / (cfg.log.interval_spectra * whole):.3f}%"
+    return [{**row, "all probe s": times["probe"]}]

@@ -19,7 +19,7 @@ from training.config import compose
 from training.log import read_records
 from training.phases import Phases
 from training.trace import WAITED
-from training.validate import ConfigError
+from training.validate import ConfigError, problems_of_capture
 
 STEP = {"data", "forward_backward", "optimizer"}
 
@@ -145,3 +145,10 @@ def test_the_code_is_named_by_its_commit(monkeypatch, tmp_path):
 def test_what_cannot_be_is_refused(tiny, wrong, message):
     with pytest.raises(ConfigError, match=message):
         train(compose([*tiny, wrong]))
+
+
+def test_a_solver_that_waits_cannot_be_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert problems_of_capture(compose(["capture=true", "device=cuda"])) == []
+    [problem] = problems_of_capture(compose(["capture=true", "device=cuda", "optim=paper"]))
+    assert "use optim.muon.rule.retraction=manifold" in problem

@@ -5,6 +5,7 @@ import math
 import sys
 
 import pytest
+import torch
 from conftest import run_train
 
 import train
@@ -21,9 +22,9 @@ CONFIGURATIONS = {
     "default": [],
     "paper": ["experiment=paper", "assignment=all_stiefel"],
     "nugpt": ["experiment=nugpt_demo"],
-    "text": ["data=text", "residual=p_sphere", "attention=qk_clip", "schedule=wsd"],
+    "text": ["data=text", "residual=p_sphere", "attention=qk_clip", "schedule=wsd", "average=ema"],
     "fineweb": ["data=fineweb", "residual=sandwich_norm", "assignment=adamw", "optim.muon.blocks={}"],
-    "geonorm": ["residual=geonorm", "attention=soft_cap", "optim.muon.lr_scale={attn: 0.5}"],
+    "geonorm": ["residual=geonorm", "attention=soft_cap", "optim.muon.lr_scale={attn: 0.5}", "average=window"],
 }
 
 VALUES = {
@@ -68,7 +69,8 @@ GROUPS = [
     (FLAG | OFF, "optim.muon.rule.compile"),
     (FLAG, "sweep.resume allow_changes compile " + " ".join(f"transfer.base.{name}" for name in BASE)),
     (SHARE, "model.dropout transfer.base.dropout optim.muon.momentum schedule.warmup_steps schedule.floor"),
-    (SHARE, "stability.warning.entropy"),
+    ({"false", "true"} if torch.cuda.is_available() else {"false"}, "capture"),
+    (SHARE, "stability.warning.entropy average.decay"),
     ({"0.5"}, "schedule.decay data.val_fraction"),
     (POSITIVE, "model.logit_scale residual.alpha residual.p init.weight_scale init.residual_scale"),
     (POSITIVE, "optim.muon.rule.alpha transfer.head_factor transfer.storage transfer.base.logit_scale"),
@@ -88,7 +90,7 @@ GROUPS = [
     ({*TEXT, "[]"}, "data.files"),  # data.prepare asks for one if there is none
     ({*TEXT, "[]", "null"}, "data.val_files"),
     ({"[]"}, "data.revisions"),
-    (OFF, "launcher.checksum_interval log.interval_spectra log.interval_certificate probe.interval"),
+    (OFF, "profile launcher.checksum_interval log.interval_spectra log.interval_certificate probe.interval"),
     (OFF, "optim.muon.rule.products checkpoint.interval stability.warning data.max_tokens data.expected"),
 ]
 LEGAL = {key: labels for labels, names in GROUPS for key in names.split()}

@@ -35,11 +35,23 @@ def problems_of_machine(cfg: Settings) -> list[str]:
     found = []
     if cfg.device == "cuda" and not torch.cuda.is_available():
         found.append("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
-    if cfg.capture and (cfg.device == "cpu" or not torch.cuda.is_available()):
-        found.append("capture=true records a CUDA graph, and the device is a CPU; use capture=false")
     if cfg.output_dir is not None:
         found += problems_of_directory(Path(cfg.output_dir))
     return found
+
+
+def problems_of_capture(cfg: Settings) -> list[str]:
+    """Why the update cannot be recorded as a CUDA graph."""
+    if not cfg.capture:
+        return []
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return ["capture=true records a CUDA graph, and the device is a CPU; use capture=false"]
+    if getattr(cfg.optim.muon.rule, "retraction", None) == "sorted_svd":
+        return [
+            "capture=true cannot record optim.muon.rule.retraction=sorted_svd, whose eigenvalue solver waits for the device; "
+            "use optim.muon.rule.retraction=manifold or capture=false"
+        ]
+    return []
 
 
 def problems_of_directory(directory: Path) -> list[str]:
