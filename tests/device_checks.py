@@ -31,8 +31,10 @@ MODELS = {
     "gated by position": ["attention=gated", "attention.head_gate=position"],
     "all switches": ["attention=gated", "attention.qk_norm=true", "attention.qk_clip=100", "attention.logit_cap=50"],
     "chunked loss": [],
+    "stream in bfloat16": ["model.stream_dtype=bfloat16"],
+    "GeoNorm in bfloat16": ["residual=geonorm", "model.stream_dtype=bfloat16"],
 }
-"""Overrides by name: every residual rule, nGPT, every switch of attention, and the loss in chunks."""
+"""Overrides by name: every residual rule, nGPT, every switch of attention, the loss in chunks, and a stream of 16 bits."""
 
 
 def settings(*overrides, device="cpu"):
@@ -238,6 +240,24 @@ def check_step_equals_the_cpus(*overrides, device, tolerance=1e-3):
         found.append(run.weights())
     for name, w in found[0].items():
         assert relative(found[1][name], w) < tolerance, name
+
+
+def check_certificates(*overrides, device, products, tolerance=1e-2):
+    """The same gradients have steps of the same certificates on a device as on the CPU, for products of the same precision."""
+    found = []
+    for where, precision in (("cpu", products[0]), (device, products[1])):
+        run = Training(*overrides, f"optim.muon.rule.products={precision}", "compile=false", device=where)
+        generator = torch.Generator().manual_seed(1)
+        for p in run.params.values():
+            p.grad = torch.randn(p.shape, generator=generator).to(where)
+        run.optimizers.watch(True)
+        run.optimizers.step()
+        found.append(dict(run.optimizers.certificates(lambda part: [part])))
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, ours in found[1].items():
+        for field in ("feas", "norm", "fallbacks"):
+            assert abs(ours[field] - found[0][name][field]) < tolerance, f"{name}: {field}"
+        assert ours["tangency"] < 5e-3, name
 
 
 def check_captured(*overrides, device, record, tolerance=1e-3):

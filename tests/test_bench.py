@@ -41,6 +41,7 @@ def test_bench_measures_every_rule():
 def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch, capsys):
     small = {"width": 16, "heads": 2, "block": 8, "vocab": 32, "tokens": 16}
     monkeypatch.setattr(bench_predicted, "fused", lambda *group: (1, 10**8))  # torch.compile takes a minute for all
+    monkeypatch.setattr(bench_predicted, "step_flops", lambda *step: 10**11)
     monkeypatch.setitem(bench_residual.RESIDUAL_SIZES, "cpu", bench_residual.RESIDUAL_SIZES["cpu"] | small)
     assert bench.main([name, *options, f"results={tmp_path}"]) == 0
     table, data = (tmp_path / f"bench_{name}.md").read_text(), json.loads((tmp_path / f"bench_{name}.json").read_text())

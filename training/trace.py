@@ -39,6 +39,8 @@ class Trace:
         if self.profiler is not None:
             profiler, self.profiler = self.profiler, None
             profiler.stop()
+            if not self.folder.exists():
+                print(f"profile={self.steps}: the run ended before the trace began, after {WAITED} updates", flush=True)
 
     def _write(self, profiler: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,8 @@ def phase_times(profiler: profile, steps: int, device: torch.device) -> dict[str
     kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
     key = "device_time_total" if on_cuda else "cpu_time_total"
     named = [e for e in profiler.key_averages() if e.is_user_annotation and e.device_type == kind]
-    return {e.key: getattr(e, key) / 1e3 / steps for e in named if not e.key.startswith("ProfilerStep")}
+    ours = [e for e in named if not e.key.startswith(("ProfilerStep", "Optimizer."))]  # torch names some parts itself
+    return {e.key: getattr(e, key) / 1e3 / steps for e in ours}
 
 
 def table(profiler: profile, steps: int, device: torch.device) -> str:

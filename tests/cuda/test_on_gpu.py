@@ -7,6 +7,7 @@ import torch
 from device_checks import (
     MODELS,
     check_captured,
+    check_certificates,
     check_compiled_gradients,
     check_manifolds_hold,
     check_no_low_precision_in_steps,
@@ -107,6 +108,12 @@ def test_the_peak_of_a_run_is_its_own(tiny, tmp_path):
     train(compose([*common, "device=cuda", f"output_dir={tmp_path}/run", "max_steps=2", "schedule.warmup_steps=1"]))
     [end] = read_records(tmp_path / "run", "end")
     assert 0 < end["peak_device_bytes"] < 2**29
+
+
+@pytest.mark.parametrize("assignment", ["all_stiefel", "all_dgram", "hetero"])
+def test_certificates_are_those_of_the_cpu(assignment):
+    """float16 products, which the CPU emulates."""
+    check_certificates(f"assignment={assignment}", device="cuda", products=("float16", "float16"))
 
 
 @pytest.mark.parametrize("compile", ["false", "true"])
