@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from data.in_order import InOrder, first_windows
 from data.loader import Loader, Prefetcher, validation_windows
 from model.probes import probe
-from model.spectra import spectra
-from optim.manifolds import MANIFOLDS
+from model.spectra import Spectra
 from training import checkpoint
+from training.average import average_of
 from training.batch import micro_batch_size
 from training.build import build
 from training.checks import check
@@ -40,17 +40,19 @@ from training.coordinate import coordinate_check
 from training.data import open_data
 from training.init_from import start_from
 from training.limits import machine_limits
-from training.log import NoLog, RunLog
+from training.log import Later, NoLog, RunLog
+from training.phases import Phases, as_phase
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
-from training.run import claimed, compiled, end_of, end_summary, resolve_device
+from training.run import claimed, compiled, end_of, end_summary, resolve_device, speed
 from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
 from training.stability import Stability
 from training.start import open_log, print_start
 from training.step import FiniteGuard, accumulate, clip, mean_loss, micro_batches
-from training.validate import shortened
+from training.trace import Trace
+from training.validate import cut_windows, shortened
 
 
 def train(cfg: Settings, directory: Path | None = None) -> float:
@@ -96,14 +98,6 @@ class Run:
         held_out = first_windows if cfg.reading == "in_order" else validation_windows
         self.held_out = held_out(dataset.val, block, cfg.eval_windows)
         self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
-        cut = [
-            f"{key}={wanted}: the data has only {have} validation windows of {block} tokens; all are used"
-            for key, wanted, have in (
-                ("eval_windows", cfg.eval_windows, len(self.held_out)),
-                ("probe.windows", cfg.probe.windows, len(self.probe_windows)),
-            )
-            if have < wanted
-        ]
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
         torch.manual_seed(cfg.seed)
@@ -114,11 +108,12 @@ class Run:
         self.params = dict(self.model.named_parameters())
         self.coordinates = coordinate_check(self.model, cfg)
         self.guard = FiniteGuard(list(self.params), self.device)
+        self.average = average_of(cfg.average, self.model)
         self.step, self.seconds = 0, 0.0
         notes: list[str] = []
         self.origin: dict[str, Any] = {}  # a record of the weights that were not drawn here
         if resumed is not None:
-            parts = (self.model, self.optimizers, self.stability, self.guard)
+            parts = (self.model, self.optimizers, self.stability, self.guard, self.average)
             self.step, self.seconds, notes = restore(resumed, cfg, *parts, ranks.rank)
         elif cfg.init_from is not None:
             measured = (self.model, self.model, self.held_out, cfg.micro_batch_size, ranks, self.autocast)
@@ -128,7 +123,12 @@ class Run:
         # The loss of the current weights; None if it was not computed.
         self.val_loss: float | None = resumed.metric if resumed is not None else None
         self.full_val_loss: float | None = None
+        self.phase = Phases(self.device)
+        if self.optimizers.muon is not None:
+            self.optimizers.muon.around_exchange = partial(self.phase, "exchange")
+        self.spectra = Later("spectra")
         if ranks.is_main:
+            cut = cut_windows(cfg, len(self.held_out), len(self.probe_windows))
             remarks = [*shortened(cfg, ranks.world), *cut, *resumption(resumed, cfg, notes)]
             print_start(cfg, directory, self.model, self.optimizers, remarks)
 
@@ -139,7 +139,7 @@ class Run:
 
     def train(self, stop: StopSignal) -> None:
         """The loop: once in a while evaluate, record and save; always batch → loss → gradient → geometry → weights."""
-        cfg, ranks = self.cfg, self.ranks
+        cfg, ranks, phase = self.cfg, self.ranks, self.phase
         about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None
         log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
         # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
@@ -148,6 +148,7 @@ class Run:
         if self.origin:
             log.write("init_from", self.step, **self.origin)
         batches = Prefetcher(self.loader, self.step)
+        trace = Trace(cfg.profile if ranks.is_main else None, self.directory, self.device)
         self.clock, tokens = time.perf_counter(), 0
         try:
             while True:
@@ -182,31 +183,36 @@ class Run:
                 # Batch → loss → gradient.
                 multiplier = lr_multiplier(self.step, **vars(cfg.schedule))
                 self.optimizers.set_lr(multiplier)
-                part = accumulate(replica, batches.next(self.step), self.micro_batch, self.device, self.autocast)
-                loss = ranks.all_reduce_mean(part.clone())
-                norm, norms = clip([p.grad for p in self.params.values()], cfg.grad_clip)
+                with phase("data"):
+                    batch = batches.next(self.step)
+                with phase("forward_backward"):
+                    part = accumulate(replica, batch, self.micro_batch, self.device, self.autocast)
+                    loss = ranks.all_reduce_mean(part.clone())
 
                 # Gradient → geometry → weights; skipped on the device if something is not finite, without a host sync.
                 self.step, self.val_loss = self.step + 1, None
                 tokens += cfg.global_batch_tokens
                 self.optimizers.watch(self.due(cfg.log.interval_certificate))
                 self.coordinates.watch(self.due(cfg.log.interval_updates))
-                self.optimizers.step(skip=self.guard.check(self.step, part, loss, norms))
-                self.model.clip_logits()
-                self.optimizers.zero_grad()
+                with phase("optimizer"):
+                    norm, norms = clip([p.grad for p in self.params.values()], cfg.grad_clip)
+                    skip = self.guard.check(self.step, part, loss, norms)
+                    self.optimizers.step(skip=skip)
+                    self.model.clip_logits()
+                    self.optimizers.zero_grad()
+                    if self.average:
+                        self.average.update(skip)
+                trace.step()
 
                 # Once in a while: read the numbers from the device.
                 if self.step % cfg.log.interval == 0 or self.step == cfg.max_steps:
                     self.read_back(log, loss, norm, multiplier, tokens)
                     tokens = 0
-            log.write(
-                "end",
-                self.step,
-                full_val_loss=self.full_val_loss,
-                state_bytes=self.optimizers.state_bytes(),
-                **end_summary(self.stability, self.seconds, self.device),
-            )
+            summary = end_summary(self.stability, self.seconds, self.device)
+            own = {"time": phase.read(), "state_bytes": self.optimizers.state_bytes()}
+            log.write("end", self.step, full_val_loss=self.full_val_loss, **own, **summary)
         finally:
+            trace.close()
             batches.close()
             log.close()
 
@@ -225,45 +231,44 @@ class Run:
         yield
         self.clock += time.perf_counter() - start
 
+    @as_phase("eval")
     def evaluate(self, log: RunLog | NoLog) -> None:
         """Record the validation loss and observe its stability; at the end, with `full_eval`, record the loss on the whole validation split."""
-        size, ranks, autocast = self.cfg.micro_batch_size, self.ranks, self.autocast
-        self.val_loss = mean_loss(self.compiled, self.model, self.held_out, size, ranks, autocast)
-        log.write("eval", self.step, loss=self.val_loss)
+        with_it = self.cfg.micro_batch_size, self.ranks, self.autocast
+        self.val_loss, averaged = mean_loss(self.compiled, self.model, self.held_out, *with_it), {}
+        if self.average:
+            with self.average.in_place():
+                averaged["average_loss"] = mean_loss(self.compiled, self.model, self.held_out, *with_it)
+        log.write("eval", self.step, loss=self.val_loss, **averaged)
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
         if self.finished and self.cfg.full_eval:
             windows = validation_windows(self.val, self.cfg.model.block_size)
-            self.full_val_loss = mean_loss(self.compiled, self.model, windows, size, ranks, autocast)
+            self.full_val_loss = mean_loss(self.compiled, self.model, windows, *with_it)
             log.write("full_eval", self.step, loss=self.full_val_loss, tokens=windows[:, 1:].size)
 
+    @as_phase("spectra")
     def write_spectra(self, log: RunLog | NoLog) -> None:
-        """Record all singular values of every matrix that matches a rule of the assignment."""
+        """Record all singular values of every matrix that matches a rule of the assignment; on a GPU, as soon as they are known."""
         if self.ranks.is_main:
-            groups = self.optimizers.muon.param_groups if self.optimizers.muon else []
-            blocks = {name: group["blocks"] for group in groups for name in group["names"]}
-            residuals = {name: manifold.residual for name, manifold in MANIFOLDS.items()}
-            ruled = [row for row in self.optimizers.rows if row.ruled]
-            matrices = {
-                r.name: (self.params[r.name], residuals.get(r.manifold or ""), blocks.get(r.name, 1)) for r in ruled
-            }
-            for name, record in spectra(matrices):
-                log.write("spectra", self.step, name=name, **record)
+            self.spectra.write(log)
+            self.spectra.expect(self.step, Spectra(self.optimizers.ruled_matrices()))
+            self.spectra.write(log, wait=self.finished)
 
+    @as_phase("certificate")
     def write_certificates(self, log: RunLog | NoLog) -> None:
         """Record how close the last step of each matrix was to the best step; the rank that owns a matrix knows it."""
-        muon = self.optimizers.muon
-        parts = self.ranks.gather_objects(muon.certificates() if muon else {})
-        found = {name: certificate for part in parts for name, certificate in part.items()}
-        for name in (row.name for row in self.optimizers.rows if row.name in found):
-            log.write("certificate", self.step, name=name, **found[name])
+        for name, certificate in self.optimizers.certificates(self.ranks.gather_objects):
+            log.write("certificate", self.step, name=name, **certificate)
 
+    @as_phase("updates")
     def write_updates(self, log: RunLog | NoLog) -> None:
         """Record how far the last step moved each parameter and the features behind it, on the first validation windows."""
         if self.ranks.is_main:
             for name, record in self.coordinates.records(self.probe_windows):
                 log.write("update", self.step, name=name, **record)
 
+    @as_phase("probe")
     def write_probe(self, log: RunLog | NoLog) -> None:
         """Record attention and collapse on the first validation windows, and an early warning. All ranks compute the same."""
         seen = probe(self.model, self.probe_windows)
@@ -271,11 +276,14 @@ class Run:
         if alarm := self.stability.probe(self.step, seen):
             log.write("event", self.step, event="warning", **vars(alarm))
 
+    @as_phase("checkpoint")
     def save(self, log: RunLog | NoLog) -> None:
         """Save a checkpoint. A run resumed from it has exactly the records that are written so far."""
+        self.spectra.write(log)
         log.sync()
         rng = self.ranks.gather_objects(rng_state())
-        parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, self.guard.state_dict(self.ranks))
+        guard = self.guard.state_dict(self.ranks)
+        parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, guard, self.average)
         state = state_of(*parts, self.step, self.elapsed, rng)
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
         self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
@@ -285,7 +293,9 @@ class Run:
         skipped, now = self.guard.count, time.perf_counter()
         rate, self.seconds, self.clock = tokens / (now - self.clock), self.seconds + now - self.clock, now
         rates = self.optimizers.rates(multiplier)
-        log.write("train", self.step, loss=loss, grad_norm=norm, lr=rates, tokens_per_s=rate, skipped_updates=skipped)
+        numbers = {"loss": loss, "grad_norm": norm, "lr": rates, "skipped_updates": skipped, "time": self.phase.read()}
+        log.write("train", self.step, **numbers, **speed(rate, self.model, self.device, self.ranks))
+        self.spectra.write(log, wait=False)
         self.stability.skipped(skipped)
         if skipped and self.stability.unstable_step is None and self.stability.nonfinite(*self.guard.first(self.ranks)):
             self.note_unstable(log)

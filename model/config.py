@@ -25,6 +25,7 @@ class Shape:
     """The shape of a GPT and its parts; configs/model.
 
     vocab_size: may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units of GPUs.
+    stream_dtype: the dtype in which the residual stream is kept between two sublayers; they and the norms compute as without it.
     rope: rotary positions instead of a table of positions; "half": of half of the channels, see HalfRotary. tied: whether the head and the embedding share their weight.
     head_cap: unless None, every logit z of the head becomes c·z/√(z² + c²). head_bias: whether the untied head has a bias.
     unit_weights: nGPT (arXiv 2410.01131): the rows or columns of the matrices have unit length, see `GPT.unit_vectors`, and there are the
@@ -39,6 +40,7 @@ class Shape:
     n_embd: Annotated[int, ("low", 1), ("high", 2**20)]
     dropout: Annotated[float, ("low", 0), ("below", 1)]
     bias: bool
+    stream_dtype: Literal["float32", "bfloat16"]
     rope: Literal[True, False, "half"]
     mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
     tied: bool

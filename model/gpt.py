@@ -28,12 +28,20 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = config.residual.join(config.stream, layer)
         self.mlp = MLPS[config.mlp](config)
+        self.rounded = config.stream_dtype == "bfloat16"
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T, d) → (B, T, d); see CausalSelfAttention for the cache."""
         attn: typing.Any = self.attn if cache is None else partial(self.attn, cache=cache)
-        x = self.ln_1(x, attn)
-        return self.ln_2(x, self.mlp)
+        x = self.kept(self.ln_1(x, attn))
+        return self.kept(self.ln_2(x, self.mlp))
+
+    def kept(self, x: Tensor) -> Tensor:
+        """The stream x as it is kept for the next sublayer, which computes with it in x's dtype.
+
+        A compiled model stores only the 16 bits: the cast back is part of the kernels that read them.
+        """
+        return cast(cast(x, torch.bfloat16), x.dtype) if self.rounded else x
 
 
 class Transformer(nn.Module):

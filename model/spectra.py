@@ -3,11 +3,16 @@
 Singular values are the roots of the eigenvalues of a float64 Gram matrix, equal shapes in one batch: on a GPU the SVD of one matrix of
 GPT-2 takes tenths of a second. The eigenvalues err by about 1e-16·σ_max², so a singular value σ errs by 1e-16·σ_max²/σ: below 1e-8·σ_max
 what is returned is noise of that size; above it the error is smaller than that of an SVD in float32 (1e-7·σ_max).
+
+Of weights on a GPU, the device computes the Gram matrices only. They are decomposed on the CPU in a thread of its own, while the
+training goes on: an eigenvalue solver on the device would make the host wait, and needs more time than all of the products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +38,39 @@ def _roots(gram: Tensor) -> Tensor:
     return torch.where(sound, sigma, torch.full_like(sigma, torch.nan))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of alike matrices W (k, m, n) on their device: the Gram matrices (k, n, n) float64 of their tall form, and the residuals (k,)."""
+
+    gram: Tensor
+    residual: Tensor | None
+
+    def on_host(self) -> Measured:
+        """The same in the memory of the host; on a GPU this begins copies that must be waited for."""
+        return Measured(_to_host(self.gram), None if self.residual is None else _to_host(self.residual))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The spectrum of each matrix, see `spectrum`."""
+        diagonal = torch.diagonal(self.gram, dim1=-2, dim2=-1)
+        off = torch.linalg.matrix_norm(self.gram - torch.diag_embed(diagonal)) / torch.linalg.matrix_norm(self.gram)
+        columns = {"sigma": _roots(self.gram), "gram_diagonal": diagonal, "off_diagonal": off}
+        if self.residual is not None:
+            columns["residual"] = self.residual
+        read = {name: values.tolist() for name, values in columns.items()}
+        return [{name: _rounded(values[i]) for name, values in read.items()} for i in range(len(self.gram))]
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x
+
+
+@torch.no_grad()
+def _measure(W: Tensor, residual: Residual | None, blocks: int) -> Measured:
+    T = W.detach().double()
+    T = T if T.size(-2) >= T.size(-1) else T.mT  # (k, m, n), tall
+    return Measured(T.mT @ T, None if residual is None else residual(W.unflatten(1, (blocks, -1))).amax(-1))
+
+
 def spectrum(W: Tensor, residual: Residual | None = None, blocks: int = 1) -> dict[str, Any]:
     """Spectrum of a matrix W (m, n), any float dtype.
 
@@ -41,37 +79,52 @@ def spectrum(W: Tensor, residual: Residual | None = None, blocks: int = 1) -> di
         off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. residual: what the function of this name says, if one is given; with
         `blocks`, into which the rows are cut, the largest of a block. Floats carry six significant digits, what float32 weights are worth.
     """
-    return _spectra_of_stack(W.unsqueeze(0), residual, blocks)[0]
-
-
-@torch.no_grad()
-def _spectra_of_stack(W: Tensor, residual: Residual | None, blocks: int) -> list[dict[str, Any]]:
-    T = W.detach().double()
-    T = T if T.size(-2) >= T.size(-1) else T.mT  # (k, m, n), tall
-    gram = T.mT @ T
-    diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
-    off = torch.linalg.matrix_norm(gram - torch.diag_embed(diagonal)) / torch.linalg.matrix_norm(gram)
-    columns = {"sigma": _roots(gram), "gram_diagonal": diagonal, "off_diagonal": off}
-    if residual is not None:
-        columns["residual"] = residual(W.unflatten(1, (blocks, -1))).amax(-1)
-    read = {name: values.tolist() for name, values in columns.items()}
-    return [{name: _rounded(values[i]) for name, values in read.items()} for i in range(len(W))]
+    return _measure(W.unsqueeze(0), residual, blocks).records()[0]
 
 
 def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
-def spectra(matrices: Mapping[str, tuple[Tensor, Residual | None, int]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`spectrum` of each named (matrix, residual, blocks), in order; alike ones are decomposed together."""
-    alike: dict[tuple, list[str]] = {}
-    for name, (W, residual, blocks) in matrices.items():
-        alike.setdefault((W.shape, residual, blocks), []).append(name)
-    found: dict[str, dict] = {}
-    for (shape, residual, blocks), names in alike.items():
-        at_once = max(1, _TOGETHER // shape.numel())
-        for start in range(0, len(names), at_once):
-            part = names[start : start + at_once]
-            stack = torch.stack([matrices[name][0].detach() for name in part])
-            found.update(zip(part, _spectra_of_stack(stack, residual, blocks)))
-    yield from ((name, found[name]) for name in matrices)
+class Spectra:
+    """`spectrum` of each named (matrix, residual, blocks) as it is when this is made; alike matrices are decomposed together.
+
+    The weights may change as soon as this is made. For weights on a GPU, only `records` waits, and only before `done`.
+    """
+
+    def __init__(self, matrices: Mapping[str, tuple[Tensor, Residual | None, int]]) -> None:
+        self.order = list(matrices)
+        alike: dict[tuple, list[str]] = {}
+        for name, (W, residual, blocks) in matrices.items():
+            alike.setdefault((W.shape, residual, blocks), []).append(name)
+        measured: list[tuple[list[str], Measured]] = []
+        for (shape, residual, blocks), names in alike.items():
+            at_once = max(1, _TOGETHER // shape.numel())
+            for start in range(0, len(names), at_once):
+                part = names[start : start + at_once]
+                stack = torch.stack([matrices[name][0].detach() for name in part])
+                measured.append((part, _measure(stack, residual, blocks).on_host()))
+        self._measured = measured
+        self._found: Future[dict[str, Any]] | None = None
+        if any(W.is_cuda for W, _, _ in matrices.values()):
+            copied = torch.cuda.Event()
+            copied.record()
+            pool = ThreadPoolExecutor(1, "spectra")
+            self._found = pool.submit(_decompose, measured, copied)
+            pool.shutdown(wait=False)  # the thread ends after its work
+
+    @property
+    def done(self) -> bool:
+        """Whether `records` has nothing to wait for. On a CPU it computes there and then, so that nothing competes with the training."""
+        return self._found is None or self._found.done()
+
+    def records(self) -> list[tuple[str, dict[str, Any]]]:
+        """(name, spectrum) of each matrix, in order."""
+        found = _decompose(self._measured) if self._found is None else self._found.result()
+        return [(name, found[name]) for name in self.order]
+
+
+def _decompose(measured: list[tuple[list[str], Measured]], copied: torch.cuda.Event | None = None) -> dict[str, Any]:
+    if copied is not None:
+        copied.synchronize()
+    return {name: record for names, part in measured for name, record in zip(names, part.records())}

@@ -11,7 +11,8 @@ Gradients must be the same on all ranks (reduced and clipped), and so replicas s
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
@@ -216,6 +217,9 @@ class ManifoldMuon(torch.optim.Optimizer):
         self.rule = rule
         self.found_inf: Tensor | None = None
         self.watched = False
+        self.around_exchange: Callable[[], AbstractContextManager[None]] = (
+            nullcontext  # a context for the exchange of weights
+        )
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         for group in self.param_groups:
@@ -293,7 +297,19 @@ class ManifoldMuon(torch.optim.Optimizer):
         Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
         what the step was is kept for `certificates`.
         """
-        stacks = [self._advance(bucket) for bucket in self.buckets]
+        self.update(self.highest_levels())
+        self.publish()
+
+    def highest_levels(self) -> tuple[int, ...]:
+        """Of each bucket, the largest level that its last step asked for, on the host; see Stack.highest."""
+        for bucket in self.buckets:
+            bucket.highest = bucket.highest or OnHost(bucket.state["level"].amax())
+        return tuple(bucket.highest.read() for bucket in self.buckets if bucket.highest)
+
+    @torch.no_grad()
+    def update(self, highest: Sequence[int]) -> None:
+        """The part of a step that is the device's alone, from `highest_levels` on: new weights of this rank's matrices, in place."""
+        stacks = [self._advance(bucket, level) for bucket, level in zip(self.buckets, highest)]
         for bucket, stack, moved in zip(self.buckets, stacks, self.rule(stacks)):
             targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
             targets = [
@@ -305,12 +321,18 @@ class ManifoldMuon(torch.optim.Optimizer):
             bucket.state["fallbacks"].add_(moved.fallback)
             if moved.second is not None:
                 bucket.state["row_squares"].copy_(moved.second)
-            bucket.highest = OnHost(moved.level.amax())  # read when the next step begins
             bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
-        if self.world > 1:
-            self._exchange()
 
-    def _advance(self, bucket: Bucket) -> Stack:
+    @torch.no_grad()
+    def publish(self) -> None:
+        """The end of a step: the levels are sent to the host, and the weights to the other ranks."""
+        for bucket in self.buckets:
+            bucket.highest = OnHost(bucket.state["level"].amax())  # read when the next step begins
+        if self.world > 1:
+            with self.around_exchange():
+                self._exchange()
+
+    def _advance(self, bucket: Bucket, highest: int) -> Stack:
         """Take the gradients into the momenta and return what the step rule works on."""
         group, momentum = bucket.group, bucket.state["momentum"]
         if without := [p for p in bucket.params if p.grad is None]:
@@ -325,12 +347,11 @@ class ManifoldMuon(torch.optim.Optimizer):
         )
         momentum.copy_(advanced)  # in place: the parameters' state are views of it
         W, level = bucket.stack(bucket.params), bucket.state["level"]
-        bucket.highest = bucket.highest or OnHost(level.amax())
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
             squares = bucket.state.get("row_squares")
             refine = Refine(g if group["cautious"] else None, squares, group["row_beta"] or 0.0, bucket.wide)
-        common = (group["manifold"], group["lr"], group["weight_decay"], keep, level, bucket.highest.read())
+        common = (group["manifold"], group["lr"], group["weight_decay"], keep, level, highest)
         whole = self._whole(bucket.params[0], group) or None
         return Stack(W, G, *common, whole, refine)  # type: ignore[arg-type]  # of two numbers
 

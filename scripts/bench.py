@@ -9,9 +9,10 @@
     python scripts/bench.py probes         the share of training time that a probe takes in experiment=paper
     python scripts/bench.py scaling        work and bytes of a rank, counted, for 1 to 64 ranks (nothing is timed)
     python scripts/bench.py counts         products, launches and bytes of one certified step at GPT-2 124M (nothing is timed)
+    python scripts/bench.py predicted      tokens/s of GPT-2 124M on one GPU: predictions beside bars and measurements (nothing is timed)
 
 Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
-assignments= and optims= (lists; train and profile), limit_s= (train: seconds after which no further turn begins), traces= (profile: a
+assignments= and optims= (lists; train and profile), variants= (train: a list of overrides, such as capture=true), limit_s= (train: seconds after which no further turn begins), traces= (profile: a
 folder for the traces), results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The table
 and a JSON file with every time are written to results/<device>/. The same command works on a CPU and on CUDA.
 """
@@ -51,7 +52,7 @@ from training.run import device_name, environment
 from training.settings import CertifiedRule
 
 WIDTH_1600 = ["model.n_layer=48", "model.n_head=25", "model.n_embd=1600"]
-COUNTED = ("scaling", "counts")
+COUNTED = ("scaling", "counts", "predicted")
 """The benchmarks that time nothing: their results depend on no device."""
 
 
@@ -211,6 +212,13 @@ def count_rows(options: dict[str, Any]) -> Rows:
     return counted_steps()
 
 
+def prediction_rows(options: dict[str, Any]) -> Rows:
+    """Tokens a second by assignment: predictions, bars, measurements."""
+    from scripts.bench_predicted import predicted_rows  # for the same reason
+
+    return predicted_rows()
+
+
 # ---- output ----
 
 
@@ -237,6 +245,7 @@ BENCHES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "probes": probe_rows,
     "scaling": scaling_rows,
     "counts": count_rows,
+    "predicted": prediction_rows,
 }
 
 
@@ -245,7 +254,7 @@ def work(arguments: list[str]) -> int:
     numbers = {"layers": 0, "width": 0, "repeats": 0, "micro_batch_size": 0, "limit_s": 0}
     numbers["tokens"] = 65536 if torch.cuda.is_available() else 4096
     texts = dict.fromkeys(("problems", "model", "traces", "results", "file"), "")
-    lists = {"assignments": "adamw,unconstrained,hetero", "optims": "manifold_muon"}
+    lists = {"assignments": "adamw,unconstrained,hetero", "optims": "manifold_muon", "variants": ""}
     others, options = parse(arguments, {**numbers, **texts, **lists})
     if len(others) != 1 or others[0] not in BENCHES:
         raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")

@@ -13,20 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from model.gpt import GPT
 from model.probes import probe
+from model.spectra import Spectra
 from scripts.command import UsageError
-from scripts.timing import NOT_MEASURED, PEAK, Rows, device, median, peak_bytes, seconds_of, take_turns
+from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, seconds_of, take_turns
 from training.build import Optimizers, build_optimizers, gpt_config
+from training.capture import WARM_UP, CudaGraphs
 from training.config import compose
-from training.run import compiled, device_name, resolve_device
+from training.run import compiled, peak_flops, resolve_device
 from training.settings import Settings
 from training.step import accumulate, clip
+from training.trace import activities, longest_operations
 
-# How many steps a trace shows, and how many operations a table names.
-_TRACED_STEPS = 2
-_OPERATIONS = 12
+_TRACED_STEPS = 2  # how many steps a trace shows
 
 
 class RandomTraining:
@@ -54,7 +56,10 @@ class RandomTraining:
     @cached_property
     def optimizers(self) -> Optimizers:
         """The optimizers of the configuration."""
-        return build_optimizers(self.model, self.cfg, self.model.unit_vectors())
+        optimizers = build_optimizers(self.model, self.cfg, self.model.unit_vectors())
+        if self.cfg.capture:
+            optimizers.capture(CudaGraphs(self.device))
+        return optimizers
 
     def forward(self) -> Tensor:
         """The loss of the first micro-batch, 0-d."""
@@ -87,15 +92,19 @@ def training_of(cfg: Settings, options: dict[str, Any]) -> RandomTraining:
     )
 
 
-def trainings_by_assignment(options: dict[str, Any]) -> dict[tuple[str, str], RandomTraining]:
-    """(assignment, optim) → its training. AdamW has no step rule: its optim is "-", and it occurs once."""
+def trainings_by_assignment(options: dict[str, Any]) -> dict[tuple[str, str, str], RandomTraining]:
+    """(assignment, optim, variant) → its training. AdamW has no step rule: its optim is "-", and it occurs once for each variant.
+
+    The option `variants` names overrides of train.py; each is a variant, besides "-", which has none.
+    """
     found = {}
-    for optim in options["optims"].split(","):
-        for assignment in options["assignments"].split(","):
-            key = (assignment, "-" if assignment == "adamw" else optim)
-            if key not in found:
-                overrides = [f"model={_size(options)}", f"assignment={assignment}", f"optim={optim}"]
-                found[key] = training_of(compose(overrides), options)
+    for variant in ["-", *filter(None, options["variants"].split(","))]:
+        for optim in options["optims"].split(","):
+            for assignment in options["assignments"].split(","):
+                key = (assignment, "-" if assignment == "adamw" else optim, variant)
+                if key not in found:
+                    overrides = [f"model={_size(options)}", f"assignment={assignment}", f"optim={optim}"]
+                    found[key] = training_of(compose([*overrides, *([variant] if variant != "-" else [])]), options)
     return found
 
 
@@ -107,12 +116,12 @@ def training_rows(options: dict[str, Any]) -> Rows:
     """Some steps of every assignment, by turns; then one step of each for its memory."""
     trainings = trainings_by_assignment(options)
     steps = {key: training.step for key, training in trainings.items()}
-    times = take_turns(steps, options["repeats"] or 5, warmup=2, limit_s=options["limit_s"])
-    peak = next((flops for part, flops in PEAK.items() if part in device_name()), None)
+    times = take_turns(steps, options["repeats"] or 5, warmup=WARM_UP + 1, limit_s=options["limit_s"])
+    peak = peak_flops(device())
     rows = []
-    for (assignment, optim), training in trainings.items():
-        seconds = times[assignment, optim]
-        row: dict[str, Any] = {"assignment": assignment, "optim": optim, "model": _size(options)}
+    for (assignment, optim, variant), training in trainings.items():
+        seconds = times[assignment, optim, variant]
+        row: dict[str, Any] = {"assignment": assignment, "optim": optim, "variant": variant, "model": _size(options)}
         row["tokens a step"] = training.tokens
         row |= dict.fromkeys(("tokens/s", "MFU", "optimizer s", "optimizer share"), NOT_MEASURED)
         row |= {"step s": median(seconds), "peak GiB": NOT_MEASURED, "all s": seconds}
@@ -128,17 +137,12 @@ def training_rows(options: dict[str, Any]) -> Rows:
 
 def profile_rows(options: dict[str, Any]) -> Rows:
     """The operations of a step that take longest, by torch.profiler. The traces are written to the folder `traces`."""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_cuda = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    key = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
+    where = device()
     rows = []
-    for (assignment, optim), training in trainings_by_assignment(options).items():
+    for (assignment, optim, _), training in trainings_by_assignment(options | {"variants": ""}).items():
         for _ in range(3):
             training.step()
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities(where)) as profiler:
             for _ in range(_TRACED_STEPS):
                 training.step()
         if options["traces"]:
@@ -146,26 +150,24 @@ def profile_rows(options: dict[str, Any]) -> Rows:
             folder.mkdir(parents=True, exist_ok=True)
             word = f"{assignment}_{optim}".rstrip("_-")
             profiler.export_chrome_trace(str(folder / f"trace_{word}.json.gz"))
-        events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
-        events.sort(key=lambda event: -getattr(event, key))
-        total = sum(getattr(event, key) for event in events) or 1
-        for event in events[:_OPERATIONS]:
-            spent = getattr(event, key)
-            row = {"assignment": assignment, "optim": optim, "operation": event.key.replace("|", "/")[:70]}
-            row |= {"calls a step": event.count / _TRACED_STEPS, "ms a step": spent / 1e3 / _TRACED_STEPS}
-            rows.append({**row, "share": spent / total})
+        for row in longest_operations(profiler, _TRACED_STEPS, where):
+            row["operation"] = row["operation"].replace("|", "/")
+            rows.append({"assignment": assignment, "optim": optim, **row})
     return rows
 
 
 def probe_rows(options: dict[str, Any]) -> Rows:
-    """One probe, and forward, backward and clipping of some tokens, scaled to a step of experiment=paper.
+    """One probe, all spectra, and forward, backward and clipping of some tokens, scaled to a step of experiment=paper.
 
-    The update is left out, so the share of the probe is overstated.
+    The update is left out, so the shares are overstated. Of the spectra, training waits for the first part only; on a GPU, a thread of the
+    CPU does the rest meanwhile.
     """
     cfg = compose(["experiment=paper", *([f"model={options['model']}"] if options["model"] else [])])
     interval = cfg.probe.interval
-    if interval is None:
-        raise UsageError("experiment=paper has no probe.interval, so a probe has no share of its time; set it there")
+    if interval is None or cfg.log.interval_spectra is None:
+        raise UsageError(
+            "experiment=paper has no probe.interval or no log.interval_spectra, so there is no share of its time; set them there"
+        )
     training = training_of(cfg, options)
     watched = torch.randint(cfg.model.vocab_size, (cfg.probe.windows, cfg.model.block_size), device=device())
 
@@ -173,8 +175,25 @@ def probe_rows(options: dict[str, Any]) -> Rows:
         training.gradients()
         training.model.zero_grad(set_to_none=True)
 
-    times = take_turns({"step": step, "probe": lambda: probe(training.model, watched)}, options["repeats"] or 3)
+    matrices = training.optimizers.ruled_matrices()
+    calls = {
+        "step": step,
+        "probe": lambda: probe(training.model, watched),
+        "begun": lambda: Spectra(matrices),
+        "spectra": lambda: Spectra(matrices).records(),
+    }
+    times = take_turns(calls, options["repeats"] or 3)
     whole = statistics.median(times["step"]) * cfg.global_batch_tokens / training.tokens
     seconds = statistics.median(times["probe"])
-    row = {"probe s": seconds, "step s": whole, "measured tokens": training.tokens, "probe.interval": interval}
-    return [{**row, "share of training": f"{100 * seconds / (interval * whole):.3f}%", "all probe s": times["probe"]}]
+    row: dict[str, Any] = {
+        "probe s": seconds,
+        "step s": whole,
+        "measured tokens": training.tokens,
+        "probe.interval": interval,
+    }
+    row["share of training"] = f"{100 * seconds / (interval * whole):.3f}%"
+    begun, spectra = (statistics.median(times[name]) for name in ("begun", "spectra"))
+    waited = begun if training.device.type == "cuda" else spectra
+    row |= {"spectra s": spectra, "waited for s": waited, "log.interval_spectra": cfg.log.interval_spectra}
+    row["their share"] = f"{100 * waited / (cfg.log.interval_spectra * whole):.3f}%"
+    return [{**row, "all probe s": times["probe"]}]

@@ -3,6 +3,7 @@
     python scripts/export.py outputs/first gpt.pt                              to=nanogpt, the default
     python scripts/export.py outputs/first gpt2_folder to=hf
     python scripts/export.py outputs/first model.safetensors to=safetensors
+    python scripts/export.py outputs/first gpt.pt weights=average              of a run with average=ema or average=window
 
 nanogpt       a state dict with nanoGPT's names. With the GPTConfig that the command prints:
               GPT(config).load_state_dict(torch.load("gpt.pt"))
@@ -34,7 +35,7 @@ from scripts.analysis.runs import load_model
 from scripts.command import UsageError, parse, run
 from training.tensor_file import SETTINGS, write_tensors
 
-EXPORT_OPTIONS = {"to": "nanogpt"}
+EXPORT_OPTIONS = {"to": "nanogpt", "weights": "last"}
 
 
 def write_nanogpt(model: GPT, tokenizer: Tokenizer, path: Path) -> str:
@@ -69,8 +70,10 @@ FORMATS: dict[str, Callable[[GPT, Tokenizer, Path], str]] = {
 """What writes a model, by the name that `to=` gives."""
 
 
-def export(directory: str, target: Path, to: str = "nanogpt") -> tuple[int, str]:
+def export(directory: str, target: Path, to: str = "nanogpt", weights: str = "last") -> tuple[int, str]:
     """Write the newest good checkpoint of a run, whole or not at all; returns its step, and what the format says about it.
+
+    weights: "last", or "average", which a run with average=ema or average=window has.
 
     Raises:
         UsageError: the target cannot be written, or the format has no such model. CheckpointError, DataError: the run cannot be read.
@@ -81,7 +84,9 @@ def export(directory: str, target: Path, to: str = "nanogpt") -> tuple[int, str]
         raise UsageError(f"{target} exists already; name a new {'folder' if to == 'hf' else 'file'}")
     if not target.absolute().parent.is_dir():
         raise UsageError(f"{target} cannot be written; name a file in an existing directory, such as gpt.pt")
-    model, config, step = load_model(directory)
+    if weights not in ("last", "average"):
+        raise UsageError(f"weights={weights} is neither last nor average; give one of them")
+    model, config, step = load_model(directory, weights == "average")
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         remark = FORMATS[to](model, get_tokenizer(config["data"]["tokenizer"]), temporary)

@@ -115,12 +115,14 @@ def steps_of(stage: str, o: Options) -> list[Step]:
     if stage == "b":
         few = [*small, "assignments=adamw,hetero"]
         every = [micro, f"assignments={','.join(RUNS)}"]
+        options = [micro, "assignments=adamw,hetero", "variants=capture=true,model.stream_dtype=bfloat16", "limit_s=60"]
         profile = ["assignments=adamw,hetero", f"traces={o.work / 'b'}", micro]
         return [
             bench("train", *every, "limit_s=90", most=180, tiny=few),
             bench("profile", *profile, most=100, tiny=small),
             bench("train", *every, "optims=paper", "limit_s=60", most=150, tiny=few, file="bench_train_published"),
             bench("residual", "layers=4", "repeats=5", tiny=["layers=1", "width=96", "repeats=1"]),
+            bench("train", *options, most=120, tiny=[*small, "variants="], file="bench_train_options"),
         ]
     runs = [python, "scripts/gpu_runs.py", f"folder={o.work / 'runs'}", f"results={o.results / 'assignments'}"]
     data = o.data or (["data=stdlib"] if o.tiny else ["data=books"])

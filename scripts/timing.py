@@ -16,17 +16,6 @@ from torch import Tensor
 
 from training.run import device_name
 
-# Dense bfloat16 peak of one device, in FLOP/s, by a part of its name (vendors' data sheets).
-PEAK = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
 NOT_MEASURED = "not measured"
 
 Rows = list[dict[str, Any]]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CLOCK = {"tokens_per_s", "mfu", "time", "train_seconds", "peak_device_bytes"}
+"""Fields of records that the clock and the device decide, and that no two runs share."""
 
 # The fastest thread count for the tiny matrices of the tests, also in the processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

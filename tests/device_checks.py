@@ -15,7 +15,9 @@ from model.probes import probe
 from model.residual import RESIDUAL_RULES
 from optim.manifolds import MANIFOLDS
 from training.build import build_optimizers, gpt_config
+from training.capture import WARM_UP
 from training.config import compose
+from training.phases import Phases
 from training.ranks import Ranks
 from training.run import compiled
 from training.step import FiniteGuard, accumulate, clip, mean_loss
@@ -29,8 +31,10 @@ MODELS = {
     "gated by position": ["attention=gated", "attention.head_gate=position"],
     "all switches": ["attention=gated", "attention.qk_norm=true", "attention.qk_clip=100", "attention.logit_cap=50"],
     "chunked loss": [],
+    "stream in bfloat16": ["model.stream_dtype=bfloat16"],
+    "GeoNorm in bfloat16": ["residual=geonorm", "model.stream_dtype=bfloat16"],
 }
-"""Overrides by name: every residual rule, nGPT, every switch of attention, and the loss in chunks."""
+"""Overrides by name: every residual rule, nGPT, every switch of attention, the loss in chunks, and a stream of 16 bits."""
 
 
 def settings(*overrides, device="cpu"):
@@ -236,6 +240,54 @@ def check_step_equals_the_cpus(*overrides, device, tolerance=1e-3):
         found.append(run.weights())
     for name, w in found[0].items():
         assert relative(found[1][name], w) < tolerance, name
+
+
+def check_certificates(*overrides, device, products, tolerance=1e-2):
+    """The same gradients have steps of the same certificates on a device as on the CPU, for products of the same precision."""
+    found = []
+    for where, precision in (("cpu", products[0]), (device, products[1])):
+        run = Training(*overrides, f"optim.muon.rule.products={precision}", "compile=false", device=where)
+        generator = torch.Generator().manual_seed(1)
+        for p in run.params.values():
+            p.grad = torch.randn(p.shape, generator=generator).to(where)
+        run.optimizers.watch(True)
+        run.optimizers.step()
+        found.append(dict(run.optimizers.certificates(lambda part: [part])))
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, ours in found[1].items():
+        for field in ("feas", "norm", "fallbacks"):
+            assert abs(ours[field] - found[0][name][field]) < tolerance, f"{name}: {field}"
+        assert ours["tangency"] < 5e-3, name
+
+
+def check_captured(*overrides, device, record, tolerance=1e-3):
+    """Updates that are replayed from a graph are those that are made as usual: refused ones, a watched one, a second round."""
+    usual, captured = (Training(*overrides, device=device) for _ in range(2))
+    captured.optimizers.capture(record)
+    for step in range(WARM_UP + 6):
+        for run in (usual, captured):
+            if muon := run.optimizers.muon:
+                muon.watched = step == WARM_UP + 1
+                if step == WARM_UP + 3:
+                    muon.buckets[0].state["level"].fill_(1.0)
+                    muon.buckets[0].highest = None
+            run.advance(poison=step == WARM_UP + 2)
+    assert usual.guard.count == captured.guard.count == 1 and captured.optimizers.captured.graphs
+    for name, w in usual.weights().items():
+        assert relative(captured.weights()[name], w) < tolerance, name
+
+
+def check_phases(device, seconds):
+    """A phase is as long as the device is busy in it, and its length is known without a wait in between."""
+    phase, work = Phases(torch.device(device)), torch.randn(4096, 4096, device=device)
+    for _ in range(3):
+        with phase("outer"):
+            work @ work
+            with phase("inner"):
+                for _ in range(20):
+                    work @ work
+    found, whole = phase.read(), seconds(lambda: [work @ work for _ in range(63)])
+    assert 0.5 * whole < sum(found.values()) < 2 * whole and found["inner"] > 5 * found["outer"] > 0
 
 
 # ---- several ranks on one device ----

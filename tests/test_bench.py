@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import bench, bench_residual
+from scripts import bench, bench_predicted, bench_residual
 
 
 def test_bench_measures_every_rule():
@@ -22,9 +22,14 @@ def test_bench_measures_every_rule():
     ("name", "options", "told"),
     [
         ("residual", ["layers=1", "micro_batch_size=1", "repeats=1"], ["geonorm", "nGPT", "time ratio"]),
-        ("probes", ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"], ["share of training"]),
+        (
+            "probes",
+            ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"],
+            ["share of training", "their share"],
+        ),
         ("train", ["model=demo", "tokens=256", "assignments=hetero", "repeats=1"], ["hetero", "optimizer share"]),
         ("ceilings", ["repeats=1"], ["copy, bytes read and written", "svdvals", "cuDNN, forward"]),
+        ("predicted", [], ["hetero_inv", "tokens/s, predicted", "not measured"]),
         (
             "profile",
             ["model=demo", "tokens=256", "micro_batch_size=1", "assignments=adamw"],
@@ -35,6 +40,8 @@ def test_bench_measures_every_rule():
 )
 def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch, capsys):
     small = {"width": 16, "heads": 2, "block": 8, "vocab": 32, "tokens": 16}
+    monkeypatch.setattr(bench_predicted, "fused", lambda *group: (1, 10**8))  # torch.compile takes a minute for all
+    monkeypatch.setattr(bench_predicted, "step_flops", lambda *step: 10**11)
     monkeypatch.setitem(bench_residual.RESIDUAL_SIZES, "cpu", bench_residual.RESIDUAL_SIZES["cpu"] | small)
     assert bench.main([name, *options, f"results={tmp_path}"]) == 0
     table, data = (tmp_path / f"bench_{name}.md").read_text(), json.loads((tmp_path / f"bench_{name}.json").read_text())
@@ -62,3 +69,16 @@ def test_bench_lmo_measures_the_step_and_every_method(tmp_path, capsys):
     assert {"step, default, float32", "step, high, float16", "su", "dual_ascent"} <= {row["solver"] for row in rows}
     assert all(0.5 < row["certified feas"] < 1.01 for row in rows if row["solver"].startswith("step"))
     assert bench.main(["lmo", "problems=none.npz"]) == 2 and "no problems in none.npz" in capsys.readouterr().err
+
+
+def test_predictions_are_judged_by_measurements(tmp_path, monkeypatch):
+    """Those of a device of the predictions' class, of the certified step and without further settings."""
+    monkeypatch.setattr(bench_predicted, "ROOT", tmp_path)
+    row = {"model": "gpt2_124m", "optim": "manifold_muon", "variant": "-", "assignment": "hetero", "tokens/s": 4.0e5}
+    others = [row | {"variant": "capture=true", "tokens/s": 1.0}, row | {"optim": "paper", "tokens/s": 2.0}]
+    for device, rows in (("nvidia-h100-80gb-hbm3", [row, *others]), ("nvidia-a100", [row | {"tokens/s": 3.0}])):
+        (tmp_path / "results" / device).mkdir(parents=True)
+        (tmp_path / "results" / device / "bench_train.json").write_text(json.dumps({"rows": rows}))
+    assert bench_predicted.measurements() == {"hetero": 4.0e5}
+    counted = {name: bench_predicted.groups_of(name).total() for name in bench_predicted.ASSIGNMENTS}
+    assert counted == {name: 0 if name == "adamw" else 48 for name in counted}

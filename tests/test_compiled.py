@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT
 from device_checks import (
     MODELS,
+    check_certificates,
     check_compiled_gradients,
     check_manifolds_hold,
+    check_no_low_precision_in_steps,
     check_no_sync,
     check_programs,
     check_ranks,
@@ -195,6 +197,15 @@ def test_matrices_stay_on_their_manifolds_under_autocast():
 @pytest.mark.parametrize("assignment", ["all_stiefel", "all_dgram", "hetero"])
 def test_matrices_stay_on_their_manifolds_for_50_steps(assignment):
     check_manifolds_hold(f"assignment={assignment}", "optim.muon.lr=0.05", device="cpu")
+
+
+def test_a_switch_for_low_precision_changes_no_update():
+    check_no_low_precision_in_steps("assignment=hetero", device="cpu")
+
+
+@pytest.mark.parametrize("assignment", ["all_stiefel", "all_dgram"])
+def test_certificates_of_16_bit_products_are_those_of_32(assignment):
+    check_certificates(f"assignment={assignment}", device="cpu", products=("float32", "float16"))
 
 
 def test_a_step_is_a_function_of_its_gradients():

@@ -180,8 +180,8 @@ def test_all_of_it_in_small(tmp_path):
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done before") == 11
+    assert done.stdout.count("done before") == 12
     assert len(list((tmp_path / "out").iterdir())) <= 8
-    for name in ("ceilings", "optimizer", "train", "train_published", "profile", "residual"):
+    for name in ("ceilings", "optimizer", "train", "train_published", "train_options", "profile", "residual"):
         assert "|" in (tmp_path / "results" / f"bench_{name}.md").read_text()
     assert (tmp_path / "results" / "assignments" / "table.md").read_text().count("| ok |") == 6

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import CLOCK, ROOT
 
 from model.attention import causal_logits
 from model.collapse import (
@@ -281,8 +281,7 @@ def test_a_model_that_overflows_is_probed_and_says_so():
 
 
 def numbers(directory):
-    clock = {"tokens_per_s", "train_seconds", "peak_device_bytes"}
-    return [{k: v for k, v in r.items() if k not in clock} for r in read_records(directory) if r["kind"] != "probe"]
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_records(directory) if r["kind"] != "probe"]
 
 
 def test_training_is_bitwise_the_same_with_and_without_probes(tiny, tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_train
+from conftest import CLOCK, run_train
 
 from data.loader import validation_windows
 from scripts.analysis.runs import load_model
@@ -20,7 +20,6 @@ from training.log import read_records
 from training.validate import ConfigError
 
 ASSIGNMENTS = ["unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv", "adamw"]
-CLOCK = {"tokens_per_s", "train_seconds", "peak_device_bytes"}
 
 
 def records(directory, kind=None):

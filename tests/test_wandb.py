@@ -16,7 +16,7 @@ import torch
 
 from model.gpt import GPT, GPTConfig
 from model.probes import probe
-from model.spectra import spectra
+from model.spectra import Spectra
 from training.log import RunLog, read_records
 from training.wandb_sink import OVER_HEADS, WANDB_RUNS_FILE, WandbSink, flatten
 
@@ -69,7 +69,7 @@ def test_nothing_that_a_probe_measures_is_dropped():
     assert curves["layer_01/attn/logit_max"] == max(seen["logit_max"][1])
     assert {path.split("/")[0] for path in curves} == {"probe", "embedding", "layer_00", "layer_01", "layer_02"}
     W = model.transformer.h[1].mlp.c_fc.weight
-    for name, record in spectra({"transformer.h.1.mlp.c_fc.weight": (W, None, 1)}):
+    for name, record in Spectra({"transformer.h.1.mlp.c_fc.weight": (W, None, 1)}).records():
         curves = dict(flatten({"kind": "spectra", "step": 0, "name": name, **record}))
     assert curves["layer_01/mlp/c_fc/sigma_max"] == record["sigma"][0]
     assert curves["layer_01/mlp/c_fc/sigma_min"] == record["sigma"][-1]

@@ -5,6 +5,7 @@ import math
 import sys
 
 import pytest
+import torch
 from conftest import run_train
 
 import train
@@ -21,7 +22,7 @@ CONFIGURATIONS = {
     "default": [],
     "paper": ["experiment=paper", "assignment=all_stiefel"],
     "nugpt": ["experiment=nugpt_demo"],
-    "text": ["data=text", "residual=p_sphere", "attention=qk_clip", "schedule=wsd"],
+    "text": ["data=text", "residual=p_sphere", "attention=qk_clip", "schedule=wsd", "average=ema"],
     "fineweb": ["data=fineweb", "residual=sandwich_norm", "assignment=adamw", "optim.muon.blocks={}"],
     "modular": ["optim=modular", "assignment=unconstrained"],
     "library": [
@@ -30,7 +31,7 @@ CONFIGURATIONS = {
         "optim.library.lr=0.1",
         "optim.library.weight_decay=0",
     ],
-    "geonorm": ["residual=geonorm", "attention=soft_cap", "optim.muon.lr_scale={attn: 0.5}"],
+    "geonorm": ["residual=geonorm", "attention=soft_cap", "optim.muon.lr_scale={attn: 0.5}", "average=window"],
 }
 
 VALUES = {
@@ -81,7 +82,8 @@ GROUPS = [
         SHARE,
         "model.dropout transfer.base.dropout optim.muon.momentum optim.modular.momentum schedule.warmup_steps schedule.floor",
     ),
-    (SHARE, "stability.warning.entropy"),
+    ({"false", "true"} if torch.cuda.is_available() else {"false"}, "capture"),
+    (SHARE, "stability.warning.entropy average.decay"),
     ({"0.5"}, "schedule.decay data.val_fraction"),
     (POSITIVE, "model.logit_scale residual.alpha residual.p init.weight_scale init.residual_scale"),
     (POSITIVE, "optim.muon.rule.alpha transfer.head_factor transfer.storage transfer.base.logit_scale"),
@@ -110,7 +112,7 @@ GROUPS = [
     ({"[]"}, "data.revisions"),
     (
         OFF,
-        "launcher.checksum_interval log.interval_spectra log.interval_certificate log.interval_updates probe.interval",
+        "profile launcher.checksum_interval log.interval_spectra log.interval_certificate log.interval_updates probe.interval",
     ),
     (OFF, "optim.modular"),
     ({"[]"}, "optim.norms.tables"),

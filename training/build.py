@@ -22,6 +22,7 @@ from optim.manifold_muon import ManifoldMuon, StepRule
 from optim.modular import Modular
 from optim.published import PublishedStep
 from training import library
+from training.capture import CudaGraphs
 from training.groups import adamw_groups, given_to_library, library_groups, modular_groups, muon_groups, norm_pairs
 from training.optimizers import Optimizers
 from training.settings import CertifiedRule, Library, Optim, Settings
@@ -36,7 +37,10 @@ def build(cfg: Settings, device: torch.device | str = "cpu") -> tuple[GPT, Optim
         AssignmentError: see `build_optimizers`.
     """
     model = GPT(gpt_config(cfg)).to(device)
-    return model, build_optimizers(model, transferred(cfg), model.unit_vectors())
+    optimizers = build_optimizers(model, transferred(cfg), model.unit_vectors())
+    if cfg.capture:
+        optimizers.capture(CudaGraphs(torch.device(device)))
+    return model, optimizers
 
 
 def gpt_config(cfg: Settings) -> GPTConfig:

@@ -16,7 +16,7 @@ from training.limits import MachineError
 from training.run import problems_of_names
 from training.settings import Data, Settings, read_sound
 from training.transfer import problems_of_transfer
-from training.validate import ConfigError, problems_of_batch, problems_of_machine
+from training.validate import ConfigError, problems_of_batch, problems_of_capture, problems_of_machine
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, MachineError)
 """Errors that a user can correct: only the message is printed, no traceback."""
@@ -49,6 +49,7 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
         return not any(key in unsound for key in keys)
 
     found = problems_of_machine(cfg) if sound("device", "output_dir") else []
+    found += problems_of_capture(cfg) if sound("capture", "device", "optim") else []
     found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
     if sound("global_batch_tokens", "model", "launcher"):
         found += problems_of_batch(cfg, world or cfg.launcher.nproc)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.spectra import Residual
 from model.unit_norm import UnitNorm
 from optim.assignment import Row, folded
 from optim.manifold_muon import ManifoldMuon
+from optim.manifolds import MANIFOLDS
+from training.capture import CapturedUpdate, Record
 from training.library import like_saved, settings_of_group, tensors_of
 
 
@@ -23,6 +26,7 @@ class Optimizers:
 
     def __init__(self, named: Mapping[str, torch.optim.Optimizer], rows: list[Row], unit_norm: UnitNorm) -> None:
         self.named, self.rows, self.unit_norm = dict(named), rows, unit_norm
+        self.captured: CapturedUpdate | None = None
         self.peak_lr = {name: [float(g["lr"]) for g in o.param_groups] for name, o in self.named.items()}
 
     def __iter__(self) -> Iterator[torch.optim.Optimizer]:
@@ -47,7 +51,19 @@ class Optimizers:
                     group["lr"] = peak * multiplier
 
     def step(self, skip: Tensor | None = None) -> None:
-        """One update by every optimizer; if `skip` (0-d bool, on the device, the same on all ranks) is true, none.
+        """One update by every optimizer; if `skip` (0-d bool, on the device, the same on all ranks) is true, none."""
+        muon = self.muon
+        levels = muon.highest_levels() if muon else ()
+        if self.captured is not None and skip is not None:
+            self.captured(skip, levels, plain=muon is not None and muon.watched)
+        else:
+            self.update(skip, levels)
+        if muon is not None:
+            muon.publish()
+        self.unit_norm()
+
+    def update(self, skip: Tensor | None, levels: Sequence[int]) -> None:
+        """The part of a step that is the device's alone; `levels` as from ManifoldMuon.highest_levels.
 
         ManifoldMuon and fused torch optimizers are given `skip` as `found_inf`, the attribute with which torch.amp.GradScaler makes them
         skip an update, without a host sync. Other optimizers do not know it, and their state may be of any type: numbers on the host,
@@ -58,8 +74,21 @@ class Optimizers:
                 optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # as torch does
             elif skip is not None and skip.item():
                 continue
-            optimizer.step()
-        self.unit_norm()
+            if isinstance(optimizer, ManifoldMuon):
+                optimizer.update(levels)
+            else:
+                optimizer.step()
+
+    def capture(self, record: Record) -> None:
+        """From now on, replay `update` as `record` recorded it. Learning rates become 0-d tensors, so that a schedule reaches the replay."""
+        params = [p for optimizer in self for group in optimizer.param_groups for p in group["params"]]
+        for optimizer in self:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=params[0].device)
+                if not isinstance(optimizer, ManifoldMuon):
+                    group["capturable"] = True
+            optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # the first updates are
+        self.captured = CapturedUpdate(self.update, params, record)
 
     def bring_onto_manifold(self) -> None:
         """Put every matrix onto its manifold, and unit vectors to unit length, after the weights were replaced."""
@@ -76,6 +105,23 @@ class Optimizers:
         """Drop all gradients."""
         for optimizer in self:
             optimizer.zero_grad(set_to_none=True)
+
+    def certificates(self, gather: Callable[[Any], list[Any]]) -> list[tuple[str, dict[str, float]]]:
+        """(name, certificate) of each matrix whose last step was watched. `gather` collects an object of every rank; all ranks must call."""
+        parts = gather(self.muon.certificates() if self.muon else {})
+        found = {name: certificate for part in parts for name, certificate in part.items()}
+        return [(row.name, found[row.name]) for row in self.rows if row.name in found]
+
+    def ruled_matrices(self) -> dict[str, tuple[Tensor, Residual | None, int]]:
+        """Every matrix that matches a rule of the assignment, by name: itself, the distance from its manifold, and its row blocks."""
+        params = {n: p for o in self for group in o.param_groups for n, p in zip(group["names"], group["params"])}
+        blocks = {n: group["blocks"] for group in (self.muon.param_groups if self.muon else ()) for n in group["names"]}
+        residuals: dict[str, Residual] = {name: manifold.residual for name, manifold in MANIFOLDS.items()}
+        return {
+            row.name: (params[row.name], residuals.get(row.manifold or ""), blocks.get(row.name, 1))
+            for row in self.rows
+            if row.ruled
+        }
 
     def state_bytes(self) -> dict[str, float]:
         """Bytes of state for each parameter whose state this rank holds, by the name of the optimizer; 0 before there is state."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from optim.assignment import folded
+from training.average import Average
 from training.checkpoint import STATE_FILE, CheckpointError, Loaded, check_same, load, load_newest
 from training.files import read_config
 from training.log import METRICS_FILE, read_records
@@ -37,6 +38,8 @@ HARMLESS = (
     "data.auto_prepare",
     "launcher",
     "sweep",
+    "capture",
+    "profile",
 )
 
 
@@ -57,6 +60,7 @@ def state_of(
     optimizers: Any,
     stability: Stability,
     guard: dict[str, Any],
+    average: Average | None,
     step: int,
     seconds: float,
     rng: list[dict[str, Any]],
@@ -72,6 +76,7 @@ def state_of(
         "optimizers": optimizers.state_dict(),
         "stability": stability.state_dict(),
         "guard": guard,
+        "average": average.state_dict() if average else None,
         "rng": rng,
         "step": step,
         "seconds": seconds,
@@ -107,8 +112,7 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or use "
             "resume=auto to continue the run there"
         )
-    saved = completed(loaded.state["config"])
-    changed = [] if cfg.allow_changes else check_same(saved, cfg.plain(), ignore=HARMLESS)
+    changed = [] if cfg.allow_changes else _changes(loaded.state["config"], cfg)
     if loaded.state["data"] != data:
         changed.append(f"data: the shards in {cfg.data.dir} are not the data of the run")
     if changed:
@@ -117,6 +121,11 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             "resume=never and another output_dir:" + "".join(f"\n  - {c}" for c in changed)
         )
     return loaded
+
+
+def _changes(saved: Mapping[str, Any], cfg: Settings) -> list[str]:
+    """A line for every setting that changes numbers and has another value than in the saved configuration."""
+    return check_same(completed(saved), cfg.plain(), ignore=HARMLESS)
 
 
 def check_parts(loaded: Loaded) -> None:
@@ -175,6 +184,7 @@ def restore(
     optimizers: Any,
     stability: Stability,
     guard: FiniteGuard,
+    average: Average | None = None,
     rank: int = 0,
 ) -> tuple[int, float, list[str]]:
     """Load the state of a checkpoint. All ranks must call.
@@ -190,11 +200,12 @@ def restore(
     """
     state = loaded.state
     with foreign(loaded):
-        changed = [f"changed: {change}" for change in check_same(state["config"], cfg.plain(), ignore=HARMLESS)]
+        changed = [f"changed: {change}" for change in _changes(state["config"], cfg)]
         missed = take_weights(model, loaded, allow_changes=cfg.allow_changes)
         missed += optimizers.load_state_dict(state["optimizers"])
         stability.load_state_dict(state["stability"])
         guard.load_state_dict(state["guard"] if "guard" in state else _guard_of_old(state))
+        missed += average.load_state_dict(state.get("average")) if average else []
         if rank < len(state["rng"]):
             rng = state["rng"][rank]
             torch.set_rng_state(rng["cpu"])

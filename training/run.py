@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,10 @@ from training.stability import Stability
 from training.validate import ConfigError
 
 if TYPE_CHECKING:
+    from model.gpt import GPT
     from training.ranks import Ranks
 
+_ROOT = Path(__file__).resolve().parent.parent
 _TAIL_BYTES = 1 << 16  # the end of a log; larger than any `end` record
 LONGEST_NAME = 250  # bytes; file systems allow 255, and a dot and a number may be added
 
@@ -191,9 +195,44 @@ def end_of(directory: Path) -> dict[str, Any] | None:
 # ---- the machine ----
 
 
+PEAK = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bfloat16 peak of one device, in FLOP/s, by a part of its name (vendors' data sheets)."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak in FLOP/s, of which MFU is a share; None for a CPU and for a device that PEAK does not name."""
+    return next((flops for part, flops in PEAK.items() if device.type == "cuda" and part in device_name()), None)
+
+
+@cache
+def code_version() -> str:
+    """The commit of this program's repository, with "+ changes" if tracked files differ from it; "unknown" outside a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(_ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != _ROOT:
+            return "unknown"  # the repository is another one, in which this program is installed
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" + changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
 def environment() -> dict[str, str]:
     """The versions and the device, on which results depend besides the configuration."""
     return {
+        "code": code_version(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "device": device_name(),
@@ -211,9 +250,20 @@ def device_name() -> str:
     return f"CPU {names[0] if names else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def speed(tokens_per_s: float, model: GPT, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """The fields of a `train` record on speed and memory: MFU is the share of the peak of all devices that the model's operations use."""
+    peak = peak_flops(device)
+    mfu = tokens_per_s * model.flops_per_token() / (peak * ranks.world) if peak else None
+    return {"tokens_per_s": tokens_per_s, "mfu": mfu, "peak_device_bytes": peak_device_bytes(device)}
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """The most memory that tensors of this run have had on the GPU; None on a CPU. Does not wait for the device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def end_summary(stability: Stability, seconds: float, device: torch.device) -> dict[str, Any]:
     """The fields of the `end` record: what a table shows of a finished run. Times in seconds, memory in bytes."""
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {
         "best_val_loss": stability.best,
         "best_step": stability.best_step,
@@ -221,5 +271,5 @@ def end_summary(stability: Stability, seconds: float, device: torch.device) -> d
         "reason": stability.reason,
         "warning_lead": stability.lead,
         "train_seconds": seconds,
-        "peak_device_bytes": memory,
+        "peak_device_bytes": peak_device_bytes(device),
     }

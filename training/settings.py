@@ -6,6 +6,7 @@ training/validate.py checks relations between settings.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -267,6 +268,32 @@ class NuTransfer:
 TRANSFERS = {"none": NoTransfer, "nu": NuTransfer}
 
 
+@dataclass(frozen=True)
+class NoAverage:
+    """No average of the weights."""
+
+    kind: Literal["none"]
+
+
+@dataclass(frozen=True)
+class EmaAverage:
+    """An exponential average of the weights; configs/average."""
+
+    kind: Literal["ema"]
+    decay: Share
+
+
+@dataclass(frozen=True)
+class WindowAverage:
+    """The mean of the weights over the last updates; configs/average."""
+
+    kind: Literal["window"]
+    length: Count
+
+
+AVERAGES = {"none": NoAverage, "ema": EmaAverage, "window": WindowAverage}
+
+
 # ---- the run ----
 
 
@@ -347,6 +374,7 @@ class Settings:
     optim: Optim
     transfer: Annotated[NoTransfer | NuTransfer, ("by", "rule"), ("types", TRANSFERS)]
     schedule: Schedule
+    average: Annotated[NoAverage | EmaAverage | WindowAverage, ("by", "kind"), ("types", AVERAGES)]
     data: Annotated[Data, ("by", "source"), ("types", SOURCES)]
     logger: Logger
     launcher: Launcher
@@ -369,6 +397,8 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     compile: Literal["auto", True, False]
+    capture: bool
+    profile: Annotated[Count | None, ("null", "means no trace")]
     output_dir: Annotated[str | None, ("path", True), ("null", "means outputs/<date>/<name>")]
     allow_changes: bool
     resume: Annotated[str, Resume()]
@@ -377,6 +407,23 @@ class Settings:
     def plain(self) -> dict[str, Any]:
         """The same as dicts, lists, numbers and text, as in config.yaml and in checkpoints."""
         return plain(self)
+
+
+NEWER: dict[str, Any] = {
+    "average": {"kind": "none"},
+    "capture": False,
+    "profile": None,
+    "model.stream_dtype": "float32",
+    "transfer.base.stream_dtype": "float32",
+    "model.head_bias": False,
+    "transfer.base.head_bias": False,
+    "optim.matrices": {"lr": None, "weight_decay": None},
+    "optim.muon.block_length": "each",
+    "optim.muon.cautious": False,
+    "optim.norms": {"others": ["rms", "rms"], "tables": ["wte", "wpe"], "patterns": None},
+    "reading": "random",
+}
+"""Settings that older programs did not have: dotted key → the value that does what they did."""
 
 
 def read_sound(cfg: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
@@ -394,8 +441,16 @@ def read_sound(cfg: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
 
 
 def completed(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run of an older program, with null for every setting that it did not have and that may be null.
+    """The configuration of a run of an older program, with every setting that it did not have and that has a value without effect.
 
-    Null is the behaviour without the setting. A setting that may not be null stays missing.
+    That is the value of NEWER, or else null, if the setting may be null. Other settings stay missing.
     """
-    return Section(Settings).completed(cfg)
+    new = copy.deepcopy(dict(cfg))
+    for key, value in NEWER.items():
+        *path, last = key.split(".")
+        place: Any = new
+        for name in path:
+            place = place.get(name) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.setdefault(last, copy.deepcopy(value))
+    return Section(Settings).completed(new)

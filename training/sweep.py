@@ -31,7 +31,7 @@ from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS
 from training.run import end_of
-from training.settings import Settings
+from training.settings import Settings, completed
 from training.signals import Stopped
 from training.validate import ConfigError
 
@@ -155,7 +155,7 @@ def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name"
 def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two configurations that make them different runs, as "key: before → after"."""
     # A run may be continued with another max_steps, but a run that ended has another result.
-    return check_same(saved, now, ignore=[key for key in HARMLESS if key != "max_steps"])
+    return check_same(completed(saved), now, ignore=[key for key in HARMLESS if key != "max_steps"])
 
 
 def note_failure(directory: Path, error: BaseException, cfg: Settings | None = None) -> None:

@@ -40,6 +40,20 @@ def problems_of_machine(cfg: Settings) -> list[str]:
     return found
 
 
+def problems_of_capture(cfg: Settings) -> list[str]:
+    """Why the update cannot be recorded as a CUDA graph."""
+    if not cfg.capture:
+        return []
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return ["capture=true records a CUDA graph, and the device is a CPU; use capture=false"]
+    if getattr(cfg.optim.muon.rule, "retraction", None) == "sorted_svd":
+        return [
+            "capture=true cannot record optim.muon.rule.retraction=sorted_svd, whose eigenvalue solver waits for the device; "
+            "use optim.muon.rule.retraction=manifold or capture=false"
+        ]
+    return []
+
+
 def problems_of_directory(directory: Path) -> list[str]:
     """Problems of creating or writing to the directory of a run."""
     try:
@@ -79,3 +93,13 @@ def shortened(cfg: Settings, world: int) -> list[str]:
     if asked >= 1 and steps < asked:
         found.append(f"schedule.warmup_steps={asked} is too long for {updates} updates; {steps} of them are warm-up")
     return found
+
+
+def cut_windows(cfg: Settings, held_out: int, probed: int) -> list[str]:
+    """Settings that ask for more validation windows than the data has, and what the run uses instead; one line each."""
+    wanted = (("eval_windows", cfg.eval_windows, held_out), ("probe.windows", cfg.probe.windows, probed))
+    return [
+        f"{key}={asked}: the data has only {have} validation windows of {cfg.model.block_size} tokens; all are used"
+        for key, asked, have in wanted
+        if have < asked
+    ]

@@ -13,6 +13,7 @@ from typing import Any
 from model.gpt import GPT
 from optim.assignment import matches
 from scripts.command import UsageError
+from training.average import average_of
 from training.build import gpt_config
 from training.checkpoint import Loaded, load_newest
 from training.files import CONFIG_FILE, read_config
@@ -281,23 +282,31 @@ def find_runs(places: Iterable[str | Path]) -> list[RecordedRun]:
     return [read_run(directory) for directory in directories]
 
 
-def model_of(loaded: Loaded) -> GPT:
-    """The model of a checkpoint, on the CPU, in eval mode.
+def model_of(loaded: Loaded, average: bool = False) -> GPT:
+    """The model of a checkpoint, on the CPU, in eval mode; with `average`, with the average of the weights.
 
     Raises:
-        CheckpointError: it is not the checkpoint of a run.
+        CheckpointError: it is not the checkpoint of a run. UsageError: the run has no average.
     """
     check_parts(loaded)
     with foreign(loaded):
-        model = GPT(gpt_config(read_sound(completed(loaded.state["config"]))[0]))
+        settings, _ = read_sound(completed(loaded.state["config"]))
+        model = GPT(gpt_config(settings))
         if not isinstance(loaded.state["config"]["data"]["tokenizer"], str):
             raise TypeError("its data has no tokenizer")
     take_weights(model, loaded)
+    if average:
+        mean = average_of(settings.average, model)
+        if mean is None:
+            raise UsageError(f"{loaded.path} has no average of the weights; train with average=ema or average=window")
+        with foreign(loaded):
+            mean.load_state_dict(loaded.state.get("average"))
+        mean.take()
     return model.eval()
 
 
-def load_model(directory: str | Path) -> tuple[GPT, dict[str, Any], int]:
-    """The model (on the CPU, in eval mode), configuration and step of a run's newest good checkpoint.
+def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, dict[str, Any], int]:
+    """The model (on the CPU, in eval mode), configuration and step of a run's newest good checkpoint; `average` as in `model_of`.
 
     Raises:
         UsageError: there is no run, or no checkpoint yet. CheckpointError: no checkpoint is good, or the newest is not that of a run.
@@ -308,4 +317,4 @@ def load_model(directory: str | Path) -> tuple[GPT, dict[str, Any], int]:
     loaded = load_newest(directory / "checkpoints")
     if loaded is None:
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
-    return model_of(loaded), loaded.state["config"], loaded.step
+    return model_of(loaded, average), loaded.state["config"], loaded.step

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import torch
+from conftest import CLOCK
 
 from training import checkpoint
 from training.log import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOCK = {"tokens_per_s", "train_seconds", "peak_device_bytes"}  # what the clock decides, and no two runs share
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)

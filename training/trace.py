@@ -1,0 +1,93 @@
+"""A trace of some updates by torch's profiler, with the phases of a step by name, and a short table of it.
+
+The trace is `profile/trace.json.gz` in the directory of the run; chrome://tracing and ui.perfetto.dev show it. `profile/table.txt` has the
+phases and the longest operations.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+WAITED = 4
+"""Updates before the trace: the first ones compile and create states; one more warms the profiler up."""
+
+_OPERATIONS = 12  # how many a table names
+
+
+class Trace:
+    """Traces `steps` updates from the one after WAITED on; `step` must be called after every update. With None, nothing is done."""
+
+    def __init__(self, steps: int | None, directory: Path, device: torch.device) -> None:
+        self.steps, self.folder, self.device = steps, directory / "profile", device
+        self.profiler: profile | None = None
+        if steps is not None:
+            plan = schedule(wait=WAITED - 1, warmup=1, active=steps, repeat=1)
+            self.profiler = profile(activities=activities(device), schedule=plan, on_trace_ready=self._write)
+            self.profiler.start()
+
+    def step(self) -> None:
+        """An update is done."""
+        if self.profiler is not None:
+            self.profiler.step()
+
+    def close(self) -> None:
+        """End the trace; if fewer updates were made than it was to have, it has those."""
+        if self.profiler is not None:
+            profiler, self.profiler = self.profiler, None
+            profiler.stop()
+            if not self.folder.exists():
+                print(f"profile={self.steps}: the run ended before the trace began, after {WAITED} updates", flush=True)
+
+    def _write(self, profiler: profile) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        text = table(profiler, self.steps or 1, self.device)
+        (self.folder / "table.txt").write_text(text)
+        print(f"{text}written: {self.folder / 'trace.json.gz'}", flush=True)
+
+
+def activities(device: torch.device) -> list[ProfilerActivity]:
+    """What the profiler watches: the host, and the GPU if it is the device."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+
+def longest_operations(profiler: profile, steps: int, device: torch.device) -> list[dict[str, Any]]:
+    """The operations that take longest on the device: their name, calls a step, milliseconds a step, and share of all operations."""
+    on_cuda = device.type == "cuda"
+    key = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
+    events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
+    events.sort(key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events) or 1
+    rows = []
+    for event in events[:_OPERATIONS]:
+        spent = getattr(event, key)
+        row = {"operation": event.key[:70], "calls a step": event.count / steps, "ms a step": spent / 1e3 / steps}
+        rows.append({**row, "share": spent / total})
+    return rows
+
+
+def phase_times(profiler: profile, steps: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds a step of every named phase on the device, those of phases within it included."""
+    on_cuda = device.type == "cuda"
+    kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
+    key = "device_time_total" if on_cuda else "cpu_time_total"
+    named = [e for e in profiler.key_averages() if e.is_user_annotation and e.device_type == kind]
+    ours = [e for e in named if not e.key.startswith(("ProfilerStep", "Optimizer."))]  # torch names some parts itself
+    return {e.key: getattr(e, key) / 1e3 / steps for e in ours}
+
+
+def table(profiler: profile, steps: int, device: torch.device) -> str:
+    """Phases and longest operations as lines of text."""
+    lines = [f"{'phase':<50}{'ms a step':>12}"]
+    lines += [f"{name[:48]:<50}{ms:>12.3f}" for name, ms in phase_times(profiler, steps, device).items()]
+    lines += ["", f"{'operation':<50}{'ms a step':>12}{'calls':>10}{'share':>8}"]
+    for row in longest_operations(profiler, steps, device):
+        lines.append(
+            f"{row['operation'][:48]:<50}{row['ms a step']:>12.3f}{row['calls a step']:>10.1f}{row['share']:>8.1%}"
+        )
+    return "\n".join(lines) + "\n"
