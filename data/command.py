@@ -6,17 +6,18 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.settings import Data
+if TYPE_CHECKING:
+    from data.settings import Source
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def prepare_command(cfg: Data, configs: Path = CONFIGS) -> str:
+def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
     """The `python -m data.prepare` that leads to these settings.
 
     It names the file of configs/data that has the name of the dataset, or else of its source, and every setting that differs from that file.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data.loader import Loader, Prefetcher, validation_windows
-from data.shards import DataError, ShardWriter, Split
+from data.shards import DataError, Split
+from data.writer import ShardWriter
 
 TOKENS = 1000
 GOLDEN = [[953, 803, 526, 325], [346, 818, 778, 115]]  # steps 0 and 7
@@ -31,7 +32,7 @@ def test_windows_are_consecutive_tokens_from_the_offsets(split):
     batch = loader.batch(3)
     assert batch.shape == (8, 101)
     assert batch.dtype == np.uint16
-    np.testing.assert_array_equal(batch, loader.offsets(3)[:, None] + np.arange(101))
+    np.testing.assert_array_equal(batch, loader.places(3)[1][:, None] + np.arange(101))
 
 
 def test_batch_depends_on_seed_and_step_and_nothing_else(split):
@@ -47,7 +48,7 @@ def test_batch_depends_on_seed_and_step_and_nothing_else(split):
 def test_offsets_are_philox_keyed_by_seed_and_step(split):
     """Golden numbers: a change here would silently change what every resumed run reads."""
     loader = Loader(split, block_size=16, seed=1337, windows=4)
-    assert [loader.offsets(0).tolist(), loader.offsets(7).tolist()] == GOLDEN
+    assert [loader.places(step)[1].tolist() for step in (0, 7)] == GOLDEN
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
@@ -60,7 +61,7 @@ def test_ranks_together_read_the_batch_of_one(split, world):
 def test_offsets_are_uniform_and_reach_both_ends(tmp_path):
     split = write_split(tmp_path, np.arange(20), shard_tokens=20)
     loader = Loader(split, block_size=15, seed=0, windows=500)  # 5 places: 0 to 4
-    counts = np.bincount(np.concatenate([loader.offsets(step) for step in range(20)]), minlength=5)
+    counts = np.bincount(np.concatenate([loader.places(step)[1] for step in range(20)]), minlength=5)
     assert len(counts) == 5
     assert np.abs(counts - 2000).max() < 200  # five standard deviations of a binomial
 
