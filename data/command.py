@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 if TYPE_CHECKING:
     from data.settings import Source
 
@@ -37,6 +34,9 @@ def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
 
 def _defaults(file: Path, name: str) -> dict[str, Any]:
     """The settings of a file of configs/data and of its `defaults`, under the given name; empty if they cannot be resolved without the rest of configs/."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         merged: Any = OmegaConf.to_container(OmegaConf.merge(_loaded(file), {"name": name}), resolve=True)
         return merged
@@ -45,6 +45,8 @@ def _defaults(file: Path, name: str) -> dict[str, Any]:
 
 
 def _loaded(file: Path) -> Any:
+    from omegaconf import OmegaConf
+
     content: Any = OmegaConf.load(file)
     bases = [base for base in content.pop("defaults", []) if base != "_self_"]
     return OmegaConf.merge(*(_loaded(file.with_name(f"{base}.yaml")) for base in bases), content)
