@@ -43,6 +43,8 @@ def prepare(cfg: Source, progress: bool = True) -> Path:
     require_name(cfg.name)
     directory = Path(cfg.dir).expanduser()
     if _holds(directory, cfg):
+        with contextlib.suppress(OSError):  # a killed process may have left it
+            (directory / PROGRESS).unlink(missing_ok=True)
         return directory
     if directory.resolve() in (here := Path.cwd(), *here.parents):
         raise DataError(

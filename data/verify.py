@@ -70,7 +70,7 @@ def _bin(folder: Path, vocab_size: int | None) -> Iterator[Finding]:
             wrong = str(error)
         sound = sound and not wrong
         yield path.name, found, wrong
-    if sound:
+    if sound:  # what concerns several files
         settings = {**defaults, "dir": str(folder), "vocab_size": most}
         settings |= {key: tuple(settings[key]) for key in ("train", "val")}
         try:
