@@ -33,7 +33,7 @@ from training import checkpoint
 from training.batch import micro_batch_size
 from training.build import build
 from training.checks import check
-from training.data import open_data
+from training.data import open_data, separator_of
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
 from training.ranks import Ranks, world_size
@@ -85,7 +85,7 @@ class Run:
         dataset = open_data(cfg)
         self.data, self.val = dataset.fingerprint, dataset.val
         block, windows = cfg.model.block_size, cfg.global_batch_tokens // cfg.model.block_size
-        self.loader = Loader(dataset.train, block, cfg.seed, windows, ranks.rank, ranks.world)
+        self.loader = Loader(dataset.train, block, cfg.seed, windows, ranks.rank, ranks.world, cfg.batches.order)
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
         self.held_out = validation_windows(dataset.val, block, cfg.eval_windows)
         self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
@@ -101,6 +101,7 @@ class Run:
 
         torch.manual_seed(cfg.seed)
         self.model, self.optimizers = build(cfg, self.device)
+        self.model.separator = separator_of(cfg, dataset)
         self.stability = Stability(cfg.stability)
         if not ranks.is_main:
             torch.manual_seed(cfg.seed + ranks.rank)  # equal weights on all ranks, but different dropout

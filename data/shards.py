@@ -11,12 +11,15 @@ A prepared dataset is a directory of
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,12 +103,17 @@ class Split:
     @cached_property
     def tokens(self) -> int:
         """Number of tokens in the split."""
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @cached_property
-    def _ends(self) -> np.ndarray:
-        """Position after the last token of each shard, behind a 0: (shards + 1,) int64."""
-        return np.cumsum([0, *(shard.tokens for shard in self.shards)])
+    def _ends(self) -> list[int]:
+        """Position after the last token of each shard, behind a 0."""
+        return [0, *accumulate(shard.tokens for shard in self.shards)]
+
+    @cached_property
+    def _opened(self) -> dict[int, io.FileIO]:
+        """The files that were read, by their number. They stay open: opening one takes longer than reading a window."""
+        return {}
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens `start : start + length` as a new array (length,) uint16, across shard borders.
@@ -113,25 +121,41 @@ class Split:
         The file is read, not memory-mapped, so that the resident memory of a long run does not grow.
 
         Raises:
-            IndexError: outside the split. DataError: a shard was removed or truncated after the dataset was opened, or holds a token that
+            IndexError: outside the split. DataError: a shard is missing or was truncated after the dataset was opened, or holds a token that
                 is not in the vocabulary.
         """
         if start < 0 or length < 0 or start + length > self.tokens:
             raise IndexError(f"tokens {start} to {start + length} of a split of {self.tokens}; stay inside the split")
         out = np.empty(length, dtype=TOKEN)
-        number, done = int(np.searchsorted(self._ends, start, "right")) - 1, 0
+        number, done = bisect_right(self._ends, start) - 1, 0
         while done < length:
-            offset = start + done - int(self._ends[number])
+            offset = start + done - self._ends[number]
             count = min(length - done, self.shards[number].tokens - offset)
-            path = self.directory / self.shards[number].file
-            _read_into(out[done : done + count], path, self.header + offset * TOKEN.itemsize)
-            if self.limit is not None and count and out[done : done + count].max() >= self.limit:
-                raise DataError(
-                    f"{path} holds token {out[done : done + count].max()}, but its vocabulary is {self.limit}; "
-                    f"check it with: python -m data.verify {self.directory}"
-                )
+            self._read_into(out[done : done + count], number, self.header + offset * TOKEN.itemsize)
             done, number = done + count, number + 1
+        if self.limit is not None and length and out.max() >= self.limit:
+            raise DataError(
+                f"a file of {self.directory} holds token {out.max()}, but its vocabulary is {self.limit}; "
+                f"find it with: python -m data.verify {self.directory}"
+            )
         return out
+
+    def _read_into(self, out: np.ndarray, number: int, offset: int) -> None:
+        """Fill `out` (n,) uint16 from the byte `offset` of a file."""
+        try:
+            if number not in self._opened:
+                self._opened[number] = io.FileIO(self.directory / self.shards[number].file)
+            size = os.preadv(self._opened[number].fileno(), [out.data], offset)
+        except OSError as error:
+            raise DataError(
+                f"cannot read shard {self.directory / self.shards[number].file} ({error}); prepare the data again in another "
+                "folder (data.dir)"
+            ) from error
+        if size != out.nbytes:
+            raise DataError(
+                f"shard {self.directory / self.shards[number].file} was truncated while it was used; prepare the data again in "
+                "another folder (data.dir)"
+            )
 
     @property
     def parts(self) -> tuple[Split, ...]:
@@ -357,24 +381,6 @@ def _write_verified(directory: Path, states: Mapping[str, list]) -> None:
         temporary.replace(directory / VERIFIED)  # if several ranks do this at once, the last one wins
     except OSError:
         temporary.unlink(missing_ok=True)  # a read-only directory: verified again next time
-
-
-def _read_into(out: np.ndarray, path: Path, offset: int) -> None:
-    """Fill `out` (n,) uint16 from the byte `offset` of a file."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            size = os.preadv(descriptor, [out.data], offset)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise DataError(
-            f"cannot read shard {path} ({error}); prepare the data again in another folder (data.dir)"
-        ) from error
-    if size != out.nbytes:
-        raise DataError(
-            f"shard {path} was truncated while it was used; prepare the data again in another folder (data.dir)"
-        )
 
 
 def hash_file(path: Path, skip: int = 0) -> tuple[str, int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import PG_OP_OVERHEAD
+from model.attention import PG_OP_OVERHEAD, document_mask
 from model.config import GPTConfig
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import linear_cross_entropy
@@ -27,9 +28,9 @@ class Block(nn.Module):
         self.ln_2 = config.residual.join(config.stream, layer)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
-        x = self.ln_1(x, self.attn)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d). mask: see `CausalSelfAttention.forward`."""
+        x = self.ln_1(x, self.attn if mask is None else partial(self.attn, mask=mask))
         return self.ln_2(x, self.mlp)
 
 
@@ -50,6 +51,9 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 under nanoGPT's parameter names: transformer.{wte, wpe, h.<i>.{ln_1, attn, ln_2, mlp}, ln_f}, lm_head tied to wte.
 
+    separator: unless None, the token between documents and whether it begins one: then a token attends only to its own document, where
+    positions start at 0. The configuration of a model does not hold it, because it is of the data.
+
     Initialisation: N(0, 0.02); the residual rule initialises the matrices that write into the stream; then the factors of `Init`.
 
     Raises:
@@ -61,6 +65,7 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
+        self.separator: tuple[int, bool] | None = None
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
@@ -109,21 +114,22 @@ class GPT(nn.Module):
         W = self.lm_head.weight
         return W if self.s_z is None else W * self.s_z().unsqueeze(1)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Token ids (B, T) int64 → the stream (B, T, d) before the first block."""
+    def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) int64 → the stream (B, T, d) before the first block. positions: (B, T) int64; None for 0 to T - 1."""
         T = x.size(1)
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens exceeds model.block_size={self.config.block_size}; crop it")
         h = self.transformer.wte(x)
         if self.transformer.wpe is not None:
-            h = h + self.transformer.wpe(torch.arange(T, device=x.device))
+            h = h + self.transformer.wpe(torch.arange(T, device=x.device) if positions is None else positions)
         return self.transformer.entry(self.transformer.drop(h))
 
     def features(self, x: Tensor) -> Tensor:
         """Token ids (B, T) int64 → the last hidden state (B, T, d), after the final norm of the residual rule."""
-        h = self.embed(x)
+        mask, positions = document_mask(x, *self.separator) if self.separator else (None, None)
+        h = self.embed(x, positions)
         for block in self.transformer.h:
-            h = block(h)
+            h = block(h, mask)
         return self.transformer.ln_f(h)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:

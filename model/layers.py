@@ -78,8 +78,8 @@ class CausalSelfAttention(nn.Module):
             q = q * cast(self.qk_clip.gain, v.dtype)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d). mask: (B, 1, T, T) bool, what each token attends to; None for all earlier tokens and itself."""
         q, k, v = self.heads(x)
         dropout = self.dropout if self.training else 0.0
         if self.qk_clip is not None and self.training:
@@ -87,7 +87,9 @@ class CausalSelfAttention(nn.Module):
         if self.logit_cap:
             y = capped_attention(q, k, v, self.logit_cap, dropout, self.scale)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=self.scale
+            )
         if self.head_gate is not None:
             y = y * self.head_gate(x)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))

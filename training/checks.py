@@ -69,10 +69,26 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
     found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
     if sound("global_batch_tokens", "model", "launcher"):
         found += problems_of_batch(cfg, world or cfg.launcher.nproc)
+    found += problems_of_documents(cfg) if sound("batches", "attention", "probe") else []
     if sound("transfer", "model", "residual", "assignment", "optim", "max_steps"):
         refused = problems_of_transfer(cfg)
         found += refused or (problems_of_model(cfg) if sound("attention", "init") else [])
     return found
+
+
+def problems_of_documents(cfg: Settings) -> list[str]:
+    """What does not work with `batches.documents`."""
+    parts = {
+        "attention.logit_cap": cfg.attention.logit_cap,
+        "attention.qk_clip": cfg.attention.qk_clip,
+        "attention.head_gate=position": cfg.attention.head_gate == "position",
+        "probe.interval": cfg.probe.interval,
+    }
+    return [
+        f"batches.documents=true does not work with {key}, which does not know documents; switch one of them off"
+        for key, value in parts.items()
+        if value and cfg.batches.documents
+    ]
 
 
 def problems_of_model(cfg: Settings) -> list[str]:

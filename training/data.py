@@ -9,6 +9,21 @@ from training.settings import Settings
 from training.validate import ConfigError
 
 
+def separator_of(cfg: Settings, data: Dataset) -> tuple[int, bool] | None:
+    """`GPT.separator`: the token between documents and whether it begins one, if `batches.documents` asks for it.
+
+    Raises:
+        ConfigError: the data does not say it.
+    """
+    if not cfg.batches.documents:
+        return None
+    if data.separator is None:
+        raise ConfigError(
+            [f"batches.documents=true: the token between documents of {cfg.data.name} is not known; use false"]
+        )
+    return data.separator, data.separator_first
+
+
 def open_data(cfg: Settings) -> Dataset:
     """Open the data. With `data.auto_prepare`, prepare it first if it is missing.
 

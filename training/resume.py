@@ -39,6 +39,10 @@ HARMLESS = (
 )
 
 
+# Settings that older checkpoints do not have, and what the program did then.
+_BEFORE = {"batches": {"order": "replacement", "documents": False}}
+
+
 # The parts of a run's state and their types. The oldest states have "skipped", a number of updates, instead of "guard".
 _PARTS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("config", "model", "optimizers", "stability", "environment"), (dict,)),
@@ -106,7 +110,7 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or use "
             "resume=auto to continue the run there"
         )
-    changed = [] if cfg.allow_changes else check_same(loaded.state["config"], cfg.plain(), ignore=HARMLESS)
+    changed = [] if cfg.allow_changes else _changes(loaded, cfg)
     if loaded.state["data"] != data:
         changed.append(f"data: the shards in {cfg.data.dir} are not the data of the run")
     if changed:
@@ -115,6 +119,11 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             "resume=never and another output_dir:" + "".join(f"\n  - {c}" for c in changed)
         )
     return loaded
+
+
+def _changes(loaded: Loaded, cfg: Settings) -> list[str]:
+    """The settings that differ from those of a checkpoint and change the numbers, one line each."""
+    return check_same({**_BEFORE, **loaded.state["config"]}, cfg.plain(), ignore=HARMLESS)
 
 
 def check_parts(loaded: Loaded) -> None:
@@ -188,7 +197,7 @@ def restore(
     """
     state = loaded.state
     with foreign(loaded):
-        changed = [f"changed: {change}" for change in check_same(state["config"], cfg.plain(), ignore=HARMLESS)]
+        changed = [f"changed: {change}" for change in _changes(loaded, cfg)]
         missed = take_weights(model, loaded, allow_changes=cfg.allow_changes)
         missed += optimizers.load_state_dict(state["optimizers"])
         stability.load_state_dict(state["stability"])

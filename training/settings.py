@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from data.loader import ORDERS
 from data.settings import Count, Data
 from data.sources import SOURCES
 from model.config import Attention, Init, Shape
@@ -167,6 +168,14 @@ TRANSFERS = {"none": NoTransfer, "nu": NuTransfer}
 
 
 @dataclass(frozen=True)
+class Batches:
+    """How windows of tokens are drawn from the training split, and whether attention stays within a document."""
+
+    order: Annotated[str, ("options", ORDERS)]
+    documents: bool
+
+
+@dataclass(frozen=True)
 class Logger:
     """Weights & Biases; configs/logger."""
 
@@ -243,6 +252,7 @@ class Settings:
     transfer: Annotated[NoTransfer | NuTransfer, ("by", "rule"), ("types", TRANSFERS)]
     schedule: Schedule
     data: Annotated[Data, ("by", "source"), ("types", SOURCES)]
+    batches: Batches
     logger: Logger
     launcher: Launcher
     log: Log
