@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -396,89 +395,6 @@ def same_shards(one: Path, other: Path) -> bool:
     assert names[0] == names[1]
     assert open_dataset(one).manifest.splits == open_dataset(other).manifest.splits
     return all((one / n).read_bytes() == (other / n).read_bytes() for n in names[0] if n.endswith(".bin"))
-
-
-def killed_at(cfg: Data, calls: int) -> None:
-    """Prepare, and die by SIGKILL at the given call of something that changes a file."""
-    left = [calls]
-
-    def counted(function):
-        def call(*arguments, **options):
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return call
-
-    for place, name in (
-        (os, "fsync"),
-        (Path, "replace"),
-        (Path, "rename"),
-        (Path, "unlink"),
-        (writer.ShardWriter, "write"),
-        (writer.ShardWriter, "_open"),
-        (writer.ShardWriter, "finish"),
-        (writer.json, "dump"),
-    ):
-        setattr(place, name, counted(getattr(place, name)))
-    files.CHUNK_CHARS, writer.COMMIT_TOKENS = 300, 200
-    prepare(cfg, progress=False)
-
-
-def kill_and_continue(cfg: Data, calls: list[int]) -> int:
-    """Start a preparation again and again, each killed at the given call; returns how many were killed before the end."""
-    killed = 0
-    for number in calls:
-        process = multiprocessing.get_context("fork").Process(target=killed_at, args=(cfg, number))
-        process.start()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        killed += 1
-    prepare(cfg, progress=False)
-    return killed
-
-
-def test_a_preparation_killed_at_every_kind_of_moment_continues_to_the_same_bytes(tmp_path):
-    """One preparation that is killed over and over, and fresh ones that are killed once each."""
-    expected = whole(tmp_path)
-    cfg = text_config(tmp_path, dir=str(tmp_path / "over" / "text"))
-    assert kill_and_continue(cfg, list(range(9, 40, 3))) >= 5
-    assert same_shards(Path(cfg.dir), expected)
-    for calls in (1, 5, 24, 60, 75, 77):
-        cfg = text_config(tmp_path, dir=str(tmp_path / f"once_{calls}" / "text"))
-        kill_and_continue(cfg, [calls])
-        assert same_shards(Path(cfg.dir), expected)
-        assert os.listdir(Path(cfg.dir).parent) == ["text"]
-
-
-@pytest.mark.campaign
-def test_a_preparation_killed_at_every_moment_continues_to_the_same_bytes(tmp_path):
-    expected, calls, killed = whole(tmp_path), 0, 1
-    while killed:
-        calls += 1
-        cfg = text_config(tmp_path, dir=str(tmp_path / str(calls) / "text"))
-        killed = kill_and_continue(cfg, [calls])
-        assert same_shards(Path(cfg.dir), expected)
-    assert calls > 50
-
-
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_preparation_of_changed_text_starts_again(tmp_path, monkeypatch, changed):
-    cfg = text_config(tmp_path)
-    process = multiprocessing.get_context("fork").Process(target=killed_at, args=(cfg, 40))
-    process.start()
-    process.join()
-    assert (Path(cfg.dir).parent / ".text.partial" / "progress.json").exists()
-    if changed:
-        os.utime(tmp_path / "books.txt", ns=(0, 0))
-    starts, real = [], sources.TextFiles.chunks
-    monkeypatch.setattr(sources.TextFiles, "chunks", lambda cfg, f, at: starts.append(at) or real(cfg, f, at))
-    prepare(cfg, progress=False)
-    assert (starts == [(0, 0)]) is changed
-    assert same_shards(Path(cfg.dir), whole(tmp_path))
 
 
 def test_processes_that_prepare_at_once_wait_for_the_first(tmp_path, monkeypatch):
