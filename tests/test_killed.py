@@ -111,11 +111,12 @@ LITTLE_COMMITS = (
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(3600)
 def test_the_command_killed_at_random_times_with_its_workers_continues_to_the_same_bytes(tmp_path):
     """At least ten kills, by the clock, of the command as a user starts it; no process is left."""
     random.seed(int(os.environ.get("KILL_SEED", "0")))
     folder = Path(json.__file__).parent.parent
-    library = sorted([*folder.glob("*.py"), *folder.glob("[a-l]*/*.py")])
+    library = sorted([*folder.glob("*.py"), *folder.glob("[a-c]*/*.py")])
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(path.read_text(errors="replace") for path in library))
     with open(tmp_path / "b.jsonl", "w") as file:
         for path in library:

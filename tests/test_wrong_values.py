@@ -20,7 +20,7 @@ from training.validate import ConfigError
 CONFIGURATIONS = {
     "default": [],
     "paper": ["experiment=paper", "assignment=all_stiefel"],
-    "nugpt": ["experiment=nugpt_demo"],
+    "nugpt": ["experiment=nugpt_demo", "data=mix", "data.parts={a: 1}", "probe.interval=null"],
     "text": ["data=text", "residual=p_sphere", "attention=qk_clip", "schedule=wsd"],
     "fineweb": ["data=fineweb", "residual=sandwich_norm", "assignment=adamw", "optim.muon.blocks={}"],
     "geonorm": ["residual=geonorm", "attention=soft_cap", "optim.muon.lr_scale={attn: 0.5}"],
@@ -64,7 +64,7 @@ GROUPS = [
         FLAG,
         "model.bias model.rope model.tied model.unit_weights attention.qk_norm residual.learn_p optim.muon.nesterov",
     ),
-    (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval"),
+    (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval batches.documents"),
     (FLAG | OFF, "optim.muon.rule.compile"),
     (FLAG, "sweep.resume allow_changes compile " + " ".join(f"transfer.base.{name}" for name in BASE)),
     (SHARE, "model.dropout transfer.base.dropout optim.muon.momentum schedule.warmup_steps schedule.floor"),
@@ -72,7 +72,7 @@ GROUPS = [
     ({"0.5"}, "schedule.decay data.val_fraction"),
     (POSITIVE, "model.logit_scale residual.alpha residual.p init.weight_scale init.residual_scale"),
     (POSITIVE, "optim.muon.rule.alpha transfer.head_factor transfer.storage transfer.base.logit_scale"),
-    (POSITIVE, "stability.max_rise"),
+    (POSITIVE, "stability.max_rise data.parts.a"),
     (POSITIVE | OFF, "model.storage transfer.base.storage residual.storage attention.qk_clip attention.logit_cap"),
     (POSITIVE | OFF, "optim.muon.rule.norm_cap stability.z_threshold stability.warning.logit grad_clip"),
     (NOT_NEGATIVE, f"{RATES} optim.muon.lr_scale.attn"),  # a rate of 0 leaves its matrices as they are
@@ -81,13 +81,14 @@ GROUPS = [
     ({"1.5"}, "launcher.timeout_s"),
     ({"0"}, "data.split_seed seed"),
     ({"0", "null"}, "stability.max_skipped"),  # 0: the first update that is left out ends the run
-    (TEXT, "assignment.name data.name data.dir data.column data.repository data.subset logger.project sweep.name"),
-    (TEXT | OFF, "data.separator logger.group name output_dir"),
+    (TEXT, "assignment.name data.name data.dir data.column data.repository data.split logger.project sweep.name"),
+    (TEXT | OFF, "data.separator data.subset logger.group name output_dir"),
     ({"word"}, "resume"),  # the path of a checkpoint; no, off and yes are meant otherwise
     ({"null", "{}"}, "optim.muon.lr_scale optim.muon.blocks optim.adamw.lr_scale"),  # a mapping may be empty
     ({*TEXT, "[]"}, "data.files"),  # data.prepare asks for one if there is none
     ({*TEXT, "[]", "null"}, "data.val_files"),
-    ({"[]"}, "data.revisions"),
+    ({"[]"}, "data.revisions data.train data.val"),
+    ({"{}"}, "data.parts"),  # opening the data asks for one
     (OFF, "launcher.checksum_interval log.interval_spectra log.interval_certificate probe.interval"),
     (OFF, "optim.muon.rule.products checkpoint.interval stability.warning data.max_tokens data.expected"),
 ]
