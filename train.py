@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.in_order import InOrder, first_windows
-from data.loader import Loader, Prefetcher, validation_windows
+from data.loader import Prefetcher, validation_windows
 from model.probes import probe
 from model.spectra import Spectra
 from training import checkpoint
@@ -37,7 +36,7 @@ from training.batch import micro_batch_size
 from training.build import build
 from training.checks import check
 from training.coordinate import coordinate_check
-from training.data import open_data
+from training.data import batches_of, held_out_windows, open_data, separator_of
 from training.init_from import start_from
 from training.limits import machine_limits
 from training.log import Later, NoLog, RunLog
@@ -91,17 +90,16 @@ class Run:
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         dataset = open_data(cfg)
         self.data, self.val = dataset.fingerprint, dataset.val
-        block, windows = cfg.model.block_size, cfg.global_batch_tokens // cfg.model.block_size
-        reader = InOrder if cfg.reading == "in_order" else Loader
-        self.loader = reader(dataset.train, block, cfg.seed, windows, ranks.rank, ranks.world)
+        windows = cfg.global_batch_tokens // cfg.model.block_size
+        self.loader = batches_of(cfg, dataset.train, ranks.rank, ranks.world)
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
-        held_out = first_windows if cfg.reading == "in_order" else validation_windows
-        self.held_out = held_out(dataset.val, block, cfg.eval_windows)
+        self.held_out = held_out_windows(cfg, dataset.val)
         self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, self.device))
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
 
         torch.manual_seed(cfg.seed)
         self.model, self.optimizers = build(cfg, self.device)
+        self.model.separator = separator_of(cfg, dataset)
         self.stability = Stability(cfg.stability)
         if not ranks.is_main:
             torch.manual_seed(cfg.seed + ranks.rank)  # equal weights on all ranks, but different dropout

@@ -6,17 +6,15 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from data.settings import Data
+if TYPE_CHECKING:
+    from data.settings import Source
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def prepare_command(cfg: Data, configs: Path = CONFIGS) -> str:
+def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
     """The `python -m data.prepare` that leads to these settings.
 
     It names the file of configs/data that has the name of the dataset, or else of its source, and every setting that differs from that file.
@@ -36,6 +34,9 @@ def prepare_command(cfg: Data, configs: Path = CONFIGS) -> str:
 
 def _defaults(file: Path, name: str) -> dict[str, Any]:
     """The settings of a file of configs/data and of its `defaults`, under the given name; empty if they cannot be resolved without the rest of configs/."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         merged: Any = OmegaConf.to_container(OmegaConf.merge(_loaded(file), {"name": name}), resolve=True)
         return merged
@@ -44,6 +45,8 @@ def _defaults(file: Path, name: str) -> dict[str, Any]:
 
 
 def _loaded(file: Path) -> Any:
+    from omegaconf import OmegaConf
+
     content: Any = OmegaConf.load(file)
     bases = [base for base in content.pop("defaults", []) if base != "_self_"]
     return OmegaConf.merge(*(_loaded(file.with_name(f"{base}.yaml")) for base in bases), content)

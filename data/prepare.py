@@ -19,30 +19,23 @@ from typing import Any
 import numpy as np
 
 from data.command import CONFIGS
-from data.settings import Data
-from data.shards import (
-    FORMAT,
-    TOKEN,
-    DataError,
-    Manifest,
-    ShardWriter,
-    SplitInfo,
-    open_dataset,
-    require_name,
-    write_manifest,
-)
-from data.sources import Expected, OpenWebText
-from data.tokenizer import encode_documents, get_tokenizer
+from data.hub import Expected
+from data.parallel import encoded, workers_for
+from data.settings import Source
+from data.shards import FORMAT, TOKEN, DataError, Manifest, SplitInfo, open_dataset, require_name, write_manifest
+from data.tokenizer import get_tokenizer
+from data.writer import PROGRESS, Progress, sync_directory
 
 log = logging.getLogger(__name__)
 
 
-def prepare(cfg: Data, progress: bool = True) -> Path:
+def prepare(cfg: Source, progress: bool = True) -> Path:
     """Prepare the dataset that these settings describe; returns its directory.
 
     Does nothing if the directory already holds this dataset. Everything is written into a temporary directory beside it, which is
-    renamed at the end: an error, Ctrl-C or a full disk leaves nothing behind, and the next call removes what a killed process left. If
-    several processes prepare the same directory at the same time, the others wait for the first.
+    renamed at the end. After an error, Ctrl-C, a full disk or a kill, the same call continues: no document is repeated or lost, and the shards
+    are those of an uninterrupted preparation. If the settings or the input have changed, it starts again. If several processes prepare
+    the same directory at the same time, the others wait for the first.
 
     Raises:
         DataError: the directory holds something else, the source or the tokenizer cannot be read, or the directory cannot be written.
@@ -50,33 +43,34 @@ def prepare(cfg: Data, progress: bool = True) -> Path:
     require_name(cfg.name)
     directory = Path(cfg.dir).expanduser()
     if _holds(directory, cfg):
+        with contextlib.suppress(OSError):  # a killed process may have left it
+            (directory / PROGRESS).unlink(missing_ok=True)
         return directory
     if directory.resolve() in (here := Path.cwd(), *here.parents):
         raise DataError(
             f"data.dir={directory} is, or contains, the current directory; set it to a folder of its own, such as data/prepared/mine"
         )
-    written = 0
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(directory, cfg)
+        _require_space(directory, cfg, _published_bytes(cfg))
         with _temporary(directory) as temporary:
             if not _holds(directory, cfg):  # another process may have prepared it meanwhile
-                try:
-                    write_manifest(temporary, _write(temporary, cfg, progress))
-                    _sync(temporary)
-                except OSError:
-                    written = sum(file.stat().st_size for file in temporary.iterdir())
-                    raise
+                with Progress(temporary, cfg) as work:
+                    _require_space(directory, cfg, _estimated_bytes(work), work.tokens * TOKEN.itemsize)
+                    manifest = _write(work, progress)
+                write_manifest(temporary, manifest)
+                sync_directory(temporary)
                 temporary.rename(directory)
-                _sync(directory.parent)
+                sync_directory(directory.parent)
+                (directory / PROGRESS).unlink(missing_ok=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(_disk_is_full(directory, cfg, written)) from error
+            raise DataError(_disk_is_full(directory, cfg)) from error
         raise DataError(f"cannot write {directory} ({error}); set data.dir to a folder that can be written") from error
     return directory
 
 
-def _holds(directory: Path, cfg: Data) -> bool:
+def _holds(directory: Path, cfg: Source) -> bool:
     """Whether the directory holds the data of these settings; DataError if it holds anything else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
@@ -99,33 +93,24 @@ def _holds(directory: Path, cfg: Data) -> bool:
     return True
 
 
-def _write(directory: Path, cfg: Data, progress: bool) -> Manifest:
-    """Write the shards of both splits; returns their manifest."""
-    tokenizer = get_tokenizer(cfg.tokenizer)
-    threads = len(os.sched_getaffinity(0)) if tokenizer.name == "gpt2" else 1  # encoding bytes costs nothing
-    encoded = encode_documents(tokenizer, cfg.documents(), threads)
-    inputs = cfg.input_files()
-    shard_tokens, cap = cfg.shard_tokens, cfg.max_tokens
+def _write(work: Progress, shown: bool) -> Manifest:
+    """Write the shards of both splits, after those that are there already; returns their manifest."""
+    cfg, tokenizer = work.cfg, get_tokenizer(work.cfg.tokenizer)
+    size = sum(file.size for file in work.files) - work.read if work.files else None
+    chunks = cfg.chunks(work.files, work.position)
     with (
-        ShardWriter(directory, "train", shard_tokens) as train,
-        ShardWriter(directory, "val", shard_tokens) as val,
-        contextlib.closing(encoded),
-        _progress(cfg, progress) as report,
+        contextlib.closing(encoded(cfg.tokenizer, chunks, workers_for(cfg.tokenizer, size))) as found,
+        _shown(work, shown) as show,
     ):
-        writers = {"train": train, "val": val}
-        for split, ids in encoded:
-            if split == "train" and cap is not None:
-                ids = ids[: cap - train.tokens]
-            documents = int(np.count_nonzero(ids == tokenizer.eot))  # complete ones only: the cap may cut the last
-            writers[split].write(ids, documents)
-            report(documents, train.tokens + val.tokens)
-            if cap is not None and train.tokens >= cap and val.tokens:
-                break
-        splits = {split: writer.finish() for split, writer in writers.items()}
+        while not work.full and (part := next(found, None)) is not None:
+            work.add(*part, tokenizer.eot)
+            work.save(always=False)
+            show()
+    work.save()
+    splits = {writer.split: writer.finish() for writer in (work.train, work.val)}
     for split, info in splits.items():
         if not info.tokens:
             raise DataError(_empty(split, splits))
-    expected = _compare(splits, cfg)
     return Manifest(
         format=FORMAT,
         name=cfg.name,
@@ -134,8 +119,8 @@ def _write(directory: Path, cfg: Data, progress: bool) -> Manifest:
         vocab_size=tokenizer.vocab_size,
         splits=splits,
         settings=cfg.content,
-        inputs=inputs,
-        expected=expected,
+        inputs={file.path: file.size for file in work.files},
+        expected=_compare(splits, cfg),
         made_by=_made_by(),
     )
 
@@ -151,7 +136,7 @@ def _empty(split: str, splits: Mapping[str, SplitInfo]) -> str:
     return f"none of the {total} documents fell into the split {split!r}; {remedy}"
 
 
-def _compare(splits: Mapping[str, SplitInfo], cfg: Data) -> dict[str, Any]:
+def _compare(splits: Mapping[str, SplitInfo], cfg: Source) -> dict[str, Any]:
     """The published counts, and whether ours are equal; a difference is logged as a warning with both numbers."""
     expected = _expected(cfg)
     if expected is None or expected.tokenizer != cfg.tokenizer or cfg.max_tokens is not None:
@@ -168,8 +153,8 @@ def _compare(splits: Mapping[str, SplitInfo], cfg: Data) -> dict[str, Any]:
     return {**published, "met": not different}
 
 
-def _expected(cfg: Data) -> Expected | None:
-    return cfg.expected if isinstance(cfg, OpenWebText) else None
+def _expected(cfg: Source) -> Expected | None:
+    return getattr(cfg, "expected", None)
 
 
 def _made_by() -> dict[str, str]:
@@ -183,30 +168,40 @@ def _made_by() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _progress(cfg: Data, shown: bool) -> Iterator[Any]:
-    """A function of (new documents, tokens so far) that updates a progress bar: documents, documents/s, tokens, tokens/s."""
+def _shown(work: Progress, shown: bool) -> Iterator[Any]:
+    """A function that updates a progress bar: percent and time left if the size of the input is known, documents, tokens, tokens/s."""
     from tqdm import tqdm
 
-    expected = _expected(cfg)
-    total = expected and expected.documents
-    with tqdm(total=total, desc=cfg.name, unit=" documents", unit_scale=True, disable=not shown) as bar:
+    known = work.share is not None
+    layout = (
+        "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+        if known
+        else "{desc} {elapsed}{postfix}"
+    )
+    first, before = 100 * (work.share or 0), work.tokens
+    if before and shown:
+        print(f"{work.cfg.name}: continues after {work.documents:,} documents, {before:,} tokens", file=sys.stderr)
+    with tqdm(
+        total=100 if known else None, initial=first, desc=work.cfg.name, bar_format=layout, disable=not shown
+    ) as bar:
 
-        def report(documents: int, tokens: int) -> None:
-            bar.update(documents)
+        def show() -> None:
             if shown:
-                rate = tokens / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(f"{tokens / 1e6:,.1f}M tokens, {rate / 1e6:.2f}M tokens/s", refresh=False)
+                rate = (work.tokens - before) / max(bar.format_dict["elapsed"], 1e-3)
+                counts = f"{work.documents:,} documents, {work.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.2f}M tokens/s"
+                bar.set_postfix_str(counts, refresh=False)
+                bar.update(100 * (work.share or 0) - bar.n)
 
-        yield report
+        yield show
 
 
 @contextlib.contextmanager
 def _temporary(directory: Path) -> Iterator[Path]:
-    """An empty directory beside `directory`, locked by this process; removed at the end unless it was renamed.
+    """A directory beside `directory`, locked by this process. At the end it is removed, unless it was renamed or holds a saved progress.
 
     The lock is on the directory itself, so no lock file is left behind. The kernel releases it when the process ends.
     """
-    path = directory.with_name(f".{directory.name}.partial")
+    path = _temporary_name(directory)
     while True:
         path.mkdir(exist_ok=True)
         try:
@@ -218,13 +213,15 @@ def _temporary(directory: Path) -> Iterator[Path]:
             break
         os.close(lock)  # it was renamed or removed while we waited
     try:
-        for stale in path.iterdir():  # left by a killed process
-            stale.unlink()
         yield path
     finally:
-        if _is_same(path, lock):
+        if _is_same(path, lock) and not (path / PROGRESS).exists():
             shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+def _temporary_name(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.partial")
 
 
 def _is_same(path: Path, descriptor: int) -> bool:
@@ -234,37 +231,40 @@ def _is_same(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _sync(directory: Path) -> None:
-    """Write the names in a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _needed_bytes(cfg: Data) -> int | None:
-    """The size of all shards, if published counts tell it."""
+def _published_bytes(cfg: Source) -> int:
+    """The size of all shards, if published counts tell it; otherwise 0."""
     expected = _expected(cfg)
     if expected is None or expected.tokenizer != cfg.tokenizer:
-        return None
+        return 0
     return TOKEN.itemsize * (min(expected.train_tokens, cfg.max_tokens or expected.train_tokens) + expected.val_tokens)
 
 
-def _require_space(directory: Path, cfg: Data) -> None:
-    """Raise DataError before anything is written if the disk is known to be too small."""
-    needed = _needed_bytes(cfg)
-    if needed is not None and shutil.disk_usage(directory.parent).free < needed:
-        raise DataError(_disk_is_full(directory, cfg, written=0))
+# Bytes of text a token: more than the text of most languages has, so that the estimate is low.
+_BYTES_A_TOKEN = {"bytes": 1.0, "gpt2": 5.0}
 
 
-def _disk_is_full(directory: Path, cfg: Data, written: int) -> str:
-    needed = _needed_bytes(cfg)
-    needs = f"more than the {_size(written)} written so far" if needed is None else _size(needed)
-    free = _size(shutil.disk_usage(directory.parent).free)  # what was written has already been removed
+def _estimated_bytes(work: Progress) -> int:
+    """The least that the shards will need, from the size of the input (compressed files become larger); 0 if that is not known."""
+    cfg = work.cfg
+    tokens = sum(file.size for file in work.files) / _BYTES_A_TOKEN[cfg.tokenizer]
+    return _published_bytes(cfg) or TOKEN.itemsize * int(min(tokens, cfg.max_tokens or tokens))
+
+
+def _require_space(directory: Path, cfg: Source, needed: int, there: int = 0) -> None:
+    """Raise DataError before anything is written if the disk is known to be too small for `needed` bytes, of which `there` are written."""
+    if shutil.disk_usage(directory.parent).free < needed - there:
+        raise DataError(_disk_is_full(directory, cfg, needed))
+
+
+def _disk_is_full(directory: Path, cfg: Source, needed: int = 0) -> str:
+    temporary = _temporary_name(directory)
+    written = sum(file.stat().st_size for file in temporary.iterdir()) if temporary.exists() else 0
+    needed = needed or _published_bytes(cfg)
+    needs = f"at least {_size(needed)}" if needed else f"more than the {_size(written)} written so far"
+    kept = f"; {_size(written)} are kept in {temporary}, and the same command continues" if written else ""
     return (
-        f"the disk of {directory.parent.resolve()} is too small: {cfg.name} needs {needs} and {free} are free; "
-        "free some space, or set data.dir to a folder on a larger disk (no files were left behind)"
+        f"the disk of {directory.parent.resolve()} is too small: {cfg.name} needs {needs} and "
+        f"{_size(shutil.disk_usage(directory.parent).free)} are free; free some space, or set data.dir to a folder on a larger disk{kept}"
     )
 
 
@@ -290,6 +290,11 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
             cfg = read_data(OmegaConf.to_container(compose("config", overrides=arguments).data, resolve=True))
+        if not isinstance(cfg, Source):
+            print(
+                f"data={cfg.source} reads tokens that are there already; check them with: python -m data.verify {cfg.dir}"
+            )
+            return 2
         directory = prepare(cfg)
         print(_counts(directory, cfg))
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
@@ -299,12 +304,12 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; no files were left behind", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
 
 
-def _counts(directory: Path, cfg: Data) -> str:
+def _counts(directory: Path, cfg: Source) -> str:
     """The counts of a prepared directory, as text."""
     manifest = open_dataset(directory, verify=False, settings=cfg).manifest
     lines = [f"{cfg.name} in {directory}: tokenizer {manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"]

@@ -1,4 +1,4 @@
-"""Token shards on disk: how they are written, verified and read.
+"""Token shards on disk: how they are verified and read. data/writer.py writes them.
 
 A prepared dataset is a directory of
 
@@ -10,20 +10,25 @@ A prepared dataset is a directory of
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.command import prepare_command
-from data.settings import Data
+
+if TYPE_CHECKING:
+    from data.settings import Source
 
 FORMAT = 1
 TOKEN = np.dtype("<u2")
@@ -79,20 +84,36 @@ class Manifest:
     def fingerprint(self) -> str:
         """SHA-256 of the tokens and their splits: the same text has the same fingerprint on every machine."""
         splits = {split: asdict(info) for split, info in self.splits.items()}
-        return _digest([self.format, self.tokenizer, self.vocab_size, splits])
+        return digest([self.format, self.tokenizer, self.vocab_size, splits])
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split as a sequence of tokens; threads and processes may share it."""
+    """One split as a sequence of tokens; threads and processes may share it.
+
+    header: bytes before the tokens of each file. limit: if the files were not verified, the size of the vocabulary that tokens are compared
+    with when they are read.
+    """
 
     directory: Path
     shards: tuple[Shard, ...]
+    header: int = 0
+    limit: int | None = None
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Number of tokens in the split."""
-        return sum(shard.tokens for shard in self.shards)
+        return self._ends[-1]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Position after the last token of each shard, behind a 0."""
+        return [0, *accumulate(shard.tokens for shard in self.shards)]
+
+    @cached_property
+    def _opened(self) -> dict[int, io.FileIO]:
+        """The files that were read, by their number. They stay open: opening one takes longer than reading a window."""
+        return {}
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens `start : start + length` as a new array (length,) uint16, across shard borders.
@@ -100,100 +121,100 @@ class Split:
         The file is read, not memory-mapped, so that the resident memory of a long run does not grow.
 
         Raises:
-            IndexError: outside the split. DataError: a shard was removed or truncated after the dataset was opened.
+            IndexError: outside the split. DataError: a shard is missing or was truncated after the dataset was opened, or holds a token that
+                is not in the vocabulary.
         """
         if start < 0 or length < 0 or start + length > self.tokens:
             raise IndexError(f"tokens {start} to {start + length} of a split of {self.tokens}; stay inside the split")
-        out = np.empty(length, dtype=np.uint16)
-        done, first = 0, 0  # tokens copied so far; position of the shard's first token in the split
-        for shard in self.shards:
-            offset = start + done - first
-            if done < length and offset < shard.tokens:
-                count = min(length - done, shard.tokens - offset)
-                out[done : done + count] = _read_file(self.directory / shard.file, offset, count)
-                done += count
-            first += shard.tokens
+        out = np.empty(length, dtype=TOKEN)
+        number, done = bisect_right(self._ends, start) - 1, 0
+        while done < length:
+            offset = start + done - self._ends[number]
+            count = min(length - done, self.shards[number].tokens - offset)
+            self._read_into(out[done : done + count], number, self.header + offset * TOKEN.itemsize)
+            done, number = done + count, number + 1
+        if self.limit is not None and length and out.max() >= self.limit:
+            raise DataError(
+                f"a file of {self.directory} holds token {out.max()}, but its vocabulary is {self.limit}; "
+                f"find it with: python -m data.verify {self.directory}"
+            )
         return out
+
+    def _read_into(self, out: np.ndarray, number: int, offset: int) -> None:
+        """Fill `out` (n,) uint16 from the byte `offset` of a file."""
+        try:
+            if number not in self._opened:
+                self._opened[number] = io.FileIO(self.directory / self.shards[number].file)
+            size = os.preadv(self._opened[number].fileno(), [out.data], offset)
+        except OSError as error:
+            raise DataError(
+                f"cannot read shard {self.directory / self.shards[number].file} ({error}); prepare the data again in another "
+                "folder (data.dir)"
+            ) from error
+        if size != out.nbytes:
+            raise DataError(
+                f"shard {self.directory / self.shards[number].file} was truncated while it was used; prepare the data again in "
+                "another folder (data.dir)"
+            )
+
+    @property
+    def parts(self) -> tuple[Split, ...]:
+        """As of a mixture: this split alone."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """As of a mixture."""
+        return (1.0,)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The same split of several corpora, with the weight of each; only the ratios matter."""
+
+    parts: tuple[Split, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all parts."""
+        return sum(part.tokens for part in self.parts)
+
+
+Tokens = Split | Mixture
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared directory that was checked."""
+    """Data that was opened. fingerprint: a checkpoint stores it, so that a run is not resumed on other data.
 
-    directory: Path
-    manifest: Manifest
-    train: Split
-    val: Split
-
-    @property
-    def fingerprint(self) -> str:
-        """The manifest's fingerprint; a checkpoint stores it, so that a run is not resumed on other data."""
-        return self.manifest.fingerprint
-
-
-class ShardWriter:
-    """Writes one split into `directory`, a new file every `shard_tokens` tokens; `finish` returns what was written.
-
-    Every finished file is hashed and on the disk (fsync). As a context manager, it closes an unfinished file at the end.
-
-    Raises:
-        DataError: `shard_tokens` is below 1. OSError: a file cannot be written.
+    separator: the token between documents, None if it is not known. separator_first: whether it begins a document, as in the files of the speedruns; otherwise it
+    ends one.
     """
 
-    def __init__(self, directory: Path, split: str, shard_tokens: int):
-        if shard_tokens < 1:
-            raise DataError(f"data.shard_tokens={shard_tokens} leaves no room for a token; set it to 1 or more")
-        self.directory, self.split, self.shard_tokens = directory, split, shard_tokens
-        self.tokens = 0
-        self.documents = 0
-        self._shards: list[Shard] = []
-        self._file: Any = None
-        self._in_shard = 0
+    fingerprint: str
+    vocab_size: int
+    tokenizer: str
+    separator: int | None
+    separator_first: bool
+    train: Tokens
+    val: Tokens
 
-    def __enter__(self) -> ShardWriter:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # on a full disk closing fails too; the first error is the one to report
-                self._file.close()
+@dataclass(frozen=True)
+class Prepared(Dataset):
+    """A prepared directory that was checked."""
 
-    def write(self, ids: np.ndarray, documents: int) -> None:
-        """Append `ids` (n,) uint16, which are the tokens of `documents` documents."""
-        ids = ids.astype(TOKEN, copy=False)
-        self.documents += documents
-        self.tokens += len(ids)
-        while len(ids):
-            if self._file is None:
-                self._file = open(self.directory / f"{self.split}_{len(self._shards):05d}.bin", "wb")  # noqa: SIM115
-                self._sha, self._in_shard = hashlib.sha256(), 0
-            part, ids = np.split(ids, [self.shard_tokens - self._in_shard])
-            raw = part.tobytes()
-            self._file.write(raw)
-            self._sha.update(raw)
-            self._in_shard += len(part)
-            if self._in_shard == self.shard_tokens:
-                self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        name = Path(self._file.name).name
-        self._shards.append(Shard(name, self._in_shard, self._sha.hexdigest()))
-        self._file = None
-
-    def finish(self) -> SplitInfo:
-        """Finish the last shard; returns the counts of the split."""
-        if self._file is not None:
-            self._finish_shard()
-        return SplitInfo(self.tokens, self.documents, tuple(self._shards))
+    train: Split
+    val: Split
+    directory: Path
+    manifest: Manifest
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json with a checksum of its content; it is on the disk when this returns."""
     content = json.loads(json.dumps(asdict(manifest)))
-    content["checksum"] = _digest(content)
+    content["checksum"] = digest(content)
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()
@@ -216,7 +237,7 @@ def read_manifest(directory: Path) -> Manifest:
         checksum = content.pop("checksum")
         if content["format"] != FORMAT:
             raise DataError(f"{path} has format {content['format']!r}, this code reads format {FORMAT}; {_ANEW}")
-        if checksum != _digest(content):
+        if checksum != digest(content):
             raise DataError(f"{path} is damaged: its checksum does not match its content; {_ANEW}")
         splits = {
             name: SplitInfo(info["tokens"], info["documents"], tuple(Shard(**shard) for shard in info["shards"]))
@@ -258,7 +279,7 @@ def _problem_of(manifest: Manifest) -> str | None:
     return None
 
 
-def open_dataset(directory: str | Path, verify: bool = True, settings: Data | None = None) -> Dataset:
+def open_dataset(directory: str | Path, verify: bool = True, settings: Source | None = None) -> Prepared:
     """Open a prepared directory and check it against its manifest.
 
     The size of every shard is always checked. With `verify`, its SHA-256 and its largest token are checked too. verified.json records the
@@ -288,11 +309,21 @@ def open_dataset(directory: str | Path, verify: bool = True, settings: Data | No
     remedy = f"move {directory} elsewhere and run: {command}"
     shards = [shard for info in manifest.splits.values() for shard in info.shards]
     for shard in shards:
-        _check_size(directory / shard.file, shard, remedy)
+        if wrong := size_problem(directory / shard.file, shard):
+            raise DataError(f"shard {directory / shard.file} is {wrong}; {remedy}")
     if verify:
         _check_hashes(directory, shards, manifest.vocab_size, remedy)
-    splits = {split: Split(directory, manifest.splits[split].shards) for split in ("train", "val")}
-    return Dataset(directory, manifest, **splits)
+    train, val = (Split(directory, manifest.splits[split].shards) for split in ("train", "val"))
+    separator = eot_of(manifest.tokenizer)
+    about = (manifest.fingerprint, manifest.vocab_size, manifest.tokenizer, separator, False)
+    return Prepared(*about, train, val, directory, manifest)
+
+
+def eot_of(tokenizer: str) -> int | None:
+    """The id after each document; None for a tokenizer that is not known here."""
+    from data.tokenizer import TOKENIZERS
+
+    return TOKENIZERS[tokenizer].eot if tokenizer in TOKENIZERS else None
 
 
 def require_name(name: Any) -> None:
@@ -306,13 +337,13 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
-def _check_size(path: Path, shard: Shard, remedy: str) -> None:
+def size_problem(path: Path, shard: Shard) -> str:
+    """What is wrong with the size of a file; "" if nothing is."""
     if not path.is_file():
-        raise DataError(f"shard {path} is missing; {remedy}")
+        return "missing"
     size, expected = path.stat().st_size, shard.tokens * TOKEN.itemsize
-    if size != expected:
-        how = "truncated" if size < expected else "altered"
-        raise DataError(f"shard {path} is {how}: {size:,} bytes instead of {expected:,}; {remedy}")
+    how = "truncated" if size < expected else "altered"
+    return "" if size == expected else f"{how}: {size:,} bytes instead of {expected:,}"
 
 
 def _check_hashes(directory: Path, shards: list[Shard], vocab_size: int, remedy: str) -> None:
@@ -325,7 +356,7 @@ def _check_hashes(directory: Path, shards: list[Shard], vocab_size: int, remedy:
     if not fresh:
         return
     with ThreadPoolExecutor(min(len(fresh), 8)) as pool:  # hashing releases the GIL
-        found = pool.map(_hash_file, [directory / shard.file for shard in fresh])
+        found = pool.map(hash_file, [directory / shard.file for shard in fresh])
         for shard, (digest, largest) in zip(fresh, found):
             path = directory / shard.file
             if digest != shard.sha256:
@@ -352,30 +383,17 @@ def _write_verified(directory: Path, states: Mapping[str, list]) -> None:
         temporary.unlink(missing_ok=True)  # a read-only directory: verified again next time
 
 
-def _read_file(path: Path, offset: int, count: int) -> np.ndarray:
-    try:
-        tokens = np.fromfile(path, dtype=TOKEN, count=count, offset=offset * TOKEN.itemsize)
-    except OSError as error:
-        raise DataError(
-            f"cannot read shard {path} ({error}); prepare the data again in another folder (data.dir)"
-        ) from error
-    if len(tokens) != count:
-        raise DataError(
-            f"shard {path} was truncated while it was used; prepare the data again in another folder (data.dir)"
-        )
-    return tokens
-
-
-def _hash_file(path: Path) -> tuple[str, int]:
-    """SHA-256 and largest token (-1: none) of a shard."""
+def hash_file(path: Path, skip: int = 0) -> tuple[str, int]:
+    """SHA-256 and largest token (-1: none) of a shard, without its first `skip` bytes."""
     sha, largest = hashlib.sha256(), -1
     with open(path, "rb") as file:
+        file.seek(skip)
         while block := file.read(1 << 22):
             sha.update(block)
             largest = max(largest, int(np.frombuffer(block, TOKEN).max()))
     return sha.hexdigest(), largest
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

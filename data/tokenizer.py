@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Protocol
 
@@ -91,7 +89,7 @@ class GPT2Tokenizer:
         return [*map(self._encoding.decode_single_token_bytes, range(self.eot)), b""]
 
 
-TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
 @lru_cache
@@ -100,46 +98,3 @@ def get_tokenizer(name: str) -> Tokenizer:
     if name not in TOKENIZERS:
         raise DataError(f"there is no tokenizer {name!r}; set data.tokenizer to one of {', '.join(sorted(TOKENIZERS))}")
     return TOKENIZERS[name]()
-
-
-def encode_documents(
-    tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], threads: int, batch_chars: int = 1 << 20
-) -> Generator[tuple[str, np.ndarray], None, None]:
-    """Encode a stream of (split, text), in order, on `threads` threads and in bounded memory.
-
-    Yields (split, ids (n,) uint16); each document is followed by `eot`. A batch has about `batch_chars` characters; at most two batches
-    for each thread are read ahead.
-    """
-
-    def encode(texts: list[str]) -> np.ndarray:
-        eot = np.array([tokenizer.eot], dtype=np.uint16)
-        return np.concatenate([part for text in texts for part in (tokenizer.encode(text), eot)])
-
-    pending: deque = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for split, texts in _batches(documents, batch_chars):
-            pending.append((split, pool.submit(encode, texts)))
-            if len(pending) > 2 * threads:
-                split, ids = pending.popleft()
-                yield split, ids.result()
-        while pending:
-            split, ids = pending.popleft()
-            yield split, ids.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _batches(documents: Iterable[tuple[str, str]], batch_chars: int) -> Iterator[tuple[str, list[str]]]:
-    """Groups of consecutive documents of one split with at least `batch_chars` characters, the last of a split excepted."""
-    current, chars = "", 0
-    texts: list[str] = []
-    for split, text in documents:
-        if texts and (split != current or chars >= batch_chars):
-            yield current, texts
-            texts, chars = [], 0
-        current = split
-        texts.append(text)
-        chars += len(text)
-    if texts:
-        yield current, texts

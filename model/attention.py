@@ -62,6 +62,21 @@ class KeyValueCache:
         return self.stored[0, :, :, : self.length], self.stored[1, :, :, : self.length]
 
 
+def document_mask(x: Tensor, separator: int, first: bool) -> tuple[Tensor, Tensor]:
+    """What a token may attend to if the windows x (B, T) int64 consist of documents: the tokens of its own document up to itself.
+
+    separator: the token that ends a document; or begins one, if `first`.
+
+    Returns:
+        The mask (B, 1, T, T) bool, and the position of each token in its document (B, T) int64.
+    """
+    starts = x == separator if first else F.pad(x[:, :-1] == separator, (1, 0))
+    number, place = starts.cumsum(1), torch.arange(x.size(1), device=x.device)
+    begun = torch.where(starts, place, 0).cummax(1).values
+    mask = (number[:, :, None] == number[:, None, :]).tril()
+    return mask[:, None], place - begun
+
+
 class HeadGate(nn.Module):
     """A gate g ∈ (0, 2) for each token and head, applied to the head's output before the output projection.
 

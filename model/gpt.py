@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import PG_OP_OVERHEAD, KeyValueCache
+from model.attention import PG_OP_OVERHEAD, KeyValueCache, document_mask
 from model.config import GPTConfig
 from model.generate import Sampling, stream
 from model.layers import MLPS, CausalSelfAttention
@@ -30,9 +30,9 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.rounded = config.stream_dtype == "bfloat16"
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, T, d) → (B, T, d); see CausalSelfAttention for the cache."""
-        attn: typing.Any = self.attn if cache is None else partial(self.attn, cache=cache)
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d). cache, mask: see `CausalSelfAttention.forward`."""
+        attn: typing.Any = self.attn if cache is None and mask is None else partial(self.attn, cache=cache, mask=mask)
         x = self.kept(self.ln_1(x, attn))
         return self.kept(self.ln_2(x, self.mlp))
 
@@ -61,6 +61,9 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 under nanoGPT's parameter names: transformer.{wte, wpe, h.<i>.{ln_1, attn, ln_2, mlp}, ln_f}, lm_head tied to wte.
 
+    separator: unless None, the token between documents and whether it begins one: then a token attends only to its own document, where
+    positions start at 0. The configuration of a model does not hold it, because it is of the data.
+
     Initialisation: N(0, 0.02); the residual rule initialises the matrices that write into the stream; then the factors of `Init`.
 
     Raises:
@@ -72,6 +75,7 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
+        self.separator: tuple[int, bool] | None = None
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         if config.tied:
@@ -140,24 +144,25 @@ class GPT(nn.Module):
         W = self.lm_head.weight
         return W if self.s_z is None else W * self.s_z().unsqueeze(1)
 
-    def embed(self, x: Tensor, start: int = 0) -> Tensor:
-        """Token ids (B, T) int64, the first at position `start` → the stream (B, T, d) before the first block."""
+    def embed(self, x: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) int64 → the stream (B, T, d) before the first block. positions: (B, T) int64; None for those from `start` on."""
         stop = start + x.size(1)
         if self.config.block_size < stop:
             raise ValueError(f"a sequence of {stop} tokens exceeds model.block_size={self.config.block_size}; crop it")
         h = self.transformer.wte(x)
         if self.transformer.wpe is not None:
-            h = h + self.transformer.wpe(torch.arange(start, stop, device=x.device))
+            h = h + self.transformer.wpe(torch.arange(start, stop, device=x.device) if positions is None else positions)
         return self.transformer.entry(self.transformer.drop(h))
 
     def features(self, x: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Token ids (B, T) int64 → the last hidden state (B, T, d), after the final norm of the residual rule.
 
-        With `caches` (see `new_caches`), x follows the tokens that they hold.
+        With `caches` (see `new_caches`), x follows the tokens that they hold; all are then one document.
         """
-        h = self.embed(x, caches[0].length if caches else 0)
+        mask, positions = document_mask(x, *self.separator) if self.separator and caches is None else (None, None)
+        h = self.embed(x, caches[0].length if caches else 0, positions)
         for layer, block in enumerate(self.transformer.h):
-            h = block(h, caches[layer]) if caches else block(h)
+            h = block(h, caches[layer] if caches else None, mask)
         return self.transformer.ln_f(h)
 
     def new_caches(self) -> list[KeyValueCache]:

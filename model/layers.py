@@ -96,8 +96,11 @@ class CausalSelfAttention(nn.Module):
             q = q * cast(self.qk_clip.gain, v.dtype)
         return q, k, v
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, T, d) → (B, T, d). With a cache, x follows the tokens whose keys and values are in it, and is added to them."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d). With a cache, x follows the tokens whose keys and values are in it, and is added to them.
+
+        mask: (B, 1, T, T) bool, what each token attends to; None for all earlier tokens and itself. It needs an empty cache, or none.
+        """
         T, start = x.size(1), 0 if cache is None else cache.length
         q, k, v = self.heads(x, start)
         if cache is not None:
@@ -109,9 +112,10 @@ class CausalSelfAttention(nn.Module):
             y = capped_attention(q, k, v, self.logit_cap, dropout, self.scale)
         else:
             # After cached tokens, a single query sees every key; several queries need a mask, because is_causal aligns the first ones.
-            seen = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start) if start and T > 1 else None
-            causal = start == 0
-            y = F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=causal, scale=self.scale)
+            if start and T > 1:
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+            causal = start == 0 and mask is None
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=self.scale)
         if self.head_gate is not None:
             y = y * self.head_gate(x, start)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))

@@ -167,7 +167,9 @@ def work(arguments: list[str]) -> int:
             raise UsageError(f"{others[0]}: {error}") from error
         windows = validation_windows(getattr(dataset, options["split"]), T, options["windows"] or None)
         found[T] = measure(longer, windows, tokenizer.token_bytes())
-    print(f"{others[0]}, step {step}, on {options['split']} of {dataset.directory}, loss in nats a token")
+    print(
+        f"{others[0]}, step {step}, on {options['split']} of {options['data'] or config['data']['name']}, loss in nats a token"
+    )
     print(summary_table(found).text(), position_table(found, model.config.block_size).text(), sep="\n\n")
     if options["tasks"]:
         from scripts.harness import evaluate_tasks  # lm-eval takes seconds to import

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import shards, sources
+from data import files, shards, sources, writer
 from data.command import prepare_command
 from data.prepare import prepare
 from data.settings import Data
@@ -119,8 +118,8 @@ def test_a_shard_damaged_while_in_use_is_named(prepared):
 
 def test_shards_are_hashed_once(prepared, monkeypatch):
     hashed = []
-    real = shards._hash_file
-    monkeypatch.setattr(shards, "_hash_file", lambda path: hashed.append(path.name) or real(path))
+    real = shards.hash_file
+    monkeypatch.setattr(shards, "hash_file", lambda path: hashed.append(path.name) or real(path))
     count = len(open_dataset(prepared).train.shards) + 1
     assert len(hashed) == count
     open_dataset(prepared)
@@ -179,6 +178,7 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch):
         ],
         ["data=text", "data.name='a|b $x'", "data.files=x.txt", "data.separator=null", "data.dir=/nowhere"],
         ["data=fineweb", "data.max_tokens=1000", "data.val_fraction=0.00001"],
+        ["data=hub", "data.name=wiki", "data.repository=wikimedia/wikipedia", "data.revisions=[abc,null]"],
         ["data=stdlib", "data.dir=somewhere/else", "data.auto_prepare=false"],
     ],
     ids=lambda overrides: overrides[1] if len(overrides) > 1 else overrides[0],
@@ -213,7 +213,7 @@ def forge(prepared: Path, change) -> None:
     content = json.loads((prepared / "manifest.json").read_text())
     del content["checksum"]
     change(content)
-    content["checksum"] = shards._digest(content)
+    content["checksum"] = shards.digest(content)
     (prepared / "manifest.json").write_text(json.dumps(content))
 
 
@@ -329,83 +329,85 @@ def nothing_left(cfg: Data) -> bool:
 
 def test_a_full_disk_leaves_nothing_and_says_how_much(tmp_path, monkeypatch):
     cfg = text_config(tmp_path)
-    real = shards.ShardWriter._finish_shard
+    real = writer.ShardWriter._finish_shard
 
     def full_after_two(writer):
         real(writer)
         if writer.split == "train" and len(writer._shards) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shards.ShardWriter, "_finish_shard", full_after_two)
-    with pytest.raises(
-        DataError, match=r"disk of .*prepared is too small: text needs more than the [4-9]\S* kB.*data\.dir"
-    ):
-        prepare(cfg, progress=False)
+    with monkeypatch.context() as full:
+        full.setattr(writer.ShardWriter, "_finish_shard", full_after_two)
+        with pytest.raises(DataError, match=r"disk of .*prepared is too small: text needs .*data\.dir"):
+            prepare(cfg, progress=False)
     assert nothing_left(cfg)
 
 
 def test_a_disk_known_to_be_too_small_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.OpenWebText, "documents", lambda cfg: pytest.fail("must not be asked"))
+    monkeypatch.setattr(sources.OpenWebText, "inputs", lambda cfg: pytest.fail("must not be asked"))
     usage = type("usage", (), {"free": 10_000_000_000})
     monkeypatch.setattr("data.prepare.shutil.disk_usage", lambda path: usage)
     cfg = config("openwebtext", tmp_path)
-    with pytest.raises(DataError, match=r"openwebtext needs 18\.1 GB and 10\.0 GB are free"):
+    with pytest.raises(DataError, match=r"openwebtext needs at least 18\.1 GB and 10\.0 GB are free"):
         prepare(cfg, progress=False)
     assert nothing_left(cfg)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DataError("source broke"), RuntimeError("bug")])
-def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, error):
-    def source(cfg):
-        yield "train", "x" * 5000
-        yield "val", "x"
-        raise error
-
-    monkeypatch.setattr(sources.TextFiles, "documents", source)
+def test_after_an_interruption_the_same_call_continues(tmp_path, monkeypatch, error):
     cfg = text_config(tmp_path)
+    real, read = sources.TextFiles.chunks, []
+    monkeypatch.setattr(files, "CHUNK_CHARS", 500)
+
+    def breaking(cfg, inputs, start):
+        for chunk in real(cfg, inputs, start):
+            read.append(chunk.position)
+            yield chunk
+            if len(read) == 2:
+                raise error
+
+    monkeypatch.setattr(sources.TextFiles, "chunks", breaking)
     with pytest.raises(error if isinstance(error, type) else type(error)):
+        prepare(cfg, progress=False)
+    assert os.listdir(Path(cfg.dir).parent) == [".text.partial"]
+    directory = prepare(cfg, progress=False)
+    assert os.listdir(directory.parent) == ["text"]
+    assert len(read) == len(set(read)) > 3
+    assert same_shards(directory, whole(tmp_path))
+
+
+def test_an_error_before_the_first_document_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.TextFiles, "chunks", lambda *_: pytest.fail("broke"))
+    cfg = text_config(tmp_path)
+    with pytest.raises(pytest.fail.Exception):
         prepare(cfg, progress=False)
     assert nothing_left(cfg)
 
 
-def killed_half_way(cfg: Data) -> None:
-    def source(settings):
-        for _ in range(4):
-            yield "train", "x" * (1 << 20)
-            yield "val", "x"
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    sources.TextFiles.documents = source
-    prepare(cfg, progress=False)
+def whole(tmp_path: Path) -> Path:
+    """The directory of an uninterrupted preparation of the same text."""
+    return prepare(text_config(tmp_path, dir=str(tmp_path / "whole")), progress=False)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    cfg = text_config(tmp_path)
-    process = multiprocessing.get_context("fork").Process(target=killed_half_way, args=(cfg,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    (left,) = Path(cfg.dir).parent.iterdir()
-    assert any(left.iterdir())
-    directory = prepare(cfg, progress=False)
-    assert os.listdir(directory.parent) == [directory.name]
-    dataset = open_dataset(directory, verify=False)
-    promised = {shard.file for split in (dataset.train, dataset.val) for shard in split.shards}
-    assert set(os.listdir(directory)) == promised | {"manifest.json"}
-    assert len(documents(dataset.train)) == 36
+def same_shards(one: Path, other: Path) -> bool:
+    """Whether two directories have the same files with the same bytes; the manifest holds the time, so its shards are compared."""
+    names = [sorted(path.name for path in folder.iterdir() if path.name != "verified.json") for folder in (one, other)]
+    assert names[0] == names[1]
+    assert open_dataset(one).manifest.splits == open_dataset(other).manifest.splits
+    return all((one / n).read_bytes() == (other / n).read_bytes() for n in names[0] if n.endswith(".bin"))
 
 
 def test_processes_that_prepare_at_once_wait_for_the_first(tmp_path, monkeypatch):
     cfg = text_config(tmp_path)
     context = multiprocessing.get_context("fork")
-    calls, real = context.Value("i", 0), sources.TextFiles.documents
+    calls, real = context.Value("i", 0), sources.TextFiles.chunks
 
-    def counted(settings):
+    def counted(*arguments):
         with calls.get_lock():
             calls.value += 1
-        yield from real(settings)
+        yield from real(*arguments)
 
-    monkeypatch.setattr(sources.TextFiles, "documents", counted)
+    monkeypatch.setattr(sources.TextFiles, "chunks", counted)
     processes = [context.Process(target=prepare, args=(cfg, False)) for _ in range(4)]
     for process in processes:
         process.start()

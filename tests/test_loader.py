@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.loader import Loader, Prefetcher, validation_windows
-from data.shards import DataError, ShardWriter, Split
+from data.loader import Loader, Prefetcher, shuffled, validation_windows
+from data.shards import DataError, Split
+from data.writer import ShardWriter
 
 TOKENS = 1000
 GOLDEN = [[953, 803, 526, 325], [346, 818, 778, 115]]  # steps 0 and 7
@@ -31,7 +34,7 @@ def test_windows_are_consecutive_tokens_from_the_offsets(split):
     batch = loader.batch(3)
     assert batch.shape == (8, 101)
     assert batch.dtype == np.uint16
-    np.testing.assert_array_equal(batch, loader.offsets(3)[:, None] + np.arange(101))
+    np.testing.assert_array_equal(batch, loader.places(3)[1][:, None] + np.arange(101))
 
 
 def test_batch_depends_on_seed_and_step_and_nothing_else(split):
@@ -47,7 +50,7 @@ def test_batch_depends_on_seed_and_step_and_nothing_else(split):
 def test_offsets_are_philox_keyed_by_seed_and_step(split):
     """Golden numbers: a change here would silently change what every resumed run reads."""
     loader = Loader(split, block_size=16, seed=1337, windows=4)
-    assert [loader.offsets(0).tolist(), loader.offsets(7).tolist()] == GOLDEN
+    assert [loader.places(step)[1].tolist() for step in (0, 7)] == GOLDEN
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
@@ -60,7 +63,7 @@ def test_ranks_together_read_the_batch_of_one(split, world):
 def test_offsets_are_uniform_and_reach_both_ends(tmp_path):
     split = write_split(tmp_path, np.arange(20), shard_tokens=20)
     loader = Loader(split, block_size=15, seed=0, windows=500)  # 5 places: 0 to 4
-    counts = np.bincount(np.concatenate([loader.offsets(step) for step in range(20)]), minlength=5)
+    counts = np.bincount(np.concatenate([loader.places(step)[1] for step in range(20)]), minlength=5)
     assert len(counts) == 5
     assert np.abs(counts - 2000).max() < 200  # five standard deviations of a binomial
 
@@ -124,10 +127,79 @@ def test_prefetcher_works_ahead_but_not_further_than_its_depth(split):
 def test_prefetcher_raises_in_the_caller(split):
     loader = Loader(split, 16, seed=3, windows=4)
     prefetcher = Prefetcher(loader, first_step=0, depth=1)
-    (split.directory / split.shards[0].file).unlink()
-    for other in split.shards[1:]:
-        (split.directory / other.file).unlink()
-    with pytest.raises(DataError, match="cannot read shard"):
+    for shard in split.shards:
+        os.truncate(split.directory / shard.file, 0)
+    with pytest.raises(DataError, match="was truncated while it was used"):
         for step in range(3):
             prefetcher.next(step)
     prefetcher.close()
+
+
+# --- every window once an epoch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000, 4097])
+def test_the_shuffle_is_a_permutation_that_depends_on_its_keys(count):
+    keys = np.random.Philox(key=1).random_raw(6)
+    found = shuffled(np.arange(count), count, keys)
+    assert sorted(found) == list(range(count))
+    if count > 100:
+        assert (found != shuffled(np.arange(count), count, np.random.Philox(key=2).random_raw(6))).mean() > 0.9
+        assert abs(np.corrcoef(np.arange(count), found)[0, 1]) < 0.1
+        assert abs(np.corrcoef(np.arange(count - 1), np.diff(found))[0, 1]) < 0.1
+
+
+def test_the_shuffle_of_a_huge_corpus_needs_no_memory():
+    count = 10**13 + 7
+    found = shuffled(np.arange(10**12, 10**12 + 1000), count, np.random.Philox(key=1).random_raw(6))
+    assert len(set(found.tolist())) == 1000
+    assert found.min() >= 0 and found.max() < count
+    assert np.abs(np.histogram(found, 10, (0, count))[0] - 100).max() < 50
+
+
+@pytest.mark.parametrize(("world", "windows"), [(1, 4), (2, 6), (3, 9)])
+def test_an_epoch_reads_every_window_once(split, world, windows):
+    """1000 tokens have 62 windows of 16 tokens with one more as a target, and 7 tokens that are left out at one end or the other."""
+    loaders = [Loader(split, 16, 5, windows, rank, world, "epoch") for rank in range(world)]
+    steps = range(62 * 3 // windows + 1)
+    offsets = np.concatenate([loader.places(step)[1] for step in steps for loader in loaders])
+    firsts = set()
+    for epoch in range(3):
+        part = np.sort(offsets[62 * epoch : 62 * (epoch + 1)])
+        assert set(np.diff(part)) == {16}
+        assert 0 <= part[0] <= 7
+        firsts.add(tuple(offsets[62 * epoch : 62 * epoch + 8]))
+    assert len(firsts) == 3
+    whole = Loader(split, 16, 5, windows, order="epoch")
+    np.testing.assert_array_equal(whole.batch(2), whole.places(2)[1][:, None] + np.arange(17))
+    assert (whole.places(1)[1] != Loader(split, 16, 6, windows, order="epoch").places(1)[1]).any()
+
+
+def test_a_split_of_one_window_is_read_every_time(tmp_path):
+    loader = Loader(write_split(tmp_path, np.arange(17), 5), 16, seed=0, windows=3, order="epoch")
+    assert (loader.batch(9) == np.arange(17)).all()
+
+
+def test_an_unknown_order_is_refused(split):
+    with pytest.raises(ValueError, match="no order 'random'; choose replacement or epoch"):
+        Loader(split, 16, 0, windows=8, order="random")
+
+
+def resident() -> int:
+    """The resident memory of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_does_not_grow_over_ten_thousand_batches(tmp_path):
+    """The data has 20 MB, which a memory map would add to the resident memory."""
+    loader = Loader(write_split(tmp_path, np.arange(10_000_000), 1_000_000), 64, 0, windows=2, order="epoch")
+    prefetcher = Prefetcher(loader, first_step=0)
+    used = []
+    try:
+        for step in range(10_000):
+            prefetcher.next(step)
+            if step in (1000, 9_999):
+                used.append(resident())
+    finally:
+        prefetcher.close()
+    assert used[1] - used[0] < 3_000_000

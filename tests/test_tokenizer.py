@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.shards import DataError
-from data.tokenizer import encode_documents, get_tokenizer
+from data.tokenizer import get_tokenizer
 
 TEXTS = [f"Book {i}.\n\nÉtude — 文字 number {i}.\n" + "word " * i for i in range(40)]
 
@@ -70,21 +70,3 @@ def test_a_missing_vocabulary_names_the_remedy(monkeypatch):
         get_tokenizer.__wrapped__("gpt2")
     with pytest.raises(DataError, match=r"no tokenizer 'char'; set data\.tokenizer to one of bytes, gpt2"):
         get_tokenizer("char")
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("batch_chars", [1, 100, 1 << 20])
-def test_documents_keep_their_order_on_any_number_of_threads(threads, batch_chars):
-    tokenizer = get_tokenizer("bytes")
-    stream = [("val" if i % 7 == 0 else "train", text) for i, text in enumerate(TEXTS)]
-    encoded = list(encode_documents(tokenizer, stream, threads, batch_chars))
-    for split in ("train", "val"):
-        expected = "".join(text + "<|endoftext|>" for to, text in stream if to == split)
-        assert "".join(tokenizer.decode(ids) for to, ids in encoded if to == split) == expected
-
-
-def test_encoding_does_not_run_ahead_of_its_consumer():
-    taken = []
-    stream = (taken.append(i) or ("train", text) for i, text in enumerate(TEXTS))
-    next(encode_documents(get_tokenizer("bytes"), stream, threads=2, batch_chars=1))
-    assert len(taken) < 10

@@ -21,7 +21,7 @@ from training.validate import ConfigError
 CONFIGURATIONS = {
     "default": [],
     "paper": ["experiment=paper", "assignment=all_stiefel"],
-    "nugpt": ["experiment=nugpt_demo"],
+    "nugpt": ["experiment=nugpt_demo", "data=mix", "data.parts={a: 1}", "probe.interval=null"],
     "text": ["data=text", "residual=p_sphere", "attention=qk_clip", "schedule=wsd", "average=ema"],
     "fineweb": ["data=fineweb", "residual=sandwich_norm", "assignment=adamw", "optim.muon.blocks={}"],
     "modular": ["optim=modular", "assignment=unconstrained"],
@@ -73,7 +73,7 @@ GROUPS = [
         FLAG,
         "model.bias model.rope model.tied model.head_bias model.unit_weights attention.qk_norm residual.learn_p optim.muon.nesterov",
     ),
-    (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval"),
+    (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval batches.documents"),
     (FLAG | OFF, "optim.muon.rule.compile"),
     (FLAG, "optim.muon.cautious optim.modular.nesterov"),
     (SHARE | OFF, "optim.muon.row_beta"),
@@ -87,7 +87,7 @@ GROUPS = [
     ({"0.5"}, "schedule.decay data.val_fraction"),
     (POSITIVE, "model.logit_scale residual.alpha residual.p init.weight_scale init.residual_scale"),
     (POSITIVE, "optim.muon.rule.alpha transfer.head_factor transfer.storage transfer.base.logit_scale"),
-    (POSITIVE, "stability.max_rise"),
+    (POSITIVE, "stability.max_rise data.parts.a"),
     (POSITIVE | OFF, "model.head_cap transfer.base.head_cap attention.scale"),
     (POSITIVE | OFF, "model.storage transfer.base.storage residual.storage attention.qk_clip attention.logit_cap"),
     (POSITIVE | OFF, "optim.muon.rule.norm_cap stability.z_threshold stability.warning.logit grad_clip"),
@@ -100,8 +100,8 @@ GROUPS = [
     ({"1.5"}, "launcher.timeout_s"),
     ({"0"}, "data.split_seed seed"),
     ({"0", "null"}, "stability.max_skipped"),  # 0: the first update that is left out ends the run
-    (TEXT, "assignment.name data.name data.dir data.column data.repository data.subset logger.project sweep.name"),
-    (TEXT | OFF, "data.separator logger.group name output_dir init_from"),
+    (TEXT, "assignment.name data.name data.dir data.column data.repository data.split logger.project sweep.name"),
+    (TEXT | OFF, "data.separator data.subset logger.group name output_dir init_from"),
     ({"word"}, "resume"),  # the path of a checkpoint; no, off and yes are meant otherwise
     (
         {"null", "{}"},
@@ -109,7 +109,8 @@ GROUPS = [
     ),  # a mapping may be empty
     ({*TEXT, "[]"}, "data.files"),  # data.prepare asks for one if there is none
     ({*TEXT, "[]", "null"}, "data.val_files"),
-    ({"[]"}, "data.revisions"),
+    ({"[]"}, "data.revisions data.train data.val"),
+    ({"{}"}, "data.parts"),  # opening the data asks for one
     (
         OFF,
         "profile launcher.checksum_interval log.interval_spectra log.interval_certificate log.interval_updates probe.interval",

@@ -18,6 +18,9 @@ from training.settings import Data, Settings, read_sound
 from training.transfer import problems_of_transfer
 from training.validate import ConfigError, problems_of_batch, problems_of_capture, problems_of_machine
 
+VOCABULARY_MULTIPLE = 128
+"""What model.vocab_size=auto pads to, for the matrix units of GPUs."""
+
 USER_ERRORS = (ConfigError, DataError, CheckpointError, MachineError)
 """Errors that a user can correct: only the message is printed, no traceback."""
 
@@ -28,11 +31,25 @@ def read(cfg: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: a value is wrong. The message also lists the problems that `check` finds between the other values.
     """
-    settings, found = read_sound(cfg)
+    settings, found = read_sound(_with_vocabulary(cfg))
     if found:
         unsound = {problem.key.partition(".")[0] for problem in found}
         raise ConfigError([*map(str, found), *_problems_of_relations(settings, None, unsound)])
     return settings
+
+
+def _with_vocabulary(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with the number that model.vocab_size=auto means: the data's vocabulary, padded to a multiple of 128.
+
+    1 if the section `data` is wrong, which is listed anyway.
+    """
+    model = cfg.get("model")
+    if not isinstance(model, Mapping) or model.get("vocab_size") != "auto":
+        return cfg
+    kind = Section(Settings).kinds["data"]
+    sound = not kind.problems("data", cfg.get("data"))
+    size = kind.read(cfg["data"]).vocabulary() if sound else 1
+    return {**cfg, "model": {**model, "vocab_size": -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE}}
 
 
 def check(cfg: Settings, world: int | None = None) -> None:
@@ -53,10 +70,26 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
     found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
     if sound("global_batch_tokens", "model", "launcher"):
         found += problems_of_batch(cfg, world or cfg.launcher.nproc)
+    found += problems_of_documents(cfg) if sound("batches", "attention", "probe") else []
     if sound("transfer", "model", "residual", "assignment", "optim", "max_steps"):
         refused = problems_of_transfer(cfg)
         found += refused or (problems_of_model(cfg) if sound("attention", "init") else [])
     return found
+
+
+def problems_of_documents(cfg: Settings) -> list[str]:
+    """What does not work with `batches.documents`."""
+    parts = {
+        "attention.logit_cap": cfg.attention.logit_cap,
+        "attention.qk_clip": cfg.attention.qk_clip,
+        "attention.head_gate=position": cfg.attention.head_gate == "position",
+        "probe.interval": cfg.probe.interval,
+    }
+    return [
+        f"batches.documents=true does not work with {key}, which does not know documents; switch one of them off"
+        for key, value in parts.items()
+        if value and cfg.batches.documents
+    ]
 
 
 def problems_of_model(cfg: Settings) -> list[str]:

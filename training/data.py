@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from data.in_order import InOrder, first_windows
+from data.loader import Loader, validation_windows
 from data.prepare import prepare
-from data.shards import Dataset, open_dataset
+from data.settings import Source
+from data.shards import Dataset, Split, Tokens
 from training.settings import Settings
 from training.validate import ConfigError
 
 
+def separator_of(cfg: Settings, data: Dataset) -> tuple[int, bool] | None:
+    """`GPT.separator`: the token between documents and whether it begins one, if `batches.documents` asks for it.
+
+    Raises:
+        ConfigError: the data does not say it.
+    """
+    if not cfg.batches.documents:
+        return None
+    if data.separator is None:
+        raise ConfigError(
+            [f"batches.documents=true: the token between documents of {cfg.data.name} is not known; use false"]
+        )
+    return data.separator, data.separator_first
+
+
+def batches_of(cfg: Settings, train: Tokens, rank: int, world: int) -> Loader:
+    """The training batches of a rank, in the order of `batches.order`.
+
+    Raises:
+        DataError: see Loader and InOrder. ConfigError: the order does not exist for these data.
+    """
+    block = cfg.model.block_size
+    given = (block, cfg.seed, cfg.global_batch_tokens // block, rank, world)
+    if cfg.batches.order != "in_order":
+        return Loader(train, *given, order=cfg.batches.order)
+    return InOrder(_one(train), *given)
+
+
+def held_out_windows(cfg: Settings, val: Tokens) -> np.ndarray:
+    """The validation windows (n, block_size + 1) uint16: evenly spaced, or the first ones if batches are in order."""
+    if cfg.batches.order != "in_order":
+        return validation_windows(val, cfg.model.block_size, cfg.eval_windows)
+    return first_windows(_one(val), cfg.model.block_size, cfg.eval_windows)
+
+
+def _one(split: Tokens) -> Split:
+    if not isinstance(split, Split):
+        raise ConfigError(["batches.order=in_order: a mixture has no order; use replacement or epoch"])
+    return split
+
+
 def open_data(cfg: Settings) -> Dataset:
-    """Open the prepared data. With `data.auto_prepare`, prepare it first if it is missing.
+    """Open the data. With `data.auto_prepare`, prepare it first if it is missing.
 
     Raises:
         DataError: the data is missing or damaged. ConfigError: the vocabulary of the model is too small for it.
     """
-    if cfg.data.auto_prepare:
+    if isinstance(cfg.data, Source) and cfg.data.auto_prepare:
         prepare(cfg.data)
-    dataset = open_dataset(cfg.data.dir, settings=cfg.data)
-    if dataset.manifest.vocab_size > cfg.model.vocab_size:
+    dataset = cfg.data.open()
+    if dataset.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
             [
-                f"model.vocab_size={cfg.model.vocab_size} is smaller than the data's vocabulary of {dataset.manifest.vocab_size} "
-                f"({dataset.manifest.tokenizer} tokens); raise it to at least that"
+                f"model.vocab_size={cfg.model.vocab_size} is smaller than the data's vocabulary of {dataset.vocab_size} "
+                f"({dataset.tokenizer} tokens); raise it to at least that, or set it to auto"
             ]
         )
     return dataset

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from optim.assignment import AssignmentError, Row, by_pattern, folded, matches
-from optim.manifolds import MANIFOLDS
 from optim.modular import norm_of
 from training.settings import AdamW, Library, Muon, Norms
 
@@ -105,7 +104,7 @@ def given_to_library(rows: list[Row], name: str) -> list[Row]:
     """
     held: dict[str, list[str]] = {}
     for row in rows:
-        if row.manifold and MANIFOLDS[row.manifold].constrained:
+        if row.manifold not in (None, "euclidean"):
             held.setdefault(row.manifold, []).append(row.name)
     problems = [
         f"assignment: '{manifold}' is for {folded(names)[0]}, but {name} of optim.library knows no manifolds; "

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+from data.loader import ORDERS
 from data.settings import Count, Data
 from data.sources import SOURCES
 from model.config import Attention, Init, Shape
@@ -298,6 +299,14 @@ AVERAGES = {"none": NoAverage, "ema": EmaAverage, "window": WindowAverage}
 
 
 @dataclass(frozen=True)
+class Batches:
+    """How windows of tokens are drawn from the training split, and whether attention stays within a document."""
+
+    order: Annotated[str, ("options", (*ORDERS, "in_order"))]
+    documents: bool
+
+
+@dataclass(frozen=True)
 class Logger:
     """Weights & Biases; configs/logger."""
 
@@ -376,6 +385,7 @@ class Settings:
     schedule: Schedule
     average: Annotated[NoAverage | EmaAverage | WindowAverage, ("by", "kind"), ("types", AVERAGES)]
     data: Annotated[Data, ("by", "source"), ("types", SOURCES)]
+    batches: Batches
     logger: Logger
     launcher: Launcher
     log: Log
@@ -393,7 +403,6 @@ class Settings:
     eval_interval: Count
     eval_windows: Count
     full_eval: bool
-    reading: Literal["random", "in_order"]
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     compile: Literal["auto", True, False]
@@ -421,7 +430,7 @@ NEWER: dict[str, Any] = {
     "optim.muon.block_length": "each",
     "optim.muon.cautious": False,
     "optim.norms": {"others": ["rms", "rms"], "tables": ["wte", "wpe"], "patterns": None},
-    "reading": "random",
+    "batches": {"order": "replacement", "documents": False},
 }
 """Settings that older programs did not have: dotted key → the value that does what they did."""
 

@@ -1,0 +1,49 @@
+"""Several corpora, of which windows are drawn in proportion to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from data.bin import Bin
+from data.settings import Data
+from data.shards import MANIFEST, DataError, Dataset, Mixture, digest, open_dataset
+
+
+@dataclass(frozen=True)
+class Mix(Bin):
+    """Folders and their weights; only the ratios of the weights matter. A folder without a manifest is read as data=bin reads it."""
+
+    parts: Mapping[str, Annotated[float, ("above", 0)]]
+
+    def open(self) -> Dataset:
+        if not self.parts:
+            raise DataError("data.parts names no folder; write data.parts={folder: weight, other: weight}")
+        opened = [self._part(Path(self.dir).expanduser() / name) for name in self.parts]
+        first = opened[0]
+        for name, part in zip(self.parts, opened):
+            if (part.tokenizer, part.separator_first) != (self.tokenizer, first.separator_first):
+                how = "begins" if part.separator_first else "ends"
+                raise DataError(
+                    f"the parts of data.parts do not fit together: {name} has {part.tokenizer} tokens, and the end-of-text token {how} a "
+                    "document; use parts that agree, and set data.tokenizer to theirs"
+                )
+        weights = tuple(float(weight) for weight in self.parts.values())
+        train, val = (
+            Mixture(tuple(split for part in opened for split in of(part).parts), weights)
+            for of in (lambda part: part.train, lambda part: part.val)
+        )
+        fingerprint = digest([[part.fingerprint, weight / sum(weights)] for part, weight in zip(opened, weights)])
+        vocabulary = max(part.vocab_size for part in opened)
+        return Dataset(fingerprint, vocabulary, first.tokenizer, first.separator, first.separator_first, train, val)
+
+    def _part(self, folder: Path) -> Dataset:
+        if (folder / MANIFEST).exists():
+            return open_dataset(folder)
+        plain = {key: getattr(self, key) for key in ("name", "source", "tokenizer", "train", "val", "vocab_size")}
+        return Bin(dir=str(folder), **plain).open()
+
+    def vocabulary(self) -> int:
+        return Data.vocabulary(self)
