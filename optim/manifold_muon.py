@@ -4,8 +4,9 @@ What the step is, a rule decides (optim/published.py: the paper's, optim/certifi
 momenta and returns new weights. The optimizer owns the bookkeeping: which matrices go together, their orientation, their momentum,
 and, on several ranks, who computes what.
 
-On N ranks every matrix has one owner, which alone holds its state and computes its step; then every rank receives all new weights.
-Gradients must be the same on all ranks (reduced and clipped), and so replicas stay bitwise equal. One rank is the case N = 1.
+On N ranks every matrix has one owner, which alone holds its state and computes its step. The new weights of a bucket are sent to all
+ranks while the next bucket is computed. Gradients must be the same on all ranks (reduced and clipped), and so replicas stay bitwise equal.
+With `owners_keep` nothing is sent: each rank holds only what it owns, and only owners need gradients. One rank is the case N = 1.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class StepRule(Protocol):
         """W (..., m, n), any orientation, brought onto the manifold."""
 
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
-        """The step of each stack."""
+        """The step of each stack, the same for a stack whatever others are given with it."""
 
 
 class OnHost:
@@ -171,13 +172,13 @@ class ManifoldMuon(torch.optim.Optimizer):
         groups: parameter groups: dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS); any of the settings below
             may be given per group, and "blocks" (1): into how many matrices the rows of each parameter are cut, and "names" of the
             parameters, for `certificates`.
-        rule: the step rule, called once a step with all stacks. Its `init` brings the weights onto their manifold here, at
-            construction, by the whole parameter on every rank alike.
+        rule: the step rule, called once for each bucket. Its `init` brings the weights onto their manifold here, at construction, by
+            the whole parameter on every rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
         momentum, nesterov: buf = momentum·buf + g;  G = g + momentum·buf with Nesterov, else buf.
         weight_decay: decoupled, passed to the rule, which decides whether it applies.
 
-    Work is shared over the ranks of the default process group, if there is one.
+    Work is shared over the ranks of the default process group, if there is one. `owners` says which rank owns a parameter.
 
     Raises:
         ValueError: a parameter is not a matrix or cannot be cut into its blocks, or a manifold is unknown.
@@ -197,14 +198,18 @@ class ManifoldMuon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.rule = rule
         self.found_inf: Tensor | None = None
-        self.watched = False
+        self.watched = self.owners_keep = False
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         for group in self.param_groups:
             self._check(group)
             group["lr"] = torch.as_tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
         self.owners = self._choose_owners()
-        self.buckets = [bucket for group in self.param_groups for bucket in self._buckets_of(group)]
+        self.buckets = [
+            self._bucket(group, params) for group in self.param_groups for params in self._alike(group, self.rank)
+        ]
+        self.messages = self._plan_messages()
+        self.under_way: list[tuple[list[Tensor], Tensor, Any]] = []
         self.bring_onto_manifold()
 
     @cached_property
@@ -235,21 +240,29 @@ class ManifoldMuon(torch.optim.Optimizer):
         costs = [group["blocks"] * step_flops(self.rule, *shape) for shape, (_, group) in zip(shapes, params)]
         return dict(zip((p for p, _ in params), share_out(costs, self.world)))
 
-    def _buckets_of(self, group: dict[str, Any]) -> list[Bucket]:
-        """This rank's matrices of a group, by shape, with their state."""
-        blocks, by_shape = group["blocks"], dict[tuple[int, ...], list[Tensor]]()
+    def _alike(self, group: dict[str, Any], rank: int) -> list[list[Tensor]]:
+        """The matrices of a group that a rank owns, by tall shape: the members of its buckets."""
+        by_shape = dict[tuple[int, ...], list[Tensor]]()
         for p in group["params"]:
-            if self.owners[p] == self.rank:
-                by_shape.setdefault(tuple(tall(row_blocks(p, blocks)).shape[-2:]), []).append(p)
-        buckets = []
-        for params in by_shape.values():
-            shapes, device = state_shapes(params[0], blocks), params[0].device
-            state = {name: torch.zeros(len(params) * k, *size, device=device) for name, (k, *size) in shapes.items()}
-            bucket = Bucket(params, blocks, group, state)
-            for i, p in enumerate(params):  # views: batched arithmetic, and an ordinary state_dict
-                self.state[p] = {name: whole[bucket.rows_of(i)] for name, whole in state.items()}
-            buckets.append(bucket)
-        return buckets
+            if self.owners[p] == rank:
+                by_shape.setdefault(tuple(tall(row_blocks(p, group["blocks"])).shape[-2:]), []).append(p)
+        return list(by_shape.values())
+
+    def _bucket(self, group: dict[str, Any], params: list[Tensor]) -> Bucket:
+        """A bucket of this rank, with its state at the start."""
+        blocks, device = group["blocks"], params[0].device
+        shapes = state_shapes(params[0], blocks)
+        state = {name: torch.zeros(len(params) * k, *size, device=device) for name, (k, *size) in shapes.items()}
+        bucket = Bucket(params, blocks, group, state)
+        for i, p in enumerate(params):  # views: batched arithmetic, and an ordinary state_dict
+            self.state[p] = {name: whole[bucket.rows_of(i)] for name, whole in state.items()}
+        return bucket
+
+    def _plan_messages(self) -> list[list[tuple[int, list[Tensor]]]]:
+        """What is sent after the i-th bucket of every rank: (owner, parameters). All ranks must send and receive in one order."""
+        sent = [[alike for group in self.param_groups for alike in self._alike(group, rank)] for rank in range(self.world)]
+        longest = max(map(len, sent))
+        return [[(rank, own[i]) for rank, own in enumerate(sent) if i < len(own)] for i in range(longest)]
 
     @torch.no_grad()
     def bring_onto_manifold(self, names: Collection[str] | None = None) -> None:
@@ -260,26 +273,35 @@ class ManifoldMuon(torch.optim.Optimizer):
                     p.copy_(self.rule.init(row_blocks(p, group["blocks"]), group["manifold"]).reshape(p.shape))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: a step is one pass
-        """One update of every matrix. Gradients must all be there; the host waits for nothing of this step.
+    def step(self, closure: None = None, *, wait: bool = True) -> None:  # type: ignore[override]  # no closure: a step is one pass
+        """One update of every matrix. Gradients of the owned ones must all be there; the host waits for nothing of this step.
 
         Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
-        what the step was is kept for `certificates`.
+        what the step was is kept for `certificates`. With `wait` false, the new weights of other ranks are there only after `receive`.
         """
-        stacks = [self._advance(bucket) for bucket in self.buckets]
-        for bucket, stack, moved in zip(self.buckets, stacks, self.rule(stacks)):
-            targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
-            targets = [
-                (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
-                for p, w in zip(bucket.params, targets)
-            ]
-            torch._foreach_copy_(bucket.params, targets)  # one launch for all
-            bucket.state["level"].copy_(moved.level)
-            bucket.state["fallbacks"].add_(moved.fallback)
-            bucket.highest = OnHost(moved.level.amax())  # read when the next step begins
-            bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
-        if self.world > 1:
-            self._exchange()
+        exchanges = self.world > 1 and not self.owners_keep
+        for i, messages in enumerate(self.messages):
+            if i < len(self.buckets):
+                self._update(self.buckets[i])
+            if exchanges:
+                self._send(messages)  # under way while the next bucket is computed
+        if wait:
+            self.receive()
+
+    def _update(self, bucket: Bucket) -> None:
+        """One update of the matrices of a bucket."""
+        stack = self._advance(bucket)
+        [moved] = self.rule([stack])
+        targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
+        targets = [
+            (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
+            for p, w in zip(bucket.params, targets)
+        ]
+        torch._foreach_copy_(bucket.params, targets)  # one launch for all
+        bucket.state["level"].copy_(moved.level)
+        bucket.state["fallbacks"].add_(moved.fallback)
+        bucket.highest = OnHost(moved.level.amax())  # read when the next step begins
+        bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
 
     def _advance(self, bucket: Bucket) -> Stack:
         """Take the gradients into the momenta and return what the step rule works on."""
@@ -314,33 +336,35 @@ class ManifoldMuon(torch.optim.Optimizer):
                 found[names[p]] = {name: abs(min(values[bucket.rows_of(i)])) for name, values in numbers.items()}
         return found
 
-    def _exchange(self) -> None:
-        """Every owner sends its new weights to all, one flat message each, all under way at once."""
-        owned: list[list[Tensor]] = [[] for _ in range(self.world)]
-        for p, owner in self.owners.items():
-            owned[owner].append(p)
-        messages = []
-        for rank, params in enumerate(owned):
-            if not params:
-                continue
-            flat = (
-                torch.cat([p.reshape(-1) for p in params])
-                if rank == self.rank
-                else params[0].new_empty(sum(p.numel() for p in params))
-            )
-            messages.append((rank, params, flat, dist.broadcast(flat, src=rank, async_op=True)))  # not waited for yet
-        for rank, params, flat, work in messages:
+    def _send(self, messages: list[tuple[int, list[Tensor]]]) -> None:
+        """Begin to send new weights from their owners to all, one flat tensor for each owner."""
+        for owner, params in messages:
+            if owner == self.rank:
+                flat = torch.cat([p.reshape(-1) for p in params])
+            else:
+                flat = params[0].new_empty(sum(p.numel() for p in params))
+            self.under_way.append((params, flat, dist.broadcast(flat, src=owner, async_op=True)))
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Wait for the new weights of other ranks, and take them over."""
+        for params, flat, work in self.under_way:
             work.wait()
-            if rank != self.rank:
+            if self.owners[params[0]] != self.rank:
                 pieces = flat.split([p.numel() for p in params])
                 torch._foreach_copy_(params, [piece.view(p.shape) for p, piece in zip(params, pieces)])
+        self.under_way.clear()
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The whole optimizer's state on every rank, as one rank alone would have it; on several ranks, all must call."""
-        borrowed = [p for p, owner in self.owners.items() if owner != self.rank]  # their state is here for this call
+        """The whole optimizer's state on every rank, as one rank alone would have it; on several ranks, all must call.
+
+        With `owners_keep`: the state of this rank's matrices.
+        """
+        shared = self.world > 1 and not self.owners_keep
+        borrowed = [p for p, owner in self.owners.items() if shared and owner != self.rank]  # state is here for this call
         blocks = {p: group["blocks"] for group in self.param_groups for p in group["params"]}
-        for p, owner in self.owners.items() if self.world > 1 else ():
+        for p, owner in self.owners.items() if shared else ():
             for name, shape in state_shapes(p, blocks[p]).items():
                 whole = self.state[p][name].contiguous() if owner == self.rank else torch.empty(shape, device=p.device)
                 dist.broadcast(whole, src=owner)

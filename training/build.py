@@ -78,7 +78,12 @@ class Optimizers:
         """
         for optimizer in self.optimizers:
             optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # as torch does
-            optimizer.step()
+            if isinstance(optimizer, ManifoldMuon):
+                optimizer.step(wait=False)  # its new weights are under way while AdamW steps
+            else:
+                optimizer.step()
+        if self.muon is not None:
+            self.muon.receive()
         self.unit_norm()
 
     def watch(self, on: bool) -> None:
