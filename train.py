@@ -23,22 +23,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Loader, Prefetcher, validation_windows
 from model.probes import probe
 from model.spectra import spectra
 from optim.manifolds import MANIFOLDS
-from training import checkpoint
 from training.batch import micro_batch_size
 from training.build import build
 from training.checks import check
 from training.data import open_data
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
+from training.placement import place
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
-from training.run import claimed, compiled, end_of, end_summary, resolve_device
+from training.run import claimed, end_of, end_summary, resolve_device
 from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
@@ -104,8 +103,7 @@ class Run:
         self.stability = Stability(cfg.stability)
         if not ranks.is_main:
             torch.manual_seed(cfg.seed + ranks.rank)  # equal weights on all ranks, but different dropout
-        self.params = dict(self.model.named_parameters())
-        self.guard = FiniteGuard(list(self.params), self.device)
+        self.guard = FiniteGuard([name for name, _ in self.model.named_parameters()], self.device)
         self.step, self.seconds = 0, 0.0
         notes: list[str] = []
         if resumed is not None:
@@ -129,9 +127,7 @@ class Run:
         cfg, ranks = self.cfg, self.ranks
         about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None
         log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
-        # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
-        self.compiled = compiled(self.model, cfg, self.device)
-        replica = compiled(DistributedDataParallel(self.model), cfg, self.device) if ranks.world > 1 else self.compiled
+        self.placement = place(self.model, self.optimizers, ranks, cfg)
         batches = Prefetcher(self.loader, self.step)
         self.clock, tokens = time.perf_counter(), 0
         try:
@@ -154,7 +150,7 @@ class Run:
 
                     # Once in a while: check that the replicas are equal, and save.
                     if self.due(cfg.launcher.checksum_interval):
-                        ranks.require_equal(self.params)
+                        self.placement.check()
                     if self.step > 0 and (self.due(cfg.checkpoint.interval or cfg.max_steps) or stopping):
                         self.save(log)
                 if self.finished:
@@ -165,9 +161,10 @@ class Run:
                 # Batch → loss → gradient.
                 multiplier = lr_multiplier(self.step, **vars(cfg.schedule))
                 self.optimizers.set_lr(multiplier)
-                part = accumulate(replica, batches.next(self.step), self.micro_batch, self.device, self.autocast)
+                batch = batches.next(self.step)
+                part = accumulate(self.placement.replica, batch, self.micro_batch, self.device, self.autocast)
                 loss = ranks.all_reduce_mean(part.clone())
-                norm, norms = clip([p.grad for p in self.params.values()], cfg.grad_clip)
+                norm, norms = clip(self.placement.gradients(), cfg.grad_clip, self.placement.whole_norms)
 
                 # Gradient → geometry → weights; skipped on the device if something is not finite, without a host sync.
                 self.step, self.val_loss = self.step + 1, None
@@ -208,25 +205,27 @@ class Run:
 
     def evaluate(self, log: RunLog | NoLog) -> None:
         """Record the validation loss and observe its stability; at the end, with `full_eval`, record the loss on the whole validation split."""
-        size, ranks, autocast = self.cfg.micro_batch_size, self.ranks, self.autocast
-        self.val_loss = mean_loss(self.compiled, self.model, self.held_out, size, ranks, autocast)
+        size, ranks, autocast, model = self.cfg.micro_batch_size, self.ranks, self.autocast, self.placement.evaluated
+        self.val_loss = mean_loss(model, self.model, self.held_out, size, ranks, autocast)
         log.write("eval", self.step, loss=self.val_loss)
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
         if self.finished and self.cfg.full_eval:
             windows = validation_windows(self.val, self.cfg.model.block_size)
-            self.full_val_loss = mean_loss(self.compiled, self.model, windows, size, ranks, autocast)
+            self.full_val_loss = mean_loss(model, self.model, windows, size, ranks, autocast)
             log.write("full_eval", self.step, loss=self.full_val_loss, tokens=windows[:, 1:].size)
 
     def write_spectra(self, log: RunLog | NoLog) -> None:
         """Record all singular values of every matrix that matches a rule of the assignment."""
-        if self.ranks.is_main:
+        with self.placement.whole() as params:
+            if not self.ranks.is_main:
+                return
             groups = self.optimizers.muon.param_groups if self.optimizers.muon else []
             blocks = {name: group["blocks"] for group in groups for name in group["names"]}
             residuals = {name: manifold.residual for name, manifold in MANIFOLDS.items()}
             ruled = [row for row in self.optimizers.rows if row.ruled]
             matrices = {
-                r.name: (self.params[r.name], residuals.get(r.manifold or ""), blocks.get(r.name, 1)) for r in ruled
+                r.name: (params[r.name], residuals.get(r.manifold or ""), blocks.get(r.name, 1)) for r in ruled
             }
             for name, record in spectra(matrices):
                 log.write("spectra", self.step, name=name, **record)
@@ -241,7 +240,8 @@ class Run:
 
     def write_probe(self, log: RunLog | NoLog) -> None:
         """Record attention and collapse on the first validation windows, and an early warning. All ranks compute the same."""
-        seen = probe(self.model, self.probe_windows)
+        with self.placement.whole():
+            seen = probe(self.model, self.probe_windows)
         log.write("probe", self.step, **seen)
         if alarm := self.stability.probe(self.step, seen):
             log.write("event", self.step, event="warning", **vars(alarm))
@@ -253,7 +253,7 @@ class Run:
         parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, self.guard.state_dict(self.ranks))
         state = state_of(*parts, self.step, self.elapsed, rng)
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
-        self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
+        self.placement.save(folder, self.step, state, keep, metric)
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
         """Write one training record, for which the host waits for the device; other training steps do not wait."""

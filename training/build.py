@@ -6,7 +6,7 @@ A configuration may transfer settings from another model size (training/transfer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,21 @@ class Optimizers:
         """Drop all gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def place(self, params: Mapping[str, Tensor], state_like: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let AdamW update other tensors of the same names and shapes, such as split ones; ManifoldMuon's stay with their owners alone.
+
+        `state_like(state, parameter)` returns the state (of the shape of the parameter) as the new parameter needs it.
+        """
+        if self.muon is not None:
+            self.muon.owners_keep = True
+        for optimizer in (o for o in self.optimizers if o is not self.muon):
+            for group in optimizer.param_groups:
+                for i, (name, old) in enumerate(zip(group["names"], group["params"])):
+                    new = group["params"][i] = params[name]
+                    state = optimizer.state.pop(old, {})
+                    if state:
+                        optimizer.state[new] = {k: state_like(v, new) if v.shape == new.shape else v for k, v in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """One state dict per optimizer, by class name."""

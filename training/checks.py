@@ -16,7 +16,7 @@ from training.limits import MachineError
 from training.run import problems_of_names
 from training.settings import Data, Settings, read_sound
 from training.transfer import problems_of_transfer
-from training.validate import ConfigError, problems_of_batch, problems_of_machine
+from training.validate import ConfigError, problems_of_batch, problems_of_machine, problems_of_shard
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, MachineError)
 """Errors that a user can correct: only the message is printed, no traceback."""
@@ -52,6 +52,8 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
     found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
     if sound("global_batch_tokens", "model", "launcher"):
         found += problems_of_batch(cfg, world or cfg.launcher.nproc)
+    if sound("launcher", "attention", "model"):
+        found += problems_of_shard(cfg)
     if sound("transfer", "model", "residual", "assignment", "optim", "max_steps"):
         refused = problems_of_transfer(cfg)
         found += refused or (problems_of_model(cfg) if sound("attention", "init") else [])

@@ -180,6 +180,7 @@ class Launcher:
     """The ranks of this machine; configs/launcher."""
 
     nproc: Annotated[int, ("low", 1), ("high", 1024)]
+    shard: Literal["ddp", "fsdp"]
     timeout_s: Annotated[float, ("low", 1), ("high", 10**7)]
     checksum_interval: Count | None
 
