@@ -12,7 +12,7 @@ With `owners_keep` nothing is sent: each rank holds only what it owns, and only 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
@@ -158,6 +158,40 @@ def share_out(costs: Sequence[float], world: int) -> list[int]:
     return owners
 
 
+def choose_owners(groups: Iterable[dict[str, Any]], rule: StepRule, world: int) -> dict[Tensor, int]:
+    """The rank that computes each parameter's step, balanced by counted operations. `groups`: see ManifoldMuon."""
+    params = [(p, group) for group in groups for p in group["params"]]
+    if world == 1:
+        return {p: 0 for p, _ in params}
+    shapes = [(*tall(row_blocks(p, group["blocks"])).shape[-2:], group["manifold"]) for p, group in params]
+    costs = [group["blocks"] * step_flops(rule, *shape) for shape, (_, group) in zip(shapes, params)]
+    return dict(zip((p for p, _ in params), share_out(costs, world)))
+
+
+def members_of_buckets(
+    groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], rank: int
+) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """The buckets of a rank: (group, parameters of it that the rank owns and that have one tall shape)."""
+    found = []
+    for group in groups:
+        by_shape = dict[tuple[int, ...], list[Tensor]]()
+        for p in group["params"]:
+            if owners[p] == rank:
+                by_shape.setdefault(tuple(tall(row_blocks(p, group["blocks"])).shape[-2:]), []).append(p)
+        found += [(group, params) for params in by_shape.values()]
+    return found
+
+
+def plan_messages(
+    groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], world: int
+) -> list[list[tuple[int, list[Tensor]]]]:
+    """What is sent after the i-th bucket of every rank: (owner, parameters). All ranks must send and receive in one order."""
+    sent = [[params for _, params in members_of_buckets(groups, owners, rank)] for rank in range(world)]
+    return [
+        [(rank, own[i]) for rank, own in enumerate(sent) if i < len(own)] for i in range(max(map(len, sent), default=0))
+    ]
+
+
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The new momentum, and what is stepped along; the old momentum where `keep` (0-d bool) is true, whatever g is."""
     g = torch.where(keep, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
@@ -204,11 +238,10 @@ class ManifoldMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             self._check(group)
             group["lr"] = torch.as_tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
-        self.owners = self._choose_owners()
-        self.buckets = [
-            self._bucket(group, params) for group in self.param_groups for params in self._alike(group, self.rank)
-        ]
-        self.messages = self._plan_messages()
+        self.owners = choose_owners(self.param_groups, rule, self.world)
+        members = members_of_buckets(self.param_groups, self.owners, self.rank)
+        self.buckets = [self._bucket(group, params) for group, params in members]
+        self.messages = plan_messages(self.param_groups, self.owners, self.world)
         self.under_way: list[tuple[list[Tensor], Tensor, Any]] = []
         self.bring_onto_manifold()
 
@@ -231,23 +264,6 @@ class ManifoldMuon(torch.optim.Optimizer):
                     f"{group['blocks']} blocks do not divide the {p.size(0)} rows of a matrix; choose a divisor"
                 )
 
-    def _choose_owners(self) -> dict[Tensor, int]:
-        """The rank that computes each parameter's step, balanced by counted operations."""
-        params = [(p, group) for group in self.param_groups for p in group["params"]]
-        if self.world == 1:
-            return {p: 0 for p, _ in params}
-        shapes = [(*tall(row_blocks(p, group["blocks"])).shape[-2:], group["manifold"]) for p, group in params]
-        costs = [group["blocks"] * step_flops(self.rule, *shape) for shape, (_, group) in zip(shapes, params)]
-        return dict(zip((p for p, _ in params), share_out(costs, self.world)))
-
-    def _alike(self, group: dict[str, Any], rank: int) -> list[list[Tensor]]:
-        """The matrices of a group that a rank owns, by tall shape: the members of its buckets."""
-        by_shape = dict[tuple[int, ...], list[Tensor]]()
-        for p in group["params"]:
-            if self.owners[p] == rank:
-                by_shape.setdefault(tuple(tall(row_blocks(p, group["blocks"])).shape[-2:]), []).append(p)
-        return list(by_shape.values())
-
     def _bucket(self, group: dict[str, Any], params: list[Tensor]) -> Bucket:
         """A bucket of this rank, with its state at the start."""
         blocks, device = group["blocks"], params[0].device
@@ -257,12 +273,6 @@ class ManifoldMuon(torch.optim.Optimizer):
         for i, p in enumerate(params):  # views: batched arithmetic, and an ordinary state_dict
             self.state[p] = {name: whole[bucket.rows_of(i)] for name, whole in state.items()}
         return bucket
-
-    def _plan_messages(self) -> list[list[tuple[int, list[Tensor]]]]:
-        """What is sent after the i-th bucket of every rank: (owner, parameters). All ranks must send and receive in one order."""
-        sent = [[alike for group in self.param_groups for alike in self._alike(group, rank)] for rank in range(self.world)]
-        longest = max(map(len, sent))
-        return [[(rank, own[i]) for rank, own in enumerate(sent) if i < len(own)] for i in range(longest)]
 
     @torch.no_grad()
     def bring_onto_manifold(self, names: Collection[str] | None = None) -> None:

@@ -42,7 +42,7 @@ def accumulate(
 
 
 def clip(
-    gradients: Sequence[Tensor], largest: float | None, whole_norms: Callable[[Tensor], Tensor] = lambda norms: norms
+    gradients: Sequence[Tensor | None], largest: float | None, whole_norms: Callable[[Tensor], Tensor] = lambda norms: norms
 ) -> tuple[Tensor, Tensor]:
     """Scale the gradients, in place, to a global norm of at most `largest`; None: no clipping.
 
@@ -52,7 +52,7 @@ def clip(
         The global norm before (0-d) and the norm of each gradient (N,), on the device. The arithmetic is that of
         torch.nn.utils.clip_grad_norm_.
     """
-    every: Any = gradients
+    every: Any = gradients  # after a backward pass, none is None
     norms = whole_norms(torch.stack(torch._foreach_norm(every)))
     total = torch.linalg.vector_norm(norms)
     if largest is not None:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         for name, entry in table.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    load(tensors, storage_reader=Reader(folder), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")  # unavailable: as it should be
+        load(tensors, storage_reader=Reader(folder), no_dist=True)
     return tensors
 
 
