@@ -224,9 +224,7 @@ class Run:
             blocks = {name: group["blocks"] for group in groups for name in group["names"]}
             residuals = {name: manifold.residual for name, manifold in MANIFOLDS.items()}
             ruled = [row for row in self.optimizers.rows if row.ruled]
-            matrices = {
-                r.name: (params[r.name], residuals.get(r.manifold or ""), blocks.get(r.name, 1)) for r in ruled
-            }
+            matrices = {r.name: (params[r.name], residuals.get(r.manifold or ""), blocks.get(r.name, 1)) for r in ruled}
             for name, record in spectra(matrices):
                 log.write("spectra", self.step, name=name, **record)
 

@@ -372,7 +372,9 @@ class ManifoldMuon(torch.optim.Optimizer):
         With `owners_keep`: the state of this rank's matrices.
         """
         shared = self.world > 1 and not self.owners_keep
-        borrowed = [p for p, owner in self.owners.items() if shared and owner != self.rank]  # state is here for this call
+        borrowed = [
+            p for p, owner in self.owners.items() if shared and owner != self.rank
+        ]  # state is here for this call
         blocks = {p: group["blocks"] for group in self.param_groups for p in group["params"]}
         for p, owner in self.owners.items() if shared else ():
             for name, shape in state_shapes(p, blocks[p]).items():

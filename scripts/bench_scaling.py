@@ -30,10 +30,15 @@ from training.groups import muon_groups
 SIZES = ("gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1_5b")
 RANKS = tuple(2**i for i in range(11))
 PRODUCTS_PER_S = 650e12  # operations of 16-bit products, as in bench_counts.py
-NODE, IN_NODE_PER_S, BETWEEN_NODES_PER_S = 8, 450e9, 50e9  # ranks of a node; bytes a rank receives by NVLink 4, and at 400 Gbit/s
+NODE, IN_NODE_PER_S, BETWEEN_NODES_PER_S = (
+    8,
+    450e9,
+    50e9,
+)  # ranks of a node; bytes a rank receives by NVLink 4, and at 400 Gbit/s
 LARGE = ("gpt2_774m", "gpt2_1_5b")
 SMALL = ["model.n_layer=6", "model.n_head=4", "model.n_embd=256", "model.block_size=16", "model.vocab_size=2048"]
 GIB = 2**30
+_MEASURED = "forward and backward "
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Shapes:
             {"blocks": 1, **group, "params": [params[name] for name in names]}
             for names, group in muon_groups(rows, cfg.optim.muon)
         ]
-        others = [params[row.name] for row in rows if row.manifold is None]
+        others: list[Tensor] = [params[row.name] for row in rows if row.manifold is None]
         return cls(groups, others, cfg.model.n_layer, step_rule(cfg.optim))
 
     @property
@@ -88,7 +93,12 @@ def numbers(tensors: Iterable[Tensor]) -> int:
 
 def scaling_rows(options: dict[str, Any]) -> Rows:
     """Operations of the heaviest rank, and the exchange of new weights (launcher.shard=ddp). AdamW and gradients are left out."""
-    return [scaling_row(size, shapes, world) for size in SIZES for shapes in [Shapes.of([f"model={size}"])] for world in RANKS]
+    return [
+        scaling_row(size, shapes, world)
+        for size in SIZES
+        for shapes in [Shapes.of([f"model={size}"])]
+        for world in RANKS
+    ]
 
 
 def scaling_row(size: str, shapes: Shapes, world: int) -> dict[str, Any]:
@@ -106,7 +116,12 @@ def scaling_row(size: str, shapes: Shapes, world: int) -> dict[str, Any]:
         computed += heaviest[i] / PRODUCTS_PER_S if i < len(heaviest) else 0.0
         sent = max(sent, computed) + size_of / rate  # one message after the other, while buckets are computed
     step = max(load) / PRODUCTS_PER_S
-    row: dict[str, Any] = {"model": size, "ranks": world, "matrices": len(owners), "heaviest rank TFLOP": max(load) / 1e12}
+    row: dict[str, Any] = {
+        "model": size,
+        "ranks": world,
+        "matrices": len(owners),
+        "heaviest rank TFLOP": max(load) / 1e12,
+    }
     row |= {"heaviest / mean": max(load) * world / sum(load), "ranks without a matrix": load.count(0.0)}
     row |= {"received MiB a rank": (total - min(own)) / 2**20 if world > 1 else 0.0}
     row |= {"sent before the last bucket": f"{1 - messages[-1] / total:.0%}" if world > 1 else "–"}
@@ -130,7 +145,9 @@ def memory_rows(options: dict[str, Any]) -> Rows:
     for world in map(int, filter(None, options["measured"].split(","))):
         for shard in ("ddp", "fsdp"):
             parts = counted_memory(small, world, shard, product_bytes=4)
-            rows.append(memory_row(f"{small.layers} layers, CPU ranks", world, shard, parts, measured_memory(world, shard)))
+            rows.append(
+                memory_row(f"{small.layers} layers, CPU ranks", world, shard, parts, measured_memory(world, shard))
+            )
     return rows
 
 
@@ -141,19 +158,22 @@ def memory_row(
     row: dict[str, Any] = {"model": size, "ranks": world, "shard": shard}
     row |= {name: value / GIB for name, value in counted.items()}
     held = counted["weights"] + counted["gradients"] + counted["state"]
-    row |= {"held": held / GIB, "peak": (held + counted["in passing"]) / GIB}
-    for name in ("held", "peak"):
-        row[f"{name}, measured"] = measured[name] / GIB if measured else NOT_MEASURED
-    return row
+    sums = {"held": held, "forward and backward": held + counted["in passing"]}
+    for name, value in sums.items():
+        row |= {name: value / GIB, f"{name}, measured": measured[name] / GIB if measured else NOT_MEASURED}
+    return {**row, "exchange": row.pop("exchange")}
 
 
 def counted_memory(shapes: Shapes, world: int, shard: str, product_bytes: int) -> dict[str, float]:
     """Bytes of the largest rank. `product_bytes`: of a number in products, 2 with bfloat16 and 4 with float32.
 
-    in passing, ddp: the buckets of DDP, as large as all gradients; beside them either 16-bit copies of the matrices (forward, backward), or
-    the new weights of all ranks (step). fsdp: what AdamW updates outside of the blocks, and its gradient twice; two blocks' matrices as they
-    are lent, and the gradients of three.
+    in passing (forward, backward), ddp: the buckets of DDP, as large as all gradients, and 16-bit copies of the matrices. fsdp: what AdamW
+    updates outside of the blocks, and its gradient twice; two blocks' matrices as they are lent, and the gradients of three.
+    exchange (step), ddp: the buckets of DDP and the new weights of all ranks.
     """
+    held: float  # numbers of parameters on the rank
+    split: float  # of them, AdamW's
+    passing: float
     owners = shapes.owners(world)
     own = max(numbers(p for p, owner in owners.items() if owner == rank) for rank in range(world))
     matrices, others = numbers(shapes.matrices), numbers(shapes.others)
@@ -161,19 +181,20 @@ def counted_memory(shapes: Shapes, world: int, shard: str, product_bytes: int) -
         copies = product_bytes * matrices if product_bytes < 4 else 0
         exchanged, buckets = (4 * matrices, 4 * (matrices + others)) if world > 1 else (0, 0)
         held, split = matrices + others, others
-        passing = buckets + max(copies, exchanged)
+        passing, exchange = buckets + copies, buckets + exchanged
     else:
         held, split = own + others / world, others / world
         block = matrices / shapes.layers
-        passing = 3 * 4 * others + 2 * product_bytes * block + 3 * 4 * block
-    return {"weights": 4.0 * held, "gradients": 4.0 * held, "state": 4.0 * own + 8.0 * split, "in passing": float(passing)}
+        passing, exchange = 3 * 4 * others + 2 * product_bytes * block + 3 * 4 * block, 0
+    bytes_of = {"weights": 4 * held, "gradients": 4 * held, "state": 4 * own + 8 * split}
+    return {name: float(value) for name, value in {**bytes_of, "in passing": passing, "exchange": exchange}.items()}
 
 
 # ---- measured on CPU ranks ----
 
 
 def measured_memory(world: int, shard: str) -> dict[str, float]:
-    """Bytes held after a step's backward pass, and the peak of the step, of the rank with most; gloo ranks of this machine."""
+    """Bytes held after a backward pass, and the peak of it and its forward pass, of the rank with most; gloo ranks of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_measure, (world, shard, folder), nprocs=world)
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
@@ -183,7 +204,7 @@ def measured_memory(world: int, shard: str) -> dict[str, float]:
 def _measure(rank: int, world: int, shard: str, folder: str) -> None:
     """One rank of `measured_memory`."""
     import torch.distributed as dist
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, record_function
 
     from training.build import build
     from training.placement import place
@@ -195,26 +216,17 @@ def _measure(rank: int, world: int, shard: str, folder: str) -> None:
     cfg = compose(["assignment=hetero", "model=demo", *SMALL, f"launcher.shard={shard}", "device=cpu", "compile=false"])
     ranks = Ranks(rank, rank, world, torch.device("cpu"), 600.0, dist.group.WORLD)
     torch.manual_seed(0)
-    model, optimizers = build(cfg)
-    placement = place(model, optimizers, ranks, cfg)
     x = torch.randint(cfg.model.vocab_size, (1, cfg.model.block_size))
-
-    def gradients() -> int:
-        _, loss = placement.replica(x, x)
-        loss.backward()
-        return held_bytes(model, optimizers)
-
-    def rest() -> None:
-        optimizers.step()
-        optimizers.zero_grad()
-
-    gradients()
-    rest()  # AdamW makes its state in the first step
-    before = held_bytes(model, optimizers)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        held = gradients()
-    rest()
-    found = {"held": held, "peak": before + _peak_of(profiler)}
+        model, optimizers = build(cfg)
+        placement = place(model, optimizers, ranks, cfg)
+        for step in range(2):  # AdamW makes its state in the first
+            with record_function(f"{_MEASURED}{step}"):
+                placement.replica(x, x)[1].backward()
+            held = held_bytes(model, optimizers)
+            optimizers.step()
+            optimizers.zero_grad()
+    found = {"held": held, "forward and backward": _peak_of(profiler)}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -228,10 +240,12 @@ def held_bytes(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimize
 
 
 def _peak_of(profiler: Any) -> int:
-    """The most bytes that were allocated at a time while a profiler ran, above those at its start."""
+    """The most bytes that were allocated at a time in the last forward and backward pass, of those allocated under the profiler."""
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    [last] = [e for e in events if e.name() == f"{_MEASURED}1"]
     now = most = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in (e for e in events if e.name() == "[memory]"):
         now += event.nbytes()
-        most = max(most, now)
+        if last.start_ns() <= event.start_ns() <= last.start_ns() + last.duration_ns():
+            most = max(most, now)
     return most

@@ -109,7 +109,9 @@ class Optimizers:
                     new = group["params"][i] = params[name]
                     state = optimizer.state.pop(old, {})
                     if state:
-                        optimizer.state[new] = {k: state_like(v, new) if v.shape == new.shape else v for k, v in state.items()}
+                        optimizer.state[new] = {
+                            k: state_like(v, new) if v.shape == new.shape else v for k, v in state.items()
+                        }
 
     def state_dict(self) -> dict[str, Any]:
         """One state dict per optimizer, by class name."""

@@ -88,7 +88,9 @@ class Loan:
             return
         if dtype is not None:
             own = self.mine and dtype == self.param.dtype
-            self.whole = self.param.data if own else torch.empty(self.param.shape, dtype=dtype, device=self.param.device)
+            self.whole = (
+                self.param.data if own else torch.empty(self.param.shape, dtype=dtype, device=self.param.device)
+            )
             self.alias = self.whole.data
         if not self.is_weight:
             self.alias.untyped_storage().resize_(self.alias.numel() * self.alias.element_size())
@@ -142,7 +144,9 @@ class Borrower:
         if not self.active:
             return
         device = self.sums.ranks.device.type
-        self._begin(self.after, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32)
+        self._begin(
+            self.after, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        )
         for loan in self.loans:
             borrowed = _Borrowed.apply(loan.param, loan)
             for user, name in loan.users:

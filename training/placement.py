@@ -60,17 +60,17 @@ class Replicated:
             # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
             self.replica = compiled(DistributedDataParallel(model), cfg, ranks.device)
 
-    def gradients(self) -> list[Tensor]:  # noqa: D102
+    def gradients(self) -> list[Tensor]:
         return [cast(Tensor, p.grad) for p in self.params.values()]
 
-    def whole_norms(self, norms: Tensor) -> Tensor:  # noqa: D102
+    def whole_norms(self, norms: Tensor) -> Tensor:
         return norms
 
-    def whole(self) -> AbstractContextManager[Mapping[str, Tensor]]:  # noqa: D102
+    def whole(self) -> AbstractContextManager[Mapping[str, Tensor]]:
         return nullcontext(self.params)
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
         self.ranks.require_equal(self.params)
 
-    def save(self, directory: Path, step: int, state: dict[str, Any], keep: int, metric: float | None) -> None:  # noqa: D102
+    def save(self, directory: Path, step: int, state: dict[str, Any], keep: int, metric: float | None) -> None:
         self.ranks.from_main(lambda: checkpoint.save(directory, step, state, keep=keep, metric=metric))

@@ -57,7 +57,7 @@ class Sharded:
         """The rank that holds a parameter which is not split; rank 0 stands for all that hold a scalar."""
         return self.owners.get(p, 0)
 
-    def gradients(self) -> list[Tensor]:  # noqa: D102
+    def gradients(self) -> list[Tensor]:
         for p in self.scalars.values():
             self.ranks.all_reduce_mean(cast(Tensor, p.grad))
         return [self._part(p) for p in self.params.values()]
@@ -68,14 +68,14 @@ class Sharded:
             return p.grad.to_local()
         return torch.empty(0, device=p.device) if p.grad is None else p.grad
 
-    def whole_norms(self, norms: Tensor) -> Tensor:  # noqa: D102
+    def whole_norms(self, norms: Tensor) -> Tensor:
         norms = norms.double()
         parts = torch.where(self.counted, torch.where(self.split, norms.square(), norms), 0)
         sums = self.ranks.sum(parts)
         return torch.where(self.split, sums.sqrt(), sums).float()
 
     @contextmanager
-    def whole(self) -> Iterator[Mapping[str, Tensor]]:  # noqa: D102
+    def whole(self) -> Iterator[Mapping[str, Tensor]]:
         parts = [part for part in self.model.modules() if isinstance(part, FSDPModule)]
         with self.lender.all_spread():
             for part in parts:
@@ -88,11 +88,11 @@ class Sharded:
                     part.reshard()
                     part.set_reshard_after_forward(part is not self.model, recurse=False)
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
         if self.scalars:
             self.ranks.require_equal(self.scalars)
 
-    def save(self, directory: Path, step: int, state: dict[str, Any], keep: int, metric: float | None) -> None:  # noqa: D102
+    def save(self, directory: Path, step: int, state: dict[str, Any], keep: int, metric: float | None) -> None:
         names = {name for name, p in self.params.items() if self.owners.get(p, self.ranks.rank) == self.ranks.rank}
         names |= {name for name, _ in self.model.named_buffers()}
         held = {name: t for name, t in state["model"].items() if name in names}  # without second names of tied weights

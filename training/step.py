@@ -42,7 +42,9 @@ def accumulate(
 
 
 def clip(
-    gradients: Sequence[Tensor | None], largest: float | None, whole_norms: Callable[[Tensor], Tensor] = lambda norms: norms
+    gradients: Sequence[Tensor | None],
+    largest: float | None,
+    whole_norms: Callable[[Tensor], Tensor] = lambda norms: norms,
 ) -> tuple[Tensor, Tensor]:
     """Scale the gradients, in place, to a global norm of at most `largest`; None: no clipping.
 

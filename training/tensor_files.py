@@ -12,7 +12,7 @@ import hashlib
 import json
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,9 @@ _TABLE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.ch
 _TABLE_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
 
 
-def split(state: Mapping[str, Any], apart: tuple[str, ...] = ("model", "optimizers")) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def split(
+    state: Mapping[str, Any], apart: tuple[str, ...] = ("model", "optimizers")
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The state without the tensors under the keys `apart`, and those tensors by their path as JSON."""
     rest, tensors = dict(state), {}
     for key in apart:

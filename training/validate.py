@@ -70,7 +70,10 @@ def problems_of_batch(cfg: Settings, world: int) -> list[str]:
 def problems_of_shard(cfg: Settings) -> list[str]:
     """What `launcher.shard=fsdp` cannot do: change weights that lie on other ranks, or use them outside of products."""
     asked = {"attention.qk_clip_on=weights": cfg.attention.qk_clip and cfg.attention.qk_clip_on == "weights"}
-    remedies = {"attention.qk_clip_on=weights": "use attention.qk_clip_on=gain", "model.unit_weights=true": "nGPT needs ddp"}
+    remedies = {
+        "attention.qk_clip_on=weights": "use attention.qk_clip_on=gain",
+        "model.unit_weights=true": "nGPT needs ddp",
+    }
     asked["model.unit_weights=true"] = cfg.model.unit_weights
     return [
         f"launcher.shard=fsdp does not work with {key}; {remedies[key]}, or use launcher.shard=ddp"

@@ -12,6 +12,7 @@ from harness import final_state, finish, free_port, records, same, start_ranks
 from train import train
 from training.build import build
 from training.checkpoint import CheckpointError, load, load_newest
+from training.checks import check
 from training.config import compose
 from training.placement import place
 from training.ranks import Ranks
@@ -116,7 +117,7 @@ def test_a_forged_table_is_not_executed(tmp_path):
             return print, ("executed",)
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Forged()))
-    with pytest.raises(pickle.UnpicklingError, match="builtins.print"):
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print"):
         read_tensors(tmp_path)
 
 
@@ -149,7 +150,10 @@ def look_inside(cfg, folder):
 @pytest.mark.timeout(200)
 def test_a_rank_holds_its_part_and_no_more(tiny_data, tmp_path):
     cfg = compose([*tiny_data, *RUN])
-    assert finish(start_ranks(2, look_inside, cfg, tmp_path, output=str(tmp_path / "output.txt")), timeout=100) == [0, 0]
+    assert finish(start_ranks(2, look_inside, cfg, tmp_path, output=str(tmp_path / "output.txt")), timeout=100) == [
+        0,
+        0,
+    ]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert all(f["whole"] for f in found)
     small = 64 * 4  # a NaN for each borrowed matrix
@@ -160,8 +164,9 @@ def test_a_rank_holds_its_part_and_no_more(tiny_data, tmp_path):
 
 
 def test_what_cannot_be_sharded_is_refused(tiny_data):
-    for asked in (["model=ngpt_demo"], ["attention=qk_clip", "attention.qk_clip_on=weights", "assignment=unconstrained"]):
-        with pytest.raises(ConfigError, match="launcher.shard=fsdp does not work with"):
-            from training.checks import check
-
+    for asked in (
+        ["model=ngpt_demo"],
+        ["attention=qk_clip", "attention.qk_clip_on=weights", "assignment=unconstrained"],
+    ):
+        with pytest.raises(ConfigError, match=r"launcher\.shard=fsdp does not work with"):
             check(compose([*tiny_data, "launcher.shard=fsdp", *asked]))
