@@ -102,7 +102,9 @@ def scaling_rows(options: dict[str, Any]) -> Rows:
 
 
 def scaling_row(size: str, shapes: Shapes, world: int) -> dict[str, Any]:
-    """One line: what is counted, then what is predicted. With `fsdp`, the step is the same and nothing is exchanged after it."""
+    """One line: what is counted, then what is predicted. With `fsdp`, the step is the same; nothing is exchanged after it, but matrices are
+    lent, and gradients summed, in every micro-batch.
+    """
     owners = shapes.owners(world)
     work = [shapes.bucket_flops(owners, rank) for rank in range(world)]
     load = [sum(flops) for flops in work]
@@ -124,6 +126,8 @@ def scaling_row(size: str, shapes: Shapes, world: int) -> dict[str, Any]:
     }
     row |= {"heaviest / mean": max(load) * world / sum(load), "ranks without a matrix": load.count(0.0)}
     row |= {"received MiB a rank": (total - min(own)) / 2**20 if world > 1 else 0.0}
+    lent = (2 * 2 + 4) * numbers(shapes.matrices)  # in 16 bits for the forward and the backward pass; float32 gradients
+    row |= {"fsdp: MiB a micro-batch": lent / 2**20 if world > 1 else 0.0}
     row |= {"sent before the last bucket": f"{1 - messages[-1] / total:.0%}" if world > 1 else "–"}
     row |= {"step ms, predicted": 1e3 * step, "exchange ms, predicted": 1e3 * total / rate if world > 1 else 0.0}
     return {**row, "both ms with overlap, predicted": 1e3 * max(step, sent)}

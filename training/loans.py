@@ -36,12 +36,11 @@ class Sums:
 
     def next_block(self) -> None:
         """Take over the sums of the block before the last."""
-        with self.ranks.explained():
-            for loan, share, work in self.older:
-                work.wait()
-                if loan.mine:
-                    p = loan.param
-                    p.grad = share if p.grad is None else p.grad.add_(share)
+        for loan, share, work in self.older:
+            work.wait()
+            if loan.mine:
+                p = loan.param
+                p.grad = share if p.grad is None else p.grad.add_(share)
         self.older, self.newer = self.newer, []
 
     def finish(self) -> None:
@@ -136,9 +135,8 @@ class Borrower:
         """Let all matrices of this module be sent, and of the one that is computed next, and wait for the former."""
         for loan in (*self.loans, *(beside.loans if beside else ())):
             loan.begin(dtype)
-        with self.sums.ranks.explained():
-            for loan in self.loans:
-                loan.work.wait()
+        for loan in self.loans:
+            loan.work.wait()
 
     def _forward_begins(self, module: nn.Module, inputs: Any) -> None:
         if not self.active:

@@ -78,8 +78,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> 
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        with ranks.explained():
-            save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=ranks.control)
+        save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=ranks.control)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         known = next((cause for cause in causes if isinstance(cause, OSError)), None)

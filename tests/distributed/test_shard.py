@@ -164,6 +164,7 @@ def test_a_rank_holds_its_part_and_no_more(tiny_data, tmp_path):
 
 
 def test_what_cannot_be_sharded_is_refused(tiny_data):
+    check(compose(["launcher.nproc=8", "launcher.shard=fsdp", "model=gpt2_1_5b", "experiment=one_gpu"]))
     for asked in (
         ["model=ngpt_demo"],
         ["attention=qk_clip", "attention.qk_clip_on=weights", "assignment=unconstrained"],
