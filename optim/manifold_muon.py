@@ -169,26 +169,28 @@ def choose_owners(groups: Iterable[dict[str, Any]], rule: StepRule, world: int) 
 
 
 def members_of_buckets(
-    groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], rank: int
-) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """The buckets of a rank: (group, parameters of it that the rank owns and that have one tall shape)."""
-    found = []
+    groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], world: int
+) -> list[list[tuple[dict[str, Any], list[Tensor]]]]:
+    """For each rank its buckets: (group, parameters of it that the rank owns and that have one tall shape)."""
+    buckets: list[list[tuple[dict[str, Any], list[Tensor]]]] = [[] for _ in range(world)]
     for group in groups:
-        by_shape = dict[tuple[int, ...], list[Tensor]]()
+        alike = dict[tuple[int, ...], list[Tensor]]()
         for p in group["params"]:
-            if owners[p] == rank:
-                by_shape.setdefault(tuple(tall(row_blocks(p, group["blocks"])).shape[-2:]), []).append(p)
-        found += [(group, params) for params in by_shape.values()]
-    return found
+            key = (owners[p], *tall(row_blocks(p, group["blocks"])).shape[-2:])
+            if key not in alike:
+                alike[key] = []
+                buckets[owners[p]].append((group, alike[key]))
+            alike[key].append(p)
+    return buckets
 
 
 def plan_messages(
     groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], world: int
 ) -> list[list[tuple[int, list[Tensor]]]]:
     """What is sent after the i-th bucket of every rank: (owner, parameters). All ranks must send and receive in one order."""
-    sent = [[params for _, params in members_of_buckets(groups, owners, rank)] for rank in range(world)]
+    buckets = members_of_buckets(groups, owners, world)
     return [
-        [(rank, own[i]) for rank, own in enumerate(sent) if i < len(own)] for i in range(max(map(len, sent), default=0))
+        [(rank, own[i][1]) for rank, own in enumerate(buckets) if i < len(own)] for i in range(max(map(len, buckets)))
     ]
 
 
@@ -239,7 +241,7 @@ class ManifoldMuon(torch.optim.Optimizer):
             self._check(group)
             group["lr"] = torch.as_tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
         self.owners = choose_owners(self.param_groups, rule, self.world)
-        members = members_of_buckets(self.param_groups, self.owners, self.rank)
+        members = members_of_buckets(self.param_groups, self.owners, self.world)[self.rank]
         self.buckets = [self._bucket(group, params) for group, params in members]
         self.messages = plan_messages(self.param_groups, self.owners, self.world)
         self.under_way: list[tuple[list[Tensor], Tensor, Any]] = []

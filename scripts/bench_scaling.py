@@ -74,18 +74,29 @@ class Shapes:
         """The owner of each matrix."""
         return choose_owners(self.groups, self.rule, world)
 
-    def bucket_flops(self, owners: Mapping[Tensor, int], rank: int) -> list[float]:
-        """Operations in the products of each bucket of a rank."""
-        found = []
-        for group, params in members_of_buckets(self.groups, owners, rank):
-            shape = tall(row_blocks(params[0], group["blocks"])).shape[-2:]
-            found.append(len(params) * group["blocks"] * float(step_flops(self.rule, *shape, group["manifold"])))
-        return found
+    def bucket_flops(self, owners: Mapping[Tensor, int], world: int) -> list[list[float]]:
+        """For each rank, the operations in the products of each of its buckets."""
+        return [
+            [self._flops(group, params) for group, params in buckets]
+            for buckets in members_of_buckets(self.groups, owners, world)
+        ]
+
+    def _flops(self, group: Mapping[str, Any], params: list[Tensor]) -> float:
+        shape = tall(row_blocks(params[0], group["blocks"])).shape[-2:]
+        return len(params) * group["blocks"] * float(step_flops(self.rule, *shape, group["manifold"]))
 
 
 def numbers(tensors: Iterable[Tensor]) -> int:
     """How many numbers there are in all tensors."""
     return sum(p.numel() for p in tensors)
+
+
+def numbers_owned(owners: Mapping[Tensor, int], world: int) -> list[int]:
+    """How many numbers each rank owns."""
+    found = [0] * world
+    for p, owner in owners.items():
+        found[owner] += p.numel()
+    return found
 
 
 # ---- the step ----
@@ -106,11 +117,11 @@ def scaling_row(size: str, shapes: Shapes, world: int) -> dict[str, Any]:
     lent, and gradients summed, in every micro-batch.
     """
     owners = shapes.owners(world)
-    work = [shapes.bucket_flops(owners, rank) for rank in range(world)]
+    work = shapes.bucket_flops(owners, world)
     load = [sum(flops) for flops in work]
     heaviest = work[load.index(max(load))]
     messages = [4 * sum(numbers(params) for _, params in sent) for sent in plan_messages(shapes.groups, owners, world)]
-    own = [4 * numbers(p for p, owner in owners.items() if owner == rank) for rank in range(world)]
+    own = [4 * n for n in numbers_owned(owners, world)]
     total = sum(messages)
     rate = IN_NODE_PER_S if world <= NODE else BETWEEN_NODES_PER_S
     computed = sent = 0.0
@@ -172,14 +183,15 @@ def counted_memory(shapes: Shapes, world: int, shard: str, product_bytes: int) -
     """Bytes of the largest rank. `product_bytes`: of a number in products, 2 with bfloat16 and 4 with float32.
 
     in passing (forward, backward), ddp: the buckets of DDP, as large as all gradients, and 16-bit copies of the matrices. fsdp: what AdamW
-    updates outside of the blocks, and its gradient twice; two blocks' matrices as they are lent, and the gradients of three.
+    updates outside of the blocks, and its gradient twice; two blocks' matrices as they are lent, and the gradients of three. Not all of it
+    is there at once: it is a bound.
     exchange (step), ddp: the buckets of DDP and the new weights of all ranks.
     """
     held: float  # numbers of parameters on the rank
     split: float  # of them, AdamW's
     passing: float
     owners = shapes.owners(world)
-    own = max(numbers(p for p, owner in owners.items() if owner == rank) for rank in range(world))
+    own = max(numbers_owned(owners, world))
     matrices, others = numbers(shapes.matrices), numbers(shapes.others)
     if shard == "ddp":
         copies = product_bytes * matrices if product_bytes < 4 else 0

@@ -16,6 +16,7 @@ from training.checks import check
 from training.config import compose
 from training.placement import place
 from training.ranks import Ranks
+from training.step import clip
 from training.tensor_files import read_tensors
 from training.validate import ConfigError
 
@@ -138,11 +139,12 @@ def look_inside(cfg, folder):
     x = torch.arange(17).expand(2, 17)
     placement.replica(x[:, :-1], x[:, 1:])[1].backward()
     sizes.append(held())
+    norms = [clip(placement.gradients(), 0.01, placement.whole_norms)[0].item() for _ in range(2)]
     with placement.whole() as params:
         whole = all(torch.equal(params[name], W) for name, W in start.items())
     sizes.append(held())
     numbers = sum(p.numel() for p in start.values())
-    found = {"sizes": sizes, "whole": whole, "numbers": numbers}
+    found = {"sizes": sizes, "whole": whole, "numbers": numbers, "norms": norms}
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     ranks.close()
 
@@ -156,6 +158,8 @@ def test_a_rank_holds_its_part_and_no_more(tiny_data, tmp_path):
     ]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert all(f["whole"] for f in found)
+    before, after = found[0]["norms"]
+    assert found[1]["norms"] == [before, after] and before > 0.02 and after == pytest.approx(0.01, rel=1e-3)
     small = 64 * 4  # a NaN for each borrowed matrix
     for i, copies in enumerate((1, 2, 2)):  # weights; then gradients too
         total = sum(f["sizes"][i] for f in found)
