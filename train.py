@@ -25,12 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Prefetcher, validation_windows
 from model.probes import probe
 from model.spectra import Spectra
-from training import checkpoint
 from training.average import average_of
 from training.batch import micro_batch_size
 from training.build import build
@@ -41,9 +39,10 @@ from training.init_from import start_from
 from training.limits import machine_limits
 from training.log import Later, NoLog, RunLog
 from training.phases import Phases, as_phase
+from training.placement import place
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
-from training.run import claimed, compiled, end_of, end_summary, resolve_device, speed
+from training.run import claimed, end_of, end_summary, resolve_device, speed
 from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
@@ -103,9 +102,8 @@ class Run:
         self.stability = Stability(cfg.stability)
         if not ranks.is_main:
             torch.manual_seed(cfg.seed + ranks.rank)  # equal weights on all ranks, but different dropout
-        self.params = dict(self.model.named_parameters())
         self.coordinates = coordinate_check(self.model, cfg)
-        self.guard = FiniteGuard(list(self.params), self.device)
+        self.guard = FiniteGuard([name for name, _ in self.model.named_parameters()], self.device)
         self.average = average_of(cfg.average, self.model)
         self.step, self.seconds = 0, 0.0
         notes: list[str] = []
@@ -140,9 +138,7 @@ class Run:
         cfg, ranks, phase = self.cfg, self.ranks, self.phase
         about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None
         log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
-        # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
-        self.compiled = compiled(self.model, cfg, self.device)
-        replica = compiled(DistributedDataParallel(self.model), cfg, self.device) if ranks.world > 1 else self.compiled
+        self.placement = place(self.model, self.optimizers, ranks, cfg)
         if self.origin:
             log.write("init_from", self.step, **self.origin)
         batches = Prefetcher(self.loader, self.step)
@@ -170,7 +166,7 @@ class Run:
 
                     # Once in a while: check that the replicas are equal, and save.
                     if self.due(cfg.launcher.checksum_interval):
-                        ranks.require_equal(self.params)
+                        self.placement.check()
                     if self.step > 0 and (self.due(cfg.checkpoint.interval or cfg.max_steps) or stopping):
                         self.save(log)
                 if self.finished:
@@ -184,7 +180,7 @@ class Run:
                 with phase("data"):
                     batch = batches.next(self.step)
                 with phase("forward_backward"):
-                    part = accumulate(replica, batch, self.micro_batch, self.device, self.autocast)
+                    part = accumulate(self.placement.replica, batch, self.micro_batch, self.device, self.autocast)
                     loss = ranks.all_reduce_mean(part.clone())
 
                 # Gradient → geometry → weights; skipped on the device if something is not finite, without a host sync.
@@ -193,7 +189,7 @@ class Run:
                 self.optimizers.watch(self.due(cfg.log.interval_certificate))
                 self.coordinates.watch(self.due(cfg.log.interval_updates))
                 with phase("optimizer"):
-                    norm, norms = clip([p.grad for p in self.params.values()], cfg.grad_clip)
+                    norm, norms = clip(self.placement.gradients(), cfg.grad_clip, self.placement.whole_norms)
                     skip = self.guard.check(self.step, part, loss, norms)
                     self.optimizers.step(skip=skip)
                     self.model.clip_logits()
@@ -233,25 +229,26 @@ class Run:
     def evaluate(self, log: RunLog | NoLog) -> None:
         """Record the validation loss and observe its stability; at the end, with `full_eval`, record the loss on the whole validation split."""
         with_it = self.cfg.micro_batch_size, self.ranks, self.autocast
-        self.val_loss, averaged = mean_loss(self.compiled, self.model, self.held_out, *with_it), {}
+        self.val_loss, averaged = mean_loss(self.placement.evaluated, self.model, self.held_out, *with_it), {}
         if self.average:
             with self.average.in_place():
-                averaged["average_loss"] = mean_loss(self.compiled, self.model, self.held_out, *with_it)
+                averaged["average_loss"] = mean_loss(self.placement.evaluated, self.model, self.held_out, *with_it)
         log.write("eval", self.step, loss=self.val_loss, **averaged)
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
         if self.finished and self.cfg.full_eval:
             windows = validation_windows(self.val, self.cfg.model.block_size)
-            self.full_val_loss = mean_loss(self.compiled, self.model, windows, *with_it)
+            self.full_val_loss = mean_loss(self.placement.evaluated, self.model, windows, *with_it)
             log.write("full_eval", self.step, loss=self.full_val_loss, tokens=windows[:, 1:].size)
 
     @as_phase("spectra")
     def write_spectra(self, log: RunLog | NoLog) -> None:
         """Record all singular values of every matrix that matches a rule of the assignment; on a GPU, as soon as they are known."""
-        if self.ranks.is_main:
-            self.spectra.write(log)
-            self.spectra.expect(self.step, Spectra(self.optimizers.ruled_matrices()))
-            self.spectra.write(log, wait=self.finished)
+        with self.placement.whole() as params:
+            if self.ranks.is_main:
+                self.spectra.write(log)
+                self.spectra.expect(self.step, Spectra(self.optimizers.ruled_matrices(params)))
+                self.spectra.write(log, wait=self.finished or self.placement.lends)
 
     @as_phase("certificate")
     def write_certificates(self, log: RunLog | NoLog) -> None:
@@ -269,7 +266,8 @@ class Run:
     @as_phase("probe")
     def write_probe(self, log: RunLog | NoLog) -> None:
         """Record attention and collapse on the first validation windows, and an early warning. All ranks compute the same."""
-        seen = probe(self.model, self.probe_windows)
+        with self.placement.whole():
+            seen = probe(self.model, self.probe_windows)
         log.write("probe", self.step, **seen)
         if alarm := self.stability.probe(self.step, seen):
             log.write("event", self.step, event="warning", **vars(alarm))
@@ -284,7 +282,7 @@ class Run:
         parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, guard, self.average)
         state = state_of(*parts, self.step, self.elapsed, rng)
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
-        self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
+        self.placement.save(folder, self.step, state, keep, metric)
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
         """Write one training record, for which the host waits for the device; other training steps do not wait."""

@@ -4,14 +4,15 @@ What the step is, a rule decides (optim/published.py: the paper's, optim/certifi
 momenta and returns new weights. The optimizer owns the bookkeeping: which matrices go together, their orientation, their momentum,
 and, on several ranks, who computes what.
 
-On N ranks every matrix has one owner, which alone holds its state and computes its step; then every rank receives all new weights.
-Gradients must be the same on all ranks (reduced and clipped), and so replicas stay bitwise equal. One rank is the case N = 1.
+On N ranks every matrix has one owner, which alone holds its state and computes its step. The new weights of a bucket are sent to all
+ranks while the next bucket is computed. Gradients must be the same on all ranks (reduced and clipped), and so replicas stay bitwise equal.
+With `owners_keep` nothing is sent: each rank holds only what it owns, and only owners need gradients. One rank is the case N = 1.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -84,7 +85,7 @@ class StepRule(Protocol):
         """W (..., m, n), any orientation, brought onto the manifold."""
 
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
-        """The step of each stack."""
+        """The step of each stack, the same for a stack whatever others are given with it."""
 
 
 class OnHost:
@@ -150,6 +151,11 @@ def state_shapes(p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]
     return shapes
 
 
+def whole_shape(p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
+    """The tall shape of a parameter whose blocks share the length of a step, else ()."""
+    return tuple(tall(p).shape) if group["block_length"] == "whole" and group["blocks"] > 1 else ()
+
+
 @cache
 def step_flops(rule: StepRule, m: int, n: int, manifold: str) -> int:
     """Operations (two a multiply-add) in the products of one step of one tall (m, n) matrix, counted on tensors without storage."""
@@ -170,6 +176,46 @@ def share_out(costs: Sequence[float], world: int) -> list[int]:
     return owners
 
 
+def choose_owners(groups: Iterable[dict[str, Any]], rule: StepRule, world: int) -> dict[Tensor, int]:
+    """The rank that computes each parameter's step, balanced by counted operations. `groups`: see ManifoldMuon."""
+    params = [(p, group) for group in groups for p in group["params"]]
+    if world == 1:
+        return {p: 0 for p, _ in params}
+    shapes = [(*tall(row_blocks(p, group["blocks"])).shape[-2:], group["manifold"]) for p, group in params]
+    costs = [group["blocks"] * step_flops(rule, *shape) for shape, (_, group) in zip(shapes, params)]
+    return dict(zip((p for p, _ in params), share_out(costs, world)))
+
+
+def members_of_buckets(
+    groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], world: int
+) -> list[list[tuple[dict[str, Any], list[Tensor]]]]:
+    """For each rank its buckets: (group, parameters of it that the rank owns and that have one tall shape)."""
+    buckets: list[list[tuple[dict[str, Any], list[Tensor]]]] = [[] for _ in range(world)]
+    for group in groups:
+        alike = dict[tuple[Any, ...], list[Tensor]]()
+        for p in group["params"]:
+            cut = row_blocks(p, group["blocks"])
+            # Rows of a parameter matter where their mean squares are kept: then each orientation has a bucket of its own; and the whole
+            # parameter's shape where its blocks share a length.
+            apart = (is_wide(cut) and group["row_beta"] is not None, *whole_shape(p, group))
+            key = (owners[p], *tall(cut).shape[-2:], apart)
+            if key not in alike:
+                alike[key] = []
+                buckets[owners[p]].append((group, alike[key]))
+            alike[key].append(p)
+    return buckets
+
+
+def plan_messages(
+    groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], world: int
+) -> list[list[tuple[int, list[Tensor]]]]:
+    """What is sent after the i-th bucket of every rank: (owner, parameters). All ranks must send and receive in one order."""
+    buckets = members_of_buckets(groups, owners, world)
+    return [
+        [(rank, own[i][1]) for rank, own in enumerate(buckets) if i < len(own)] for i in range(max(map(len, buckets)))
+    ]
+
+
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The new momentum, and what is stepped along; the old momentum where `keep` (0-d bool) is true, whatever g is."""
     g = torch.where(keep, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
@@ -187,13 +233,13 @@ class ManifoldMuon(torch.optim.Optimizer):
         block_length: "each": every block's step has length lr; "whole": the parameter's step is as long, in root mean square, as it
             would be without the cut.
         cautious, row_beta: see optim/refine.py.
-        rule: the step rule, called once a step with all stacks. Its `init` brings the weights onto their manifold here, at
-            construction, by the whole parameter on every rank alike.
+        rule: the step rule, called once for each bucket. Its `init` brings the weights onto their manifold here, at construction, by
+            the whole parameter on every rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
         momentum, nesterov: buf = momentum·buf + g;  G = g + momentum·buf with Nesterov, else buf.
         weight_decay: decoupled, passed to the rule, which decides whether it applies.
 
-    Work is shared over the ranks of the default process group, if there is one.
+    Work is shared over the ranks of the default process group, if there is one. `owners` says which rank owns a parameter.
 
     Raises:
         ValueError: a parameter is not a matrix or cannot be cut into its blocks, or a manifold is unknown.
@@ -216,17 +262,19 @@ class ManifoldMuon(torch.optim.Optimizer):
         super().__init__(groups, {**defaults, "block_length": block_length, "cautious": cautious, "row_beta": row_beta})
         self.rule = rule
         self.found_inf: Tensor | None = None
-        self.watched = False
-        self.around_exchange: Callable[[], AbstractContextManager[None]] = (
-            nullcontext  # a context for the exchange of weights
-        )
+        self.watched = self.owners_keep = False
+        # A context for the exchange of weights.
+        self.around_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         for group in self.param_groups:
             self._check(group)
             group["lr"] = torch.as_tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
-        self.owners = self._choose_owners()
-        self.buckets = [bucket for group in self.param_groups for bucket in self._buckets_of(group)]
+        self.owners = choose_owners(self.param_groups, rule, self.world)
+        members = members_of_buckets(self.param_groups, self.owners, self.world)[self.rank]
+        self.buckets = [self._bucket(group, params) for group, params in members]
+        self.messages = plan_messages(self.param_groups, self.owners, self.world)
+        self.under_way: list[tuple[list[Tensor], Tensor, Any]] = []
         self.bring_onto_manifold()
 
     @cached_property
@@ -248,39 +296,14 @@ class ManifoldMuon(torch.optim.Optimizer):
                     f"{group['blocks']} blocks do not divide the {p.size(0)} rows of a matrix; choose a divisor"
                 )
 
-    def _choose_owners(self) -> dict[Tensor, int]:
-        """The rank that computes each parameter's step, balanced by counted operations."""
-        params = [(p, group) for group in self.param_groups for p in group["params"]]
-        if self.world == 1:
-            return {p: 0 for p, _ in params}
-        shapes = [(*tall(row_blocks(p, group["blocks"])).shape[-2:], group["manifold"]) for p, group in params]
-        costs = [group["blocks"] * step_flops(self.rule, *shape) for shape, (_, group) in zip(shapes, params)]
-        return dict(zip((p for p, _ in params), share_out(costs, self.world)))
-
-    def _buckets_of(self, group: dict[str, Any]) -> list[Bucket]:
-        """This rank's matrices of a group, by shape, with their state."""
-        blocks, by_shape = group["blocks"], dict[tuple[Any, ...], list[Tensor]]()
-        for p in group["params"]:
-            if self.owners[p] == self.rank:
-                cut = row_blocks(p, blocks)
-                # Rows of a parameter matter where their mean squares are kept: then each orientation has a bucket of its own; and the
-                # whole parameter's shape where its blocks share a length.
-                apart = (is_wide(cut) and group["row_beta"] is not None, *self._whole(p, group))
-                by_shape.setdefault((*tall(cut).shape[-2:], apart), []).append(p)
-        buckets = []
-        for params in by_shape.values():
-            shapes, device = state_shapes(params[0], group), params[0].device
-            state = {name: torch.zeros(len(params) * k, *size, device=device) for name, (k, *size) in shapes.items()}
-            bucket = Bucket(params, blocks, group, state, is_wide(row_blocks(params[0], blocks)))
-            for i, p in enumerate(params):  # views: batched arithmetic, and an ordinary state_dict
-                self.state[p] = {name: whole[bucket.rows_of(i)] for name, whole in state.items()}
-            buckets.append(bucket)
-        return buckets
-
-    @staticmethod
-    def _whole(p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-        """The tall shape of a parameter whose blocks share the length of a step, else ()."""
-        return tuple(tall(p).shape) if group["block_length"] == "whole" and group["blocks"] > 1 else ()
+    def _bucket(self, group: dict[str, Any], params: list[Tensor]) -> Bucket:
+        """A bucket of this rank, with its state at the start."""
+        blocks, shapes, device = group["blocks"], state_shapes(params[0], group), params[0].device
+        state = {name: torch.zeros(len(params) * k, *size, device=device) for name, (k, *size) in shapes.items()}
+        bucket = Bucket(params, blocks, group, state, is_wide(row_blocks(params[0], blocks)))
+        for i, p in enumerate(params):  # views: batched arithmetic, and an ordinary state_dict
+            self.state[p] = {name: whole[bucket.rows_of(i)] for name, whole in state.items()}
+        return bucket
 
     @torch.no_grad()
     def bring_onto_manifold(self, names: Collection[str] | None = None) -> None:
@@ -291,14 +314,20 @@ class ManifoldMuon(torch.optim.Optimizer):
                     p.copy_(self.rule.init(row_blocks(p, group["blocks"]), group["manifold"]).reshape(p.shape))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: a step is one pass
-        """One update of every matrix. Gradients must all be there; the host waits for nothing of this step.
+    def step(self, closure: None = None, *, wait: bool = True) -> None:  # type: ignore[override]  # no closure: a step is one pass
+        """One update of every matrix. Gradients of the owned ones must all be there; the host waits for nothing of this step.
 
         Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
-        what the step was is kept for `certificates`.
+        what the step was is kept for `certificates`. With `wait` false, the new weights of other ranks are there only after `receive`.
         """
-        self.update(self.highest_levels())
-        self.publish()
+        highest = self.highest_levels()
+        for i in range(len(self.messages)):
+            if i < len(self.buckets):
+                self._update(self.buckets[i], highest[i])
+            self._send(i)  # under way while the next bucket is computed
+        self._send_levels()
+        if wait:
+            self.receive()
 
     def highest_levels(self) -> tuple[int, ...]:
         """Of each bucket, the largest level that its last step asked for, on the host; see Stack.highest."""
@@ -309,28 +338,36 @@ class ManifoldMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, highest: Sequence[int]) -> None:
         """The part of a step that is the device's alone, from `highest_levels` on: new weights of this rank's matrices, in place."""
-        stacks = [self._advance(bucket, level) for bucket, level in zip(self.buckets, highest)]
-        for bucket, stack, moved in zip(self.buckets, stacks, self.rule(stacks)):
-            targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
-            targets = [
-                (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
-                for p, w in zip(bucket.params, targets)
-            ]
-            torch._foreach_copy_(bucket.params, targets)  # one launch for all
-            bucket.state["level"].copy_(moved.level)
-            bucket.state["fallbacks"].add_(moved.fallback)
-            if moved.second is not None:
-                bucket.state["row_squares"].copy_(moved.second)
-            bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
+        for bucket, level in zip(self.buckets, highest):
+            self._update(bucket, level)
 
     @torch.no_grad()
     def publish(self) -> None:
-        """The end of a step: the levels are sent to the host, and the weights to the other ranks."""
+        """The end of a step after `update`: the levels go to the host, and the weights to the other ranks."""
+        for i in range(len(self.messages)):
+            self._send(i)
+        self._send_levels()
+        self.receive()
+
+    def _send_levels(self) -> None:
         for bucket in self.buckets:
             bucket.highest = OnHost(bucket.state["level"].amax())  # read when the next step begins
-        if self.world > 1:
-            with self.around_exchange():
-                self._exchange()
+
+    def _update(self, bucket: Bucket, highest: int) -> None:
+        """One update of the matrices of a bucket."""
+        stack = self._advance(bucket, highest)
+        [moved] = self.rule([stack])
+        targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
+        targets = [
+            (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
+            for p, w in zip(bucket.params, targets)
+        ]
+        torch._foreach_copy_(bucket.params, targets)  # one launch for all
+        bucket.state["level"].copy_(moved.level)
+        bucket.state["fallbacks"].add_(moved.fallback)
+        if moved.second is not None:
+            bucket.state["row_squares"].copy_(moved.second)
+        bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
 
     def _advance(self, bucket: Bucket, highest: int) -> Stack:
         """Take the gradients into the momenta and return what the step rule works on."""
@@ -352,7 +389,7 @@ class ManifoldMuon(torch.optim.Optimizer):
             squares = bucket.state.get("row_squares")
             refine = Refine(g if group["cautious"] else None, squares, group["row_beta"] or 0.0, bucket.wide)
         common = (group["manifold"], group["lr"], group["weight_decay"], keep, level, highest)
-        whole = self._whole(bucket.params[0], group) or None
+        whole = whole_shape(bucket.params[0], group) or None
         return Stack(W, G, *common, whole, refine)  # type: ignore[arg-type]  # of two numbers
 
     def certificates(self) -> dict[str, dict[str, float]]:
@@ -375,33 +412,42 @@ class ManifoldMuon(torch.optim.Optimizer):
                 found[names[p]] = {name: abs(min(values[bucket.rows_of(i)])) for name, values in numbers.items()}
         return found
 
-    def _exchange(self) -> None:
-        """Every owner sends its new weights to all, one flat message each, all under way at once."""
-        owned: list[list[Tensor]] = [[] for _ in range(self.world)]
-        for p, owner in self.owners.items():
-            owned[owner].append(p)
-        messages = []
-        for rank, params in enumerate(owned):
-            if not params:
-                continue
-            flat = (
-                torch.cat([p.reshape(-1) for p in params])
-                if rank == self.rank
-                else params[0].new_empty(sum(p.numel() for p in params))
-            )
-            messages.append((rank, params, flat, dist.broadcast(flat, src=rank, async_op=True)))  # not waited for yet
-        for rank, params, flat, work in messages:
-            work.wait()
-            if rank != self.rank:
-                pieces = flat.split([p.numel() for p in params])
-                torch._foreach_copy_(params, [piece.view(p.shape) for p, piece in zip(params, pieces)])
+    def _send(self, i: int) -> None:
+        """Begin to send the new weights of the i-th buckets from their owners to all, one flat tensor for each owner."""
+        if self.world == 1 or self.owners_keep:
+            return
+        with self.around_exchange():
+            for owner, params in self.messages[i]:
+                if owner == self.rank:
+                    flat = torch.cat([p.reshape(-1) for p in params])
+                else:
+                    flat = params[0].new_empty(sum(p.numel() for p in params))
+                self.under_way.append((params, flat, dist.broadcast(flat, src=owner, async_op=True)))
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Wait for the new weights of other ranks, and take them over."""
+        if not self.under_way:
+            return
+        with self.around_exchange():
+            for params, flat, work in self.under_way:
+                work.wait()
+                if self.owners[params[0]] != self.rank:
+                    pieces = flat.split([p.numel() for p in params])
+                    torch._foreach_copy_(params, [piece.view(p.shape) for p, piece in zip(params, pieces)])
+        self.under_way.clear()
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The whole optimizer's state on every rank, as one rank alone would have it; on several ranks, all must call."""
-        borrowed = [p for p, owner in self.owners.items() if owner != self.rank]  # their state is here for this call
+        """The whole optimizer's state on every rank, as one rank alone would have it; on several ranks, all must call.
+
+        With `owners_keep`: the state of this rank's matrices.
+        """
+        shared = self.world > 1 and not self.owners_keep
+        # The state of these is here for this call.
+        borrowed = [p for p, owner in self.owners.items() if shared and owner != self.rank]
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        for p, owner in self.owners.items() if self.world > 1 else ():
+        for p, owner in self.owners.items() if shared else ():
             for name, shape in state_shapes(p, groups[p]).items():
                 whole = self.state[p][name].contiguous() if owner == self.rank else torch.empty(shape, device=p.device)
                 dist.broadcast(whole, src=owner)

@@ -7,14 +7,16 @@
     python scripts/bench.py profile        the operations that take most of a step's time, by assignment
     python scripts/bench.py residual       time and memory of a training step under every residual rule, as ratios to pre-norm
     python scripts/bench.py probes         the share of training time that a probe takes in experiment=paper
-    python scripts/bench.py scaling        work and bytes of a rank, counted, for 1 to 64 ranks (nothing is timed)
+    python scripts/bench.py scaling        work and bytes of a step for 1 to 1,024 ranks, counted (nothing is timed)
+    python scripts/bench.py memory         memory of a rank with whole and with sharded models, counted
     python scripts/bench.py counts         products, launches and bytes of one certified step at GPT-2 124M (nothing is timed)
     python scripts/bench.py predicted      tokens/s of GPT-2 124M on one GPU: predictions beside bars and measurements (nothing is timed)
 
 Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
-assignments= and optims= (lists; train and profile), variants= (train: a list of overrides, such as capture=true), limit_s= (train: seconds after which no further turn begins), traces= (profile: a
-folder for the traces), results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The table
-and a JSON file with every time are written to results/<device>/. The same command works on a CPU and on CUDA.
+assignments= and optims= (lists; train and profile), variants= (train: a list of overrides, such as capture=true), limit_s= (train: seconds
+after which no further turn begins), traces= (profile: a folder for the traces), measured= (memory: a list of numbers of CPU ranks, on which
+a small model is measured), results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The
+table and a JSON file with every time are written to results/<device>/. The same command works on a CPU and on CUDA.
 """
 
 from __future__ import annotations
@@ -33,26 +35,25 @@ import torch
 
 from model.config import GPTConfig
 from model.gpt import GPT
-from optim.assignment import assign
 from optim.certificate import certify
 from optim.certified import direction
 from optim.linalg import PRECISIONS, products_for
-from optim.manifold_muon import share_out, step_flops
+from optim.manifold_muon import step_flops
 from optim.manifolds import MANIFOLDS
 from scripts.analysis.solvers import METHODS, solve
 from scripts.analysis.tables import Table
 from scripts.bench_ceilings import ceiling_rows
 from scripts.bench_residual import residual_rows
+from scripts.bench_scaling import memory_rows, scaling_rows
 from scripts.bench_train import probe_rows, profile_rows, training_rows
 from scripts.command import ROOT, UsageError, as_code, parse, run
 from scripts.timing import Rows, device, device_folder, take_turns
-from training.build import build_optimizers, gpt_config, step_rule
+from training.build import build_optimizers
 from training.config import compose
 from training.run import device_name, environment
 from training.settings import CertifiedRule
 
-WIDTH_1600 = ["model.n_layer=48", "model.n_head=25", "model.n_embd=1600"]
-COUNTED = ("scaling", "counts", "predicted")
+COUNTED = ("scaling", "memory", "counts", "predicted")
 """The benchmarks that time nothing: their results depend on no device."""
 
 
@@ -182,29 +183,6 @@ def calls_needed(rows: Rows) -> Rows:
 # ---- counted, not timed ----
 
 
-def scaling_rows(options: dict[str, Any]) -> Rows:
-    """Operations of the heaviest rank and bytes that each rank receives in a step, counted. The rest of the step is left out."""
-    rows = []
-    sizes = {"gpt2_124m": [], "gpt2_350m": [], "gpt2_774m": [], "1.5B": ["model=gpt2_774m", *WIDTH_1600]}
-    for size, overrides in sizes.items():
-        cfg = compose(["assignment=hetero", *(overrides or [f"model={size}"])])
-        rule = step_rule(cfg.optim)
-        with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in GPT(gpt_config(cfg)).named_parameters()}
-        matrices = [row for row in assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw) if row.manifold]
-        costs = [step_flops(rule, max(row.shape), min(row.shape), row.manifold) for row in matrices]
-        numbers = [row.shape[0] * row.shape[1] for row in matrices]
-        for world in (1, 2, 4, 8, 16, 32, 64):
-            owners = share_out(costs, world)
-            load = [sum(c for c, o in zip(costs, owners) if o == rank) for rank in range(world)]
-            sent = [4 * sum(k for k, o in zip(numbers, owners) if o != rank) for rank in range(world)]
-            rows.append(
-                {"model": size, "ranks": world, "matrices": len(matrices), "heaviest rank TFLOP": max(load) / 1e12}
-                | {"balance": sum(load) / world / max(load), "received MiB a rank": max(sent) / 2**20}
-            )
-    return rows
-
-
 def count_rows(options: dict[str, Any]) -> Rows:
     """The operations, kernels and bytes of one certified step."""
     from scripts.bench_counts import counted_steps  # it alone needs the inner parts of torch.compile
@@ -244,6 +222,7 @@ BENCHES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "residual": residual_rows,
     "probes": probe_rows,
     "scaling": scaling_rows,
+    "memory": memory_rows,
     "counts": count_rows,
     "predicted": prediction_rows,
 }
@@ -253,7 +232,7 @@ def work(arguments: list[str]) -> int:
     """Run a benchmark; print and write its table."""
     numbers = {"layers": 0, "width": 0, "repeats": 0, "micro_batch_size": 0, "limit_s": 0}
     numbers["tokens"] = 65536 if torch.cuda.is_available() else 4096
-    texts = dict.fromkeys(("problems", "model", "traces", "results", "file"), "")
+    texts = dict.fromkeys(("problems", "model", "traces", "measured", "results", "file"), "")
     lists = {"assignments": "adamw,unconstrained,hetero", "optims": "manifold_muon", "variants": ""}
     others, options = parse(arguments, {**numbers, **texts, **lists})
     if len(others) != 1 or others[0] not in BENCHES:

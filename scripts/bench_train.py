@@ -175,7 +175,7 @@ def probe_rows(options: dict[str, Any]) -> Rows:
         training.gradients()
         training.model.zero_grad(set_to_none=True)
 
-    matrices = training.optimizers.ruled_matrices()
+    matrices = training.optimizers.ruled_matrices(dict(training.model.named_parameters()))
     calls = {
         "step": step,
         "probe": lambda: probe(training.model, watched),

@@ -35,7 +35,8 @@ def test_bench_measures_every_rule():
             ["model=demo", "tokens=256", "micro_batch_size=1", "assignments=adamw"],
             ["aten::mm", "calls a step"],
         ),
-        ("scaling", [], ["gpt2_774m", "received MiB a rank"]),
+        ("scaling", [], ["gpt2_774m", "1024", "received MiB a rank", "exchange ms, predicted"]),
+        ("memory", [], ["gpt2_1_5b", "fsdp", "not measured"]),
     ],
 )
 def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch, capsys):
@@ -53,7 +54,7 @@ def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch,
 def test_bench_names_its_benchmarks(capsys):
     assert bench.main([]) == bench.main(["speed"]) == 2
     assert (
-        "name one benchmark: ceilings, optimizer, lmo, train, profile, residual, probes, scaling"
+        "name one benchmark: ceilings, optimizer, lmo, train, profile, residual, probes, scaling, memory"
         in capsys.readouterr().err
     )
 

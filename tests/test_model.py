@@ -26,7 +26,14 @@ def tokens():
 
 @pytest.mark.parametrize(
     ("size", "millions"),
-    [("gpt2_124m", 124.4), ("gpt2_350m", 354.6), ("gpt2_774m", 773.6), ("mini", 30.1), ("demo", 0.8)],
+    [
+        ("gpt2_124m", 124.4),
+        ("gpt2_350m", 354.6),
+        ("gpt2_774m", 773.6),
+        ("gpt2_1_5b", 1557.7),
+        ("mini", 30.1),
+        ("demo", 0.8),
+    ],
 )
 def test_sizes(size, millions):
     cfg = compose([f"model={size}"])

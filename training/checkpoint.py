@@ -4,9 +4,10 @@ A checkpoint is a directory ``step_00000100/`` with two files: ``state.pt``, wri
 the metric, and the size and sha256 of the state. It is written under a hidden name, synced to the disk and renamed, so a directory with
 a final name is always complete, even if the process is killed. Every byte is verified before it is used.
 
-The state is one file, not a torch.distributed.checkpoint: the caller gathers it on rank 0 (a few GB at GPT-2 sizes). So it has one
-checksum, loads on any number of ranks, and is read with ``weights_only=True``, which never executes code. The checksum detects
-damage; ``weights_only`` protects against forged files. Only one process at a time may write into a directory; any number may read.
+The state is one file: the caller gathers it on rank 0 (a few GB at GPT-2 sizes). A sharded model is not gathered: its tensors are in the
+folder ``tensors``, written by all ranks (training/tensor_files.py), and the manifest has the size and sha256 of every file. Both kinds
+load on any number of ranks. They are read with ``weights_only=True``, which never executes code. The checksums detect damage;
+``weights_only`` protects against forged files. Only one run at a time may write into a directory; any number may read.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 
 from training.files import remedy, sync
+from training.tensor_files import TENSORS, join, read_tensors, sha256, split, write_tensors
+
+if TYPE_CHECKING:
+    from training.ranks import Ranks
 
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
 
 # A checkpoint that is being replaced has a hidden name, under which it can be read; a ".tmp" is never read.
 _CHECKPOINT_NAME = re.compile(r"(step_(?P<step>\d{8,})|\.step_(?P<hidden>\d{8,})\.replaced)")
-_CHUNK_BYTES = 1 << 22
 _OURS = "use a checkpoint that this program saved"
 _PLAIN_TYPES = (
     dict,
@@ -69,22 +73,34 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """The content of ``manifest.json``; ``size`` in bytes, ``metric`` None if there is none."""
+    """The content of ``manifest.json``: step, metric (None if there is none), size in bytes and sha256 of ``state.pt``.
+
+    files: of a sharded state, size and sha256 of every other file by its path in the checkpoint; None if the state is one file.
+    """
 
     step: int
     metric: float | None
     size: int
     sha256: str
+    files: dict[str, list[Any]] | None = None
 
     @property
     def typed(self) -> bool:
         """Whether every field has its type, since it was read from a file."""
         numbers = type(self.step) is type(self.size) is int and type(self.metric) in (float, type(None))
-        return numbers and isinstance(self.sha256, str)
+        files = self.files is None or (
+            isinstance(self.files, dict) and all(isinstance(f, list) and len(f) == 2 for f in self.files.values())
+        )
+        return numbers and isinstance(self.sha256, str) and files
+
+    @property
+    def every_file(self) -> dict[str, list[Any]]:
+        """Size and sha256 of every file but the manifest, by its path in the checkpoint."""
+        return {STATE_FILE: [self.size, self.sha256], **(self.files or {})}
 
     def render(self) -> bytes:
         """The exact bytes of this manifest on disk: canonical JSON with a checksum."""
-        fields = asdict(self)
+        fields = {name: value for name, value in asdict(self).items() if name != "files" or value is not None}
         checksum = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         return json.dumps({**fields, "checksum": checksum}, indent=2, sort_keys=True).encode() + b"\n"
 
@@ -119,25 +135,72 @@ def save(
         CheckpointError: the state contains a value that cannot be loaded without executing code, or it cannot be written (a full disk).
             The existing checkpoints are then unchanged.
     """
-    if keep < 1:
-        raise CheckpointError(f"keep={keep} would keep no checkpoint; set it to 1 or more")
-    refuse_foreign(state, "state")
     directory = Path(directory)
-    final = directory / f"step_{step:08d}"
-    temp = directory / f".{final.name}.tmp"
+    with _saving(directory, step) as temp:
+        _prepare(temp, state, keep)
+        return _complete(temp, step, state, keep, metric)
+
+
+def save_sharded(
+    directory: str | Path,
+    step: int,
+    state: dict[str, Any],
+    ranks: Ranks,
+    *,
+    keep: int = 2,
+    metric: float | None = None,
+) -> None:
+    """As `save`, with a state of which every rank has a part: the tensors under "model" and "optimizers" may be DTensors, or may be on one
+    rank only. The rest is that of rank 0. All ranks must call, and have access to the directory.
+    """
+    directory = Path(directory)
+    rest, tensors = split(state)
+
+    with _saving(directory, step, removes=ranks.is_main) as temp:
+        ranks.from_main(_prepare, temp, rest, keep)
+        files = write_tensors(temp / TENSORS, tensors, ranks)
+        ranks.from_main(lambda: str(_complete(temp, step, rest, keep, metric, files)))
+
+
+@contextlib.contextmanager
+def _saving(directory: Path, step: int, removes: bool = True) -> Iterator[Path]:
+    """A context with the hidden directory of a checkpoint that is written; an OSError becomes CheckpointError, and removes it."""
+    temp = directory / f".step_{step:08d}.tmp"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _clear_interrupted(directory)
-        temp.mkdir()
-        _write_files(temp, step, state, metric)
-        _publish(temp, final)
-        _retire(directory, step, keep)
+        yield temp
     except OSError as error:
-        _remove(temp)
+        if removes:
+            _remove(temp)
         raise CheckpointError(
             f"cannot save the checkpoint of step {step} in {directory}: {error.strerror or error}; {remedy(error)}; "
             "then resume from the older checkpoints, which are unchanged"
         ) from error
+
+
+def _prepare(temp: Path, state: dict[str, Any], keep: int) -> None:
+    if keep < 1:
+        raise CheckpointError(f"keep={keep} would keep no checkpoint; set it to 1 or more")
+    refuse_foreign(state, "state")
+    temp.parent.mkdir(parents=True, exist_ok=True)
+    _clear_interrupted(temp.parent)
+    temp.mkdir()
+
+
+def _complete(
+    temp: Path,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    metric: float | None,
+    files: dict[str, list[Any]] | None = None,
+) -> Path:
+    """Write the state and the manifest, give the checkpoint its name, and remove old ones; returns its path."""
+    final = temp.with_name(f"step_{step:08d}")
+    if files is not None:
+        _sync_directory(temp / TENSORS)
+    _write_files(temp, step, state, metric, files)
+    _publish(temp, final)
+    _retire(final.parent, step, keep)
     return final
 
 
@@ -185,7 +248,9 @@ class _DigestFile:
         """Do nothing: _write_files flushes and syncs at the end."""
 
 
-def _write_files(temp: Path, step: int, state: dict[str, Any], metric: float | None) -> None:
+def _write_files(
+    temp: Path, step: int, state: dict[str, Any], metric: float | None, files: dict[str, list[Any]] | None
+) -> None:
     with (temp / STATE_FILE).open("wb") as file:
         sink = _DigestFile(file)
         torch.save(state, cast(IO[bytes], sink))  # torch uses only these methods
@@ -193,7 +258,7 @@ def _write_files(temp: Path, step: int, state: dict[str, Any], metric: float | N
             raise sink.error
         sync(file)
     comparable = float(metric) if metric is not None and math.isfinite(metric) else None
-    manifest = _Manifest(int(step), comparable, sink.size, sink.digest.hexdigest())
+    manifest = _Manifest(int(step), comparable, sink.size, sink.digest.hexdigest(), files)
     with (temp / MANIFEST_FILE).open("wb") as file:
         file.write(manifest.render())
         sync(file)
@@ -288,6 +353,13 @@ def load(path: str | Path) -> Loaded:
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE_FILE} holds a {type(state).__name__} instead of a run's state; {_OURS}")
+    if manifest.files is not None:
+        try:
+            state = join(state, read_tensors(path / TENSORS))
+        except Exception as error:
+            raise CheckpointError(
+                f"{path / TENSORS} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); {_OURS}"
+            ) from error
     return Loaded(state, path, manifest.step, manifest.metric)
 
 
@@ -325,17 +397,18 @@ def _check_size(path: Path) -> _Manifest:
     """The verified manifest of ``path``. Checks all that can be checked without reading the state: its size, and the name."""
     try:
         manifest = _Manifest.read(path / MANIFEST_FILE)
-        size = (path / STATE_FILE).stat().st_size
+        sizes = {name: (path / name).stat().st_size for name in manifest.every_file}
     except OSError as error:
         newest = next(_checkpoints(path), None)
         hint = f"did you mean {newest}?" if newest else "give a directory step_<number> or use resume=auto"
         name = Path(error.filename or path).name
         raise CheckpointError(f"{path} is not a checkpoint ({name}: {error.strerror or error}); {hint}") from error
-    if size != manifest.size:
-        raise CheckpointError(
-            f"{path / STATE_FILE} has {size} bytes instead of {manifest.size}: it was truncated or altered; "
-            "use an older checkpoint"
-        )
+    for name, (size, _) in manifest.every_file.items():
+        if sizes[name] != size:
+            raise CheckpointError(
+                f"{path / name} has {sizes[name]} bytes instead of {size}: it was truncated or altered; "
+                "use an older checkpoint"
+            )
     named = _CHECKPOINT_NAME.fullmatch(path.name)
     if named and int(named["step"] or named["hidden"]) != manifest.step:
         raise CheckpointError(
@@ -347,19 +420,17 @@ def _check_size(path: Path) -> _Manifest:
 
 def _verify(path: Path) -> _Manifest:
     manifest = _check_size(path)
-    digest = hashlib.sha256()
-    try:
-        with (path / STATE_FILE).open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path / STATE_FILE} cannot be read ({error.strerror or error}); use an older checkpoint"
-        ) from error
-    if digest.hexdigest() != manifest.sha256:
-        raise CheckpointError(
-            f"{path / STATE_FILE} was altered: its sha256 is not the recorded one; use an older checkpoint"
-        )
+    for name, (_, recorded) in manifest.every_file.items():
+        try:
+            digest = sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path / name} cannot be read ({error.strerror or error}); use an older checkpoint"
+            ) from error
+        if digest != recorded:
+            raise CheckpointError(
+                f"{path / name} was altered: its sha256 is not the recorded one; use an older checkpoint"
+            )
     return manifest
 
 

@@ -16,7 +16,13 @@ from training.limits import MachineError
 from training.run import problems_of_names
 from training.settings import Data, Settings, read_sound
 from training.transfer import problems_of_transfer
-from training.validate import ConfigError, problems_of_batch, problems_of_capture, problems_of_machine
+from training.validate import (
+    ConfigError,
+    problems_of_batch,
+    problems_of_capture,
+    problems_of_machine,
+    problems_of_shard,
+)
 
 VOCABULARY_MULTIPLE = 128
 """What model.vocab_size=auto pads to, for the matrix units of GPUs."""
@@ -71,6 +77,8 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
     if sound("global_batch_tokens", "model", "launcher"):
         found += problems_of_batch(cfg, world or cfg.launcher.nproc)
     found += problems_of_documents(cfg) if sound("batches", "attention", "probe") else []
+    if sound("launcher", "attention", "model", "average", "capture", "optim", "log"):
+        found += problems_of_shard(cfg)
     if sound("transfer", "model", "residual", "assignment", "optim", "max_steps"):
         refused = problems_of_transfer(cfg)
         found += refused or (problems_of_model(cfg) if sound("attention", "init") else [])

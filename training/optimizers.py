@@ -53,17 +53,19 @@ class Optimizers:
     def step(self, skip: Tensor | None = None) -> None:
         """One update by every optimizer; if `skip` (0-d bool, on the device, the same on all ranks) is true, none."""
         muon = self.muon
-        levels = muon.highest_levels() if muon else ()
         if self.captured is not None and skip is not None:
-            self.captured(skip, levels, plain=muon is not None and muon.watched)
+            self.captured(skip, muon.highest_levels() if muon else (), plain=muon is not None and muon.watched)
+            if muon is not None:
+                muon.publish()
         else:
-            self.update(skip, levels)
-        if muon is not None:
-            muon.publish()
+            self.update(skip)
+            if muon is not None:
+                muon.receive()
         self.unit_norm()
 
-    def update(self, skip: Tensor | None, levels: Sequence[int]) -> None:
-        """The part of a step that is the device's alone; `levels` as from ManifoldMuon.highest_levels.
+    def update(self, skip: Tensor | None, levels: Sequence[int] | None = None) -> None:
+        """A step before new weights of other ranks are received. With `levels`, of ManifoldMuon.highest_levels, only the part that is the
+        device's alone, which can be captured; otherwise ManifoldMuon's weights are under way while AdamW steps.
 
         ManifoldMuon and fused torch optimizers are given `skip` as `found_inf`, the attribute with which torch.amp.GradScaler makes them
         skip an update, without a host sync. Other optimizers do not know it, and their state may be of any type: numbers on the host,
@@ -75,7 +77,7 @@ class Optimizers:
             elif skip is not None and skip.item():
                 continue
             if isinstance(optimizer, ManifoldMuon):
-                optimizer.update(levels)
+                optimizer.step(wait=False) if levels is None else optimizer.update(levels)
             else:
                 optimizer.step()
 
@@ -112,9 +114,9 @@ class Optimizers:
         found = {name: certificate for part in parts for name, certificate in part.items()}
         return [(row.name, found[row.name]) for row in self.rows if row.name in found]
 
-    def ruled_matrices(self) -> dict[str, tuple[Tensor, Residual | None, int]]:
-        """Every matrix that matches a rule of the assignment, by name: itself, the distance from its manifold, and its row blocks."""
-        params = {n: p for o in self for group in o.param_groups for n, p in zip(group["names"], group["params"])}
+    def ruled_matrices(self, params: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Residual | None, int]]:
+        """Every matrix (of `params`, whole) that matches a rule of the assignment, by name: itself, the distance from its manifold, and its
+        row blocks."""
         blocks = {n: group["blocks"] for group in (self.muon.param_groups if self.muon else ()) for n in group["names"]}
         residuals: dict[str, Residual] = {name: manifold.residual for name, manifold in MANIFOLDS.items()}
         return {
@@ -122,6 +124,23 @@ class Optimizers:
             for row in self.rows
             if row.ruled
         }
+
+    def place(self, params: Mapping[str, Tensor], state_like: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let AdamW update other tensors of the same names and shapes, such as split ones; ManifoldMuon's stay with their owners alone.
+
+        `state_like(state, parameter)` returns the state (of the shape of the parameter) as the new parameter needs it.
+        """
+        if self.muon is not None:
+            self.muon.owners_keep = True
+        for optimizer in (o for o in self if o is not self.muon):
+            for group in optimizer.param_groups:
+                for i, (name, old) in enumerate(zip(group["names"], group["params"])):
+                    new = group["params"][i] = params[name]
+                    state = optimizer.state.pop(old, {})
+                    if state:
+                        optimizer.state[new] = {
+                            k: state_like(v, new) if v.shape == new.shape else v for k, v in state.items()
+                        }
 
     def state_bytes(self) -> dict[str, float]:
         """Bytes of state for each parameter whose state this rank holds, by the name of the optimizer; 0 before there is state."""

@@ -86,6 +86,11 @@ class Ranks:
         """Whether this is rank 0, the only one that writes."""
         return self.rank == 0
 
+    @property
+    def control(self) -> Any:
+        """The gloo group of all ranks, for numbers and objects on the CPU; None in a world of 1."""
+        return self._control
+
     def close(self) -> None:
         """Leave the process group, without waiting for the other ranks, which may have ended."""
         if self.world > 1 and dist.is_initialized():

@@ -320,6 +320,7 @@ class Launcher:
     """The ranks of this machine; configs/launcher."""
 
     nproc: Annotated[int, ("low", 1), ("high", 1024)]
+    shard: Literal["ddp", "fsdp"]
     timeout_s: Annotated[float, ("low", 1), ("high", 10**7)]
     checksum_interval: Count | None
 
@@ -431,6 +432,7 @@ NEWER: dict[str, Any] = {
     "optim.muon.cautious": False,
     "optim.norms": {"others": ["rms", "rms"], "tables": ["wte", "wpe"], "patterns": None},
     "batches": {"order": "replacement", "documents": False},
+    "launcher.shard": "ddp",
 }
 """Settings that older programs did not have: dotted key → the value that does what they did."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,15 +41,21 @@ def accumulate(
     return total
 
 
-def clip(gradients: Sequence[Tensor | None], largest: float | None) -> tuple[Tensor, Tensor]:
+def clip(
+    gradients: Sequence[Tensor | None],
+    largest: float | None,
+    whole_norms: Callable[[Tensor], Tensor] = lambda norms: norms,
+) -> tuple[Tensor, Tensor]:
     """Scale the gradients, in place, to a global norm of at most `largest`; None: no clipping.
+
+    `whole_norms`: see training/placement.py, of gradients that are parts of those of a model.
 
     Returns:
         The global norm before (0-d) and the norm of each gradient (N,), on the device. The arithmetic is that of
         torch.nn.utils.clip_grad_norm_.
     """
     every: Any = gradients  # after a backward pass, none is None
-    norms = torch.stack(torch._foreach_norm(every))
+    norms = whole_norms(torch.stack(torch._foreach_norm(every)))
     total = torch.linalg.vector_norm(norms)
     if largest is not None:
         torch._foreach_mul_(every, (largest / (total + 1e-6)).clamp_max(1.0))
@@ -67,16 +73,19 @@ def mean_loss(
 ) -> float:
     """Mean loss over the windows (N, T+1), in nats a token: bitwise the same on every rank, and for any number of ranks.
 
-    The ranks take turns with whole micro-batches, and the sum over all of them has a fixed order. `plain` is `model` before torch.compile;
-    it computes a smaller last micro-batch, because another shape would need another compiled program.
+    The ranks take turns with whole micro-batches, and the sum over all of them has a fixed order. In the last turn a rank without a
+    micro-batch repeats the last one, because a sharded model is computed by all ranks together. `plain` is `model` before torch.compile; it
+    computes a smaller last micro-batch, because another shape would need another compiled program.
     """
     model.eval()
     sums = torch.zeros(-(-len(windows) // size), dtype=torch.float64, device=ranks.device)
-    for i in range(ranks.rank, len(sums), ranks.world):
+    for first in range(0, len(sums), ranks.world):
+        i = min(first + ranks.rank, len(sums) - 1)
         for x, y in micro_batches(windows[i * size : (i + 1) * size], size, ranks.device):
             with autocast:
                 _, loss = (model if len(x) == size else plain)(x, y)
-            sums[i] = loss.double() * len(x)
+            if i == first + ranks.rank:
+                sums[i] = loss.double() * len(x)
     model.train()
     return ranks.sum(sums).sum().item() / len(windows)
 

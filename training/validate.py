@@ -81,6 +81,31 @@ def problems_of_batch(cfg: Settings, world: int) -> list[str]:
     ]
 
 
+def problems_of_shard(cfg: Settings) -> list[str]:
+    """What `launcher.shard=fsdp` cannot do: use or change whole weights where they lie on other ranks, except in products."""
+    if cfg.launcher.shard != "fsdp":
+        return []
+    ddp = "use launcher.shard=ddp"
+    refused = [
+        (
+            cfg.attention.qk_clip and cfg.attention.qk_clip_on == "weights",
+            "attention.qk_clip_on=weights",
+            "use attention.qk_clip_on=gain, or launcher.shard=ddp",
+        ),
+        (cfg.model.unit_weights, "model.unit_weights=true", ddp),
+        (cfg.average.kind != "none", f"average={cfg.average.kind}", "use average=none, or launcher.shard=ddp"),
+        (cfg.capture, "capture=true", "use capture=false, or launcher.shard=ddp"),
+        (cfg.optim.library is not None, "optim.library", ddp),
+        (cfg.optim.modular is not None, "optim.modular", ddp),
+        (
+            cfg.log.interval_updates is not None,
+            "log.interval_updates",
+            "use log.interval_updates=null, or launcher.shard=ddp",
+        ),
+    ]
+    return [f"launcher.shard=fsdp does not work with {key}; {remedy}" for asked, key, remedy in refused if asked]
+
+
 def shortened(cfg: Settings, world: int) -> list[str]:
     """Settings that are larger than this run can use, and what it uses instead; one line each."""
     found = []

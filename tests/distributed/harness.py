@@ -43,12 +43,16 @@ def _child(target, args, env, output):
     target(*args)
 
 
-def start_ranks(world, target, *args, output=None):
-    """Run `target(*args)` on `world` ranks, with the environment that torchrun would give them."""
+def free_port():
+    """A port that nobody uses now, as text."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        return str(probe.getsockname()[1])
+
+
+def start_ranks(world, target, *args, output=None):
+    """Run `target(*args)` on `world` ranks, with the environment that torchrun would give them."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world)}
     common["LOCAL_WORLD_SIZE"] = str(world)
     return [
         start(target, *args, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output=output)

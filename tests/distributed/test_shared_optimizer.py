@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from optim.manifold_muon import ManifoldMuon
+from optim.manifold_muon import ManifoldMuon, choose_owners, plan_messages
 from optim.published import PublishedStep
 
 SHAPES = [(24, 8), (8, 24), (8, 8), (24, 8), (16, 8), (24, 8), (32, 8)]  # seven matrices: uneven on 2, 3 and 4 ranks
@@ -24,12 +24,13 @@ def build():
     return params, ManifoldMuon(groups, rule, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1)
 
 
-def advance(params, optimizer, steps):
+def advance(params, optimizer, steps, wait=True):
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for p in params:
             p.grad = torch.randn(*p.shape, generator=generator)
-        optimizer.step()
+        optimizer.step(wait=wait)
+        optimizer.receive()
 
 
 def work(rank, world, folder):
@@ -49,10 +50,19 @@ def work(rank, world, folder):
         for p, w in zip(again, weights):
             p.copy_(w)
     advance(params, optimizer, range(3, 5))
-    advance(again, resumed, range(3, 5))
+    advance(again, resumed, range(3, 5), wait=False)
     assert all(torch.equal(p, q) for p, q in zip(params, again))
     torch.save({"weights": [p.detach() for p in params], "state": state, "owned": owned}, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def test_every_matrix_is_in_one_message_of_its_owner():
+    _, optimizer = build()
+    for world in (2, 3, 20):
+        owners = choose_owners(optimizer.param_groups, optimizer.rule, world)
+        messages = [m for sent in plan_messages(optimizer.param_groups, owners, world) for m in sent]
+        assert sorted(id(p) for _, params in messages for p in params) == sorted(map(id, owners))
+        assert all(owners[p] == owner for owner, params in messages for p in params)
 
 
 @pytest.fixture(scope="module")

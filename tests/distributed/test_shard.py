@@ -1,0 +1,177 @@
+"""Sharded over two ranks, a run is the run of DDP bit by bit: weights, records, checkpoints."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from harness import final_state, finish, free_port, records, same, start_ranks
+
+from train import train
+from training.build import build
+from training.checkpoint import CheckpointError, load, load_newest
+from training.checks import check
+from training.config import compose
+from training.placement import place
+from training.ranks import Ranks
+from training.step import clip
+from training.tensor_files import read_tensors
+from training.validate import ConfigError
+
+# Every rank computes its windows at once and the clip does not act, so all sums are DDP's. Five evaluation windows: three turns.
+RUN = [
+    *("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "global_batch_tokens=64"),
+    *("micro_batch_size=2", "grad_clip=null", "max_steps=4", "eval_interval=4", "eval_windows=5", "full_eval=false"),
+    *("log.interval=1", "log.interval_spectra=4", "checkpoint.interval=2", "schedule.warmup_steps=2"),
+    *("logger.mode=disabled", "device=cpu", "launcher.shard=fsdp"),
+]
+MIXED = ["assignment=custom", "assignment.rules={attn: euclidean, c_fc: dgram, mlp.c_proj: adamw}", "dtype=bfloat16"]
+SCALARS_THAT_BREAK = ["residual=p_sphere", "optim.adamw.lr=1e15"]  # after the first update, nothing is finite
+
+
+def train_all(cfgs, ports):
+    for cfg, os.environ["MASTER_PORT"] in zip(cfgs, ports):
+        train(cfg)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_data, tmp_path_factory):
+    """A folder with runs, by name, that two ranks have trained one after the other."""
+    folder = tmp_path_factory.mktemp("sharded")
+    ddp, broken = "launcher.shard=ddp", [*MIXED, *SCALARS_THAT_BREAK]
+    runs = {
+        "ddp": [ddp],
+        "fsdp": [],
+        "fsdp_from_fsdp": [f"resume={folder}/fsdp/checkpoints/step_00000002"],
+        "fsdp_from_ddp": [f"resume={folder}/ddp/checkpoints/step_00000002"],
+        "ddp_from_fsdp": [f"resume={folder}/fsdp/checkpoints/step_00000002", ddp],
+        "mixed_ddp": [*broken, ddp],
+        "mixed_fsdp": broken,
+    }
+    cfgs = [compose([*tiny_data, *RUN, *extra, f"output_dir={folder}/{name}"]) for name, extra in runs.items()]
+    output = folder / "output.txt"
+    codes = finish(start_ranks(2, train_all, cfgs, [free_port() for _ in cfgs], output=str(output)), timeout=400)
+    assert codes == [0, 0], output.read_text()
+    return folder
+
+
+def alike(one, other):
+    """Whether two runs have the same state and records to the bit, but for the last bits of recorded gradient norms."""
+    a, b = final_state(one), final_state(other)
+    shared = a["model"].keys() & b["model"].keys()  # a sharded checkpoint has no second names of tied weights
+    weights = all(torch.equal(a["model"][name], b["model"][name]) for name in shared)
+    told = [[{k: v for k, v in r.items() if k != "grad_norm"} for r in records(run)] for run in (one, other)]
+    return weights and len(shared) > 10 and same(a["optimizers"], b["optimizers"]) and told[0] == told[1]
+
+
+@pytest.mark.timeout(450)
+def test_sharded_is_ddp_to_the_bit(folder):
+    assert alike(folder / "ddp", folder / "fsdp")
+    norms = [[r["grad_norm"] for r in records(folder / name) if r["kind"] == "train"] for name in ("ddp", "fsdp")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+@pytest.mark.timeout(450)
+def test_bfloat16_scalars_split_matrices_and_skipped_updates(folder):
+    assert alike(folder / "mixed_ddp", folder / "mixed_fsdp")
+    skipped = [r["skipped_updates"] for r in records(folder / "mixed_fsdp") if r["kind"] == "train"]
+    assert skipped[0] == 0 and skipped[-1] > 0
+
+
+@pytest.mark.timeout(450)
+def test_checkpoints_resume_either_way(folder, tiny_data, tmp_path):
+    expected = final_state(folder / "fsdp")
+    for name in ("fsdp_from_fsdp", "fsdp_from_ddp", "ddp_from_fsdp"):
+        found = final_state(folder / name)
+        for key in expected["model"]:
+            assert torch.equal(found["model"][key], expected["model"][key]), (name, key)
+        assert same(found["optimizers"], expected["optimizers"]), name
+    start = f"resume={folder}/fsdp/checkpoints/step_00000002"
+    train(compose([*tiny_data, *RUN, start, f"output_dir={tmp_path}/alone"]))  # one rank, which is not sharded
+    alone = final_state(tmp_path / "alone")
+    for key, W in expected["model"].items():
+        assert torch.allclose(alone["model"][key], W, atol=1e-5), key
+
+
+@pytest.mark.timeout(450)
+def test_damage_to_any_file_is_named_and_an_older_checkpoint_is_used(folder, tmp_path):
+    for name in ("tensors/__1_0.distcp", "tensors/.metadata", "state.pt", "manifest.json"):
+        copy = shutil.copytree(folder / "fsdp/checkpoints", tmp_path / name.replace("/", "_"))
+        file = copy / "step_00000004" / name
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(CheckpointError, match=name):
+            load(file.parents[name.count("/")])
+        loaded = load_newest(copy)
+        assert loaded.step == 2 and name in loaded.skipped[0][1]
+        file.unlink()
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
+            load(file.parents[name.count("/")])
+
+
+def test_a_forged_table_is_not_executed(tmp_path):
+    class Forged:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Forged()))
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print"):
+        read_tensors(tmp_path)
+
+
+def look_inside(cfg, folder):
+    """Write what a rank holds before and after a backward pass, and whether its whole parameters are those it started with."""
+    ranks = Ranks.init(cfg)
+    torch.manual_seed(0)
+    model, optimizers = build(cfg)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    placement = place(model, optimizers, ranks, cfg)
+
+    def held():
+        tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
+
+    sizes = [held()]
+    x = torch.arange(17).expand(2, 17)
+    placement.replica(x[:, :-1], x[:, 1:])[1].backward()
+    sizes.append(held())
+    norms = [clip(placement.gradients(), 0.01, placement.whole_norms)[0].item() for _ in range(2)]
+    with placement.whole() as params:
+        whole = all(torch.equal(params[name], W) for name, W in start.items())
+    sizes.append(held())
+    numbers = sum(p.numel() for p in start.values())
+    found = {"sizes": sizes, "whole": whole, "numbers": numbers, "norms": norms}
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
+    ranks.close()
+
+
+@pytest.mark.timeout(200)
+def test_a_rank_holds_its_part_and_no_more(tiny_data, tmp_path):
+    cfg = compose([*tiny_data, *RUN])
+    assert finish(start_ranks(2, look_inside, cfg, tmp_path, output=str(tmp_path / "output.txt")), timeout=100) == [
+        0,
+        0,
+    ]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(f["whole"] for f in found)
+    before, after = found[0]["norms"]
+    assert found[1]["norms"] == [before, after] and before > 0.02 and after == pytest.approx(0.01, rel=1e-3)
+    small = 64 * 4  # a NaN for each borrowed matrix
+    for i, copies in enumerate((1, 2, 2)):  # weights; then gradients too
+        total = sum(f["sizes"][i] for f in found)
+        assert total == pytest.approx(4 * copies * found[0]["numbers"], abs=small)
+        assert max(f["sizes"][i] for f in found) < 0.6 * total
+
+
+def test_what_cannot_be_sharded_is_refused(tiny_data):
+    check(compose(["launcher.nproc=8", "launcher.shard=fsdp", "model=gpt2_1_5b", "experiment=one_gpu"]))
+    for asked in (
+        ["model=ngpt_demo"],
+        ["attention=qk_clip", "attention.qk_clip_on=weights", "assignment=unconstrained"],
+    ):
+        with pytest.raises(ConfigError, match=r"launcher\.shard=fsdp does not work with"):
+            check(compose([*tiny_data, "launcher.shard=fsdp", *asked]))

@@ -1,0 +1,78 @@
+"""Where the parameters of a run lie: whole on every rank (`Replicated`), or every number on one rank only (training/shard.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training import checkpoint
+from training.optimizers import Optimizers
+from training.ranks import Ranks
+from training.run import compiled
+from training.settings import Settings
+
+
+class Placement(Protocol):
+    """What the training loop must know of it. All ranks must call every method."""
+
+    replica: nn.Module
+    """The model to train."""
+    evaluated: nn.Module
+    """The model to evaluate."""
+    lends: bool
+    """Whether whole parameters exist within `whole` only."""
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's part of the gradient of each parameter, in order; to be changed in place. Call it after a backward pass."""
+
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """The norms (N,) of the gradients, of the norms of what `gradients` returned; the same on all ranks."""
+
+    def whole(self) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """A context in which every rank has whole parameters, and their names; modules of the model may be used alone in it."""
+
+    def check(self) -> None:
+        """Raise RuntimeError if parameters that should be bitwise equal on all ranks are not."""
+
+    def save(self, directory: Path, step: int, state: dict[str, Any], keep: int, metric: float | None) -> None:
+        """Save a checkpoint of the state of the run, see training/checkpoint.py."""
+
+
+def place(model: nn.Module, optimizers: Optimizers, ranks: Ranks, cfg: Settings) -> Placement:
+    """Place a model, which is whole on every rank, and the state of its optimizers as `launcher.shard` says."""
+    if cfg.launcher.shard == "fsdp" and ranks.world > 1:
+        from training.shard import Sharded  # FSDP takes a second to import
+
+        return Sharded(model, optimizers, ranks, cfg)
+    return Replicated(model, ranks, cfg)
+
+
+class Replicated:
+    """Every rank has all parameters, and with several ranks DDP sums the gradients; see Placement."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks, cfg: Settings) -> None:
+        self.ranks, self.params, self.lends = ranks, dict(model.named_parameters()), False
+        self.replica = self.evaluated = compiled(model, cfg, ranks.device)
+        if ranks.world > 1:
+            # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
+            self.replica = compiled(DistributedDataParallel(model), cfg, ranks.device)
+
+    def gradients(self) -> list[Tensor]:
+        return [cast(Tensor, p.grad) for p in self.params.values()]
+
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        return norms
+
+    def whole(self) -> AbstractContextManager[Mapping[str, Tensor]]:
+        return nullcontext(self.params)
+
+    def check(self) -> None:
+        self.ranks.require_equal(self.params)
+
+    def save(self, directory: Path, step: int, state: dict[str, Any], keep: int, metric: float | None) -> None:
+        self.ranks.from_main(lambda: checkpoint.save(directory, step, state, keep=keep, metric=metric))
