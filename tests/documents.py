@@ -109,6 +109,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "momentum": ["assignment=all_stiefel", "optim.muon.momentum=0.8"],
     "residual_rules": ["residual=geonorm", "seeds=1"],
     "solver_sweep": ["assignment=hetero", "optim.muon.lr=0.02", "seeds=1"],
+    "stream_dtype": [],
 }
 
 

@@ -238,7 +238,7 @@ def test_every_document_can_be_reached_from_the_front():
 @pytest.mark.parametrize("file", [*DOCUMENTS, CONTRIBUTING], ids=lambda file: file.name)
 def test_every_file_that_is_named_exists(file):
     named = set(re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.\w+)?)`", outside_code(file)))
-    written_by_runs = ("data/prepared/", "checkpoints/", "outputs/", "outputs/gpu_check")
+    written_by_runs = ("data/prepared/", "checkpoints/", "profile/", "outputs/", "outputs/gpu_check")
     assert [name for name in sorted(named) if not (ROOT / name).exists() and name not in written_by_runs] == []
 
 

@@ -463,6 +463,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "mechanism": ["remedy=none,norm_cap", "assignment=all_dgram"],
     "residual_rules": ["residual=ngpt"],
     "solver_sweep": ["optim.muon.lr=0.02,0.05", "assignment=hetero", "seeds=1"],
+    "stream_dtype": [],
 }
 TOLD = {  # what its table says
     "blocks": ["| Unconstrained | heads_whole |", "move c_attn equally far"],
@@ -474,6 +475,7 @@ TOLD = {  # what its table says
     "mechanism": ["| all_dgram | norm_cap |", "attention was restored by norm_cap"],
     "residual_rules": ["| AdamW | ngpt |"],
     "solver_sweep": ["| Hetero | manifold_muon |", "Best against best", "ours − published"],
+    "stream_dtype": ["| float32 | bfloat16 |", "changes the final loss by"],
 }
 
 

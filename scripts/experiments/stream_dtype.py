@@ -1,5 +1,6 @@
 """What a residual stream of 16 bits costs in loss."""
 
+from scripts.analysis.experiment_figures import heat_map
 from scripts.analysis.study import Experiment, Study
 from scripts.analysis.tables import BEST, FINAL, STATUS, case
 
@@ -23,6 +24,7 @@ EXPERIMENT = Experiment(
     hypothesis="What does a residual stream in bfloat16 change? The demonstration in 100 steps; dtype= names the precision of the products.",
     base=("max_steps=100", "full_eval=false", "log.interval_spectra=null", "probe.interval=null"),
     axes={"dtype": "float32", STREAM: "float32,bfloat16"},
-    columns=lambda study: [case("dtype", "products"), case(STREAM, "stream"), BEST, FINAL, STATUS],
+    columns=lambda study: [case("products", "dtype"), case("stream", STREAM), BEST, FINAL, STATUS],
+    figures={"heat_map.png": lambda study, path: heat_map(study.groups, STREAM, "dtype", path)},
     remark=difference,
 )
