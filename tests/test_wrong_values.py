@@ -64,7 +64,8 @@ GROUPS = [
         FLAG,
         "model.bias model.rope model.tied model.unit_weights attention.qk_norm residual.learn_p optim.muon.nesterov",
     ),
-    (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval batches.documents"),
+    (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval"),
+    ({"false"}, "batches.documents"),  # true is refused beside probes, which the first configuration has
     (FLAG | OFF, "optim.muon.rule.compile"),
     (FLAG, "sweep.resume allow_changes compile " + " ".join(f"transfer.base.{name}" for name in BASE)),
     (SHARE, "model.dropout transfer.base.dropout optim.muon.momentum schedule.warmup_steps schedule.floor"),
