@@ -73,7 +73,8 @@ GROUPS = [
         FLAG,
         "model.bias model.rope model.tied model.head_bias model.unit_weights attention.qk_norm residual.learn_p optim.muon.nesterov",
     ),
-    (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval batches.documents"),
+    (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval"),
+    ({"false"}, "batches.documents"),  # true is refused beside probes, which the first configuration has
     (FLAG | OFF, "optim.muon.rule.compile"),
     (FLAG, "optim.muon.cautious optim.modular.nesterov"),
     (SHARE | OFF, "optim.muon.row_beta"),
