@@ -15,6 +15,12 @@ if __name__ in ("__main__", "__mp_main__"):
 
     exit_on_stop_signals()
 
+# A job imports this file as `train`, because ranks and jobs on a cluster import the worker by name; help needs nothing of what follows.
+if __name__ == "__main__":
+    from training.command import run_command
+
+    raise SystemExit(run_command(__doc__))
+
 import math
 import time
 from collections.abc import Iterator
@@ -48,12 +54,13 @@ from training.step import FiniteGuard, accumulate, clip, mean_loss, micro_batche
 from training.validate import shortened
 
 
-def train(cfg: Settings, directory: Path | None = None) -> float:
+def train(cfg: Settings, directory: Path | None = None, label: str = "") -> float:
     """Train a configuration to its end; returns the best validation loss (nats a token).
 
     Args:
         cfg: from `training.config.compose`.
         directory: where the run is written; None if the configuration decides.
+        label: which job of a sweep this is, for the progress bar.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written. InUse, a ConfigError: another process writes this run.
@@ -63,7 +70,7 @@ def train(cfg: Settings, directory: Path | None = None) -> float:
     ranks = Ranks.init(cfg)
     try:
         with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as claim:
-            run = Run(ranks, cfg, claim)
+            run = Run(ranks, cfg, claim, label)
             if not (run.finished and ranks.from_main(end_of, claim)):
                 if stop.requested(ranks):
                     stop.end(ranks, run.step)
@@ -76,8 +83,8 @@ def train(cfg: Settings, directory: Path | None = None) -> float:
 class Run:
     """The training of a configuration on one rank. Every rank computes its part of each batch; only rank 0 writes."""
 
-    def __init__(self, ranks: Ranks, cfg: Settings, directory: Path) -> None:
-        self.ranks, self.cfg, self.directory = ranks, cfg, directory
+    def __init__(self, ranks: Ranks, cfg: Settings, directory: Path, label: str = "") -> None:
+        self.ranks, self.cfg, self.directory, self.label = ranks, cfg, directory, label
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # not of an earlier run in this process
@@ -127,7 +134,7 @@ class Run:
     def train(self, stop: StopSignal) -> None:
         """The loop: once in a while evaluate, record and save; always batch → loss → gradient → geometry → weights."""
         cfg, ranks = self.cfg, self.ranks
-        about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None
+        about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None, self.label
         log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
         # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
         self.compiled = compiled(self.model, cfg, self.device)
@@ -271,17 +278,3 @@ class Run:
         """Record that the run is unstable; training continues unless `stability.on_unstable` is stop."""
         seen = self.stability
         log.write("event", seen.unstable_step or 0, event="unstable", message=seen.reason, lead=seen.lead)
-
-
-def main() -> None:
-    """The command line."""
-    from training.command import run_command
-
-    run_command(train)
-
-
-if __name__ == "__main__":
-    # Under its importable name, because ranks and jobs on a cluster import the worker by name.
-    from train import main as train_main
-
-    train_main()

@@ -21,7 +21,6 @@ experiment. The runs use this machine, unless hydra/launcher= names another of H
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import shlex
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 from scripts.analysis.study import Experiment, Study
 from scripts.command import ROOT, UsageError, parse, refuse_keys, run
 from training.command import refusal
+from training.overrides import hint
 
 EXPERIMENT_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
     "seed": "give seeds=",
@@ -51,9 +51,7 @@ def load_experiment(name: str) -> Experiment:
         UsageError: there is no such experiment.
     """
     if name not in experiment_names():
-        close = difflib.get_close_matches(name, experiment_names(), n=1)
-        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(experiment_names())}"
-        raise UsageError(f"there is no experiment '{name}'; {guess}")
+        raise UsageError(f"there is no experiment '{name}'{hint(name, experiment_names())}")
     return importlib.import_module(f"scripts.experiments.{name}").EXPERIMENT
 
 

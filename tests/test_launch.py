@@ -21,10 +21,10 @@ from harness import TORCHRUN, finish, records, start_ranks, train_in_process
 from training import launch
 from training.checkpoint import load_newest
 from training.command import refusal
-from training.config import compose
+from training.config import compose, directory_name
 from training.ranks import LostRanks, Ranks
 from training.signals import Stopped, StopSignal
-from training.sweep import directory_name, plan_job
+from training.sweep import plan_job
 from training.validate import ConfigError
 
 SETTINGS = compose(["device=cpu", "launcher.nproc=2", "launcher.timeout_s=60"])

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from training.batch import micro_batch_size
 from training.schedule import warmup_updates
 
@@ -32,6 +30,8 @@ class ConfigError(Exception):
 
 def problems_of_machine(cfg: Settings) -> list[str]:
     """Problems of the device and of the directory of the run on this machine."""
+    import torch
+
     found = []
     if cfg.device == "cuda" and not torch.cuda.is_available():
         found.append("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")

@@ -14,10 +14,9 @@ from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
-from training.config import compose
+from training.config import compose, directory_name
 from training.engine import Job, run_all
 from training.run import environment
-from training.sweep import directory_name
 
 Case = Mapping[str, str]
 """One value for each axis."""
