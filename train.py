@@ -25,7 +25,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ from training.data import open_data
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
 from training.ranks import Ranks, world_size
-from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
+from training.resume import agreed_checkpoint, restore, resumption, rng_state, set_rng_state, state_of
 from training.run import claimed, compiled, end_of, end_summary, resolve_device
 from training.schedule import lr_multiplier
 from training.settings import Settings
@@ -169,14 +171,19 @@ class Run:
                 if stopping:
                     stop.end(ranks, self.step)
 
-                # Batch → loss → gradient.
-                multiplier = lr_multiplier(self.step, **vars(cfg.schedule))
-                self.optimizers.set_lr(multiplier)
-                part = accumulate(replica, batches.next(self.step), self.micro_batch, self.device, self.autocast)
+                # Batch → loss → gradient; a stop between two micro-batches ends the run with the state of the last finished step.
+                before, windows = rng_state(), batches.next(self.step)
+                interrupted = partial(stop.interrupts, ranks)
+                part = accumulate(replica, windows, self.micro_batch, self.device, self.autocast, interrupted)
+                if part is None:
+                    self.abandon_step(log, before)
+                    stop.end(ranks, self.step)
                 loss = ranks.all_reduce_mean(part.clone())
                 norm, norms = clip([p.grad for p in self.params.values()], cfg.grad_clip)
 
                 # Gradient → geometry → weights; skipped on the device if something is not finite, without a host sync.
+                multiplier = lr_multiplier(self.step, **vars(cfg.schedule))
+                self.optimizers.set_lr(multiplier)
                 self.step, self.val_loss = self.step + 1, None
                 tokens += cfg.global_batch_tokens
                 self.optimizers.watch(self.due(cfg.log.interval_certificate))
@@ -261,6 +268,13 @@ class Run:
         state = state_of(*parts, self.step, self.elapsed, rng)
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
         self.ranks.from_main(lambda: checkpoint.save(folder, self.step, state, keep=keep, metric=metric))
+
+    def abandon_step(self, log: RunLog | NoLog, before: dict[str, Any]) -> None:
+        """Save the state of the last finished step, with the random numbers `before` the step that was interrupted."""
+        set_rng_state(before)
+        with self.pause():
+            if self.step > 0:
+                self.save(log)
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
         """Write one training record, for which the host waits for the device; other training steps do not wait."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,13 @@ def state_of(
 def rng_state() -> dict[str, Any]:
     """The states of this rank's random number generators: of the CPU, and of its CUDA device if there is one."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set the random number generators of this rank to what `rng_state` returned; CUDA's only if both have it."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 # ---- which checkpoint ----
@@ -194,10 +201,7 @@ def restore(
         stability.load_state_dict(state["stability"])
         guard.load_state_dict(state["guard"] if "guard" in state else _guard_of_old(state))
         if rank < len(state["rng"]):
-            rng = state["rng"][rank]
-            torch.set_rng_state(rng["cpu"])
-            if torch.cuda.is_available() and rng["cuda"] is not None:
-                torch.cuda.set_rng_state(rng["cuda"])
+            set_rng_state(state["rng"][rank])
         return state["step"], float(state["seconds"]), changed + missed
 
 
