@@ -48,6 +48,11 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
     return others, options
 
 
+def listed(text: str) -> list[str]:
+    """The entries of a list with commas, each once."""
+    return list(dict.fromkeys(filter(None, text.split(","))))
+
+
 def refuse_keys(overrides: Sequence[str], decided: Mapping[str, str]) -> None:
     """Refuse overrides of train.py whose key the command itself decides. `decided`: key → what to do instead.
 

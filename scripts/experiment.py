@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.analysis.study import Experiment, Study
-from scripts.command import ROOT, UsageError, parse, refuse_keys, run
+from scripts.command import ROOT, UsageError, listed, parse, refuse_keys, run
 from training.command import refusal
 from training.overrides import hint
 
@@ -83,27 +83,22 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     has_recipe = any(word.startswith("experiment=") for word in experiment.base)
     by_name = {"experiment": "choose the experiment by its name"} if has_recipe else {}
     refuse_keys(overrides, {**EXPERIMENT_KEYS, **by_name})
-    around = _listed(options["around"])
+    around = listed(options["around"])
     if len(around) != len(experiment.around):
         raise UsageError(
             f"around={options['around']} must have a value for each of {', '.join(experiment.around) or 'no axis'}"
         )
-    if not _listed(options["seeds"]):
+    if not listed(options["seeds"]):
         raise UsageError("seeds= is empty; give at least one, such as seeds=1")
     study = Study(
         experiment,
-        axes={axis: _listed(options[axis]) for axis in axes},
+        axes={axis: listed(options[axis]) for axis in axes},
         around=dict(zip(experiment.around, around)),
-        seeds=_listed(options["seeds"]),
+        seeds=listed(options["seeds"]),
         options={key: options[key] for key in experiment.options},
         overrides=overrides,
     )
     return study, {key: options[key] for key in own}, launcher
-
-
-def _listed(text: str) -> list[str]:
-    """The entries of a list with commas, each once."""
-    return list(dict.fromkeys(filter(None, text.split(","))))
 
 
 def work(arguments: list[str]) -> int:

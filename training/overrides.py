@@ -91,17 +91,14 @@ def problems_of_words(
     config, _ = _tried(groups, configs)
     if config is None:
         return found, groups
-    rest = list(groups)
+    rest = []
     for name, word in keys:
-        if not (_has(config, name) or word.startswith("+") or name.startswith("hydra")):
-            found.append(_no_setting(name, config, groups, configs))
-            continue
-        _, error = _tried([*groups, word], configs)
-        if error is None:
+        if _has(config, name) or word.startswith("+") or name.startswith("hydra"):
             rest.append(word)
         else:
-            found.append(" ".join(str(error).split()))
-    return found, rest
+            found.append(_no_setting(name, config, groups, configs))
+    errors = _errors_of_each(rest, groups, configs)
+    return [*found, *errors.values()], [*groups, *(word for word in rest if word not in errors)]
 
 
 def hint(word: str, names: Collection[str]) -> str:
@@ -129,6 +126,14 @@ def _values(override: Override) -> list[str]:
     return []
 
 
+def _errors_of_each(words: Sequence[str], groups: Sequence[str], configs: Path) -> dict[str, str]:
+    """Hydra's message for each word that it refuses beside the groups."""
+    if _tried([*groups, *words], configs)[1] is None:  # one composition takes long enough
+        return {}
+    errors = {word: _tried([*groups, word], configs)[1] for word in words}
+    return {word: " ".join(str(error).split()) for word, error in errors.items() if error is not None}
+
+
 def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: Path) -> str:
     """The sentence about a name that is no setting: almost the same names, other choices of its group that have it, or similar last parts."""
     names = list(_dotted(config))
@@ -140,7 +145,7 @@ def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: P
     near = near or [known for known, part in parts.items() if part == last]
     near = near or [known for known, part in parts.items() if part.startswith(f"{last}_")]
     near = near or get_close_matches(name, names, 1, 0.7)
-    near = near or [known for known, part in parts.items() if part in get_close_matches(last, parts.values(), 1, 0.7)]
+    near = near or [known for known, part in parts.items() if part in get_close_matches(last, parts.values(), 1, 0.75)]
     meant = f"did you mean {' or '.join(near[:_MOST_HINTS])}?" if near else "python train.py --help lists the settings"
     return f"{name} is no setting; {meant}"
 

@@ -11,7 +11,7 @@ from model.gpt import GPT
 from optim.assignment import parameter_table
 from training.build import Optimizers
 from training.files import CONFIG_FILE, write_whole
-from training.log import RunLog
+from training.log import METRICS_FILE, RunLog, read_records
 from training.progress import ProgressSink
 from training.run import environment, run_name
 from training.settings import Settings
@@ -31,7 +31,17 @@ def open_log(
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
     write_whole(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
     about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name, "name": directory.name}
-    wandb = WandbSink(mode=cfg.logger.mode, directory=directory, resume=resumed, config=cfg.plain(), **about)
+    has_history = resumed and (directory / METRICS_FILE).exists()
+    history = (record for record in read_records(directory) if record["step"] <= step) if has_history else ()
+    wandb = WandbSink(
+        mode=cfg.logger.mode,
+        directory=directory,
+        resume=resumed,
+        history=history,
+        config=cfg.plain(),
+        tags=[cfg.assignment.name, cfg.optim.muon.rule.kind, cfg.data.name],
+        **about,
+    )
     name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
     progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
     return RunLog(directory, [wandb, progress], resume_step=step if resumed else -1)
