@@ -388,7 +388,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "lr_transfer": [
         "model.n_embd=16,32",
         "model.n_layer=1",
-        "optim.adamw.lr=0.01,0.02,0.04",
+        "optim.adamw.lr=0.01,0.04",
         "around=16,1,4",
         "head=8",
     ],
