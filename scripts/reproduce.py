@@ -94,7 +94,7 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     """Compose and check all five configurations. Nothing is written.
 
     Raises:
-        UsageError, ConfigError, DataError, HydraException: the command line or a configuration is wrong.
+        UsageError, ConfigError, DataError: the command line or a configuration is wrong.
     """
     words, options = parse(arguments, {"scale": "demo", "seeds": "", "results": "", "output_dir": ""})
     overrides = [word for word in words if word != "--accept"]

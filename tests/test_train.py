@@ -243,6 +243,4 @@ def test_sweep_has_one_directory_a_job(tiny, tmp_path, train_here):
     for number, job in enumerate(jobs, start=1):
         assert f"job {number}/4: {job},{constant}\n" in sweep.stdout
         name, seed = job.removeprefix("assignment=").split(",seed=")
-        assert f"{name}, job {number}/4, seed {seed}3/3 " in sweep.stderr.replace(" " * 2, "") or (
-            f"{name}, job {number}/4, seed {seed}" in sweep.stderr
-        )
+        assert f"{name}, job {number}/4, seed {seed}" in sweep.stderr

@@ -128,7 +128,7 @@ class Study:
         """Each case and its job, seed after seed, so that an interrupted experiment has complete seeds. Nothing is written.
 
         Raises:
-            UsageError, ConfigError, HydraException: a configuration is wrong.
+            UsageError, ConfigError: a configuration is wrong.
         """
         settings = [(case, self.settings(case)) for case in self.cases()]
         found = []
