@@ -15,6 +15,12 @@ if __name__ in ("__main__", "__mp_main__"):
 
     exit_on_stop_signals()
 
+# A job imports this file as `train`, because ranks and jobs on a cluster import the worker by name; help needs nothing of what follows.
+if __name__ == "__main__":
+    from training.command import run_command
+
+    raise SystemExit(run_command(__doc__))
+
 import math
 import time
 from collections.abc import Iterator
@@ -41,7 +47,7 @@ from training.log import Later, NoLog, RunLog
 from training.phases import Phases, as_phase
 from training.placement import place
 from training.ranks import Ranks, world_size
-from training.resume import agreed_checkpoint, restore, resumption, rng_state, state_of
+from training.resume import agreed_checkpoint, restore, resumption, rng_state, set_rng_state, state_of
 from training.run import claimed, end_of, end_summary, resolve_device, speed
 from training.schedule import lr_multiplier
 from training.settings import Settings
@@ -53,12 +59,13 @@ from training.trace import Trace
 from training.validate import cut_windows, shortened
 
 
-def train(cfg: Settings, directory: Path | None = None) -> float:
+def train(cfg: Settings, directory: Path | None = None, label: str = "") -> float:
     """Train a configuration to its end; returns the best validation loss (nats a token).
 
     Args:
         cfg: from `training.config.compose`.
         directory: where the run is written; None if the configuration decides.
+        label: which job of a sweep this is, for the progress bar.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written. InUse, a ConfigError: another process writes this run.
@@ -68,7 +75,7 @@ def train(cfg: Settings, directory: Path | None = None) -> float:
     ranks = Ranks.init(cfg)
     try:
         with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as claim:
-            run = Run(ranks, cfg, claim)
+            run = Run(ranks, cfg, claim, label)
             if not (run.finished and ranks.from_main(end_of, claim)):
                 if stop.requested(ranks):
                     stop.end(ranks, run.step)
@@ -81,8 +88,8 @@ def train(cfg: Settings, directory: Path | None = None) -> float:
 class Run:
     """The training of a configuration on one rank. Every rank computes its part of each batch; only rank 0 writes."""
 
-    def __init__(self, ranks: Ranks, cfg: Settings, directory: Path) -> None:
-        self.ranks, self.cfg, self.directory = ranks, cfg, directory
+    def __init__(self, ranks: Ranks, cfg: Settings, directory: Path, label: str = "") -> None:
+        self.ranks, self.cfg, self.directory, self.label = ranks, cfg, directory, label
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # not of an earlier run in this process
@@ -136,7 +143,7 @@ class Run:
     def train(self, stop: StopSignal) -> None:
         """The loop: once in a while evaluate, record and save; always batch → loss → gradient → geometry → weights."""
         cfg, ranks, phase = self.cfg, self.ranks, self.phase
-        about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None
+        about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None, self.label
         log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
         self.placement = place(self.model, self.optimizers, ranks, cfg)
         if self.origin:
@@ -174,16 +181,21 @@ class Run:
                 if stopping:
                     stop.end(ranks, self.step)
 
-                # Batch → loss → gradient.
-                multiplier = lr_multiplier(self.step, **vars(cfg.schedule))
-                self.optimizers.set_lr(multiplier)
+                # Batch → loss → gradient; a stop between two micro-batches ends the run with the state of the last finished step.
+                before, interrupted = rng_state(), partial(stop.interrupts, ranks)
                 with phase("data"):
                     batch = batches.next(self.step)
                 with phase("forward_backward"):
-                    part = accumulate(self.placement.replica, batch, self.micro_batch, self.device, self.autocast)
-                    loss = ranks.all_reduce_mean(part.clone())
+                    replica = self.placement.replica
+                    part = accumulate(replica, batch, self.micro_batch, self.device, self.autocast, interrupted)
+                if part is None:
+                    self.abandon_step(log, before)
+                    stop.end(ranks, self.step)
+                loss = ranks.all_reduce_mean(part.clone())
 
                 # Gradient → geometry → weights; skipped on the device if something is not finite, without a host sync.
+                multiplier = lr_multiplier(self.step, **vars(cfg.schedule))
+                self.optimizers.set_lr(multiplier)
                 self.step, self.val_loss = self.step + 1, None
                 tokens += cfg.global_batch_tokens
                 self.optimizers.watch(self.due(cfg.log.interval_certificate))
@@ -284,6 +296,13 @@ class Run:
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
         self.placement.save(folder, self.step, state, keep, metric)
 
+    def abandon_step(self, log: RunLog | NoLog, before: dict[str, Any]) -> None:
+        """Save the state of the last finished step, with the random numbers `before` the step that was interrupted."""
+        set_rng_state(before)
+        with self.pause():
+            if self.step > 0:
+                self.save(log)
+
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float, tokens: int) -> None:
         """Write one training record, for which the host waits for the device; other training steps do not wait."""
         skipped, now = self.guard.count, time.perf_counter()
@@ -302,17 +321,3 @@ class Run:
         """Record that the run is unstable; training continues unless `stability.on_unstable` is stop."""
         seen = self.stability
         log.write("event", seen.unstable_step or 0, event="unstable", message=seen.reason, lead=seen.lead)
-
-
-def main() -> None:
-    """The command line."""
-    from training.command import run_command
-
-    run_command(train)
-
-
-if __name__ == "__main__":
-    # Under its importable name, because ranks and jobs on a cluster import the worker by name.
-    from train import main as train_main
-
-    train_main()

@@ -279,14 +279,18 @@ def _size(size: float) -> str:
 def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int:
     """The command; returns its exit code: 2 if the configuration or the data has a problem."""
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
+    from training.help import help_text
+    from training.overrides import REFUSALS, problems_of_words
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(__doc__ or "", ["data", *arguments]))
+        return 0
     from training.checks import read_data
     from training.validate import ConfigError
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
             cfg = read_data(OmegaConf.to_container(compose("config", overrides=arguments).data, resolve=True))
@@ -297,7 +301,10 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
             return 2
         directory = prepare(cfg)
         print(_counts(directory, cfg))
-    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+    except REFUSALS as error:
+        print(ConfigError(problems_of_words(arguments, configs=configs)[0] or [str(error)]), file=sys.stderr)
+        return 2
+    except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except DataError as error:

@@ -50,6 +50,7 @@ from scripts.command import ROOT, UsageError, as_code, parse, run
 from scripts.timing import Rows, device, device_folder, take_turns
 from training.build import build_optimizers
 from training.config import compose
+from training.overrides import hint
 from training.run import device_name, environment
 from training.settings import CertifiedRule
 
@@ -235,7 +236,9 @@ def work(arguments: list[str]) -> int:
     texts = dict.fromkeys(("problems", "model", "traces", "measured", "results", "file"), "")
     lists = {"assignments": "adamw,unconstrained,hetero", "optims": "manifold_muon", "variants": ""}
     others, options = parse(arguments, {**numbers, **texts, **lists})
-    if len(others) != 1 or others[0] not in BENCHES:
+    if len(others) == 1 and others[0] not in BENCHES:
+        raise UsageError(f"there is no benchmark '{others[0]}'{hint(others[0], BENCHES)}")
+    if len(others) != 1:
         raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")
     [name] = others
     rows = BENCHES[name](options)

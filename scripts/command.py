@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from training.overrides import top_names
+
 ROOT = Path(__file__).resolve().parent.parent
 """The repository."""
+
+_ALMOST = 0.75  # difflib's ratio of similar keys
 
 
 class UsageError(Exception):
@@ -18,16 +23,19 @@ class UsageError(Exception):
 def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Split a command line into its other arguments and the options named in `defaults`, each of its default's type.
 
-    The directories of a sweep have a `=` in their names. So an argument that does not begin with a known key is an other argument.
+    The directories of a sweep have a `=` in their names. So an argument that does not begin with a known key is an other argument, unless
+    the key is almost one of them, and no setting of train.py.
 
     Raises:
-        UsageError: a value is not of the option's type.
+        UsageError: a key is misspelt, or a value is not of the option's type.
     """
-    others, options = [], dict(defaults)
+    others, options, misspelt = [], dict(defaults), []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in defaults:
             others.append(argument)
+            near = get_close_matches(key, list(defaults), 1, _ALMOST) if equals and key.isidentifier() else []
+            misspelt += [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
             continue
         kind = type(defaults[key])
         try:
@@ -35,7 +43,14 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise UsageError(f"{key}={value} is not {what}; give one, such as {key}={defaults[key]}") from None
+    if misspelt:
+        raise UsageError("\n".join(misspelt))
     return others, options
+
+
+def listed(text: str) -> list[str]:
+    """The entries of a list with commas, each once."""
+    return list(dict.fromkeys(filter(None, text.split(","))))
 
 
 def refuse_keys(overrides: Sequence[str], decided: Mapping[str, str]) -> None:
@@ -65,19 +80,17 @@ def run(work: Callable[[list[str]], int], description: str, arguments: Sequence[
 
     Prints `description` for --help. For an error that the user can correct it prints the message; the exit code is 2, or the error's own.
     """
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from training.checks import USER_ERRORS
-    from training.signals import Stopped
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "-h" in arguments or "--help" in arguments:
         print(description.strip())
         return 0
+    from training.checks import USER_ERRORS
+    from training.overrides import REFUSALS
+    from training.signals import Stopped
+
     try:
         return work(arguments)
-    except (UsageError, *USER_ERRORS, HydraException, OmegaConfBaseException) as error:
+    except (UsageError, *USER_ERRORS, *REFUSALS) as error:
         print(error, file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except Stopped as stopped:

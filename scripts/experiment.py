@@ -22,7 +22,6 @@ experiment. The runs use this machine, unless hydra/launcher= names another of H
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import shlex
 import sys
@@ -31,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.analysis.study import Experiment, Study
-from scripts.command import ROOT, UsageError, parse, refuse_keys, run
+from scripts.command import ROOT, UsageError, listed, parse, refuse_keys, run
 from training.command import refusal
+from training.overrides import hint
 
 EXPERIMENT_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
     "seed": "give seeds=",
@@ -52,9 +52,7 @@ def load_experiment(name: str) -> Experiment:
         UsageError: there is no such experiment.
     """
     if name not in experiment_names():
-        close = difflib.get_close_matches(name, experiment_names(), n=1)
-        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(experiment_names())}"
-        raise UsageError(f"there is no experiment '{name}'; {guess}")
+        raise UsageError(f"there is no experiment '{name}'{hint(name, experiment_names())}")
     return importlib.import_module(f"scripts.experiments.{name}").EXPERIMENT
 
 
@@ -86,27 +84,22 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     has_recipe = any(word.startswith("experiment=") for word in experiment.base)
     by_name = {"experiment": "choose the experiment by its name"} if has_recipe else {}
     refuse_keys(overrides, {**EXPERIMENT_KEYS, **by_name})
-    around = _listed(options["around"])
+    around = listed(options["around"])
     if len(around) != len(experiment.around):
         raise UsageError(
             f"around={options['around']} must have a value for each of {', '.join(experiment.around) or 'no axis'}"
         )
-    if not _listed(options["seeds"]):
+    if not listed(options["seeds"]):
         raise UsageError("seeds= is empty; give at least one, such as seeds=1")
     study = Study(
         experiment,
-        axes={axis: _listed(options[axis]) for axis in axes},
+        axes={axis: listed(options[axis]) for axis in axes},
         around=dict(zip(experiment.around, around)),
-        seeds=_listed(options["seeds"]),
+        seeds=listed(options["seeds"]),
         options={key: options[key] for key in experiment.all_options},
         overrides=overrides,
     )
     return study, {key: options[key] for key in own}, launcher
-
-
-def _listed(text: str) -> list[str]:
-    """The entries of a list with commas, each once."""
-    return list(dict.fromkeys(filter(None, text.split(","))))
 
 
 def work(arguments: list[str]) -> int:

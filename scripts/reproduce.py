@@ -4,10 +4,11 @@
     python scripts/reproduce.py scale=demo optim=paper     the same under the published step rule
     python scripts/reproduce.py scale=paper                the published recipe (prepare the data first)
     python scripts/reproduce.py scale=demo --accept        the same, and the table replaces the committed one
-    python scripts/reproduce.py scale=demo seed=2 output_dir=outputs/seed_2
+    python scripts/reproduce.py scale=demo seeds=1,2 output_dir=outputs/seeds
 
 `scale` is a recipe of configs/experiment. Any override of train.py may follow; it applies to all five runs. Options of this command:
 
+    seeds=        a list with commas (the recipe's seed); the runs of an assignment share a line: mean ± standard error
     output_dir=   where the runs are written (outputs/reproduce/<name>), each in a directory named after its assignment
     results=      where table.md, table.json, val_loss.png and spectra.png are written (beside the runs)
     --accept      afterwards copy them into results/<name>, and replace the table in README.md or docs/
@@ -19,6 +20,7 @@ demonstration starts W&B only with logger.mode=offline or logger.mode=online.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -33,8 +35,17 @@ import torch
 
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import RecordedRun, read_run
-from scripts.analysis.tables import COLUMNS, Table, columns_with_values, footer, make_table, rows_of, write_tables
-from scripts.command import ROOT, UsageError, parse, refuse_keys, run
+from scripts.analysis.tables import (
+    COLUMNS,
+    Table,
+    columns_with_values,
+    footer,
+    grouped,
+    make_table,
+    rows_of,
+    write_tables,
+)
+from scripts.command import ROOT, UsageError, listed, parse, refuse_keys, run
 from training.checks import check
 from training.config import compose
 from training.data import open_data
@@ -47,13 +58,14 @@ SCALE_SETTINGS = {"demo": ["logger.mode=disabled"]}
 REPRODUCE_KEYS = {  # keys of train.py that this command decides, and what to do instead
     "experiment": "choose the recipe with scale=",
     "assignment": "all five are run; for one alone use python train.py",
+    "seed": "give seeds=",
     "resume": "runs are resumed without asking; for fresh ones give another output_dir=",
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for: `overrides` as typed; `jobs` by assignment.
+    """What the command line asks for: `overrides` and `seeds` as typed; `jobs` by assignment, and by seed if there are several.
 
     name: of the table, made of scale and step rule; None if the overrides make another table. accept: whether it replaces the committed one.
     """
@@ -64,11 +76,13 @@ class Plan:
     results: Path
     jobs: dict[str, Job]
     accept: bool = False
+    seeds: str = ""
 
     @property
     def command(self) -> str:
         """The command line that does the same."""
-        return shlex.join(["python", "scripts/reproduce.py", f"scale={self.scale}", *self.overrides])
+        seeds = [f"seeds={self.seeds}"] if self.seeds else []
+        return shlex.join(["python", "scripts/reproduce.py", f"scale={self.scale}", *seeds, *self.overrides])
 
     @property
     def committed(self) -> Path | None:
@@ -80,13 +94,14 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     """Compose and check all five configurations. Nothing is written.
 
     Raises:
-        UsageError, ConfigError, DataError, HydraException: the command line or a configuration is wrong.
+        UsageError, ConfigError, DataError: the command line or a configuration is wrong.
     """
-    words, options = parse(arguments, {"scale": "demo", "results": "", "output_dir": ""})
+    words, options = parse(arguments, {"scale": "demo", "seeds": "", "results": "", "output_dir": ""})
     overrides = [word for word in words if word != "--accept"]
     refuse_keys(overrides, REPRODUCE_KEYS)
     scale = options["scale"]
     optims, others = name_parts(overrides)
+    others += [f"seeds={options['seeds']}"] if options["seeds"] else []
     name = "_".join([scale, *optims])
     if "--accept" in words and others:
         raise UsageError(
@@ -94,16 +109,19 @@ def make_plan(arguments: Sequence[str]) -> Plan:
         )
     directory = Path(options["output_dir"] or f"outputs/reproduce/{name}")
     jobs, configurations = {}, []
-    for assignment in ASSIGNMENTS:
+    seeds = listed(options["seeds"])
+    for seed, assignment in itertools.product(seeds or [""], ASSIGNMENTS):
         settings = [f"experiment={scale}", f"assignment={assignment}", *SCALE_SETTINGS.get(scale, []), *overrides]
-        jobs[assignment] = Job(tuple(settings), directory / assignment)
+        settings += [f"seed={seed}"] if seed else []
+        label = f"{assignment},seed={seed}" if len(seeds) > 1 else assignment
+        jobs[label] = Job(tuple(settings), directory / label)
         configurations.append(compose(settings))
     for cfg, job in zip(configurations, jobs.values()):
         check(cfg)
         finished(cfg, job.directory, "give another output_dir=")
     open_data(configurations[0])
     results = Path(options["results"] or directory)
-    return Plan(scale, overrides, None if others else name, results, jobs, "--accept" in words)
+    return Plan(scale, overrides, None if others else name, results, jobs, "--accept" in words, options["seeds"])
 
 
 def name_parts(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -136,7 +154,7 @@ def write_reproduction(plan: Plan) -> str:
     runs = [read_run(directory) for directory in directories if (directory / METRICS_FILE).exists()]
     if not runs:
         raise UsageError("no run has written anything, so there is no table; the errors above say why")
-    groups = [[r] for r in runs]
+    groups = grouped(runs)
     table = make_table(groups, columns_with_values(COLUMNS, runs))
     data = {
         "command": plan.command,

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,24 @@ def tiny(tiny_data, tmp_path):
         *("log.interval=1", "log.interval_spectra=10", "checkpoint.interval=5", "logger.mode=disabled", "device=cpu"),
         f"output_dir={tmp_path}/run",
     ]
+
+
+@pytest.fixture
+def train_here(tmp_path, monkeypatch, capsys):
+    """A function of words: `python train.py <words>` in this process and in `tmp_path`, which saves the seconds that a process starts."""
+    from training.command import run_command
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        try:
+            code = run_command("")
+        except SystemExit as ended:
+            code = ended.code
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
 
 
 def run_train(*overrides, cwd=ROOT, timeout=240):

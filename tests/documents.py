@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 from data import prepare as preparing
@@ -91,7 +92,8 @@ def in_process(words, overrides, monkeypatch):
         assert words[2] == "data.prepare" and preparing.main([*words[3:], *overrides]) == 0
     elif words[1] == "train.py":
         monkeypatch.setattr(sys, "argv", ["train.py", *words[2:], *TINY_RUN, *overrides])
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        with pytest.raises(SystemExit, match=r"^0$"):
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     else:
         script = importlib.import_module(Path(words[1]).with_suffix("").as_posix().replace("/", "."))
         main = getattr(script, "main", None) or script.work

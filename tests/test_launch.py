@@ -21,10 +21,10 @@ from harness import TORCHRUN, finish, records, start_ranks, train_in_process
 from training import launch
 from training.checkpoint import load_newest
 from training.command import refusal
-from training.config import compose
+from training.config import compose, directory_name
 from training.ranks import LostRanks, Ranks
 from training.signals import Stopped, StopSignal
-from training.sweep import directory_name, plan_job
+from training.sweep import plan_job
 from training.validate import ConfigError
 
 SETTINGS = compose(["device=cpu", "launcher.nproc=2", "launcher.timeout_s=60"])
@@ -160,15 +160,17 @@ def test_what_the_end_of_a_rank_means(code, kind, message):
 
 def test_ranks_of_torchrun_and_of_the_command_line_are_the_same_run(tiny, tmp_path):
     common = [*tiny[:-1], "assignment=adamw", "max_steps=6"]
-    own = run_train(*common, "launcher.nproc=2", "output_dir=own", cwd=tmp_path)
-    words = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *common, "output_dir=torchrun"]
-    theirs = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    program, pipes = str(ROOT / "train.py"), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    own = [sys.executable, program, *common, "launcher.nproc=2", "output_dir=own"]
+    theirs = [*TORCHRUN, "--standalone", "--nproc_per_node=2", program, *common, "output_dir=torchrun"]
+    started = [subprocess.Popen(words, cwd=tmp_path, **pipes) for words in (own, theirs)]  # each often waits
     alone = compose([*common, f"output_dir={tmp_path}/alone"])
     assert finish(start_ranks(1, train_in_process, alone)) == [0]
-    for done in (own, theirs):
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("best validation loss") == 1
-        assert done.stdout.splitlines()[-1].startswith("best validation loss")
+    for process in started:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        assert out.count("best validation loss") == 1
+        assert out.splitlines()[-1].startswith("best validation loss")
     assert {p.name for p in tmp_path.iterdir()} == {"own", "torchrun", "alone"}
     assert records(tmp_path / "own") == records(tmp_path / "torchrun")
     for one, two in zip(records(tmp_path / "alone"), records(tmp_path / "own"), strict=True):
@@ -208,11 +210,11 @@ def test_endings_cross_between_processes():
     assert copy.exit_code == 2
 
 
-def test_a_sweep_under_torchrun_is_refused(tmp_path):
+def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch, train_here):
     assert refusal(["-m", "seed=1,2"]) is None
-    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    words = [sys.executable, str(ROOT / "train.py"), "-m", "seed=1,2", "assignment.rules={attn: stiefel}"]
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = train_here("-m", "seed=1,2", "assignment.rules={attn: stiefel}")
     assert done.returncode == 2
     assert "python train.py -m launcher.nproc=2 seed=1,2 'assignment.rules={attn: stiefel}'" in done.stderr
     assert not any(tmp_path.iterdir())
@@ -234,9 +236,9 @@ def test_directory_names():
     assert all("/" not in name and len(name.encode()) <= 255 for name in names)
 
 
-def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fails(tiny, tmp_path):
+def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fails(tiny, tmp_path, train_here):
     words = ["-m", *tiny[:-1], "assignment=adamw", "max_steps=-1,10", "sweep.name=mine"]
-    first = run_train(*words, cwd=tmp_path)
+    first = train_here(*words)
     assert first.returncode == 1 and "max_steps is -1" in first.stderr
     jobs = {yaml.safe_load(p.read_text())["max_steps"]: p.parent for p in tmp_path.glob("outputs/mine/*/config.yaml")}
     assert list(jobs) == [10] and not list(tmp_path.rglob(".hydra"))
@@ -249,13 +251,13 @@ def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fa
     shutil.rmtree(jobs[10] / "checkpoints" / "step_00000010")
     lines = (jobs[10] / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (jobs[10] / "metrics.jsonl").write_bytes(b"".join(lines[:-1]))  # as if it had been killed just before the end
-    second = run_train(*words, cwd=tmp_path)
+    second = train_here(*words)
     assert second.returncode == 1 and "step_00000005, step 5" in second.stdout
     assert records(jobs[10]) == before and load_newest(jobs[10] / "checkpoints").step == 10
     assert second.stdout.splitlines()[-1] == best
 
     written = (jobs[10] / "metrics.jsonl").stat().st_mtime_ns
-    third = run_train(*words, cwd=tmp_path)
+    third = train_here(*words)
     assert third.returncode == 1 and "is finished" in third.stdout and third.stdout.splitlines()[-1] == best
     assert (jobs[10] / "metrics.jsonl").stat().st_mtime_ns == written
 

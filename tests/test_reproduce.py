@@ -221,8 +221,8 @@ def test_runs_of_other_settings_are_not_overwritten(copied, capsys):
         (["optim=paper"], "demo_paper", "demo_paper"),
         (["logger.mode=offline"], "demo", "demo"),
         (["optim=paper", "logger.mode=offline"], "demo_paper", "demo_paper"),
-        (["seed=2"], None, "demo"),
-        (["optim=paper", "seed=2"], None, "demo_paper"),
+        (["seeds=2"], None, "demo"),
+        (["optim=paper", "seeds=2"], None, "demo_paper"),
     ],
 )
 def test_a_table_is_named_after_scale_and_step_rule(overrides, name, directory, monkeypatch):
@@ -235,6 +235,16 @@ def test_a_table_is_named_after_scale_and_step_rule(overrides, name, directory, 
         cfg = compose(job.overrides)
         assert cfg.optim.muon.rule.kind == ("published" if "optim=paper" in overrides else "certified")
         assert cfg.logger.mode == ("offline" if "logger.mode=offline" in overrides else "disabled")
+
+
+def test_every_seed_has_its_runs_and_one_spelling(monkeypatch):
+    monkeypatch.setattr(reproduce, "open_data", lambda cfg: None)
+    plan = reproduce.make_plan(["scale=demo", "seeds=3,4"])
+    assert next(iter(plan.jobs)) == "unconstrained,seed=3" and list(plan.jobs)[-1] == "hetero_inv,seed=4"
+    assert len(plan.jobs) == 10 and "seed=4" in plan.jobs["hetero,seed=4"].overrides
+    assert plan.command == "python scripts/reproduce.py scale=demo seeds=3,4"
+    with pytest.raises(UsageError, match="give seeds="):
+        reproduce.make_plan(["scale=demo", "seed=2"])
 
 
 def plain_plan(arguments, monkeypatch, **changes):
@@ -277,8 +287,8 @@ def test_accepting_writes_results_and_every_page_that_shows_the_table(
 
 def test_only_a_plain_table_is_accepted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert reproduce.main(["scale=demo", "seed=2", "--accept"]) == 2
-    assert "leave out seed=2" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert reproduce.main(["scale=demo", "seeds=2", "--accept"]) == 2
+    assert "leave out seeds=2" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_the_foot_says_what_decays():

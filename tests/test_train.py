@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):
         train(compose([*tiny, "max_steps=5"]))
 
 
-def test_command_line(tiny, tmp_path):
+def test_command_line(tiny, tmp_path, train_here):
     done = run_train(*tiny, "max_steps=5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     best = min(r["loss"] for r in read_records(tmp_path / "run", "eval"))
@@ -222,17 +222,24 @@ def test_command_line(tiny, tmp_path):
     assert "ManifoldMuon" in done.stdout
     assert json.loads((tmp_path / "run/environment.json").read_text())["torch"] == str(torch.__version__)
     left = {p.name for p in tmp_path.iterdir()}
-    bad = run_train(*tiny[:-1], f"output_dir={tmp_path}/bad", "global_batch_tokens=100", "seed=-1", cwd=tmp_path)
+    bad = train_here(*tiny[:-1], f"output_dir={tmp_path}/bad", "global_batch_tokens=100", "seed=-1")
     assert bad.returncode == 2 and "2 problems" in bad.stderr and "Traceback" not in bad.stderr
     assert {p.name for p in tmp_path.iterdir()} == left
-    unknown = run_train("max_stepz=3", cwd=tmp_path)
+    unknown = train_here("max_stepz=3")
     assert unknown.returncode == 2 and "max_stepz" in unknown.stderr
     assert {p.name for p in tmp_path.iterdir()} == left
 
 
-def test_sweep_has_one_directory_a_job(tiny, tmp_path):
-    sweep = run_train("-m", *tiny[:-1], "max_steps=3", "assignment=adamw,all_stiefel", "seed=1,2", cwd=tmp_path)
+def test_sweep_has_one_directory_a_job(tiny, tmp_path, train_here):
+    sweep = train_here("-m", *tiny[:-1], "max_steps=3", "assignment=adamw,all_stiefel", "seed=1,2")
     assert sweep.returncode == 0, sweep.stderr
     assert sweep.stdout.count("best validation loss") == 4
     runs = [p.parent for p in (tmp_path / "outputs").rglob("metrics.jsonl")]
-    assert len(runs) == 4 and all(tmp_path / "outputs" / "sweep" in r.parents for r in runs)
+    assert len(runs) == 4 and all(tmp_path / "outputs" / "sweep" == r.parent for r in runs)
+    [constant] = {r.name.rpartition(",")[2] for r in runs}  # a hash of the words that all jobs share
+    jobs = [f"assignment={name},seed={seed}" for name in ("adamw", "all_stiefel") for seed in (1, 2)]
+    assert {r.name for r in runs} == {f"{job},{constant}" for job in jobs}
+    for number, job in enumerate(jobs, start=1):
+        assert f"job {number}/4: {job},{constant}\n" in sweep.stdout
+        name, seed = job.removeprefix("assignment=").split(",seed=")
+        assert f"{name}, job {number}/4, seed {seed}" in sweep.stderr

@@ -17,6 +17,8 @@ import torch
 from model.gpt import GPT, GPTConfig
 from model.probes import probe
 from model.spectra import Spectra
+from train import train
+from training.config import compose
 from training.log import RunLog, read_records
 from training.wandb_sink import OVER_HEADS, WANDB_RUNS_FILE, WandbSink, flatten
 
@@ -80,9 +82,9 @@ def test_a_head_that_is_not_a_number_makes_its_layer_none():
     assert math.isnan(curves["layer_00/attn/logit_max"]) and curves["layer_01/attn/logit_max"] == 2.0
 
 
-def wandb_sink(directory: Path, mode: str, resume: bool = False) -> WandbSink:
+def wandb_sink(directory: Path, mode: str, resume: bool = False, **more) -> WandbSink:
     return WandbSink(
-        mode=mode, project="p", group="g", name="n", config={"seed": 1}, directory=directory, resume=resume
+        mode=mode, project="p", group="g", name="n", config={"seed": 1}, directory=directory, resume=resume, **more
     )
 
 
@@ -161,6 +163,36 @@ def test_wandb_continues_online_and_links_offline(tmp_path, monkeypatch):
     assert second["config"] == {"seed": 1, "continues": [online["id"], offline["id"]]}
     wandb_sink(tmp_path, "online", resume=False).close()
     assert fake.started[-1]["id"] not in {online["id"], offline["id"], second["id"]}
+
+
+def test_a_run_that_w_and_b_cannot_continue_is_sent_whole(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    history = [{"kind": "eval", "step": step, "loss": 1.0} for step in (0, 5)]
+    for mode, resume, sent in [("offline", False, 0), ("offline", True, 2), ("online", True, 2), ("online", True, 0)]:
+        fake.logged.clear()
+        wandb_sink(tmp_path, mode, resume, history=history if resume else (), tags=["Hetero", "x" * 99]).close()
+        assert len(fake.logged) == sent
+        if mode == "offline" and not resume:
+            half = tmp_path / "wandb" / f"offline-run-20260101_000000-{fake.started[-1]['id']}"
+            half.mkdir(parents=True)
+        assert fake.started[-1]["tags"] == ["Hetero", "x" * 64]
+    assert not half.exists() and (tmp_path / "wandb_earlier" / half.name).is_dir()
+
+
+def test_a_resumed_run_tells_w_and_b_its_sweep_tags_and_all_its_records(tiny, tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    words = [*(word for word in tiny if not word.startswith("logger")), "logger.mode=offline", "optim=paper"]
+    train(compose([*words, "max_steps=5", "schedule.decay_steps=20"]))
+    first, logged = fake.started[-1], list(fake.logged)
+    assert first["group"] == tmp_path.name and first["tags"] == ["Hetero", "published", "text"]
+    fake.logged.clear()
+    resumed = compose([*words, "max_steps=7", "schedule.decay_steps=20", "resume=auto"])
+    train(resumed)
+    ends = [payload for payload in logged if "end/best_val_loss" in payload]
+    assert fake.logged[: len(logged)] == logged and len(ends) == 1
+    assert max(payload["step"] for payload in fake.logged) == 7
 
 
 def test_wandb_offline_for_real(tmp_path, caplog):

@@ -2,13 +2,11 @@
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
 from conftest import run_train
 
-import train
 from data.tokenizer import TOKENIZERS
 from model.layers import MLPS
 from training import checks
@@ -290,10 +288,10 @@ def test_settings_are_typed(configurations):
 # ---- the command line ----
 
 LINES = [
-    (["max_stepz=3"], "Key 'max_stepz' is not in struct"),
-    (["assignment=heterro"], "Could not find 'assignment/heterro'"),
+    (["max_stepz=3"], "max_stepz is no setting; did you mean max_steps?"),
+    (["assignment=heterro"], "assignment has no choice heterro; did you mean hetero?"),
     (["+assignment.rule=1"], "assignment.rule is no setting; did you mean rules?"),
-    (["seed=["], "no viable alternative"),
+    (["seed=["], "seed=[ cannot be read"),
     (["schedule.decay_steps=${nope}"], "'nope' not found"),
     (["allow_changes=no"], "write false"),
     (["optim.muon.nesterov=off", "attention.qk_norm=off", "data.auto_prepare=no"], "3 problems"),
@@ -313,18 +311,14 @@ LINES = [
 
 
 @pytest.mark.parametrize(("line", "message"), LINES, ids=[line[0][:30] for line, _ in LINES])
-def test_a_wrong_command_line_ends_with_code_2(line, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_wrong_command_line_ends_with_code_2(line, message, tmp_path, train_here):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["train.py", *line])
-    with pytest.raises(SystemExit) as ended:
-        train.main()
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and message in said.err and "Traceback" not in said.err and said.out == ""
+    done = train_here(*line)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-REAL = [pytest.param(*case, marks=[] if i < 2 else pytest.mark.campaign) for i, case in enumerate(LINES)]
+REAL = [pytest.param(*case, marks=[] if i < 1 else pytest.mark.campaign) for i, case in enumerate(LINES)]
 
 
 @pytest.mark.parametrize(("line", "message"), REAL)
@@ -335,12 +329,9 @@ def test_a_wrong_command_line_as_its_own_process(line, message, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_sweep_says_what_is_wrong_with_each_job(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "model.bias=no", "seed=1,-2"])
-    with pytest.raises(SystemExit) as ended:
-        train.main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and said.count(" failed: the configuration has") == 2 and "Traceback" not in said
+def test_a_sweep_says_what_is_wrong_with_each_job(tmp_path, train_here):
+    done = train_here("-m", "model.bias=no", "seed=1,-2")
+    said = done.stderr
+    assert done.returncode == 1 and said.count(" failed: the configuration has") == 2 and "Traceback" not in said
     written = {p.name for p in tmp_path.rglob("*") if p.is_file()}
     assert written == {"metrics.jsonl", "multirun.yaml"}  # that both failed, and Hydra's own record of the sweep

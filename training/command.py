@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,11 +15,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from training.checks import USER_ERRORS, check, read
-from training.config import CONFIGS, resolved
-from training.launch import USER_ERROR, RankFailed, Worker, is_main_process, launch, tell_user
-from training.run import refused_name
-from training.sweep import hydra_job
+from training.config import CONFIGS, refused, resolved
+from training.help import help_text
+from training.overrides import REFUSALS, number_of_jobs, parsed, swept_keys
 
 EXTRAS = (
     ("hydra/launcher=submitit", "hydra_submitit_launcher", "slurm"),
@@ -27,42 +25,77 @@ EXTRAS = (
 )
 """Start of a word of the command line, the Hydra plugin that it needs, and the extra of this package that installs it."""
 
+SWEEP_FLAGS = {"-m", "--multirun"}
 
-def run_command(worker: Worker) -> None:
-    """Run the worker as the command line says: one run, one rank of a run, or a sweep. Ranks import the worker by name."""
+
+def run_command(about: str) -> int:
+    """Run the process's command line: one run, one rank of a run, or a sweep; returns the exit code.
+
+    Help (`about` and what is in configs/) and `--cfg` do not import torch, which takes a second.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
+        print(help_text(about, words))
+        return 0
+    if (why := refusal(words)) is not None:
+        return _refuse(why)
+    # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
+    warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
+    sweep = bool(SWEEP_FLAGS & set(words))
+    if sweep and (keys := swept_keys(words)):
+        sys.argv.append(f"hydra.sweep.subdir='${{directory_name:${{hydra.job.override_dirname}},{' '.join(keys)}}}'")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; otherwise it prints the first one
     composed = False
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def run(config: Any) -> float:
         nonlocal composed
-        job, composed = HydraConfig.get(), True
-        if job.mode == RunMode.MULTIRUN:
-            return report(hydra_job(config))
-        try:
-            cfg = read(resolved(config))
-            if "RANK" not in os.environ:  # each rank checks in `worker`; the message is printed once
-                check(cfg)
-            return report(launch(worker, cfg, None, USER_ERRORS))
-        except (*USER_ERRORS, RankFailed) as error:
-            tell_user(error)
-            raise SystemExit(getattr(error, "exit_code", USER_ERROR)) from None
+        composed = True
+        return _job(config, number_of_jobs(words) if sweep else None)
 
-    refused = refusal(sys.argv[1:])
-    if refused is not None:
-        if is_main_process():
-            print(refused, file=sys.stderr)
-        raise SystemExit(USER_ERROR)
-    # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
-    warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
     try:
         run()
-    except SystemExit as ended:
-        # For a misspelt key or group, Hydra prints a message and exits with code 1.
-        raise SystemExit(ended.code if composed or ended.code != 1 else USER_ERROR) from None
+    except REFUSALS as error:
+        if not composed:
+            return _refuse(refused([word for word in words if not word.startswith("-")], error, sweep))
+        print(error, file=sys.stderr)  # a job of a sweep has failed
+        return 1
+    return 0
+
+
+def _refuse(why: object) -> int:
+    """Print once for all ranks why the command line cannot run; returns the exit code."""
+    from training.launch import USER_ERROR, is_main_process
+
+    if is_main_process():
+        print(why, file=sys.stderr)
+    return USER_ERROR
+
+
+def _job(config: Any, jobs: int | None) -> float:
+    """Run a composed configuration: the run of the command, or one job of its sweep, which has `jobs` of them."""
+    from train import train
+    from training.checks import USER_ERRORS, check, read
+    from training.launch import USER_ERROR, RankFailed, launch, tell_user
+    from training.sweep import hydra_job
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return report(hydra_job(config, jobs))
+    try:
+        cfg = read(resolved(config))
+        if "RANK" not in os.environ:  # each rank checks in `train`; the message is printed once
+            check(cfg)
+        return report(launch(train, cfg, None, USER_ERRORS))
+    except (*USER_ERRORS, RankFailed) as error:
+        tell_user(error)
+        raise SystemExit(getattr(error, "exit_code", USER_ERROR)) from None
 
 
 def report(best: float) -> float:
     """Print the last line of a run."""
+    from training.launch import is_main_process
+
     if is_main_process():
         print(f"best validation loss {best:.4f}", flush=True)
     return best
@@ -74,14 +107,16 @@ def refusal(arguments: Sequence[str]) -> str | None:
         if any(a.startswith(word) for a in arguments) and not _is_installed(plugin):
             return f"{word}... needs a plugin that is not installed; get it with: pip install -e '.[{extra}]'"
     # Hydra creates the directory of a sweep before a job can check the name.
-    for name in _values("sweep.name", arguments):
-        if why := refused_name(name):
-            return f"sweep.name {why}"
-    flags = {"-m", "--multirun"}
-    if "RANK" not in os.environ or not flags & set(arguments):
+    for override in parsed(arguments):
+        if override.key_or_group == "sweep.name" and not override.is_sweep_override():
+            from training.run import refused_name
+
+            if why := refused_name(override.value()):
+                return f"sweep.name {why}"
+    if "RANK" not in os.environ or not SWEEP_FLAGS & set(arguments):
         return None
     # Every rank would start its own sweep, and the second job would find the process group of the first.
-    wanted = [a for a in arguments if a not in flags and not a.startswith("launcher.nproc=")]
+    wanted = [a for a in arguments if a not in SWEEP_FLAGS and not a.startswith("launcher.nproc=")]
     nproc = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return "a sweep cannot run under torchrun, since each of its jobs starts its own ranks; use: " + shlex.join(
         ["python", "train.py", "-m", f"launcher.nproc={nproc}", *wanted]
@@ -93,16 +128,3 @@ def _is_installed(plugin: str) -> bool:
         return find_spec(f"hydra_plugins.{plugin}") is not None
     except ModuleNotFoundError:  # no plugin is installed
         return False
-
-
-def _values(key: str, arguments: Sequence[str]) -> Iterator[Any]:
-    """The values that the command line gives a key, parsed by Hydra. Hydra reports later what it cannot parse."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
-
-    for argument in arguments:
-        if argument.lstrip("+").startswith(f"{key}="):
-            with suppress(OverrideParseException):
-                override = OverridesParser.create().parse_override(argument)
-                if not override.is_sweep_override():
-                    yield override.value()

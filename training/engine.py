@@ -24,6 +24,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def submit(jobs: Sequence[Job], launcher: Sequence[str]) -> list[Outcome]:
         overrides = [*jobs[0].overrides, *where, *launcher]
         config = hydra.compose_config("config", overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
-        plugin = Plugins.instance().instantiate_launcher(context, hydra_job, config)
+        plugin = Plugins.instance().instantiate_launcher(context, partial(hydra_job, jobs=len(jobs)), config)
         named = [[*job.overrides, f"hydra.sweep.subdir={_quoted(job.directory.name)}"] for job in jobs]
         return [_outcome_of(job, returned) for job, returned in zip(jobs, plugin.launch(named, initial_job_idx=0))]
 

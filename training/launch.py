@@ -26,7 +26,7 @@ from typing import Any
 
 from training.ranks import LostRanks
 from training.settings import Settings
-from training.signals import STOP_SIGNALS, Stopped, exit_now, exit_on_stop_signals
+from training.signals import STOP_SIGNALS, Stopped, exit_now, exit_on_stop_signals, is_second_press, leave_at_once
 
 Worker = Callable[[Settings, "Path | None"], float]
 """The function that each rank runs: (configuration, directory) → best validation loss. Spawned ranks import it by name."""
@@ -211,22 +211,26 @@ def _signals_passed_on() -> Iterator[None]:
     """Pass stop signals on to the ranks; at the end, restore the previous handlers.
 
     For a SignalException, the launcher of torch sends the signal to the ranks and waits until they have saved; a second signal changes
-    nothing. This thread blocks the signals, and a new rank inherits that, until it can handle them (`exit_on_stop_signals`): so a signal
+    nothing, but a second Ctrl-C kills them. This thread blocks the signals, and a new rank inherits that, until it can handle them (`exit_on_stop_signals`): so a signal
     neither ends it with a traceback while Python starts, nor gets lost. Another thread receives the signals; Python still runs the
     handlers in this one.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    passed_on = False
+    passed_on_at = 0.0
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        nonlocal passed_on
-        if passed_on:
+        nonlocal passed_on_at
+        if is_second_press(signum, passed_on_at):
+            for rank in multiprocessing.active_children():
+                rank.kill()
+            leave_at_once()
+        if passed_on_at:
             return
         if _starts_ranks(frame):  # a rank that is being started cannot receive it yet; try again soon
             threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
             return
-        passed_on = True
+        passed_on_at = time.monotonic()
         raise SignalException(f"signal {signum}", sigval=signal.Signals(signum))
 
     before = {s: signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)}

@@ -115,14 +115,18 @@ class Ranks:
 
     # ---- numbers and objects, on the CPU ----
 
+    def largest(self, *values: int) -> list[int]:
+        """For each whole number, the largest of all ranks."""
+        if self.world == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.int64)
+        with self.explained():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._control)
+        return numbers.tolist()
+
     def max(self, value: int) -> int:
         """The largest of the ranks' whole numbers."""
-        if self.world == 1:
-            return value
-        number = torch.tensor(value, dtype=torch.int64)
-        with self.explained():
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._control)
-        return int(number)
+        return self.largest(value)[0]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true on any rank."""

@@ -89,6 +89,13 @@ def rng_state() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set the random number generators of this rank to what `rng_state` returned; CUDA's only if both have it."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 # ---- which checkpoint ----
 
 
@@ -207,10 +214,7 @@ def restore(
         guard.load_state_dict(state["guard"] if "guard" in state else _guard_of_old(state))
         missed += average.load_state_dict(state.get("average")) if average else []
         if rank < len(state["rng"]):
-            rng = state["rng"][rank]
-            torch.set_rng_state(rng["cpu"])
-            if torch.cuda.is_available() and rng["cuda"] is not None:
-                torch.cuda.set_rng_state(rng["cuda"])
+            set_rng_state(state["rng"][rank])
         return state["step"], float(state["seconds"]), changed + missed
 
 

@@ -1,7 +1,9 @@
-"""Stop signals: a signal on any rank ends the run on all ranks, between two steps, with a checkpoint.
+"""Stop signals: a signal on any rank ends the run on all ranks, with a checkpoint of the last finished step. A second Ctrl-C ends it at once.
 
 A handler only records the signal. In every step the loop calls `requested`, in which the ranks agree: one rank alone could not save the
-state of the others, and they would wait for it.
+state of the others, and they would wait for it. Between two micro-batches it calls `interrupts`: a step of many micro-batches can take
+minutes, and a cluster waits half a minute. One rank only looks at its own signal. Several ranks agree once more, which costs a fraction of
+a millisecond, and only if their last step was long; a short step is finished first.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +22,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a signal may come before
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Sent by schedulers and users; submitit sends SIGUSR2 before the time of a job is over."""
+
+LONG_STEP_S = 2.0
+"""Seconds of a step within which several ranks ask each other for signals."""
+_SAME_PRESS_S = 0.2  # a program that passes signals on repeats what the terminal sent already
 
 
 class Stopped(SystemExit):
@@ -63,6 +70,17 @@ def exit_now(signum: int, _: FrameType | None) -> NoReturn:
     os._exit(128 + signum)
 
 
+def leave_at_once() -> NoReturn:
+    """End this process without a save, after a second Ctrl-C."""
+    os.write(2, b"SIGINT again: left without a save; resume=auto continues from the last checkpoint\n")
+    os._exit(128 + signal.SIGINT)
+
+
+def is_second_press(signum: int, first_at: float) -> bool:
+    """Whether a signal is another Ctrl-C than that of the time `first_at` (of time.monotonic(), in seconds; 0 for none)."""
+    return signum == signal.SIGINT and 0 < first_at < time.monotonic() - _SAME_PRESS_S
+
+
 def _ignore() -> None:
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -77,6 +95,9 @@ class StopSignal:
     def __init__(self) -> None:
         self._noted = 0  # the last signal of this rank; only the handler writes it
         self._agreed = 0
+        self._interrupted_at = 0.0  # when the first Ctrl-C came
+        self._asked_at = 0.0  # when the ranks last agreed before a step
+        self._long_steps = True  # the first step may compile
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -94,6 +115,15 @@ class StopSignal:
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self._noted = signum
+        if (
+            signum != signal.SIGINT or "RANK" in os.environ
+        ):  # a rank may get a Ctrl-C twice: from the terminal and from its parent
+            return
+        if is_second_press(signum, self._interrupted_at):
+            leave_at_once()
+        if not self._interrupted_at:
+            self._interrupted_at = time.monotonic()
+            os.write(2, b"\nstopping with a save; another Ctrl-C leaves at once\n")
 
     @property
     def noted(self) -> int:
@@ -103,9 +133,21 @@ class StopSignal:
     def requested(self, ranks: Ranks) -> bool:
         """Whether any rank received a signal. All ranks must call it at the same step, and get the same answer.
 
-        On several ranks, it sends one number with gloo, which does not use the device.
+        On several ranks, it sends two numbers with gloo, which does not use the device.
         """
-        self._agreed = ranks.max(self._noted)  # a separate variable: a signal may arrive while the ranks agree
+        now, first = time.monotonic(), self._asked_at == 0
+        milliseconds = int(1000 * (now - self._asked_at))
+        # A separate variable: a signal may arrive while the ranks agree.
+        self._agreed, slowest = ranks.largest(self._noted, milliseconds)
+        self._asked_at, self._long_steps = now, first or slowest >= 1000 * LONG_STEP_S
+        return self._agreed != 0
+
+    def interrupts(self, ranks: Ranks) -> bool:
+        """Whether a signal ends this step, which is then not applied. All ranks must call it between the same micro-batches."""
+        if ranks.world == 1:
+            self._agreed = self._noted
+        elif self._long_steps:
+            self._agreed = ranks.max(self._noted)
         return self._agreed != 0
 
     def end(self, ranks: Ranks, step: int) -> NoReturn:

@@ -11,7 +11,7 @@ from model.gpt import GPT
 from optim.assignment import parameter_table
 from training import library
 from training.files import CONFIG_FILE, write_whole
-from training.log import RunLog
+from training.log import METRICS_FILE, RunLog, read_records
 from training.optimizers import Optimizers
 from training.progress import ProgressSink
 from training.run import environment, run_name
@@ -20,15 +20,31 @@ from training.transfer import transfer_table
 from training.wandb_sink import WandbSink
 
 
-def open_log(cfg: Settings, directory: Path, optimizers: Optimizers, step: int, resumed: bool) -> RunLog:
-    """Write the configuration, the parameter table and the environment into the directory of the run; returns its log with the sinks."""
+def open_log(
+    cfg: Settings, directory: Path, optimizers: Optimizers, step: int, resumed: bool, label: str = ""
+) -> RunLog:
+    """Write the configuration, the parameter table and the environment into the directory of the run; returns its log with the sinks.
+
+    label: which job of a sweep this is, such as "job 2/4"; the progress shows it, and the seed.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
     write_whole(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
     about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name, "name": directory.name}
-    wandb = WandbSink(mode=cfg.logger.mode, directory=directory, resume=resumed, config=cfg.plain(), **about)
-    progress = ProgressSink(run_name(cfg), cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
+    has_history = resumed and (directory / METRICS_FILE).exists()
+    history = (record for record in read_records(directory) if record["step"] <= step) if has_history else ()
+    wandb = WandbSink(
+        mode=cfg.logger.mode,
+        directory=directory,
+        resume=resumed,
+        history=history,
+        config=cfg.plain(),
+        tags=[cfg.assignment.name, cfg.optim.muon.rule.kind, cfg.data.name],
+        **about,
+    )
+    name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
+    progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
     return RunLog(directory, [wandb, progress], resume_step=step if resumed else -1)
 
 

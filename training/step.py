@@ -24,12 +24,22 @@ def micro_batches(windows: np.ndarray, size: int, device: torch.device) -> Itera
 
 
 def accumulate(
-    model: nn.Module, windows: np.ndarray, size: int, device: torch.device, autocast: AbstractContextManager
-) -> Tensor:
-    """Accumulate the gradient of the mean loss over all windows (N, T+1), `size` windows at a time; returns that mean (0-d)."""
+    model: nn.Module,
+    windows: np.ndarray,
+    size: int,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Tensor | None:
+    """Accumulate the gradient of the mean loss over all windows (N, T+1), `size` windows at a time; returns that mean (0-d).
+
+    `interrupted` is asked between two micro-batches. If it is true, the gradient is incomplete, and None is returned.
+    """
     total, seen = torch.zeros((), device=device), 0
     replica = getattr(model, "_orig_mod", model)  # the module before torch.compile
     for x, y in micro_batches(windows, size, device):
+        if seen and interrupted():
+            return None
         seen += len(x)
         waits = seen < len(windows)  # ranks exchange gradients only in the last micro-batch
         with replica.no_sync() if waits and isinstance(replica, DistributedDataParallel) else nullcontext():

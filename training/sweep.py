@@ -6,25 +6,24 @@ skips the finished jobs and continues the others.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from omegaconf import OmegaConf
 
 from training.checkpoint import check_same
-from training.checks import USER_ERRORS, check
+from training.checks import USER_ERRORS, check, read
+from training.config import resolved
 from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
@@ -36,27 +35,6 @@ from training.signals import Stopped
 from training.validate import ConfigError
 
 COST_FILE = "cost.json"
-
-_LONGEST_PART, _LONGEST_NAME = 40, 200  # characters; file systems stop at 255 bytes
-
-
-def directory_name(overrides: str) -> str:
-    """A job's overrides (`a=1,b=2`) as the name of one directory.
-
-    Characters that a name cannot hold are replaced, and a long name is shortened. Then a hash is appended, so that names stay different.
-
-    >>> directory_name("assignment=hetero,seed=1")
-    'assignment=hetero,seed=1'
-    """
-    parts = [re.sub(r"[^\w.=+:-]+", "_", part)[:_LONGEST_PART] for part in overrides.split(",")]
-    name = ",".join(parts)[:_LONGEST_NAME]
-    if name == overrides and name not in ("", ".", ".."):
-        return name
-    return f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}" if overrides else "defaults"
-
-
-# configs/config.yaml uses this name. It is registered on import, so that it exists on a cluster's nodes too.
-OmegaConf.register_new_resolver("directory_name", directory_name, replace=True)
 
 
 def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) -> float:
@@ -93,18 +71,21 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
             add_cost(directory, time.perf_counter() - started)
 
 
-def hydra_job(config: Any) -> float:
-    """Run a job for one of Hydra's launchers, here or on a node of a cluster. If a job fails, the others are still run."""
+def hydra_job(config: Any, jobs: int | None = None) -> float:
+    """Run a job for one of Hydra's launchers, here or on a node of a cluster. If a job fails, the others are still run.
+
+    jobs: how many jobs the sweep has, if that is known.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import CompactHydraException
 
     from train import train
-    from training.checks import read
-    from training.config import resolved
 
-    directory = Path(HydraConfig.get().runtime.output_dir)
+    directory, number = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().job.num + 1
+    label = f"job {number}/{jobs}" if jobs else f"job {number}"
+    print(f"\n{label}: {directory.name}", flush=True)
     try:
-        return run_job(train, lambda: read(resolved(config)), directory)
+        return run_job(partial(train, label=label), lambda: read(resolved(config)), directory)
     except Exception as error:
         print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
         if isinstance(error, (*USER_ERRORS, RankFailed)):

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from training.batch import micro_batch_size
 from training.schedule import warmup_updates
 
@@ -32,6 +30,8 @@ class ConfigError(Exception):
 
 def problems_of_machine(cfg: Settings) -> list[str]:
     """Problems of the device and of the directory of the run on this machine."""
+    import torch
+
     found = []
     if cfg.device == "cuda" and not torch.cuda.is_available():
         found.append("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
@@ -44,6 +44,8 @@ def problems_of_capture(cfg: Settings) -> list[str]:
     """Why the update cannot be recorded as a CUDA graph."""
     if not cfg.capture:
         return []
+    import torch  # takes a second
+
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return ["capture=true records a CUDA graph, and the device is a CPU; use capture=false"]
     if getattr(cfg.optim.muon.rule, "retraction", None) == "sorted_svd":

@@ -22,7 +22,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from training.files import write_whole
 from training.log import METRICS_FILE
 
 WANDB_RUNS_FILE = "wandb_runs.json"
-_LONGEST_NAME = 128  # of a name in W&B, in characters
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # of W&B, in characters
 
 _logger = logging.getLogger(__name__)
 
@@ -60,8 +60,10 @@ class WandbSink:
 
     ``mode`` is "online", "offline" (needs no account) or "disabled". ``directory`` is that of the run; ``wandb_runs.json`` in it has
     the ids of its W&B runs. With ``resume=True``, an online run is continued under its id. An offline run cannot be continued: a new
-    one with the same group and name is started, and its config lists the earlier ids as ``continues``. The x-axis is our
-    ``step``, because the counter of W&B starts at 0 when a run is resumed.
+    one with the same group and name is started. It receives the records of ``history``, those before the resume, so that it shows the
+    whole curve; the directories of the earlier offline runs are moved to ``wandb_earlier``, so that ``wandb sync`` uploads one run.
+    Its config lists the earlier ids as ``continues``. The x-axis is our ``step``, because the counter of W&B starts at 0 when a run
+    is resumed. ``tags`` are texts, by which W&B's table is filtered.
     """
 
     def __init__(
@@ -74,13 +76,18 @@ class WandbSink:
         config: Mapping[str, Any],
         directory: str | Path,
         resume: bool = False,
+        history: Iterable[dict[str, Any]] = (),
+        tags: Sequence[str] = (),
     ):
         self._run: Any = None
         if mode == "disabled":
             return
-        about = {"mode": mode, "project": project, "group": group, "name": name[:_LONGEST_NAME]}
+        about: dict[str, Any] = {"mode": mode, "project": project, "group": group, "name": name[:_LONGEST_NAME]}
+        about["tags"] = [tag[:_LONGEST_TAG] for tag in tags]
         try:
-            self._start(about, config, Path(directory), resume)
+            continued = self._start(about, config, Path(directory), resume)
+            for record in () if continued else history:
+                self.record(record)
         except Exception as error:
             _logger.warning(
                 "W&B did not start (%s); training continues without it, and %s has all records. "
@@ -89,7 +96,8 @@ class WandbSink:
                 METRICS_FILE,
             )
 
-    def _start(self, about: dict[str, Any], config: Mapping[str, Any], directory: Path, resume: bool) -> None:
+    def _start(self, about: dict[str, Any], config: Mapping[str, Any], directory: Path, resume: bool) -> bool:
+        """Start a run, or continue one; returns whether W&B has its earlier records."""
         import wandb  # here, because the import takes a second, and it may not be installed
 
         mode = about["mode"]
@@ -102,6 +110,8 @@ class WandbSink:
         fresh_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         run_id = online[-1] if mode == "online" and online else fresh_id
         links = [run["id"] for run in earlier if run["id"] != run_id]
+        if resume:
+            _set_aside([run["id"] for run in earlier if run["mode"] == "offline"], directory)
         self._run = wandb.init(
             **about,
             id=run_id,
@@ -114,8 +124,10 @@ class WandbSink:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("val/loss", step_metric="step", summary="min")
-        if not any(run["id"] == run_id for run in earlier):
+        continued = any(run["id"] == run_id for run in earlier)
+        if not continued:
             write_whole(ids_file, json.dumps([*earlier, {"id": run_id, "mode": mode}]))
+        return continued
 
     def record(self, rec: dict[str, Any]) -> None:
         """Log the numbers of a record under the names of ``flatten``, lists as histograms."""
@@ -136,6 +148,13 @@ class WandbSink:
         if self._run is not None:
             run, self._run = self._run, None
             run.finish()
+
+
+def _set_aside(ids: Sequence[str], directory: Path) -> None:
+    """Move the directories of offline runs out of the folder that `wandb sync` uploads."""
+    for path in (path for run in ids for path in (directory / "wandb").glob(f"offline-run-*-{run}")):
+        (directory / "wandb_earlier").mkdir(exist_ok=True)
+        path.rename(directory / "wandb_earlier" / path.name)
 
 
 def _settings(wandb: Any, mode: str) -> Any:

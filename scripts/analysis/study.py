@@ -15,10 +15,9 @@ from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
-from training.config import compose
+from training.config import compose, directory_name
 from training.engine import Job, run_all
 from training.run import environment
-from training.sweep import directory_name
 
 Case = Mapping[str, str]
 """One value for each axis."""
@@ -150,7 +149,7 @@ class Study:
         found nothing has no job. Nothing is written.
 
         Raises:
-            UsageError, ConfigError, HydraException: a configuration is wrong.
+            UsageError, ConfigError: a configuration is wrong.
         """
         ready = []
         for case in self.cases() if cases is None else cases:

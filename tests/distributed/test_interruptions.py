@@ -113,8 +113,9 @@ def test_commands_killed_at_twenty_random_moments_start_up_included(tiny, tmp_pa
 
 
 def signalled(cfg, step, signum, rank):
-    """A rank of a run; `rank` sends itself the signal while it computes the gradient after `step` steps."""
+    """A rank of a run; `rank` sends itself the signal while it computes the gradient after `step` steps. Every step counts as long."""
     import train as module
+    from training import signals
 
     plain, calls = module.accumulate, iter(range(10**6))
 
@@ -123,28 +124,29 @@ def signalled(cfg, step, signum, rank):
             os.kill(os.getpid(), signum)
         return plain(*args)
 
-    module.accumulate = accumulate
+    module.accumulate, signals.LONG_STEP_S = accumulate, 0.0
     train_as_rank(cfg)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_signals_save_and_end_with_their_exit_code(run, tmp_path, world):
-    assert set(finish(start_ranks(world, train_as_rank, run("straight", steps=40)))) == {0}
-    directory, cfg = tmp_path / "stopped", run("stopped", "checkpoint.interval=1000", "resume=auto", steps=40)
+    micro = "micro_batch_size=2"  # 4 micro-batches a step, or 2 on each of two ranks
+    assert set(finish(start_ranks(world, train_as_rank, run("straight", micro, steps=40)))) == {0}
+    directory, cfg = tmp_path / "stopped", run("stopped", micro, "checkpoint.interval=1000", "resume=auto", steps=40)
     for interruption, signum in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), start=1):
         output, since = tmp_path / f"{signum}.txt", time.monotonic()
         ranks = start_ranks(world, signalled, cfg, 6, signum, world - 1, output=output)  # one is asked, all leave
         assert finish(ranks, timeout=30) == [128 + signum] * world
         assert time.monotonic() - since < 30
-        assert newest_step(directory) == last_step(directory) == 7 * interruption  # after the step that was under way
-        assert f"{signum.name}: stopped at step {7 * interruption}" in output.read_text()
+        assert newest_step(directory) == last_step(directory) == 6 * interruption  # before the step that was under way
+        assert f"{signum.name}: stopped at step {6 * interruption}" in output.read_text()
     assert set(finish(start_ranks(world, train_as_rank, cfg))) == {0}
     assert same(final_state(tmp_path / "straight"), final_state(directory))
     assert records(tmp_path / "straight") == records(directory)
 
 
 def test_a_signal_in_the_last_step_finishes_the_run_and_still_stops_what_follows(run, tmp_path):
-    [rank] = start_ranks(1, signalled, run("run", steps=5), 4, signal.SIGTERM, 0)
+    [rank] = start_ranks(1, signalled, run("run", "micro_batch_size=8", steps=5), 4, signal.SIGTERM, 0)
     assert finish([rank]) == [143]
     assert newest_step(tmp_path / "run") == 5 and records(tmp_path / "run")[-1]["kind"] == "end"
 

@@ -1,0 +1,110 @@
+"""The command line before a run: it starts fast, its help shows all there is, and a misspelt word gets what was meant."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from scripts.command import UsageError, parse
+from training.config import CONFIGS, compose, directory_name
+from training.help import help_text
+from training.overrides import group_choices, number_of_jobs, problems_of_words, swept_keys
+from training.validate import ConfigError
+
+SLOW = ["torch._dynamo", "torch._inductor", "pandas", "matplotlib", "datasets", "wandb", "hydra"]
+PROGRAM = f"""
+import json, runpy, sys
+sys.argv = ["train.py", "--cfg", "job"]
+try:
+    runpy.run_path("{ROOT}/train.py", run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 0
+without_a_job = [name for name in ("torch", "numpy") if name in sys.modules]
+for name in [name for name in sys.modules if name.split(".")[0] in ("hydra", "training")]:
+    del sys.modules[name]
+import train
+print(json.dumps([without_a_job, [name for name in {SLOW} if name in sys.modules]]))
+"""
+
+
+def test_no_command_imports_what_it_does_not_need():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "max_steps: 200" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], []]
+
+
+def test_help_shows_groups_choices_and_comments():
+    text = help_text("About.")
+    assert text.startswith("About.\n")
+    settings = yaml.safe_load((CONFIGS / "config.yaml").read_text())
+    for entry in settings["defaults"]:
+        for group, default in entry.items() if isinstance(entry, dict) and " " not in next(iter(entry)) else ():
+            shown = text.partition(f"\n  {group} ")[2].partition("\n  ")[0]
+            assert f"{default}*" in shown
+            assert all(choice in text for choice in group_choices(group))
+    assert "seed: 1337                  # of the weights, the batches and dropout" in text
+    assert "_shared" not in text
+    of_optim = help_text("About.", ["optim=paper", "--help"])
+    assert "optim=manifold_muon\n" in of_optim and "lr: 0.02              # peak" in of_optim
+
+
+WRONG = {
+    "max_stepz=3": "max_stepz is no setting; did you mean max_steps?",
+    "assigment=hetero": "assigment is no setting; did you mean assignment?",
+    "assignment=hetro": "assignment has no choice hetro; did you mean hetero?",
+    "launcher=slurm": "launcher has no choice slurm; choose one of local",
+    "optim.muon.lrr=0.1": "optim.muon.lrr is no setting; did you mean optim.muon.lr?",
+    "lr=0.1": "lr is no setting; did you mean optim.muon.lr or optim.adamw.lr?",
+    "warmup=3": "warmup is no setting; did you mean schedule.warmup_steps?",
+    "nproc=2": "nproc is no setting; did you mean launcher.nproc?",
+    "~foobar": "foobar is no setting; python train.py --help lists the settings",
+    "max_steps": "max_steps has no value; write max_steps=<value>",
+    "seed=1,2": "seed=1,2 gives several values; add -m for a sweep",
+    "name='a": "name='a cannot be read; put a value with spaces",
+    "+seed=3": "Could not append to config. An item is already at 'seed'",
+}
+
+
+def test_all_misspelt_words_are_named_at_once_with_what_was_meant():
+    found, rest = problems_of_words([*WRONG, "eval_interval=7", "schedule=wsd"])
+    assert len(found) == len(WRONG) and set(rest) == {"eval_interval=7", "schedule=wsd", "seed=1"}
+    for message in WRONG.values():
+        assert any(problem.startswith(message) for problem in found), message
+    assert problems_of_words(["optim.muon.rule.dual_steps=3"])[0] == [
+        "optim.muon.rule.dual_steps is no setting here; it belongs to optim=paper"
+    ]
+    assert problems_of_words(["seed=1,2", "assignment=hetero,adamw"], sweep=True)[0] == []
+
+
+def test_wrong_values_are_named_together_with_misspelt_words():
+    with pytest.raises(ConfigError) as caught:
+        compose(["max_stepz=3", "device=gpu", "model=demmo"])
+    assert [problem.split()[0] for problem in caught.value.problems] == ["model", "max_stepz", "device"]
+
+
+def test_options_of_scripts_are_not_misspelt():
+    assert parse(["a=1,b=2/seed=3", "workers=2", "seed=4"], {"workers": 1, "seeds": ""})[0] == [
+        "a=1,b=2/seed=3",
+        "seed=4",
+    ]
+    with pytest.raises(UsageError, match=r"worker= is no option; did you mean workers=\?\nsedes= .* seeds=\?"):
+        parse(["worker=2", "sedes=1"], {"workers": 1, "seeds": ""})
+
+
+def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
+    words = ["-m", "max_steps=9", "seed=1,2", "optim.muon.lr=range(1,4)", "residual=glob(*)"]
+    assert number_of_jobs(words[:-1]) == 6 and swept_keys(words) == ["seed", "optim.muon.lr", "residual"]
+    assert number_of_jobs(["optim.muon.lr=interval(0,1)"]) is None
+    job = "max_steps=9,model.n_embd=16,optim.muon.lr=0.1,seed=1"
+    assert directory_name("optim.muon.lr=0.1,seed=1", "optim.muon.lr seed") == "lr=0.1,seed=1"
+    named = directory_name(job, "optim.muon.lr seed")
+    assert named.startswith("lr=0.1,seed=1,") and len(named) == len("lr=0.1,seed=1,") + 8
+    others = [job.replace("max_steps=9", "max_steps=8"), job.replace("seed=1", "seed=2")]
+    assert len({named, *(directory_name(other, "optim.muon.lr seed") for other in others)}) == 3
+    both = directory_name("optim.adamw.lr=1,optim.muon.lr=2", "optim.adamw.lr optim.muon.lr")
+    assert both == "optim.adamw.lr=1,optim.muon.lr=2"
+    rules = "assignment.rules={attn: stiefel, mlp: dgram},seed=1"
+    assert directory_name(rules, "assignment.rules seed").startswith("rules={attn: stiefel"[:6])

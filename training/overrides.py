@@ -1,0 +1,192 @@
+"""Words of the command line that Hydra refuses: all of them, each with what was probably meant. Without torch.
+
+Hydra stops at the first word that it does not know, and does not say what else exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from training.config import CONFIGS
+
+REFUSALS = (HydraException, OmegaConfBaseException)
+"""The errors of Hydra for a word that it refuses."""
+
+_MOST_HINTS = 3
+
+
+def group_choices(group: str, configs: Path = CONFIGS) -> list[str]:
+    """The choices of a configuration group, sorted; empty if there is no such group. A name that begins with `_` is shared by others."""
+    return sorted(file.stem for file in (configs / group).glob("*.yaml") if not file.stem.startswith("_"))
+
+
+def top_names(configs: Path = CONFIGS) -> set[str]:
+    """The settings of config.yaml itself, and the groups."""
+    settings = yaml.safe_load((configs / "config.yaml").read_text())
+    return {*settings, *(folder.name for folder in configs.iterdir() if folder.is_dir())} - {"defaults"}
+
+
+def parsed(words: Sequence[str]) -> Iterator[Override]:
+    """The overrides among the words of a command line; options such as -m, and words that Hydra cannot parse, are left out."""
+    for word in words:
+        if not word.startswith("-"):
+            with suppress(HydraException):
+                yield OverridesParser.create().parse_override(word)
+
+
+def swept_keys(words: Sequence[str]) -> list[str]:
+    """The keys to which words of a command line give several values."""
+    return [override.key_or_group for override in parsed(words) if override.is_sweep_override()]
+
+
+def number_of_jobs(words: Sequence[str]) -> int | None:
+    """The number of jobs of a sweep over all combinations; None if its sweeper chooses the values."""
+    swept = [override for override in parsed(words) if override.is_sweep_override()]
+    if any(word.startswith("hydra/sweeper") for word in words) or not all(map(_values, swept)):
+        return None
+    return math.prod(len(_values(override)) for override in swept)
+
+
+def problems_of_words(
+    words: Sequence[str], sweep: bool = False, configs: Path = CONFIGS
+) -> tuple[list[str], list[str]]:
+    """A line for each word that cannot be an override of the configuration, and the other words; of several values, with the first.
+
+    Args:
+        words: the command line without options.
+        sweep: whether a word may give several values, as in seed=1,2.
+    """
+    found, groups, keys = [], [], []
+    for word in words:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            found.append(_not_parsed(word))
+            continue
+        name, values = override.key_or_group, _values(override)
+        single = f"{word.partition('=')[0]}={values[0]}" if override.is_sweep_override() and values else word
+        if not (configs / name).is_dir() or override.is_delete():
+            keys.append((name, single))
+        elif wrong := [value for value in values if not (configs / name / f"{value}.yaml").exists()]:
+            found += [f"{name} has no choice {value}{hint(value, group_choices(name, configs))}" for value in wrong]
+            continue
+        else:
+            groups.append(single)
+        if override.is_sweep_override() and not sweep:
+            found.append(f"{word} gives several values; add -m for a sweep, or put a list in brackets")
+    config, _ = _tried(groups, configs)
+    if config is None:
+        return found, groups
+    rest = []
+    for name, word in keys:
+        if _has(config, name) or word.startswith("+") or name.startswith("hydra"):
+            rest.append(word)
+        else:
+            found.append(_no_setting(name, config, groups, configs))
+    errors = _errors_of_each(rest, groups, configs)
+    return [*found, *errors.values()], [*groups, *(word for word in rest if word not in errors)]
+
+
+def hint(word: str, names: Collection[str]) -> str:
+    """What was meant by a wrong word, or else all that there is, as the end of a sentence."""
+    near = get_close_matches(str(word)[:100], list(names), 1)
+    return f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(names)}"
+
+
+# ---- one word ----
+
+
+def _not_parsed(word: str) -> str:
+    if "=" not in word:
+        return f"{word} has no value; write {word}=<value>"
+    return f"{word} cannot be read; put a value with spaces or special characters in two kinds of quotes: \"key='a value'\""
+
+
+def _values(override: Override) -> list[str]:
+    """The values of an override as text; none if they cannot be listed, as those of an interval."""
+    if not override.is_sweep_override():
+        value = override.value()
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    with suppress(AttributeError, NotImplementedError, HydraException):
+        return [str(value) for value in override.sweep_string_iterator()]
+    return []
+
+
+def _errors_of_each(words: Sequence[str], groups: Sequence[str], configs: Path) -> dict[str, str]:
+    """Hydra's message for each word that it refuses beside the groups."""
+    if _tried([*groups, *words], configs)[1] is None:  # one composition takes long enough
+        return {}
+    errors = {word: _tried([*groups, word], configs)[1] for word in words}
+    return {word: " ".join(str(error).split()) for word, error in errors.items() if error is not None}
+
+
+def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: Path) -> str:
+    """The sentence about a name that is no setting: almost the same names, other choices of its group that have it, or similar last parts."""
+    names = list(_dotted(config))
+    near = get_close_matches(name, names, 1, 0.85)
+    if not near and (choices := _choices_with(name, groups, configs)):
+        return f"{name} is no setting here; it belongs to {' and '.join(choices[:_MOST_HINTS])}"
+    last = name.rpartition(".")[2]
+    parts = {known: known.rpartition(".")[2] for known in names}
+    near = near or [known for known, part in parts.items() if part == last]
+    near = near or [known for known, part in parts.items() if part.startswith(f"{last}_")]
+    near = near or get_close_matches(name, names, 1, 0.7)
+    near = near or [known for known, part in parts.items() if part in get_close_matches(last, parts.values(), 1, 0.75)]
+    meant = f"did you mean {' or '.join(near[:_MOST_HINTS])}?" if near else "python train.py --help lists the settings"
+    return f"{name} is no setting; {meant}"
+
+
+def _choices_with(name: str, groups: Sequence[str], configs: Path) -> list[str]:
+    """The choices, such as optim=paper, with which a dotted name is a setting."""
+    group, dot, _ = name.partition(".")
+    others = [word for word in groups if not word.startswith(f"{group}=")]
+    words = [f"{group}={choice}" for choice in group_choices(group, configs)] if dot else []
+    tried = {word: _tried([*others, word], configs)[0] for word in words}
+    return [word for word, config in tried.items() if config is not None and _has(config, name)]
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    """The names of all settings and sections, such as optim.muon.lr."""
+    for key in map(str, node) if isinstance(node, DictConfig) else ():
+        yield prefix + key
+        yield from _dotted(node._get_node(key), f"{prefix}{key}.")
+
+
+def _has(config: DictConfig, name: str) -> bool:
+    """Whether a dotted name is in the configuration, also if its value is null or missing."""
+    node: Any = config
+    for part in name.split("."):
+        if not isinstance(node, DictConfig) or part not in list(node):  # `in node` leaves out missing values
+            return False
+        node = node._get_node(part)
+    return True
+
+
+# ---- Hydra ----
+
+
+def _tried(words: Sequence[str], configs: Path) -> tuple[DictConfig | None, Exception | None]:
+    """The configuration of these words, or the error of Hydra. What Hydra is doing meanwhile is not disturbed."""
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            return compose("config", list(words)), None
+    except REFUSALS as error:
+        return None, error
+    finally:
+        GlobalHydra.instance().hydra = before
