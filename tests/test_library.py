@@ -137,7 +137,7 @@ def test_one_name_for_the_rate_and_decay_of_all():
 
 
 def test_factors_of_the_rate_make_groups():
-    _, optimizers = settled("sgd", "optim.library.lr_scale={attn: 0.5}")
+    _, optimizers = settled("sgd", "optim.library.lr_scale={attn: 0.5}", "optim.matrices.lr=0.5")
     assert [group["lr"] for group in optimizers.named["SGD"].param_groups] == [0.25, 0.5]
 
 
@@ -266,3 +266,37 @@ def test_our_muon_is_torchs(rows, columns, decay, monkeypatch):
             optimizers.step()
         trained.append(model.weight.detach())
     assert (trained[0] - trained[1]).abs().max() < 1e-6
+
+
+# ---- who wins ----
+
+
+@pytest.mark.campaign
+@needs("soap")
+def test_soap_and_shampoo_reach_a_lower_loss_than_sgd(tmp_path):
+    """At half of the demonstration's width and depth, 100 steps on its data; SGD at each of several rates, the others as they are."""
+    from data.loader import Loader
+    from training.data import open_data
+    from training.schedule import lr_multiplier
+    from training.step import clip
+
+    shape = ["model.n_embd=64", "model.n_layer=2", "max_steps=100"]
+
+    def last_losses(*overrides):
+        cfg = compose([*shape, f"data.dir={tmp_path}/stdlib", *overrides])
+        torch.manual_seed(0)
+        model, optimizers = build(cfg)
+        loader, losses = Loader(open_data(cfg).train, 128, 1, 8), []
+        for step in range(100):
+            x = torch.from_numpy(loader.batch(step).astype("int64"))
+            loss = model(x[:, :-1], x[:, 1:])[1]
+            loss.backward()
+            clip([p.grad for p in model.parameters()], 1.0)
+            optimizers.set_lr(lr_multiplier(step, **vars(cfg.schedule)))
+            optimizers.step()
+            optimizers.zero_grad()
+            losses.append(loss.item())
+        return sum(losses[-10:]) / 10
+
+    sgd = min(last_losses("optim=sgd", f"optim.matrices.lr={rate}") for rate in (0.01, 0.03, 0.1))
+    assert max(last_losses("optim=soap"), last_losses("optim=shampoo")) < sgd - 0.1
