@@ -48,6 +48,10 @@ def problems_of_capture(cfg: Settings) -> list[str]:
 
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return ["capture=true records a CUDA graph, and the device is a CPU; use capture=false"]
+    if cfg.optim.library is not None:
+        return [
+            f"capture=true cannot record {cfg.optim.library.optimizer}, for which the host reads a number in each step; use capture=false"
+        ]
     if getattr(cfg.optim.muon.rule, "retraction", None) == "sorted_svd":
         return [
             "capture=true cannot record optim.muon.rule.retraction=sorted_svd, whose eigenvalue solver waits for the device; "
