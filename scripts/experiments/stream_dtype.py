@@ -15,7 +15,7 @@ def difference(study: Study) -> str:
         if {"float32", "bfloat16"} <= by_stream.keys():
             plain, rounded = (by_stream[name] for name in ("float32", "bfloat16"))
             pairs = [(a.final, b.final) for a, b in zip(plain, rounded) if a.final is not None and b.final is not None]
-            found = ", ".join(f"{b - a:+.4f}" for a, b in pairs)
+            found = ", ".join(f"{b - a:+.1e}" for a, b in pairs)
             sentences.append(f"With {dtype} products, the stream in bfloat16 changes the final loss by {found} nats.")
     return " ".join(sentences)
 
