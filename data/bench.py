@@ -35,7 +35,7 @@ def settings(files: Sequence[str], folder: str) -> TextFiles:
         tokenizer="gpt2",
         auto_prepare=False,
         shard_tokens=100_000_000,
-        val_fraction=0.01,
+        val_fraction=0.5,
         max_tokens=None,
         files=tuple(files),
         val_files=None,

@@ -231,7 +231,7 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
             for name in path:
                 place = place[name]
             del place[last]
-            in_mapping = any(part in key for part in ("rules.", "lr_scale."))
+            in_mapping = any(part in key for part in ("rules.", "lr_scale.", "parts."))
             found = [problem.key for problem in read_sound(without)[1]]
             assert in_mapping or key in found
     [problem] = read_sound({**configurations["default"], "grad_clipp": 1.0})[1]
