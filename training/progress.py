@@ -56,7 +56,7 @@ class ProgressSink:
         if rec["kind"] == "event":
             self._show_event(rec)
         elif rec["kind"] == "full_eval":
-            self._print(f"{self.name:<14}step {rec['step']}: loss on the whole validation split {rec['loss']:.4f}")
+            self._print(f"{self.name:<13} step {rec['step']}: loss on the whole validation split {rec['loss']:.4f}")
         elif rec["kind"] in ("train", "eval"):
             self._show_numbers(rec)
 
@@ -79,7 +79,7 @@ class ProgressSink:
         elif rec["kind"] == "eval" or (
             not self._evaluated_next() and self._clock() - self._last_line >= self._interval_s
         ):
-            self._print(f"{self.name:<14}{self._step}/{self.total_steps}   {self._status()}")
+            self._print(f"{self.name:<13} {self._step}/{self.total_steps}   {self._status()}")
             self._last_line = self._clock()
 
     def _evaluated_next(self) -> bool:
@@ -102,7 +102,7 @@ class ProgressSink:
         event = str(rec.get("event", ""))
         if "message" in rec and event not in self._events_shown:
             self._events_shown.add(event)
-            self._print(f"{self.name:<14}step {rec['step']}: {rec['message']}")
+            self._print(f"{self.name:<13} step {rec['step']}: {rec['message']}")
 
     def _print(self, line: str) -> None:
         if self._bar is not None:
