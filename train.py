@@ -187,6 +187,7 @@ class Run:
         finally:
             batches.close()
             log.close()
+            del self.placement  # DDP must not outlive the process group
 
     # ---- once in a while ----
 
