@@ -221,6 +221,7 @@ class Run:
             trace.close()
             batches.close()
             log.close()
+            del self.placement  # DDP must not outlive the process group
 
     # ---- once in a while ----
 
