@@ -94,8 +94,7 @@ def test_the_separator_is_that_of_the_data(tiny):
 def test_a_checkpoint_from_before_these_settings_is_resumed(tiny):
     saved = compose(tiny).plain()
     del saved["batches"]
-    loaded = type("Loaded", (), {"state": {"config": saved}})
-    assert _changes(loaded, compose(tiny)) == []
+    assert _changes(saved, compose(tiny)) == []
     assert _changes(loaded, compose([*tiny, "batches.order=epoch"])) == ["batches.order: replacement → epoch"]
 
 

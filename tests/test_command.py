@@ -1,6 +1,7 @@
 """The command line before a run: it starts fast, its help shows all there is, and a misspelt word gets what was meant."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -42,7 +43,7 @@ def test_help_shows_groups_choices_and_comments():
     settings = yaml.safe_load((CONFIGS / "config.yaml").read_text())
     for entry in settings["defaults"]:
         for group, default in entry.items() if isinstance(entry, dict) and " " not in next(iter(entry)) else ():
-            shown = text.partition(f"\n  {group} ")[2].partition("\n  ")[0]
+            shown = re.split(r"\n {0,2}\S", text.partition(f"\n  {group} ")[2])[0]
             assert f"{default}*" in shown
             assert all(choice in text for choice in group_choices(group))
     assert "seed: 1337                  # of the weights, the batches and dropout" in text
@@ -57,7 +58,7 @@ WRONG = {
     "assignment=hetro": "assignment has no choice hetro; did you mean hetero?",
     "launcher=slurm": "launcher has no choice slurm; choose one of local",
     "optim.muon.lrr=0.1": "optim.muon.lrr is no setting; did you mean optim.muon.lr?",
-    "lr=0.1": "lr is no setting; did you mean optim.muon.lr or optim.adamw.lr?",
+    "lr=0.1": "lr is no setting; did you mean optim.muon.lr, optim.adamw.lr or optim.matrices.lr?",
     "warmup=3": "warmup is no setting; did you mean schedule.warmup_steps?",
     "nproc=2": "nproc is no setting; did you mean launcher.nproc?",
     "~foobar": "foobar is no setting; python train.py --help lists the settings",

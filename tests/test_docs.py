@@ -10,6 +10,7 @@ import sys
 import zlib
 
 import datasets
+import numpy as np
 import pytest
 from conftest import ROOT
 from documents import (
@@ -30,6 +31,8 @@ from documents import (
 )
 
 from data import prepare as preparing
+from data.settings import InputFile
+from data.sources import OpenWebText
 from scripts.experiment import experiment_names, load_experiment, study_of
 from training.checks import check
 from training.config import compose
@@ -181,7 +184,9 @@ def test_commands_for_one_gpu_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     without_workers(monkeypatch)
     texts = [{"text": f"page {i} says that {i} times {i} is {i * i}"} for i in range(4000)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(texts))
+    datasets.Dataset.from_list(texts).to_parquet(tmp_path / "pages.parquet")
+    pages = InputFile(str(tmp_path / "pages.parquet"), (tmp_path / "pages.parquet").stat().st_size, rows=len(texts))
+    monkeypatch.setattr(OpenWebText, "inputs", lambda source: [pages])
     for words in SHELL["a GPU and 9 billion tokens"]:
         tiny = ["data.tokenizer=bytes", *(["model.n_layer=1"] if words[1] != "-m" else [])]
         if words[1].startswith("scripts/"):
@@ -218,6 +223,21 @@ def test_commands_for_your_own_text_run(tmp_path, monkeypatch, capsys):
         )
     printed = capsys.readouterr().out
     assert "mine in data/prepared/mine" in printed and "best validation loss" in printed
+
+
+def test_commands_for_files_of_other_programs_run(tmp_path, monkeypatch, capsys):
+    work, nanogpt = tmp_path / "work", tmp_path / "nanoGPT" / "data" / "openwebtext"
+    for folder in (work, nanogpt):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    for split in ("train", "val"):
+        (np.arange(4000) % 257).astype(np.uint16).tofile(nanogpt / f"{split}.bin")
+    (work / "text.txt").write_text("\n<|endoftext|>\n".join(f"page {i}, {i * i}" for i in range(400)))
+    for name in ("fineweb_edu", "books"):
+        assert preparing.main(["data=text", f"data.name={name}", "data.files=text.txt", "data.tokenizer=bytes"]) == 0
+    for words in SHELL["files of other programs"]:
+        in_process(words, ["model.n_layer=1"], monkeypatch)
+    assert capsys.readouterr().out.count("best validation loss") == 2
 
 
 # ---- what is named exists ----

@@ -97,11 +97,11 @@ class Lone:
 
     is_main, signum = True, signal.SIGUSR1
 
-    def max(self, value):
+    def largest(self, *numbers):
         if self.signum is not None:
             os.kill(os.getpid(), self.signum)
             self.signum = None
-        return value
+        return numbers
 
     def barrier(self):
         pass

@@ -18,7 +18,7 @@ class Counted:
 
     def __init__(self, *lengths):
         self.shards = [type("Shard", (), {"tokens": n})() for n in lengths]
-        self.tokens = sum(lengths)
+        self.tokens, self.parts, self.weights = sum(lengths), (self,), (1.0,)
 
     def read(self, start, length):
         return np.arange(start, start + length).astype(np.uint16)

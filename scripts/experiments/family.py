@@ -32,7 +32,7 @@ def searched(study: Study, case: Case) -> list[Axis]:
 
 
 def tables(study: Study) -> list[Table]:
-    """A line for each optimizer and horizon; the target of a horizon is what tuned AdamW reaches."""
+    """A line for each optimizer and horizon; its target is what tuned AdamW reaches."""
     target, cost = study.facts["targets"], study.facts["costs"]
     columns = [
         case("steps", "max_steps"),
