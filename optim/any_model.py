@@ -10,7 +10,8 @@ from torch import nn
 
 from .assignment import AssignmentError, Row, assign, by_pattern, matches
 from .certified import CertifiedStep
-from .manifold_muon import ManifoldMuon, StepRule
+from .manifold_muon import ManifoldMuon
+from .stack import StepRule
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """Modules whose weights are tables, a row a token, and so AdamW's."""

@@ -1,6 +1,6 @@
 """What several ranks share, counted from shapes: the work and bytes of a step, and the memory of a rank.
 
-`scripts/bench.py scaling` and `memory` run this module. The owner of every matrix and the messages are those of optim/manifold_muon.py.
+`scripts/bench.py scaling` and `memory` run this module. The owner of every matrix and the messages are those of optim/ownership.py.
 Times are predictions, at rates that others measured or vendors state; a measurement on devices is to judge them. With `measured=2,4`,
 `memory` also trains a small model on so many CPU ranks, and measures what they hold and allocate.
 """
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from model.gpt import GPT
 from optim.assignment import assign
-from optim.manifold_muon import StepRule, choose_owners, members_of_buckets, plan_messages, row_blocks, step_flops
 from optim.manifolds import tall
+from optim.ownership import choose_owners, members_of_buckets, plan_messages, step_flops
+from optim.stack import StepRule, row_blocks
 from scripts.timing import NOT_MEASURED, Rows
 from training.build import gpt_config, step_rule
 from training.config import compose
