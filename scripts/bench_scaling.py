@@ -59,8 +59,9 @@ class Shapes:
             params = dict(GPT(gpt_config(cfg)).named_parameters())
         shapes = {name: tuple(p.shape) for name, p in params.items()}
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw)
+        shared = {key: getattr(cfg.optim.muon, key) for key in ("block_length", "row_beta")}
         groups = [
-            {"blocks": 1, **group, "params": [params[name] for name in names]}
+            {**shared, **group, "params": [params[name] for name in names]}
             for names, group in muon_groups(rows, cfg.optim.muon)
         ]
         others: list[Tensor] = [params[row.name] for row in rows if row.manifold is None]

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from training import checkpoint
-from training.checkpoint import MANIFEST_FILE, STATE_FILE, CheckpointError, check_same, load, load_newest, save
+from training.checkpoint import MANIFEST_FILE, STATE_FILE, CheckpointError, load, load_newest, save
+from training.resume import check_same
 
 
 def make_state(step: int) -> dict:
