@@ -10,7 +10,8 @@ from torch import nn
 
 from .assignment import AssignmentError, Row, assign, by_pattern, matches
 from .certified import CertifiedStep
-from .manifold_muon import ManifoldMuon, StepRule
+from .manifold_muon import ManifoldMuon
+from .stack import StepRule
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """Modules whose weights are tables, a row a token, and so AdamW's."""
@@ -57,19 +58,8 @@ def for_model(
             else "no parameter is left to AdamW; construct ManifoldMuon"
         )
         raise AssignmentError([what])
-    cuts = by_pattern([row.name for row in muon], blocks or {}, 1, "blocks")
-    if wrong := [row for row in muon if cuts[row.name] < 1 or row.shape[0] % cuts[row.name]]:
-        raise AssignmentError(
-            [f"blocks: {cuts[row.name]} do not divide the {row.shape[0]} rows of '{row.name}'" for row in wrong]
-        )
-    groups: dict[tuple[str, int], list[str]] = {}
-    for row in muon:
-        groups.setdefault((str(row.manifold), cuts[row.name]), []).append(row.name)
     manifold_muon = ManifoldMuon(
-        [
-            {"params": [params[name] for name in names], "names": names, "manifold": manifold, "blocks": cut}
-            for (manifold, cut), names in groups.items()
-        ],
+        [{"params": [params[name] for name in group["names"]], **group} for group in _groups(muon, blocks or {})],
         rule or CertifiedStep(),
         lr=lr,
         momentum=momentum,
@@ -79,6 +69,23 @@ def for_model(
     vectors = {"params": [params[row.name] for row in rest if len(row.shape) < 2], "weight_decay": 0.0}
     others = {"params": [params[row.name] for row in rest if len(row.shape) >= 2]}
     return manifold_muon, torch.optim.AdamW([group for group in (others, vectors) if group["params"]], **adamw)
+
+
+def _groups(rows: list[Row], blocks: Mapping[str, int]) -> list[dict[str, Any]]:
+    """For each manifold and each cut into blocks, the names of its matrices.
+
+    Raises:
+        AssignmentError: a pattern of `blocks` matches nothing, or blocks do not divide a matrix.
+    """
+    cuts = by_pattern([row.name for row in rows], blocks, 1, "blocks")
+    if wrong := [row for row in rows if cuts[row.name] < 1 or row.shape[0] % cuts[row.name]]:
+        raise AssignmentError(
+            [f"blocks: {cuts[row.name]} do not divide the {row.shape[0]} rows of '{row.name}'" for row in wrong]
+        )
+    alike: dict[tuple[str, int], list[str]] = {}
+    for row in rows:
+        alike.setdefault((str(row.manifold), cuts[row.name]), []).append(row.name)
+    return [{"names": names, "manifold": manifold, "blocks": cut} for (manifold, cut), names in alike.items()]
 
 
 def assigned(

@@ -11,7 +11,7 @@ wherever it fits on whole components; a component may be a glob (`c_*`, `*`), al
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -127,14 +127,17 @@ def assign(
         f"rule '{pattern}' puts them on '{rules[pattern]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
         for pattern, names in contested.items()
     ]
-    components = {c for name in shapes for c in name.split(".")}
-    for pattern in rules.keys() - used:
-        near = get_close_matches(pattern.split(".")[-1], components, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; names look like '{next(iter(shapes), '')}'"
-        problems.append(f"assignment: rule '{pattern}' matches no matrix{hint}")
+    problems += [f"assignment: rule '{p}' matches no matrix; {_similar(p, shapes)}" for p in rules.keys() - used]
     if problems:
         raise AssignmentError(problems)
     return rows
+
+
+def _similar(pattern: str, names: Collection[str]) -> str:
+    """A component of the names that is spelled like the pattern's last one; if there is none, a name."""
+    components = {c for name in names for c in name.split(".")}
+    near = get_close_matches(pattern.split(".")[-1], components, 1)
+    return f"did you mean '{near[0]}'?" if near else f"names look like '{next(iter(names), '')}'"
 
 
 def by_pattern(names: Iterable[str], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:

@@ -29,16 +29,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .frame import Frame, frame_of
 from .iterators import Iterator
 from .linalg import (
     Products,
     cap_fit,
-    column_norms,
     compiled_whole,
     diagonal,
     exact_sums,
@@ -55,10 +55,10 @@ from .linalg import (
     su_step,
     symmetric_sum,
 )
-from .manifold_muon import Moved, Stack
 from .manifolds import MANIFOLDS, Effort, Manifold, like, tall
 from .msign import iterate
 from .refine import Refine
+from .stack import Moved, Stack
 
 LENGTHS: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda m, n: 1.0,
@@ -115,47 +115,6 @@ def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tenso
 
 
 # ---- 1. multiplier ----
-
-
-class Frame(NamedTuple):
-    """W as U = W/c (k, m, n) and c (k, n, 1), with D = UᵀU (k, n, n), or None where that is I because columns are orthogonal."""
-
-    manifold: Manifold
-    U: Tensor
-    c: Tensor
-    D: Tensor | None
-
-    @property
-    def d(self) -> Tensor:
-        """diag(WᵀW) as (k, n)."""
-        return self.c.squeeze(-1).square()
-
-    def gram(self, cL: Tensor, mm: Products) -> Tensor:
-        """UᵀU cL (k, n, n)."""
-        return cL if self.D is None else mm(self.D, cL)
-
-    def metric(self, L: Tensor, mm: Products) -> Tensor:
-        """WᵀW L (k, n, n)."""
-        return self.d[:, :, None] * L if self.D is None else self.c * mm(self.D, self.c * L)
-
-    def tangency(self, N: Tensor) -> Tensor:
-        """H = P(WᵀA + AᵀW) (k, n, n) from N = UᵀA."""
-        return self.manifold.project(symmetric_sum(self.c * N))
-
-    def normal(self, N: Tensor) -> Tensor:
-        """cK (k, n, n), where U·cK = W K is the normal part of A, from N = UᵀA."""
-        return (self.c * self.manifold.normal(self.tangency(N), self.d)).to(N.dtype)
-
-
-def frame_of(W: Tensor, manifold: Manifold, mm: Products) -> Frame:
-    """The frame of W (k, m, n) float32 on its manifold; U and D in the precision of the products."""
-    if manifold.unit_columns:
-        U, c = W, W.new_ones(W.size(0), W.size(-1), 1)
-    else:
-        lengths = column_norms(W)  # (k, 1, n)
-        U, c = over(W, lengths), lengths.mT
-    U = U.to(mm.dtype)
-    return Frame(manifold, U, c, None if manifold.orthogonal else mm(U.mT, U))
 
 
 def multiplier(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products) -> tuple[Tensor, Tensor | None]:

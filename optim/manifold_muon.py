@@ -11,209 +11,21 @@ With `owners_keep` nothing is sent: each rank holds only what it owns, and only 
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from .certificate import certify
 from .linalg import compiled_whole
-from .manifolds import MANIFOLDS, is_wide, tall
+from .manifolds import MANIFOLDS, is_wide
+from .ownership import choose_owners, members_of_buckets, plan_messages
 from .refine import Refine
-
-
-class Stack(NamedTuple):
-    """What a step rule is given: equally shaped matrices of one parameter group.
-
-    W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
-    eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
-    keep: 0-d bool on W's device; where true, nothing moves.
-    level: (k,) float32, what the last step of each matrix asked for, 0, 1 or 2; highest: the largest, on the host.
-    whole: the tall shape of the parameter of which these are blocks, if its step is to be as long as without the cut.
-    refine: what is done to the directions before they are taken.
-    """
-
-    W: Tensor
-    G: Tensor
-    manifold: str
-    eta: Tensor
-    weight_decay: float
-    keep: Tensor
-    level: Tensor
-    highest: int
-    whole: tuple[int, int] | None = None
-    refine: Refine | None = None
-
-
-class Moved(NamedTuple):
-    """What a step rule returns of a stack.
-
-    W: new weights (k, m, n). T, scale: the direction that was taken is scale·T, T (k, m, n) of any float dtype and scale (k, 1, 1), 0 where
-    none was. level: (k,) float32, what the next step of each matrix is to take. fallback: (k,) bool, whether this step was not the
-    ordinary one, or kept the weight. second: the new mean squares of rows, where the stack's `refine` keeps them.
-    """
-
-    W: Tensor
-    T: Tensor
-    scale: Tensor
-    level: Tensor
-    fallback: Tensor
-    second: Tensor | None = None
-
-    @property
-    def direction(self) -> Tensor:
-        """scale·T (k, m, n), 0 where the scale is, whatever T is."""
-        return torch.where(self.scale > 0, self.scale * self.T, 0)
-
-
-class StepRule(Protocol):
-    """What ManifoldMuon needs of a rule; hashable, so that the operations of a step are counted once."""
-
-    def __hash__(self) -> int: ...
-
-    def describe(self, device: torch.device) -> str:
-        """What a person should know of the rule on this device, in one line."""
-
-    def init(self, W: Tensor, manifold: str) -> Tensor:
-        """W (..., m, n), any orientation, brought onto the manifold."""
-
-    def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
-        """The step of each stack, the same for a stack whatever others are given with it."""
-
-
-class OnHost:
-    """A small whole number of the device (0-d) on its way to the host.
-
-    Reading it waits for the copy. It is read a step after it was begun, when the device has long passed it: no stall, and what is read
-    never depends on how fast it came.
-    """
-
-    def __init__(self, number: Tensor) -> None:
-        self.number, self.event = number, None
-        if number.is_cuda:
-            self.number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def read(self) -> int:
-        """The number."""
-        if self.event is not None:
-            self.event.synchronize()
-        return int(self.number)
-
-
-@dataclass
-class Bucket:
-    """The matrices of one parameter group that have the same tall shape; `blocks` row blocks of each parameter stand in a row.
-
-    state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. level: (k,) float32, what
-    the last step asked for. fallbacks: (k,) float32, how many steps were not the ordinary one. row_squares: (k, rows) float32, see
-    optim/refine.py, of rows of the parameter, which are columns of the stack where that is transposed (`wide`).
-    highest: the largest level, on its way to the host.
-    seen: W, G, T (k, m, n) of the last step, if it was watched.
-    """
-
-    params: list[Tensor]
-    blocks: int
-    group: dict[str, Any]
-    state: dict[str, Tensor]
-    wide: bool = False
-    highest: OnHost | None = None
-    seen: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def stack(self, tensors: Iterable[Any]) -> Tensor:
-        """Parameters or gradients as one tall float32 (k, m, n) copy."""
-        return torch.cat([tall(row_blocks(t, self.blocks)) for t in tensors]).float()
-
-    def rows_of(self, i: int) -> slice:
-        """Where the i-th parameter stands in the stack."""
-        return slice(i * self.blocks, (i + 1) * self.blocks)
-
-
-def row_blocks(t: Tensor, blocks: int) -> Tensor:
-    """(m, n) as (blocks, m / blocks, n), a view where t is contiguous."""
-    return t.reshape(blocks, t.size(0) // blocks, t.size(1))
-
-
-def state_shapes(p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a parameter's state, see Bucket."""
-    blocks = group["blocks"]
-    shapes = {"momentum": tuple(tall(row_blocks(p, blocks)).shape), "level": (blocks,), "fallbacks": (blocks,)}
-    if group["row_beta"] is not None:
-        shapes["row_squares"] = (blocks, p.size(0) // blocks)
-    return shapes
-
-
-def whole_shape(p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-    """The tall shape of a parameter whose blocks share the length of a step, else ()."""
-    return tuple(tall(p).shape) if group["block_length"] == "whole" and group["blocks"] > 1 else ()
-
-
-@cache
-def step_flops(rule: StepRule, m: int, n: int, manifold: str) -> int:
-    """Operations (two a multiply-add) in the products of one step of one tall (m, n) matrix, counted on tensors without storage."""
-    W, eta = torch.empty(1, m, n, device="meta"), torch.empty((), device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        rule([Stack(W, W, manifold, eta, 0.0, eta.bool(), W[:, 0, 0], 0)])
-    return counter.get_total_flops()
-
-
-def share_out(costs: Sequence[float], world: int) -> list[int]:
-    """An owner (0..world-1) for each cost, greedily, largest first, so that the heaviest rank is as light as it can be made cheaply."""
-    load = [(0.0, rank) for rank in range(world)]
-    owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        total, rank = heapq.heappop(load)
-        owners[i] = rank
-        heapq.heappush(load, (total + costs[i], rank))
-    return owners
-
-
-def choose_owners(groups: Iterable[dict[str, Any]], rule: StepRule, world: int) -> dict[Tensor, int]:
-    """The rank that computes each parameter's step, balanced by counted operations. `groups`: see ManifoldMuon."""
-    params = [(p, group) for group in groups for p in group["params"]]
-    if world == 1:
-        return {p: 0 for p, _ in params}
-    shapes = [(*tall(row_blocks(p, group["blocks"])).shape[-2:], group["manifold"]) for p, group in params]
-    costs = [group["blocks"] * step_flops(rule, *shape) for shape, (_, group) in zip(shapes, params)]
-    return dict(zip((p for p, _ in params), share_out(costs, world)))
-
-
-def members_of_buckets(
-    groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], world: int
-) -> list[list[tuple[dict[str, Any], list[Tensor]]]]:
-    """For each rank its buckets: (group, parameters of it that the rank owns and that have one tall shape)."""
-    buckets: list[list[tuple[dict[str, Any], list[Tensor]]]] = [[] for _ in range(world)]
-    for group in groups:
-        alike = dict[tuple[Any, ...], list[Tensor]]()
-        for p in group["params"]:
-            cut = row_blocks(p, group["blocks"])
-            # Rows of a parameter matter where their mean squares are kept: then each orientation has a bucket of its own; and the whole
-            # parameter's shape where its blocks share a length.
-            apart = (is_wide(cut) and group["row_beta"] is not None, *whole_shape(p, group))
-            key = (owners[p], *tall(cut).shape[-2:], apart)
-            if key not in alike:
-                alike[key] = []
-                buckets[owners[p]].append((group, alike[key]))
-            alike[key].append(p)
-    return buckets
-
-
-def plan_messages(
-    groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], world: int
-) -> list[list[tuple[int, list[Tensor]]]]:
-    """What is sent after the i-th bucket of every rank: (owner, parameters). All ranks must send and receive in one order."""
-    buckets = members_of_buckets(groups, owners, world)
-    return [
-        [(rank, own[i][1]) for rank, own in enumerate(buckets) if i < len(own)] for i in range(max(map(len, buckets)))
-    ]
+from .stack import Bucket, OnHost, Stack, StepRule, row_blocks, state_shapes, whole_shape
 
 
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, keep: Tensor) -> tuple[Tensor, Tensor]:

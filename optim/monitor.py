@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .manifold_muon import ManifoldMuon, row_blocks
+from .manifold_muon import ManifoldMuon
 from .manifolds import MANIFOLDS
+from .stack import row_blocks
 
 
 class ManifoldWarning(UserWarning):

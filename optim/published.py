@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .iterators import Iterator
-from .manifold_muon import Moved, Stack
 from .manifolds import MANIFOLDS, Manifold, Polar, like, tall
 from .msign import iterate, msign
+from .stack import Moved, Stack
 
 
 def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: float, msign: Polar) -> Tensor:

@@ -38,8 +38,8 @@ from model.gpt import GPT
 from optim.certificate import certify
 from optim.certified import direction
 from optim.linalg import PRECISIONS, products_for
-from optim.manifold_muon import step_flops
 from optim.manifolds import MANIFOLDS
+from optim.ownership import step_flops
 from scripts.analysis.solvers import METHODS, solve
 from scripts.analysis.tables import Table
 from scripts.bench_ceilings import ceiling_rows

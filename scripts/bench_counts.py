@@ -21,8 +21,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from optim import linalg
 from optim.certified import CertifiedStep, effort_of, step
 from optim.linalg import Products, exact_sums
-from optim.manifold_muon import step_flops
 from optim.manifolds import MANIFOLDS
+from optim.ownership import step_flops
 from scripts.timing import Rows
 
 GROUPS = [(12, 2304, 768, "stiefel"), (12, 768, 768, "stiefel"), (24, 3072, 768, "dgram")]  # k, m, n of Hetero

@@ -19,7 +19,7 @@ import torch
 from model.gpt import GPT
 from optim.assignment import assign
 from optim.certified import CertifiedStep
-from optim.manifold_muon import step_flops
+from optim.ownership import step_flops
 from scripts.bench_counts import BYTES_PER_S, PRODUCTS_PER_S, fused
 from scripts.command import ROOT
 from scripts.timing import NOT_MEASURED, Rows

@@ -1,6 +1,6 @@
 """What several ranks share, counted from shapes: the work and bytes of a step, and the memory of a rank.
 
-`scripts/bench.py scaling` and `memory` run this module. The owner of every matrix and the messages are those of optim/manifold_muon.py.
+`scripts/bench.py scaling` and `memory` run this module. The owner of every matrix and the messages are those of optim/ownership.py.
 Times are predictions, at rates that others measured or vendors state; a measurement on devices is to judge them. With `measured=2,4`,
 `memory` also trains a small model on so many CPU ranks, and measures what they hold and allocate.
 """
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from model.gpt import GPT
 from optim.assignment import assign
-from optim.manifold_muon import StepRule, choose_owners, members_of_buckets, plan_messages, row_blocks, step_flops
 from optim.manifolds import tall
+from optim.ownership import choose_owners, members_of_buckets, plan_messages, step_flops
+from optim.stack import StepRule, row_blocks
 from scripts.timing import NOT_MEASURED, Rows
 from training.build import gpt_config, step_rule
 from training.config import compose
@@ -58,8 +59,9 @@ class Shapes:
             params = dict(GPT(gpt_config(cfg)).named_parameters())
         shapes = {name: tuple(p.shape) for name, p in params.items()}
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw)
+        shared = {key: getattr(cfg.optim.muon, key) for key in ("block_length", "row_beta")}
         groups = [
-            {"blocks": 1, **group, "params": [params[name] for name in names]}
+            {**shared, **group, "params": [params[name] for name in names]}
             for names, group in muon_groups(rows, cfg.optim.muon)
         ]
         others: list[Tensor] = [params[row.name] for row in rows if row.manifold is None]

@@ -20,9 +20,10 @@ from model.probes import probe
 from model.spectra import Spectra
 from scripts.command import UsageError
 from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, seconds_of, take_turns
-from training.build import Optimizers, build_optimizers, gpt_config
+from training.build import build_optimizers, gpt_config
 from training.capture import WARM_UP, CudaGraphs
 from training.config import compose
+from training.optimizers import Optimizers
 from training.run import compiled, peak_flops, resolve_device
 from training.settings import Settings
 from training.step import accumulate, clip

@@ -6,7 +6,7 @@ from device_checks import Training
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from optim.manifold_muon import OnHost
+from optim.stack import OnHost
 from training.capture import WARM_UP
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default)

@@ -14,8 +14,10 @@ from optim import certified
 from optim.assignment import AssignmentError
 from optim.certified import CertifiedStep, direction, effort_of, reference, step
 from optim.linalg import Products
-from optim.manifold_muon import ManifoldMuon, Stack, step_flops
+from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS
+from optim.ownership import step_flops
+from optim.stack import Stack
 from training.build import build_optimizers, step_rule
 from training.config import compose
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from training import checkpoint
-from training.checkpoint import MANIFEST_FILE, STATE_FILE, CheckpointError, check_same, load, load_newest, save
+from training.checkpoint import MANIFEST_FILE, STATE_FILE, CheckpointError, load, load_newest, save
 
 
 def make_state(step: int) -> dict:
@@ -430,26 +430,3 @@ def test_killed_at_any_moment_a_save_leaves_a_good_checkpoint(tmp_path, monkeypa
         save(directory, 40, make_state(40), keep=1)
         assert names(directory) == ["step_00000040"], "what the killed save left is cleared by the next"
     assert not old and number > 30
-
-
-# ---- comparing configurations ----
-
-
-def test_check_same_lists_each_changed_key():
-    saved = {"seed": 1, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "gone": True, "x": float("nan"), "rules": {}}
-    now = {
-        "seed": 1,
-        "optim": {"lr": 0.2, "betas": [0.9, 0.95]},
-        "new": None,  # the same as absent
-        "x": float("nan"),
-        "rules": {"*.attn.*": "dgram"},
-    }
-    assert check_same(saved, saved) == []
-    assert check_same(saved, now) == [
-        "gone: True → (absent)",
-        "optim.lr: 0.1 → 0.2",
-        "rules: {} → (absent)",
-        "rules.*.attn.*: (absent) → dgram",
-    ]
-    assert check_same(saved, now, ignore=("optim", "rules")) == ["gone: True → (absent)"]
-    assert check_same({"optimizer": 1}, {"optimizer": 2}, ignore=("optim",)) == ["optimizer: 1 → 2"]

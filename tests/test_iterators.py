@@ -27,9 +27,9 @@ from optim.msign import iterate
 from optim.published import PublishedStep
 from scripts import design_iterator
 from training.build import build_optimizers, gpt_config, step_rule
-from training.checkpoint import check_same
 from training.checks import check
 from training.config import compose
+from training.resume import check_same
 from training.settings import completed, read_sound
 from training.validate import ConfigError
 

@@ -122,8 +122,9 @@ def test_state_of_another_optimizer_or_shape_starts_from_scratch():
     )
 
 
-def test_fused_optimizers_of_torch_skip_without_a_host_sync():
+def test_our_optimizers_and_fused_ones_of_torch_skip_without_a_host_sync():
     assert skips_on_device(settled("adamw")[1].named["AdamW of matrices"])
+    assert skips_on_device(settled("modular", "assignment=unconstrained")[1].named["Modular"])
     assert not skips_on_device(settled("sgd")[1].named["SGD"])
 
 

@@ -7,10 +7,11 @@ import torch
 
 from optim.certificate import certify
 from optim.certified import CertifiedStep, direction
-from optim.manifold_muon import ManifoldMuon, Stack
+from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS
 from optim.msign import msign
 from optim.published import PublishedStep
+from optim.stack import Stack
 from training.build import build
 from training.checks import check
 from training.config import compose

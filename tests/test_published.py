@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from reference_published import published_direction, published_muon, retract
 
 from model.gpt import GPT, GPTConfig
-from optim.manifold_muon import ManifoldMuon, Stack, share_out, step_flops
+from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS
+from optim.ownership import share_out, step_flops
 from optim.published import PublishedStep
+from optim.stack import Stack
 from training.build import build_optimizers
 from training.config import compose
 from training.schedule import lr_multiplier

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from model.attention import HeadGate, QKClip, capped_attention, causal_logits
 from model.gpt import GPT, GPTConfig
 from optim.assignment import AssignmentError
-from optim.manifold_muon import Stack
 from optim.manifolds import MANIFOLDS
 from optim.published import PublishedStep
+from optim.stack import Stack
 from scripts.analysis.runs import load_model
 from scripts.experiments import mechanism
 from scripts.export import export

@@ -22,7 +22,7 @@ from training.checks import USER_ERRORS
 from training.config import compose
 from training.log import METRICS_FILE, read_records
 from training.ranks import Ranks
-from training.resume import restore
+from training.resume import check_same, restore
 from training.stability import Stability
 from training.step import FiniteGuard
 from training.validate import ConfigError
@@ -423,3 +423,26 @@ def test_the_files_of_a_run_are_whole_or_as_before(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         write_whole(tmp_path / "config.yaml", "b: 2\n" * 1000)
     assert files(tmp_path) == {tmp_path / "config.yaml": b"a: 1\n"}
+
+
+# ---- comparing configurations ----
+
+
+def test_check_same_lists_each_changed_key():
+    saved = {"seed": 1, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "gone": True, "x": float("nan"), "rules": {}}
+    now = {
+        "seed": 1,
+        "optim": {"lr": 0.2, "betas": [0.9, 0.95]},
+        "new": None,  # the same as absent
+        "x": float("nan"),
+        "rules": {"*.attn.*": "dgram"},
+    }
+    assert check_same(saved, saved) == []
+    assert check_same(saved, now) == [
+        "gone: True → (absent)",
+        "optim.lr: 0.1 → 0.2",
+        "rules: {} → (absent)",
+        "rules.*.attn.*: (absent) → dgram",
+    ]
+    assert check_same(saved, now, ignore=("optim", "rules")) == ["gone: True → (absent)"]
+    assert check_same({"optimizer": 1}, {"optimizer": 2}, ignore=("optim",)) == ["optimizer: 1 → 2"]

@@ -17,6 +17,7 @@ from training.checks import USER_ERRORS, check, read
 from training.config import compose
 from training.data import open_data
 from training.log import read_records
+from training.observer import Observer
 from training.validate import ConfigError
 
 ASSIGNMENTS = ["unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv", "adamw"]
@@ -113,9 +114,10 @@ def test_speed_is_that_of_training_alone(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(module, "accumulate", taking(1.0, module.accumulate))
-    monkeypatch.setattr(module, "mean_loss", taking(100.0, module.mean_loss))
-    for pause in ("write_spectra", "write_probe", "save"):
-        monkeypatch.setattr(module.Run, pause, taking(30.0, getattr(module.Run, pause)))
+    monkeypatch.setattr(module.Run, "save", taking(30.0, module.Run.save))
+    monkeypatch.setattr(Observer, "loss", taking(100.0, Observer.loss))
+    for pause in ("write_spectra", "write_probe"):
+        monkeypatch.setattr(Observer, pause, taking(30.0, getattr(Observer, pause)))
     train(compose([*tiny, "assignment=adamw", "log.interval=3"]))
     assert [r["tokens_per_s"] for r in read_records(tmp_path / "run", "train")] == [128.0] * 7
     assert next(read_records(tmp_path / "run", "end"))["train_seconds"] == 20.0

@@ -18,9 +18,10 @@ from model.unit_norm import UnitNorm
 from optim.assignment import AssignmentError, Row, assign
 from optim.certified import CertifiedStep
 from optim.iterators import IteratorError, iterator
-from optim.manifold_muon import ManifoldMuon, StepRule
+from optim.manifold_muon import ManifoldMuon
 from optim.modular import Modular
 from optim.published import PublishedStep
+from optim.stack import StepRule
 from training import library
 from training.capture import CudaGraphs
 from training.groups import adamw_groups, given_to_library, library_groups, modular_groups, muon_groups, norm_pairs

@@ -1,4 +1,4 @@
-"""The update of both optimizers as a CUDA graph: one launch instead of some hundreds.
+"""The update of all optimizers as a CUDA graph: one launch instead of some hundreds.
 
 A graph repeats the recorded kernels on the recorded addresses. So weights, states, learning rates and the flag of a refused update stay
 where they are, and only their contents change; gradients are copied to where the graph reads them. What the host decides is not in a

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
@@ -432,37 +432,3 @@ def _verify(path: Path) -> _Manifest:
                 f"{path / name} was altered: its sha256 is not the recorded one; use an older checkpoint"
             )
     return manifest
-
-
-# ---- comparing ----
-
-
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
-    """List each key whose value differs between two nested configurations, as ``"schedule.lr: 0.1 → 0.2"``.
-
-    ``ignore`` names dotted keys; a name covers everything below it (``"logger"`` covers ``logger.mode``). A key that one of them does not
-    have is the same as None: settings that were added later are switched off by it.
-    """
-    before, after = dict(_leaves(saved)), dict(_leaves(now))
-    ignored = tuple(ignore)
-    changes = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
-        both_nan = old != old and new != new
-        both_none = before.get(key) is after.get(key) is None
-        if (
-            old != new
-            and not both_nan
-            and not both_none
-            and not any(key == name or key.startswith(f"{name}.") for name in ignored)
-        ):
-            changes.append(f"{key}: {old} → {new}")
-    return changes
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -20,6 +20,7 @@ from training.validate import (
     ConfigError,
     problems_of_batch,
     problems_of_capture,
+    problems_of_documents,
     problems_of_machine,
     problems_of_shard,
 )
@@ -83,21 +84,6 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
         refused = problems_of_transfer(cfg)
         found += refused or (problems_of_model(cfg) if sound("attention", "init") else [])
     return found
-
-
-def problems_of_documents(cfg: Settings) -> list[str]:
-    """What does not work with `batches.documents`."""
-    parts = {
-        "attention.logit_cap": cfg.attention.logit_cap,
-        "attention.qk_clip": cfg.attention.qk_clip,
-        "attention.head_gate=position": cfg.attention.head_gate == "position",
-        "probe.interval": cfg.probe.interval,
-    }
-    return [
-        f"batches.documents=true does not work with {key}, which does not know documents; switch one of them off"
-        for key, value in parts.items()
-        if value and cfg.batches.documents
-    ]
 
 
 def problems_of_model(cfg: Settings) -> list[str]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from model.convert import NotGPT2, Weights, from_hf, from_nanogpt, known_settings, misfits, take
 from model.gpt import GPT
 from optim.assignment import folded
-from training.build import Optimizers, gpt_config
+from training.build import gpt_config
 from training.checkpoint import load_newest
+from training.optimizers import Optimizers
 from training.ranks import Ranks
 from training.resume import check_parts, foreign
 from training.settings import read_sound

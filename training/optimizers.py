@@ -13,6 +13,7 @@ from model.unit_norm import UnitNorm
 from optim.assignment import Row, folded
 from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS
+from optim.modular import Modular
 from training.capture import CapturedUpdate, Record
 from training.library import like_saved, settings_of_group, tensors_of
 
@@ -67,7 +68,7 @@ class Optimizers:
         """A step before new weights of other ranks are received. With `levels`, of ManifoldMuon.highest_levels, only the part that is the
         device's alone, which can be captured; otherwise ManifoldMuon's weights are under way while AdamW steps.
 
-        ManifoldMuon and fused torch optimizers are given `skip` as `found_inf`, the attribute with which torch.amp.GradScaler makes them
+        Our optimizers and fused ones of torch are given `skip` as `found_inf`, the attribute with which torch.amp.GradScaler makes them
         skip an update, without a host sync. Other optimizers do not know it, and their state may be of any type: numbers on the host,
         lists, counters in the groups. So that nothing of it changes, their step is not called, for which the host reads `skip` once.
         """
@@ -184,7 +185,7 @@ class Optimizers:
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer skips its step where its `found_inf` is 1. torch marks those that do for its GradScaler."""
-    return isinstance(optimizer, ManifoldMuon) or getattr(optimizer, "_step_supports_amp_scaling", False)
+    return isinstance(optimizer, (ManifoldMuon, Modular)) or getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _fixed_state(optimizer: torch.optim.Optimizer) -> bool:

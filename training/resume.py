@@ -1,8 +1,8 @@
-"""Resume a run: the state that this needs, the choice of a checkpoint, and loading it."""
+"""Resume a run: the state that this needs, the choice of a checkpoint, whether it is of the same run, and loading it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from optim.assignment import folded
 from training.average import Average
-from training.checkpoint import STATE_FILE, CheckpointError, Loaded, check_same, load, load_newest
+from training.checkpoint import STATE_FILE, CheckpointError, Loaded, load, load_newest
 from training.files import read_config
 from training.log import METRICS_FILE, read_records
 from training.ranks import LostRanks, Ranks
@@ -179,6 +179,40 @@ def agreed_checkpoint(ranks: Ranks, cfg: Settings, directory: Path, data: str) -
 
     path = ranks.from_main(find)
     return found[0] if ranks.is_main else load(path) if path else None
+
+
+# ---- comparing configurations ----
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+    """List each key whose value differs between two nested configurations, as `"schedule.lr: 0.1 → 0.2"`.
+
+    `ignore` names dotted keys; a name covers everything below it (`"logger"` covers `logger.mode`). A key that one of them does not
+    have is the same as None: settings that were added later are switched off by it.
+    """
+    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    ignored = tuple(ignore)
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
+        both_nan = old != old and new != new
+        both_none = before.get(key) is after.get(key) is None
+        if (
+            old != new
+            and not both_nan
+            and not both_none
+            and not any(key == name or key.startswith(f"{name}.") for name in ignored)
+        ):
+            changes.append(f"{key}: {old} → {new}")
+    return changes
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 # ---- loading it ----

@@ -18,25 +18,13 @@ from model.config import Attention, Init, Shape
 from model.residual import RESIDUAL_RULES, Positive, ResidualRule
 from optim.assignment import ADAMW
 from optim.certified import LENGTHS
-from optim.iterators import ITERATORS, unsound
+from optim.iterators import ITERATORS
 from optim.linalg import PRECISIONS
 from optim.manifolds import MANIFOLDS
 from optim.norms import FEATURES
 from optim.published import RETRACTIONS
-from training.fields import (
-    MOST,
-    YAML_WORDS,
-    Choice,
-    Either,
-    Kind,
-    Number,
-    PathText,
-    Problem,
-    Section,
-    Several,
-    is_number,
-    plain,
-)
+from training.fields import Choice, Either, Number, Problem, Section, Several, plain
+from training.kinds import Keywords, ListOfQuintics, Resume, StepsOrShare
 from training.schedule import SCHEDULES
 from training.stability import StabilityRules
 
@@ -57,19 +45,6 @@ class Assignment:
 
     name: Annotated[str, ("longest", 100)]
     rules: Annotated[Mapping[str, Geometry] | None, ("null", "leaves every matrix without a rule")]
-
-
-@dataclass(frozen=True)
-class ListOfQuintics(Several):
-    """Triples (a, b, c) of odd quintics, applied in order, that are an iteration for the matrix sign."""
-
-    remedy = "give a list of triples [a, b, c] whose composed map is positive and bounded"
-
-    def fits(self, value: Any) -> bool:
-        return super().fits(value) and unsound(self.read(value)) is None
-
-    def hint(self, value: Any) -> str:
-        return f": {unsound(self.read(value))}" if super().fits(value) else ""
 
 
 Signs = Annotated[
@@ -159,21 +134,6 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Keywords(Kind):
-    """Keyword arguments for a class of a library: names with any plain values. A list becomes a tuple."""
-
-    remedy = "give a mapping of the optimizer's own settings, such as {momentum: 0.9}; {} for its defaults"
-
-    def fits(self, value: Any) -> bool:
-        return isinstance(value, Mapping) and all(isinstance(name, str) and name.isidentifier() for name in value)
-
-    def read(self, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: self.read(item) for name, item in value.items()}
-        return tuple(map(self.read, value)) if isinstance(value, list) else value
-
-
-@dataclass(frozen=True)
 class Library:
     """An optimizer of torch or of another library, for `euclidean` matrices; configs/optim/_library.yaml."""
 
@@ -209,19 +169,6 @@ class Optim:
         return replace(
             self.modular or self.library or self.muon, **{k: v for k, v in vars(self.matrices).items() if v is not None}
         )
-
-
-@dataclass(frozen=True)
-class StepsOrShare(Kind):
-    """A number of updates; or, below 1, a share of all updates."""
-
-    remedy = "give a whole number of updates, 0 or more, or a share of them below 1"
-
-    def fits(self, value: Any) -> bool:
-        return is_number(value) and 0 <= value <= MOST and (value < 1 or value == int(value))
-
-    def read(self, value: Any) -> float:
-        return value if value % 1 else int(value)
 
 
 @dataclass(frozen=True)
@@ -357,19 +304,6 @@ class Sweep:
 
     name: Annotated[str, ("longest", 200)]
     resume: bool
-
-
-@dataclass(frozen=True)
-class Resume(PathText):
-    """`never`, `auto` or the path of a checkpoint."""
-
-    remedy = "choose never or auto, or give the path of a checkpoint"
-
-    def fits(self, value: Any) -> bool:
-        return super().fits(value) and value.lower() not in (*YAML_WORDS, "true", "false", "none")
-
-    def hint(self, value: Any) -> str:
-        return ""
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from typing import Any
 import torch
 import yaml
 
-from training.checkpoint import check_same
 from training.checks import USER_ERRORS, check, read
 from training.config import resolved
 from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
-from training.resume import HARMLESS
+from training.resume import HARMLESS, check_same
 from training.run import end_of
 from training.settings import Settings, completed
 from training.signals import Stopped

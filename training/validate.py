@@ -112,6 +112,21 @@ def problems_of_shard(cfg: Settings) -> list[str]:
     return [f"launcher.shard=fsdp does not work with {key}; {remedy}" for asked, key, remedy in refused if asked]
 
 
+def problems_of_documents(cfg: Settings) -> list[str]:
+    """What does not work with `batches.documents`."""
+    parts = {
+        "attention.logit_cap": cfg.attention.logit_cap,
+        "attention.qk_clip": cfg.attention.qk_clip,
+        "attention.head_gate=position": cfg.attention.head_gate == "position",
+        "probe.interval": cfg.probe.interval,
+    }
+    return [
+        f"batches.documents=true does not work with {key}, which does not know documents; switch one of them off"
+        for key, value in parts.items()
+        if value and cfg.batches.documents
+    ]
+
+
 def shortened(cfg: Settings, world: int) -> list[str]:
     """Settings that are larger than this run can use, and what it uses instead; one line each."""
     found = []

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from optim.manifold_muon import ManifoldMuon, choose_owners, plan_messages
+from optim.manifold_muon import ManifoldMuon
+from optim.ownership import choose_owners, plan_messages
 from optim.published import PublishedStep
 
 SHAPES = [(24, 8), (8, 24), (8, 8), (24, 8), (16, 8), (24, 8), (32, 8)]  # seven matrices: uneven on 2, 3 and 4 ranks

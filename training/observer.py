@@ -1,0 +1,109 @@
+"""What a run measures once in a while: losses, singular values, certificates, updates, and what the probe sees."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from data.loader import validation_windows
+from data.shards import Tokens
+from model.gpt import GPT
+from model.probes import probe
+from model.spectra import Spectra
+from training.average import Average
+from training.coordinate import coordinate_check
+from training.data import held_out_windows
+from training.log import Later, NoLog, RunLog
+from training.optimizers import Optimizers
+from training.phases import Phases, as_phase
+from training.placement import Placement
+from training.ranks import Ranks
+from training.settings import Settings
+from training.step import mean_loss, micro_batches
+
+
+class Observer:
+    """Measures, and writes records of the step that is done. All ranks must call each method; only the log of rank 0 writes.
+
+    Args:
+        val: the validation split. phase: the clock to which the measurements belong.
+        autocast: the context of the model's computation.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        cfg: Settings,
+        model: GPT,
+        optimizers: Optimizers,
+        val: Tokens,
+        phase: Phases,
+        autocast: AbstractContextManager,
+    ) -> None:
+        self.ranks, self.cfg, self.model, self.optimizers, self.val = ranks, cfg, model, optimizers, val
+        self.phase, self.autocast = phase, autocast
+        self.held_out = held_out_windows(cfg, val)
+        self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, ranks.device))
+        self.coordinates = coordinate_check(model, cfg)
+        self.spectra = Later("spectra")
+
+    def watch(self, certificate: bool, update: bool) -> None:
+        """Keep of the step that comes what its certificates, and the records of its updates, need."""
+        self.optimizers.watch(certificate)
+        self.coordinates.watch(update)
+
+    def loss(self, model: nn.Module, windows: np.ndarray | None = None) -> float:
+        """The mean loss (nats a token) of `model`, which is the model or its compiled form, on the fixed windows or on others."""
+        windows = self.held_out if windows is None else windows
+        return mean_loss(model, self.model, windows, self.cfg.micro_batch_size, self.ranks, self.autocast)
+
+    @as_phase("eval")
+    def evaluate(self, log: RunLog | NoLog, step: int, placement: Placement, average: Average | None) -> float:
+        """Record the validation loss, and that of the average of the weights, if there is one; returns the former."""
+        loss, averaged = self.loss(placement.evaluated), {}
+        if average:
+            with average.in_place():
+                averaged["average_loss"] = self.loss(placement.evaluated)
+        log.write("eval", step, loss=loss, **averaged)
+        return loss
+
+    @as_phase("eval")
+    def evaluate_split(self, log: RunLog | NoLog, step: int, placement: Placement) -> float:
+        """Record the loss on the whole validation split, and return it."""
+        windows = validation_windows(self.val, self.cfg.model.block_size)
+        loss = self.loss(placement.evaluated, windows)
+        log.write("full_eval", step, loss=loss, tokens=windows[:, 1:].size)
+        return loss
+
+    @as_phase("spectra")
+    def write_spectra(self, log: RunLog | NoLog, step: int, placement: Placement, wait: bool) -> None:
+        """Record all singular values of every matrix that matches a rule of the assignment; without `wait`, as soon as a GPU's are known."""
+        with placement.whole() as params:
+            if self.ranks.is_main:
+                self.spectra.write(log)
+                self.spectra.expect(step, Spectra(self.optimizers.ruled_matrices(params)))
+                self.spectra.write(log, wait=wait or placement.lends)
+
+    @as_phase("certificate")
+    def write_certificates(self, log: RunLog | NoLog, step: int) -> None:
+        """Record how close the last step of each matrix was to the best step; the rank that owns a matrix knows it."""
+        for name, certificate in self.optimizers.certificates(self.ranks.gather_objects):
+            log.write("certificate", step, name=name, **certificate)
+
+    @as_phase("updates")
+    def write_updates(self, log: RunLog | NoLog, step: int) -> None:
+        """Record how far the last step moved each parameter and the features behind it, on the first validation windows."""
+        if self.ranks.is_main:
+            for name, record in self.coordinates.records(self.probe_windows):
+                log.write("update", step, name=name, **record)
+
+    @as_phase("probe")
+    def write_probe(self, log: RunLog | NoLog, step: int, placement: Placement) -> dict[str, Any]:
+        """Record attention and collapse on the first validation windows, and return the record. All ranks compute the same."""
+        with placement.whole():
+            seen = probe(self.model, self.probe_windows)
+        log.write("probe", step, **seen)
+        return seen
