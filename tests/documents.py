@@ -104,6 +104,8 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "blocks": ["cut=heads_whole", "seeds=1"],
     "crossing": ["assignment=hetero", "residual=geonorm", "seeds=1"],
     "exponents": ["init.residual_scale=0.5,1", "init.weight_scale=1", "scan=2", "models=1", "assignments=adamw"],
+    "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=2", "seeds=1"],
+    "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "seeds=1"],
     "instability_one_gpu": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram,hetero"],
     "instability_small": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram", "seeds=1"],
     "lr_transfer": ["optim.adamw.lr=0.01,0.02", "around=16,1,2", "head=8"],

@@ -95,7 +95,7 @@ def test_a_checkpoint_from_before_these_settings_is_resumed(tiny):
     saved = compose(tiny).plain()
     del saved["batches"]
     assert _changes(saved, compose(tiny)) == []
-    assert _changes(loaded, compose([*tiny, "batches.order=epoch"])) == ["batches.order: replacement → epoch"]
+    assert _changes(saved, compose([*tiny, "batches.order=epoch"])) == ["batches.order: replacement → epoch"]
 
 
 def test_places_are_those_of_an_array(tiny):

@@ -162,7 +162,9 @@ def test_two_runs_of_the_retractions_became_unstable_and_a_smaller_first_step_he
 def test_there_are_ten_residual_rules():
     assert "ten rules" in text(FRONT) and "all ten rules" in text(EXPERIMENTS)
     compared = {r["residual"] for r in result("residual_rules/table.json")["rows"]}
-    assert len(compared) == 10 and set(RESIDUAL_RULES) - compared == {"pre_rms_norm"}  # the norm of the public optimizer track
+    assert len(compared) == 10 and set(RESIDUAL_RULES) - compared == {
+        "pre_rms_norm"
+    }  # the norm of the public optimizer track
 
 
 # ---- numbers ----

@@ -146,7 +146,7 @@ def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: P
     near = near or [known for known, part in parts.items() if part.startswith(f"{last}_")]
     near = near or get_close_matches(name, names, 1, 0.7)
     near = near or [known for known, part in parts.items() if part in get_close_matches(last, parts.values(), 1, 0.75)]
-    meant = f"did you mean {' or '.join(near[:_MOST_HINTS])}?" if near else "python train.py --help lists the settings"
+    meant = f"did you mean {_either(near[:_MOST_HINTS])}?" if near else "python train.py --help lists the settings"
     return f"{name} is no setting; {meant}"
 
 
@@ -190,3 +190,8 @@ def _tried(words: Sequence[str], configs: Path) -> tuple[DictConfig | None, Exce
         return None, error
     finally:
         GlobalHydra.instance().hydra = before
+
+
+def _either(names: Sequence[str]) -> str:
+    """ "a", "a or b", or "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -96,3 +96,25 @@ def costs(study: Study) -> dict[str, dict[str, float]]:
         }
         for name, training in trainings.items()
     }
+
+
+def cost_columns(study: Study, name: str) -> list[Column]:
+    """Columns of what a run costs, from the facts `targets` and `costs` of the study; the target is the loss of the case of this name."""
+    target, cost = study.facts["targets"], study.facts["costs"]
+
+    def of(r: RecordedRun, key: str) -> float:
+        return cost[next(iter(r.case.values()))][key]
+
+    def steps(r: RecordedRun) -> float | None:
+        return r.steps_to(target[r.case["max_steps"]]) if r.case["max_steps"] in target else None
+
+    def seconds(r: RecordedRun) -> float | None:
+        found = steps(r)
+        return None if found is None else found * of(r, "ms_per_step") / 1000
+
+    return [
+        Column(f"steps to {name}'s loss", "steps_to_target", steps, 0),
+        Column("seconds", "seconds_to_target", seconds, 1),
+        Column("ms a step", "ms_per_step", lambda r: of(r, "ms_per_step"), 1),
+        Column("state, bytes a parameter", "state_bytes", lambda r: of(r, "state_bytes"), 1),
+    ]

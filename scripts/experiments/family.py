@@ -1,6 +1,6 @@
 """Points of the family of steepest descent, tuned equally."""
 
-from scripts.analysis.contest import REMARK, contest_table, costs, targets, trials_by
+from scripts.analysis.contest import REMARK, contest_table, cost_columns, costs, targets, trials_by
 from scripts.analysis.experiment_figures import loss_of_trials
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.study import Case, Experiment, Study
@@ -32,18 +32,10 @@ def searched(study: Study, case: Case) -> list[Axis]:
 
 
 def tables(study: Study) -> list[Table]:
-    """A line for each optimizer and horizon; its target is what tuned AdamW reaches."""
-    target, cost = study.facts["targets"], study.facts["costs"]
-    columns = [
-        case("steps", "max_steps"),
-        case("optimizer", "optimizer"),
-        Column("val loss", "val_loss", lambda r: r.held_out),
-        Column("steps to AdamW's", "steps_to_target", lambda r: r.steps_to(target.get(r.case["max_steps"], 0.0)), 0),
-        Column("ms a step", "ms_per_step", lambda r: cost[r.case["optimizer"]]["ms_per_step"], 1),
-        Column("state, bytes a parameter", "state_bytes", lambda r: cost[r.case["optimizer"]]["state_bytes"], 1),
-        STATUS,
-    ]
-    return [contest_table(study, columns, OPPONENTS)]
+    """A line for each optimizer and horizon."""
+    named = [case("steps", "max_steps"), case("optimizer", "optimizer")]
+    loss = Column("val loss", "val_loss", lambda r: r.held_out)
+    return [contest_table(study, [*named, loss, *cost_columns(study, "AdamW"), STATUS], OPPONENTS)]
 
 
 EXPERIMENT = Experiment(
