@@ -236,7 +236,7 @@ def test_commands_for_files_of_other_programs_run(tmp_path, monkeypatch, capsys)
     for name in ("fineweb_edu", "books"):
         assert preparing.main(["data=text", f"data.name={name}", "data.files=text.txt", "data.tokenizer=bytes"]) == 0
     for words in SHELL["files of other programs"]:
-        in_process(words, ["model.n_layer=1"], monkeypatch)
+        in_process(words, ["model.n_layer=1", "data.tokenizer=bytes"], monkeypatch)
     assert capsys.readouterr().out.count("best validation loss") == 2
 
 

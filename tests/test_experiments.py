@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def tiny_grid(tiny_data):
     ]
 
 
+NEEDED = ["optimizer=AdamW,SGD,Muon,Hetero"]  # without the extra `baselines`
 SMALL = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "schedule.warmup_steps=1"]
 
 
@@ -217,7 +219,7 @@ def test_experiments_are_listed_each_in_a_line(capsys):
 def test_an_experiment_is_data(name, capsys):
     lines = (ROOT / f"scripts/experiments/{name}.py").read_text().splitlines()
     assert len(lines) < 60
-    found = study(name)
+    found = study(name, *(NEEDED if name == "family" and not find_spec("pytorch_optimizer") else ()))
     jobs = found.jobs(Path("out"))
     assert len({job.directory for _, job in jobs}) == len(jobs) == len(found.cases()) * len(found.seeds)
     assert experiment.main([name, "--help"]) == 0
