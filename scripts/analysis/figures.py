@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from scripts.analysis.runs import SUBLAYERS, RecordedRun
-from scripts.analysis.tables import settings_columns
+from scripts.analysis.tables import Groups, settings_columns
 
 ASSIGNMENT_COLOURS = {
     "Unconstrained": "#5a5a5a",
@@ -50,8 +50,6 @@ STYLE: dict[str, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-Groups = Sequence[Sequence[RecordedRun]]
-
 
 def draw(groups: Groups, directory: Path) -> list[Path]:
     """Write val_loss.png and spectra.png into a directory, each if a run has records for it; returns their paths."""
@@ -71,7 +69,7 @@ def draw_losses(groups: Groups, path: Path) -> Path:
     """
     with picture(path, 9.2, 3.9) as figure:
         whole, end = figure.subplots(1, 2, width_ratios=(1, 1.15))
-        colours = _colours(groups)
+        colours = colours_of(groups)
         for group, colour in zip(groups, colours):
             for run in group:
                 for axes in (whole, end):
@@ -80,7 +78,7 @@ def draw_losses(groups: Groups, path: Path) -> Path:
         finals = [run.final for group in groups for run in group if run.final is not None and math.isfinite(run.final)]
         for axes, first in ((whole, 0), (end, last // 2)):
             axes.set_xlim(first, last)
-            axes.set_ylim(*_loss_limits(groups, first, last))
+            axes.set_ylim(*loss_limits(groups, first, last))
             axes.set_xlabel("step")
         whole.set_ylabel("validation loss (nats per token)")
         if any(run.unstable_step is not None for group in groups for run in group):
@@ -105,7 +103,7 @@ def draw_spectra(groups: Groups, path: Path) -> Path:
             _log_scale(row[0], [r for run in runs for records in run.spectra(sublayer).values() for r in records])
             row[0].set_ylabel(f"{_words(sublayer)}\nsingular values")
         for top, bottom, group in zip(panels[0], panels[-1], groups):
-            top.set_title(_label(group, groups), loc="left", fontweight="bold", fontsize=9.5, pad=16)
+            top.set_title(label_of(group, groups), loc="left", fontweight="bold", fontsize=9.5, pad=16)
             bottom.set_xlabel("step")
             bottom.set_xlim(0, max(r.step for r in runs) or 1)
         handles = [Line2D([], [], color=c, linewidth=1.6) for c in (LARGEST, SMALLEST)]
@@ -126,7 +124,7 @@ def _loss_curve(axes: Axes, run: RecordedRun, colour: str) -> None:
         axes.plot([run.unstable_step], [at], color=colour, **CROSS)
 
 
-def _loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
+def loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
     """The limits of the loss axis: from just below the best loss to the highest loss of a stable run from step `first` on."""
     shown, stable = [], []
     for group in groups:
@@ -151,7 +149,7 @@ def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) 
         if finals:
             mean = sum(finals) / len(finals)
             above = " ↑" if mean > high else ""  # the end of the curve lies above the picture
-            places.append((min(mean, high), f"{_label(group, groups)}  {mean:.3f}{above}", colour))
+            places.append((min(mean, high), f"{label_of(group, groups)}  {mean:.3f}{above}", colour))
     places.sort(key=lambda place: place[0])
     gap = 0.062 * (high - low)  # a line of text
     heights = _spread([height for height, _, _ in places], gap)
@@ -220,7 +218,7 @@ def _words(sublayer: str) -> str:
     return {"mlp": "MLP"}.get(sublayer, sublayer)
 
 
-def _colours(groups: Groups) -> list[str]:
+def colours_of(groups: Groups) -> list[str]:
     """A colour for each group: that of its assignment if no group before has it, else the next of OTHER_COLOURS."""
     free, used = list(OTHER_COLOURS), set()
     chosen = []
@@ -234,7 +232,7 @@ def _colours(groups: Groups) -> list[str]:
     return chosen
 
 
-def _label(group: Sequence[RecordedRun], groups: Groups) -> str:
+def label_of(group: Sequence[RecordedRun], groups: Groups) -> str:
     """The assignment of a group, and the first two settings in which the groups differ."""
     settings = [f"{c.heading.rpartition('.')[2]} {c.value(group[0])}" for c in settings_columns(groups)]
     return ", ".join([group[0].assignment, *settings[:2]])
