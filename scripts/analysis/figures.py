@@ -1,7 +1,8 @@
 """The pictures of the table: validation loss of every run, and the singular values of every matrix over training.
 
-They are drawn without pyplot, so no global state changes and no display is needed. The colours are those of Okabe and Ito, which people with
-any colour vision can distinguish (https://jfly.uni-koeln.de/color/).
+They are drawn without pyplot, so no global state changes and no display is needed. The colours are close to those of Okabe and Ito, which
+people with any colour vision can distinguish (https://jfly.uni-koeln.de/color/). Some are darker or lighter, so that each line has a
+contrast of 3:1 at least on white and on the dark page, as WCAG 2.2 asks of graphics (criterion 1.4.11).
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from scripts.analysis.runs import SUBLAYERS, RecordedRun
 from scripts.analysis.tables import Groups, settings_columns
 
 ASSIGNMENT_COLOURS = {
-    "Unconstrained": "#5a5a5a",
+    "Unconstrained": "#767676",
     "All-Stiefel": "#0072B2",
-    "All-DGram": "#E69F00",
+    "All-DGram": "#B98000",
     "Hetero": "#009E73",
     "Hetero-Inv": "#D55E00",
 }
-OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D", "#1B1B1B")
+OTHER_COLOURS = ("#C266A0", "#3B95CC", "#8C6BB1", "#5E8C31", "#8A7A5C")
 LARGEST, SMALLEST = "#D55E00", "#0072B2"  # singular values
 CROSS: dict[str, Any] = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2}
 DASHES: dict[str, Any] = {"color": "#888888", "linewidth": 0.9, "linestyle": (0, (3, 2))}
@@ -159,7 +160,7 @@ def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) 
             xy=(last, end),
             xytext=(1.05, (height - low) / (high - low)),
             textcoords="axes fraction",
-            color=colour,
+            color=text_colour(colour),
             va="center",
             fontweight="bold",
             annotation_clip=False,
@@ -216,6 +217,25 @@ def _log_scale(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
 
 def _words(sublayer: str) -> str:
     return {"mlp": "MLP"}.get(sublayer, sublayer)
+
+
+def contrast(a: str, b: str) -> float:
+    """The contrast of two colours such as "#0072B2", from 1 to 21 (WCAG 2.2, "contrast ratio")."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def text_colour(colour: str) -> str:
+    """The colour, darkened until a text of it has a contrast of 4.5:1 on white, as WCAG 2.2 asks (criterion 1.4.3)."""
+    while contrast(colour, "#ffffff") < 4.5:
+        colour = "#" + "".join(f"{int(colour[i : i + 2], 16) * 24 // 25:02x}" for i in (1, 3, 5))
+    return colour
 
 
 def colours_of(groups: Groups) -> list[str]:

@@ -128,6 +128,13 @@ def make_table(groups: Sequence[Sequence[RecordedRun]], columns: Sequence[Column
     return Table(headings, lines, numeric)
 
 
+def known_columns(table: Table) -> Table:
+    """The table without columns that are empty."""
+    kept = [i for i in range(len(table.headings)) if any(line[i] for line in table.lines)]
+    headings, numeric = ([row[i] for i in kept] for row in (table.headings, table.numeric))
+    return Table(headings, [[line[i] for i in kept] for line in table.lines], numeric, table.caption)
+
+
 def cell(values: Sequence[Value], digits: int) -> str:
     """The text of a cell for the values of its runs: mean ± standard error of numbers, or each different text with its count."""
     known = [value for value in values if value is not None]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import statistics
 from collections.abc import Sequence
 from datetime import timedelta
 
 from scripts.analysis.page.verdict import Setting
 from scripts.analysis.runs import RecordedRun, setting
-from scripts.analysis.tables import Table, different
+from scripts.analysis.tables import Table, different, known_columns
 
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28}\b")  # of a commit, of which twelve digits are enough
 PARAMETERS_FILE = "parameters.txt"
 PAPER_TOKENS = 3.2e9  # arXiv 2606.13276 trains on 3.28e9
 PAPER_SHAPE = {"model.n_layer": "12", "model.n_embd": "768", "data.name": "openwebtext"}
@@ -48,7 +51,7 @@ def costs(settings: Sequence[Setting]) -> Table:
                 *("" if part is None else f"{part:.1%}" for part in parts),
             ]
         )
-    return _known_columns(Table(headings, lines, [False] + [True] * (len(headings) - 1)))
+    return known_columns(Table(headings, lines, [False] + [True] * (len(headings) - 1)))
 
 
 def _seconds(run: RecordedRun) -> dict[str, float]:
@@ -70,16 +73,6 @@ def _host_bytes(run: RecordedRun) -> list[float]:
     """The peak memory of the host, which counts only on a CPU."""
     peak = run.cost.get("peak_bytes")
     return [peak] if isinstance(peak, (int, float)) and run.environment.get("device", "").startswith("CPU") else []
-
-
-def _known_columns(table: Table) -> Table:
-    """The table without columns that are empty."""
-    kept = [i for i in range(len(table.headings)) if any(line[i] for line in table.lines)]
-    return Table(
-        [table.headings[i] for i in kept],
-        [[line[i] for i in kept] for line in table.lines],
-        [table.numeric[i] for i in kept],
-    )
 
 
 def geometries(settings: Sequence[Setting]) -> list[tuple[str, str]]:
@@ -104,18 +97,18 @@ def settings_table(settings: Sequence[Setting]) -> Table | None:
 
 def machines(settings: Sequence[Setting]) -> Table:
     """Where every run is, its state, and the versions and the device that it ran on."""
-    keys = {"code": "commit", "python": "Python", "torch": "torch", "device": "device", "platform": "platform"}
+    keys = {"code": "commit", "device": "device", "python": "Python", "torch": "torch", "platform": "platform"}
     lines = [
         [
             s.label,
             str(r.config["seed"]),
-            str(r.directory),
             f"{r.step:,} of {r.config['max_steps']:,}",
             r.status,
-            *(r.environment.get(key, "") for key in keys),
+            *(_HASH.sub(r"\1", r.environment.get(key, "")) for key in keys),
+            os.path.relpath(r.directory),
         ]
         for s in settings
         for r in s.runs
     ]
-    headings = ["setting", "seed", "directory", "steps", "state", *keys.values()]
-    return _known_columns(Table(headings, lines, [False, True, False, True, *[False] * 6]))
+    headings = ["setting", "seed", "steps", "state", *keys.values(), "directory"]
+    return known_columns(Table(headings, lines, [False, True, True, *[False] * 7]))

@@ -185,7 +185,9 @@
   const every = Number(document.body.dataset.reload);
   if (every > 0) setInterval(async () => {
     try {
-      const stamp = await (await fetch("stamp", { cache: "no-store" })).text();
+      const answer = await fetch("stamp", { cache: "no-store" });
+      if (!answer.ok) return;
+      const stamp = await answer.text();
       if (stamp !== (kept("stamp") ?? stamp)) { kept("stamp", stamp); location.reload(); return; }
       kept("stamp", stamp);
     } catch { /* the server has ended; the page stays as it is */ }

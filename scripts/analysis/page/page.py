@@ -57,7 +57,7 @@ def make(groups: Groups, name: str, command: str, reload_s: float = 0) -> str:
         verdict=verdict(settings),
         loss_table=make_table(groups, [first, *columns]),
         charts=found,
-        texts=TEXTS,
+        texts=TEXTS if any(r.unstable_step is not None for r in runs) else {**TEXTS, "val_loss": _STABLE},
         stores=stores,
         runs=_run_names(settings),
         cost_table=costs(settings),
@@ -99,6 +99,7 @@ TEXTS = {
     "shape": ("Whole spectra", "One matrix at one step, of the first seed of every setting."),
 }
 """Chart → its title and what a reader must know of it."""
+_STABLE = ("Validation loss, all of training", "")
 
 
 def _curves(settings: Sequence[Setting], groups: Groups) -> dict[str, str]:

@@ -9,7 +9,7 @@ from itertools import combinations
 
 from scripts.analysis.runs import RecordedRun, setting
 from scripts.analysis.statistics import Difference, Estimate, detectable, holm, scatter_allowed, seeds_needed
-from scripts.analysis.tables import Table
+from scripts.analysis.tables import Table, known_columns
 
 SAME = {
     "data.name": "the data",
@@ -192,7 +192,7 @@ def _table(leader: Setting, known: Sequence[Setting], means: dict[str, Estimate]
         ]
         says = ("higher" if p < 0.05 else "not told apart") if several else "one seed: unknown"
         lines.append([*line, *cells, says])
-    return Table(headings, lines, [False, *[True] * 6, False])
+    return known_columns(Table(headings, lines, [False, *[True] * 6, False]))
 
 
 def _troubles(settings: Sequence[Setting]) -> list[str]:
