@@ -131,8 +131,8 @@ def make_table(groups: Sequence[Sequence[RecordedRun]], columns: Sequence[Column
 def known_columns(table: Table) -> Table:
     """The table without columns that are empty."""
     kept = [i for i in range(len(table.headings)) if any(line[i] for line in table.lines)]
-    headings, numeric = ([row[i] for i in kept] for row in (table.headings, table.numeric))
-    return Table(headings, [[line[i] for i in kept] for line in table.lines], numeric, table.caption)
+    lines = [[line[i] for i in kept] for line in table.lines]
+    return Table([table.headings[i] for i in kept], lines, [table.numeric[i] for i in kept], table.caption)
 
 
 def cell(values: Sequence[Value], digits: int) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 from bokeh.embed import json_item
 from bokeh.models import (
     BoxZoomTool,
-    ColorBar,
     ColumnDataSource,
     CustomJSTicker,
     CustomJSTickFormatter,
@@ -29,6 +28,7 @@ from bokeh.models import (
     SaveTool,
     WheelZoomTool,
 )
+from bokeh.models.annotations import ColorBar
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -121,7 +121,7 @@ def heat(rows: str, tooltip: str, height: int = HEIGHT) -> str:
     """An empty heat map over steps, as JSON, which page.js fills with cells (left, right, bottom, top, value, row)."""
     chart = _empty("step", rows, False, None, None, height)
     source = ColumnDataSource({key: [] for key in ("left", "right", "bottom", "top", "value", "row")}, name="cells")
-    mapper = LinearColorMapper(Viridis256, low=0, high=1, nan_color="rgba(0,0,0,0)", name="mapper")
+    mapper = LinearColorMapper(palette=list(Viridis256), low=0, high=1, nan_color="rgba(0,0,0,0)", name="mapper")
     cells = chart.quad(
         "left",
         "right",
@@ -131,7 +131,7 @@ def heat(rows: str, tooltip: str, height: int = HEIGHT) -> str:
         fill_color={"field": "value", "transform": mapper},
         line_color={"field": "value", "transform": mapper},  # no seams between cells
     )
-    chart.x_range, chart.y_range = Range1d(0, 1, name="across"), Range1d(1, 0, name="down")
+    chart.x_range, chart.y_range = Range1d(start=0, end=1, name="across"), Range1d(start=1, end=0, name="down")
     chart.yaxis.ticker = FixedTicker(ticks=[], name="rows")
     chart.grid.visible = False
     bar = ColorBar(color_mapper=mapper, width=10, padding=4, major_label_text_font=_FONT, background_fill_alpha=0)
@@ -149,7 +149,9 @@ def _empty(
     height: int = HEIGHT,
 ) -> Any:
     """A chart without content, in the style of all: no fixed colour, since page.js gives those of light or dark."""
-    limits = {key: Range1d(*v) for key, v in (("x_range", x_limits), ("y_range", y_limits)) if v is not None}
+    limits: dict[str, Any] = {
+        key: Range1d(start=v[0], end=v[1]) for key, v in (("x_range", x_limits), ("y_range", y_limits)) if v is not None
+    }
     zoom = BoxZoomTool()
     chart: Any = figure(
         height=height,

@@ -148,12 +148,10 @@ def _chart(
         if not np.isfinite(mean).any():
             continue
         steps, y = thin.thin(x, mean)
-        bands = {"low": thin.thin(x, low), "high": thin.thin(x, high)} if len(curves) > 1 else {}
-        if bands and len(x) > thin.POINTS:
-            # The extremes of a band stand at other steps than those of the mean; all three are read at the steps of the mean.
-            bands = {key: (steps, np.interp(steps, *pair)) for key, pair in bands.items()}
+        # The extremes of a band stand at other steps than those of the mean; all three are read at the steps of the mean.
+        edges = [np.interp(steps, *thin.thin(x, v)) if len(curves) > 1 else None for v in (low, high)]
         cross = _unstable(s, x, mean) if marked else None
-        drawn.append(Line(index, s.label, s.colour, steps, y, *(bands[key][1] for key in bands), mark=cross))
+        drawn.append(Line(index, s.label, s.colour, steps, y, edges[0], edges[1], cross))
     return charts.lines(drawn, unit, logarithmic, **limits) if drawn else ""
 
 

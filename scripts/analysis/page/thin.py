@@ -14,7 +14,9 @@ POINTS, COLUMNS, SPECTRA = 600, 60, 24
 """Most points of a curve, columns of a heat map, and recorded steps of a whole spectrum."""
 
 
-def thin(steps: Sequence[float], values: Sequence[float], most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+def thin(
+    steps: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, most: int = POINTS
+) -> tuple[np.ndarray, np.ndarray]:
     """At most `most` points (n,) float64 of a curve: of every stretch its least and its greatest value, so that no spike is lost.
 
     Values that are not finite become NaN, which is a gap of the line.
