@@ -16,8 +16,7 @@ from browser import PROGRAM, Browser
 from conftest import ROOT
 
 from scripts import report
-from scripts.analysis import figures
-from scripts.analysis.page import thin
+from scripts.analysis import figures, thin
 from scripts.analysis.page.details import at_paper_scale
 from scripts.analysis.page.verdict import Setting, verdict
 from scripts.analysis.runs import RecordedRun, find_runs

@@ -1,4 +1,4 @@
-"""The pictures of the table: validation loss of every run, and the singular values of every matrix over training.
+"""The pictures of the table: validation loss of every run, and the singular values of every matrix, over training and by layer.
 
 They are drawn without pyplot, so no global state changes and no display is needed. The colours are close to those of Okabe and Ito, which
 people with any colour vision can distinguish (https://jfly.uni-koeln.de/color/). Some are darker or lighter, so that each line has a
@@ -8,6 +8,7 @@ contrast of 3:1 at least on white and on the dark page, as WCAG 2.2 asks of grap
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -16,13 +17,15 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from scripts.analysis.runs import SUBLAYERS, RecordedRun
-from scripts.analysis.tables import Groups, settings_columns
+from scripts.analysis.tables import Groups, about, settings_columns
+from scripts.analysis.thin import band, evenly, singular_values
 
 ASSIGNMENT_COLOURS = {
     "Unconstrained": "#767676",
@@ -53,28 +56,30 @@ STYLE: dict[str, Any] = {
 
 
 def draw(groups: Groups, directory: Path) -> list[Path]:
-    """Write val_loss.png and spectra.png into a directory, each if a run has records for it; returns their paths."""
+    """Write val_loss.png, spectra.png and layers.png into a directory, each if a run has records for it; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     if any(r.records.get("eval") for group in groups for r in group):
         drawn.append(draw_losses(groups, directory / "val_loss.png"))
     if any(r.records.get("spectra") for group in groups for r in group):
         drawn.append(draw_spectra(groups, directory / "spectra.png"))
+        drawn.append(draw_layers(groups, directory / "layers.png"))
+    for path in drawn:
+        sign(path, [r for group in groups for r in group])
     return drawn
 
 
 def draw_losses(groups: Groups, path: Path) -> Path:
     """Draw validation loss over steps: all of training on the left, its second half with the names of the curves on the right.
 
-    Runs of one group share a colour. A cross marks the step at which a run became unstable.
+    Of a group with several seeds, the mean stands in a band from the lowest to the highest seed. A cross marks the step at which a run became unstable.
     """
     with picture(path, 9.2, 3.9) as figure:
         whole, end = figure.subplots(1, 2, width_ratios=(1, 1.15))
         colours = colours_of(groups)
         for group, colour in zip(groups, colours):
-            for run in group:
-                for axes in (whole, end):
-                    _loss_curve(axes, run, colour)
+            for axes in (whole, end):
+                _loss_curves(axes, group, colour)
         last = max(run.step for group in groups for run in group) or 1
         finals = [run.final for group in groups for run in group if run.final is not None and math.isfinite(run.final)]
         for axes, first in ((whole, 0), (end, last // 2)):
@@ -115,14 +120,67 @@ def draw_spectra(groups: Groups, path: Path) -> Path:
     return path
 
 
+def draw_layers(groups: Groups, path: Path) -> Path:
+    """Draw the largest singular value over steps and layers: a column for each group's first run, a row for each kind of matrix."""
+    maps = [singular_values(next((r for r in group if r.records.get("spectra")), group[0])) for group in groups]
+    kinds = list(dict.fromkeys(kind for found in maps for kind in found))
+    every = [v for found in maps for kind in found.values() for row in kind["sigma_max"] for v in row if v is not None]
+    norm = LogNorm(max(min(every), 1e-3 * max(every)), max(every) * 1.001) if max(every, default=0) > 0 else None
+    with picture(path, max(4.5, 1.6 + 1.75 * len(groups)), 0.9 + 1.05 * len(kinds), grid=False) as figure:
+        panels = figure.subplots(len(kinds), len(groups), sharex=True, squeeze=False)
+        for row, kind in zip(panels, kinds):
+            for axes, found in zip(row, maps):
+                if kind not in found:
+                    axes.set_axis_off()
+                    continue
+                layers, steps = found[kind]["layers"], found[kind]["steps"]
+                values = [[math.nan if v is None else v for v in line] for line in found[kind]["sigma_max"]]
+                places = steps, range(len(layers))
+                mesh = axes.pcolormesh(*places, values, norm=norm, cmap="viridis", shading="nearest")
+                shown = evenly(range(len(layers)), 4)
+                axes.set_yticks(shown, [str(layers[i]) for i in shown])
+                axes.invert_yaxis()
+            row[0].set_ylabel(f"{kind}\nlayer")
+        for top, bottom, group in zip(panels[0], panels[-1], groups):
+            top.set_title(label_of(group, groups), loc="left", fontweight="bold", fontsize=9.5)
+            bottom.set_xlabel("step")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        bar = figure.colorbar(mesh, ax=panels, label="largest singular value", format=plain, aspect=40)
+        bar.ax.yaxis.set_minor_formatter(NullFormatter() if max(every) > 20 * min(every) else plain)
+    return path
+
+
+def sign(path: Path, runs: Sequence[RecordedRun]) -> None:
+    """Write model, steps and data of the runs below a picture. Without runs, the picture stays as it is."""
+    image = Image.open(path).convert("RGB")
+    lines = textwrap.wrap(about(runs), max(20, image.width // 7))  # a letter is less than 7 pixels wide
+    if not lines:
+        return
+    strip = Figure(figsize=(image.width / DPI, 0.06 + 0.15 * len(lines)), dpi=DPI)
+    strip.text(0.05 / strip.get_figwidth(), 1, "\n".join(lines), fontsize=7.5, color="#59626d", va="top")
+    drawn = BytesIO()
+    strip.savefig(drawn, format="png")
+    words = Image.open(drawn).convert("RGB")
+    whole = Image.new("RGB", (image.width, image.height + words.height), "white")
+    whole.paste(image)
+    whole.paste(words, (0, image.height))
+    _save(whole, path)
+
+
 # ---- pieces ----
 
 
-def _loss_curve(axes: Axes, run: RecordedRun, colour: str) -> None:
-    steps, losses = run.curve("eval")
-    axes.plot(steps, losses, color=colour, linewidth=1.6, alpha=0.9)
-    if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
-        axes.plot([run.unstable_step], [at], color=colour, **CROSS)
+def _loss_curves(axes: Axes, group: Sequence[RecordedRun], colour: str) -> None:
+    curves = [r.curve("eval") for r in group]
+    if len(group) > 1:
+        steps, mean, low, high = band(curves)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(steps, mean, color=colour, linewidth=1.6, alpha=0.9)
+    for run, (steps, losses) in zip(group, curves):
+        thick, alpha = (1.6, 0.9) if len(group) == 1 else (0.5, 0.6)
+        axes.plot(steps, losses, color=colour, linewidth=thick, alpha=alpha)
+        if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
+            axes.plot([run.unstable_step], [at], color=colour, **CROSS)
 
 
 def loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
@@ -270,5 +328,9 @@ def picture(path: Path, width: float, height: float, grid: bool = True) -> Itera
         yield figure
         full = BytesIO()
         figure.savefig(full, format="png")
-    image = Image.open(full).convert("RGB").quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    image.save(path, optimize=True)
+    _save(Image.open(full).convert("RGB"), path)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    few = image.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)

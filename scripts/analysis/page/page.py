@@ -15,7 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from scripts.analysis.figures import colours_of, label_of, loss_limits
-from scripts.analysis.page import charts, thin
+from scripts.analysis import thin
+from scripts.analysis.page import charts
 from scripts.analysis.page.charts import Line
 from scripts.analysis.page.details import at_paper_scale, costs, geometries, machines, settings_table
 from scripts.analysis.page.verdict import Setting, verdict
