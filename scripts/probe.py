@@ -35,6 +35,7 @@ from model.collapse import ambiguous_dimensions, null_space
 from model.gpt import GPT
 from model.probes import head_mixing, probe
 from scripts.analysis.experiment_figures import probe_curves
+from scripts.analysis.figures import sign
 from scripts.analysis.runs import model_of, read_run
 from scripts.analysis.tables import Table
 from scripts.command import UsageError, parse, run
@@ -107,7 +108,9 @@ def work(arguments: list[str]) -> int:
             )
         target = Path(options["figures"])
         target.mkdir(parents=True, exist_ok=True)
-        print(f"written: {probe_curves(trained, target / 'probes.png')}")
+        path = probe_curves(trained, target / "probes.png")
+        sign(path, [trained])
+        print(f"written: {path}")
     return 0
 
 

@@ -10,7 +10,7 @@
 
     seeds=        a list with commas (the recipe's seed); the runs of an assignment share a line: mean ± standard error
     output_dir=   where the runs are written (outputs/reproduce/<name>), each in a directory named after its assignment
-    results=      where table.md, table.json, val_loss.png and spectra.png are written (beside the runs)
+    results=      where table.md, table.json, val_loss.png, spectra.png and layers.png are written (beside the runs)
     --accept      afterwards copy them into results/<name>, and replace the table in README.md or docs/
 
 <name> is the scale, or with optim= the scale and the step rule: demo, demo_paper. If results/<name> holds a table, the new losses are printed
@@ -244,7 +244,7 @@ def decay_of(cfg: dict[str, Any]) -> str:
 def accept(plan: Plan, committed: Path) -> str:
     """Copy the table and the pictures into `committed`, and replace the table in the Markdown files that show it; returns one line."""
     committed.mkdir(parents=True, exist_ok=True)
-    for name in ("table.md", "table.json", "val_loss.png", "spectra.png"):
+    for name in ("table.md", "table.json", "val_loss.png", "spectra.png", "layers.png"):
         if (plan.results / name).exists() and plan.results != committed:
             shutil.copyfile(plan.results / name, committed / name)
     table = (committed / "table.md").read_text()

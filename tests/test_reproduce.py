@@ -122,7 +122,7 @@ def test_the_table_says_what_wrote_it(finished):
 
 def test_the_pictures_are_small(finished):
     where, _ = finished
-    for name in ("val_loss.png", "spectra.png"):
+    for name in ("val_loss.png", "spectra.png", "layers.png"):
         data = (where / "results" / name).read_bytes()
         assert data.startswith(PNG) and 5_000 < len(data) < 150_000
 
@@ -354,7 +354,7 @@ def test_runs_that_differ_in_the_seed_alone_share_a_line(finished, tmp_path, cap
     for seed, final in ((1, 2.0), (2, 2.3), (3, 2.6)):
         written_run(tmp_path / f"seed={seed}", config, [5.0, final], seed=seed)
     written_run(tmp_path / "hot", config, [5.0, 4.0], **{"optim.muon.lr": 0.5})
-    assert report.main([str(tmp_path)]) == 0
+    assert report.main([str(tmp_path), "page=none"]) == 0
     _, hot, seeds = capsys.readouterr().out.splitlines()
     assert hot.split()[-1] == "1" and "0.5" in hot and "4.0000" in hot
     # mean 2.3; the standard error of 2.0, 2.3, 2.6 is 0.3/√3
@@ -371,9 +371,14 @@ def test_values_of_a_line():
 
 def test_report_draws_what_there_is(finished, tmp_path, capsys):
     where, _ = finished
-    assert report.main([str(where / "runs/hetero"), str(where / "runs"), f"figures={tmp_path}/new"]) == 0
+    assert (
+        report.main(
+            [str(where / "runs/hetero"), str(where / "runs"), f"figures={tmp_path}/new", f"page={tmp_path}/page.html"]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 5 + 2, "a run named twice is one run"
+    assert len(lines) == 1 + 5 + 3 + report.has_library(), "a run named twice is one run"
     assert (tmp_path / "new/val_loss.png").read_bytes().startswith(PNG)
     assert (tmp_path / "new/val_loss.png").read_bytes() == (where / "results/val_loss.png").read_bytes()
 

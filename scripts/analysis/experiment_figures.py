@@ -153,11 +153,11 @@ SIGNS = [  # record kind, field, title, and whether the axis is logarithmic
 
 
 def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path:
-    """Draw logit, entropy, saturation and loss over steps, a column for each, and a row for each setting, such as a learning rate.
+    """Draw logit, entropy, saturation and loss over steps, a column for each, and a row for each setting in words, such as a learning rate.
 
     Every assignment has a colour, every seed a thin line. A triangle marks the early warning, a cross the step at which a run became unstable.
     """
-    with picture(path, 12.0, 0.7 + 2.35 * len(rows)) as figure:
+    with picture(path, 12.0, 0.9 + min(2.35 * len(rows), 10.0)) as figure:  # a page at most
         panels = figure.subplots(len(rows), len(SIGNS), squeeze=False, sharex=True, sharey="col")
         shown: dict[str, str] = {}
         for axes, (_, _, title, _) in zip(panels[0], SIGNS):
@@ -169,6 +169,7 @@ def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path
                     _curve(axes, run, kind, field, colour)
                 if logarithmic:
                     axes.set_yscale("log")
+                    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             row[0].set_ylabel(setting, fontweight="bold")
         if losses := [x for runs in rows.values() for run in runs for x in _losses(run)]:
             low = min(losses)

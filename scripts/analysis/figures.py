@@ -1,12 +1,14 @@
-"""The pictures of the table: validation loss of every run, and the singular values of every matrix over training.
+"""The pictures of the table: validation loss of every run, and the singular values of every matrix, over training and by layer.
 
-They are drawn without pyplot, so no global state changes and no display is needed. The colours are those of Okabe and Ito, which people with
-any colour vision can distinguish (https://jfly.uni-koeln.de/color/).
+They are drawn without pyplot, so no global state changes and no display is needed. The colours are close to those of Okabe and Ito, which
+people with any colour vision can distinguish (https://jfly.uni-koeln.de/color/). Some are darker or lighter, so that each line has a
+contrast of 3:1 at least on white and on the dark page, as WCAG 2.2 asks of graphics (criterion 1.4.11).
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,22 +17,24 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from scripts.analysis.runs import SUBLAYERS, RecordedRun
-from scripts.analysis.tables import settings_columns
+from scripts.analysis.tables import Groups, about, settings_columns
+from scripts.analysis.thin import band, evenly, singular_values
 
 ASSIGNMENT_COLOURS = {
-    "Unconstrained": "#5a5a5a",
+    "Unconstrained": "#767676",
     "All-Stiefel": "#0072B2",
-    "All-DGram": "#E69F00",
+    "All-DGram": "#B98000",
     "Hetero": "#009E73",
     "Hetero-Inv": "#D55E00",
 }
-OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D", "#1B1B1B")
+OTHER_COLOURS = ("#C266A0", "#3B95CC", "#8C6BB1", "#5E8C31", "#8A7A5C")
 LARGEST, SMALLEST = "#D55E00", "#0072B2"  # singular values
 CROSS: dict[str, Any] = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2}
 DASHES: dict[str, Any] = {"color": "#888888", "linewidth": 0.9, "linestyle": (0, (3, 2))}
@@ -50,37 +54,37 @@ STYLE: dict[str, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-Groups = Sequence[Sequence[RecordedRun]]
-
 
 def draw(groups: Groups, directory: Path) -> list[Path]:
-    """Write val_loss.png and spectra.png into a directory, each if a run has records for it; returns their paths."""
+    """Write val_loss.png, spectra.png and layers.png into a directory, each if a run has records for it; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     if any(r.records.get("eval") for group in groups for r in group):
         drawn.append(draw_losses(groups, directory / "val_loss.png"))
     if any(r.records.get("spectra") for group in groups for r in group):
         drawn.append(draw_spectra(groups, directory / "spectra.png"))
+        drawn.append(draw_layers(groups, directory / "layers.png"))
+    for path in drawn:
+        sign(path, [r for group in groups for r in group])
     return drawn
 
 
 def draw_losses(groups: Groups, path: Path) -> Path:
     """Draw validation loss over steps: all of training on the left, its second half with the names of the curves on the right.
 
-    Runs of one group share a colour. A cross marks the step at which a run became unstable.
+    Of a group with several seeds, the mean stands in a band from the lowest to the highest seed. A cross marks the step at which a run became unstable.
     """
     with picture(path, 9.2, 3.9) as figure:
         whole, end = figure.subplots(1, 2, width_ratios=(1, 1.15))
-        colours = _colours(groups)
+        colours = colours_of(groups)
         for group, colour in zip(groups, colours):
-            for run in group:
-                for axes in (whole, end):
-                    _loss_curve(axes, run, colour)
+            for axes in (whole, end):
+                _loss_curves(axes, group, colour)
         last = max(run.step for group in groups for run in group) or 1
         finals = [run.final for group in groups for run in group if run.final is not None and math.isfinite(run.final)]
         for axes, first in ((whole, 0), (end, last // 2)):
             axes.set_xlim(first, last)
-            axes.set_ylim(*_loss_limits(groups, first, last))
+            axes.set_ylim(*loss_limits(groups, first, last))
             axes.set_xlabel("step")
         whole.set_ylabel("validation loss (nats per token)")
         if any(run.unstable_step is not None for group in groups for run in group):
@@ -105,7 +109,7 @@ def draw_spectra(groups: Groups, path: Path) -> Path:
             _log_scale(row[0], [r for run in runs for records in run.spectra(sublayer).values() for r in records])
             row[0].set_ylabel(f"{_words(sublayer)}\nsingular values")
         for top, bottom, group in zip(panels[0], panels[-1], groups):
-            top.set_title(_label(group, groups), loc="left", fontweight="bold", fontsize=9.5, pad=16)
+            top.set_title(label_of(group, groups), loc="left", fontweight="bold", fontsize=9.5, pad=16)
             bottom.set_xlabel("step")
             bottom.set_xlim(0, max(r.step for r in runs) or 1)
         handles = [Line2D([], [], color=c, linewidth=1.6) for c in (LARGEST, SMALLEST)]
@@ -116,17 +120,70 @@ def draw_spectra(groups: Groups, path: Path) -> Path:
     return path
 
 
+def draw_layers(groups: Groups, path: Path) -> Path:
+    """Draw the largest singular value over steps and layers: a column for each group's first run, a row for each kind of matrix."""
+    maps = [singular_values(next((r for r in group if r.records.get("spectra")), group[0])) for group in groups]
+    kinds = list(dict.fromkeys(kind for found in maps for kind in found))
+    every = [v for found in maps for kind in found.values() for row in kind["sigma_max"] for v in row if v is not None]
+    norm = LogNorm(max(min(every), 1e-3 * max(every)), max(every) * 1.001) if max(every, default=0) > 0 else None
+    with picture(path, max(4.5, 1.6 + 1.75 * len(groups)), 0.9 + 1.05 * len(kinds), grid=False) as figure:
+        panels = figure.subplots(len(kinds), len(groups), sharex=True, squeeze=False)
+        for row, kind in zip(panels, kinds):
+            for axes, found in zip(row, maps):
+                if kind not in found:
+                    axes.set_axis_off()
+                    continue
+                layers, steps = found[kind]["layers"], found[kind]["steps"]
+                values = [[math.nan if v is None else v for v in line] for line in found[kind]["sigma_max"]]
+                places = steps, range(len(layers))
+                mesh = axes.pcolormesh(*places, values, norm=norm, cmap="viridis", shading="nearest")
+                shown = evenly(range(len(layers)), 4)
+                axes.set_yticks(shown, [str(layers[i]) for i in shown])
+                axes.invert_yaxis()
+            row[0].set_ylabel(f"{kind}\nlayer")
+        for top, bottom, group in zip(panels[0], panels[-1], groups):
+            top.set_title(label_of(group, groups), loc="left", fontweight="bold", fontsize=9.5)
+            bottom.set_xlabel("step")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        bar = figure.colorbar(mesh, ax=panels, label="largest singular value", format=plain, aspect=40)
+        bar.ax.yaxis.set_minor_formatter(NullFormatter() if max(every) > 20 * min(every) else plain)
+    return path
+
+
+def sign(path: Path, runs: Sequence[RecordedRun]) -> None:
+    """Write model, steps and data of the runs below a picture. Without runs, the picture stays as it is."""
+    image = Image.open(path).convert("RGB")
+    lines = textwrap.wrap(about(runs), max(20, image.width // 7))  # a letter is less than 7 pixels wide
+    if not lines:
+        return
+    strip = Figure(figsize=(image.width / DPI, 0.06 + 0.15 * len(lines)), dpi=DPI)
+    strip.text(0.05 / strip.get_figwidth(), 1, "\n".join(lines), fontsize=7.5, color="#59626d", va="top")
+    drawn = BytesIO()
+    strip.savefig(drawn, format="png")
+    words = Image.open(drawn).convert("RGB")
+    whole = Image.new("RGB", (image.width, image.height + words.height), "white")
+    whole.paste(image)
+    whole.paste(words, (0, image.height))
+    _save(whole, path)
+
+
 # ---- pieces ----
 
 
-def _loss_curve(axes: Axes, run: RecordedRun, colour: str) -> None:
-    steps, losses = run.curve("eval")
-    axes.plot(steps, losses, color=colour, linewidth=1.6, alpha=0.9)
-    if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
-        axes.plot([run.unstable_step], [at], color=colour, **CROSS)
+def _loss_curves(axes: Axes, group: Sequence[RecordedRun], colour: str) -> None:
+    curves = [r.curve("eval") for r in group]
+    if len(group) > 1:
+        steps, mean, low, high = band(curves)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(steps, mean, color=colour, linewidth=1.6, alpha=0.9)
+    for run, (steps, losses) in zip(group, curves):
+        thick, alpha = (1.6, 0.9) if len(group) == 1 else (0.5, 0.6)
+        axes.plot(steps, losses, color=colour, linewidth=thick, alpha=alpha)
+        if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
+            axes.plot([run.unstable_step], [at], color=colour, **CROSS)
 
 
-def _loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
+def loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
     """The limits of the loss axis: from just below the best loss to the highest loss of a stable run from step `first` on."""
     shown, stable = [], []
     for group in groups:
@@ -151,7 +208,7 @@ def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) 
         if finals:
             mean = sum(finals) / len(finals)
             above = " ↑" if mean > high else ""  # the end of the curve lies above the picture
-            places.append((min(mean, high), f"{_label(group, groups)}  {mean:.3f}{above}", colour))
+            places.append((min(mean, high), f"{label_of(group, groups)}  {mean:.3f}{above}", colour))
     places.sort(key=lambda place: place[0])
     gap = 0.062 * (high - low)  # a line of text
     heights = _spread([height for height, _, _ in places], gap)
@@ -161,7 +218,7 @@ def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) 
             xy=(last, end),
             xytext=(1.05, (height - low) / (high - low)),
             textcoords="axes fraction",
-            color=colour,
+            color=text_colour(colour),
             va="center",
             fontweight="bold",
             annotation_clip=False,
@@ -220,7 +277,26 @@ def _words(sublayer: str) -> str:
     return {"mlp": "MLP"}.get(sublayer, sublayer)
 
 
-def _colours(groups: Groups) -> list[str]:
+def contrast(a: str, b: str) -> float:
+    """The contrast of two colours such as "#0072B2", from 1 to 21 (WCAG 2.2, "contrast ratio")."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def text_colour(colour: str) -> str:
+    """The colour, darkened until a text of it has a contrast of 4.5:1 on white, as WCAG 2.2 asks (criterion 1.4.3)."""
+    while contrast(colour, "#ffffff") < 4.5:
+        colour = "#" + "".join(f"{int(colour[i : i + 2], 16) * 24 // 25:02x}" for i in (1, 3, 5))
+    return colour
+
+
+def colours_of(groups: Groups) -> list[str]:
     """A colour for each group: that of its assignment if no group before has it, else the next of OTHER_COLOURS."""
     free, used = list(OTHER_COLOURS), set()
     chosen = []
@@ -234,7 +310,7 @@ def _colours(groups: Groups) -> list[str]:
     return chosen
 
 
-def _label(group: Sequence[RecordedRun], groups: Groups) -> str:
+def label_of(group: Sequence[RecordedRun], groups: Groups) -> str:
     """The assignment of a group, and the first two settings in which the groups differ."""
     settings = [f"{c.heading.rpartition('.')[2]} {c.value(group[0])}" for c in settings_columns(groups)]
     return ", ".join([group[0].assignment, *settings[:2]])
@@ -252,5 +328,9 @@ def picture(path: Path, width: float, height: float, grid: bool = True) -> Itera
         yield figure
         full = BytesIO()
         figure.savefig(full, format="png")
-    image = Image.open(full).convert("RGB").quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    image.save(path, optimize=True)
+    _save(Image.open(full).convert("RGB"), path)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    few = image.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)

@@ -30,8 +30,8 @@ SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
 class RecordedRun:
     """A finished, unfinished or failed run.
 
-    config: as written by the run. records: by kind, in order; those of kind "spectra" hold `sigma_max` and `sigma_min` instead
-    of all singular values. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, if a script wrote them.
+    config: as written by the run. records: by kind, in order; those of kind "spectra" hold `sigma_max`, `sigma_min`, `sigma_median`
+    and `sigma_shape`, at most 25 of them at equal shares of their ranks, instead of all singular values. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, if a script wrote them.
     environment: versions and device. case: its values of an experiment's axes, by axis.
     """
 
@@ -249,13 +249,25 @@ _FIELDS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
+_SHAPE = 25  # singular values that are kept of a spectrum
+
+
 def _without_bulk(record: dict[str, Any]) -> dict[str, Any]:
-    """The record; of a spectrum only the largest and smallest singular value, because a long run's file holds millions of numbers."""
+    """The record; of a spectrum only a few of the singular values, because a long run's file holds millions of numbers."""
     if record["kind"] != "spectra":
         return record
     bulk = ("sigma", "gram_diagonal")
     slim = {key: value for key, value in record.items() if key not in bulk}
-    return {**slim, "sigma_max": max(record["sigma"]), "sigma_min": min(record["sigma"])}
+    sigma = sorted(record["sigma"], reverse=True)
+    last, count = len(sigma) - 1, min(len(sigma), _SHAPE)
+    shape = [sigma[round(i * last / max(1, count - 1))] for i in range(count)]
+    return {
+        **slim,
+        "sigma_max": max(record["sigma"]),
+        "sigma_min": min(record["sigma"]),
+        "sigma_median": sigma[last // 2],
+        "sigma_shape": shape,
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

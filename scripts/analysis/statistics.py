@@ -1,5 +1,5 @@
-"""Statistics over seeds and runs: mean ± standard error, paired difference, the significance rule of the public optimizer track, rank
-correlation, and the best learning rate of a curve."""
+"""Statistics over seeds and runs: mean ± standard error, paired difference, power, what one seed can say, the significance rule of the
+public optimizer track, rank correlation, and the best learning rate of a curve."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Difference:
         p = math.nan if math.isnan(found.error) else 2 * (1 - student_cdf(t, freedom))
         return cls(found.mean, found.error, found.count, found.mean - half, found.mean + half, p)
 
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the difference of one seed; NaN for a single seed."""
+        return self.error * math.sqrt(self.count)
+
     def text(self, digits: int = 3) -> str:
         """Text such as "-0.031 [-0.040, -0.022]"; without an interval for a single seed."""
         interval = f" [{self.low:+.{digits}f}, {self.high:+.{digits}f}]" if self.count > 1 else ""
@@ -85,6 +91,80 @@ def student_quantile(share: float, freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if student_cdf(middle, freedom) < share else (low, middle)
     return high
+
+
+# ---- power: what so many seeds can see ----
+
+LEVEL, POWER = 0.05, 0.8
+"""The two-sided level of a test, and the probability with which a true difference is to be found: the values of most textbooks."""
+_SLICES = 400  # of the integral in `power`; twice as many change its value by less than 1e-6
+
+
+def power(effect: float, count: int, level: float = LEVEL) -> float:
+    """The probability that a paired t-test over `count` ≥ 2 seeds finds a true difference.
+
+    effect: the true difference over the standard deviation of the difference of one seed. The integral is that of the noncentral t
+    distribution over s = √(χ²/ν), ν = count - 1, whose density is 2 (ν/2)^(ν/2) / Γ(ν/2) · s^(ν-1) · exp(-νs²/2), by Simpson's rule.
+    """
+    freedom, shift = count - 1, abs(effect) * math.sqrt(count)
+    critical = student_quantile(1 - level / 2, freedom)
+    scale = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
+    normal = statistics.NormalDist().cdf
+    width = (1 + 8 / math.sqrt(2 * freedom)) / _SLICES
+    total = 0.0
+    for i in range(_SLICES + 1):
+        s = i * width
+        weight = 1 if i in (0, _SLICES) else 4 if i % 2 else 2
+        density = math.exp(scale - freedom * s * s / 2) * s ** (freedom - 1)
+        total += weight * density * (normal(shift - critical * s) + normal(-shift - critical * s))
+    return min(1.0, total * width / 3)
+
+
+@cache
+def detectable(count: int, level: float = LEVEL, wanted: float = POWER) -> float:
+    """The smallest effect, in standard deviations of the difference of one seed, that `count` ≥ 2 seeds find with the wanted power."""
+    low, high = 0.0, 1.0
+    while power(high, count, level) < wanted:
+        high *= 2
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, count, level) < wanted else (low, middle)
+    return high
+
+
+def seeds_needed(effect: float, most: int = 1000) -> int | None:
+    """The least number of seeds that find an effect, in units of `detectable`, with the usual power; None if it is more than `most`."""
+    low, high = 1, 2
+    while power(effect, high) < POWER:
+        low, high = high, 2 * high
+        if low >= most:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if power(effect, middle) < POWER else (low, middle)
+    return high if high <= most else None
+
+
+def scatter_allowed(difference: float, level: float = LEVEL) -> float:
+    """What one seed can say: a difference of two single runs is significant only if runs scatter over seeds by less than this.
+
+    The result is a standard deviation of the loss of one run. It assumes independent normal losses of equal, known deviation σ: the
+    difference then has the deviation σ√2. One seed itself says nothing about σ.
+    """
+    return abs(difference) / (math.sqrt(2) * statistics.NormalDist().inv_cdf(1 - level / 2))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number by Holm's step-down method (Scandinavian Journal of Statistics 6, 1979). NaN stays NaN.
+
+    The probability that any true null hypothesis among them has an adjusted value below α is at most α.
+    """
+    order = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=values.__getitem__)
+    adjusted, least = list(values), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * values[i]))
+        adjusted[i] = least
+    return adjusted
 
 
 # ---- the rule of the public optimizer track ----

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from scripts.analysis.figures import sign
 from scripts.analysis.runs import RecordedRun, final_losses, read_run
 from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
 from scripts.analysis.statistics import Estimate, best_rate
@@ -251,6 +252,8 @@ class Study:
         data = {"command": command, "environment": env, **self.facts, "rows": rows, **trials}
         write_tables(results, tables, foot, data)
         drawn = [name for name, draw in self.experiment.figures.items() if draw(self, results / name)]
+        for name in drawn:
+            sign(results / name, self.runs)
         parts = [*(table.text() for table in tables), self.experiment.remark(self)]
         written = ", ".join(["table.md", "table.json", *drawn])
         return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"

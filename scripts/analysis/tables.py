@@ -14,6 +14,7 @@ from scripts.analysis.runs import RecordedRun, setting
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
 from training.run import environment
+from training.settings import completed
 from training.sweep import other_settings
 
 PUBLISHED = {
@@ -26,6 +27,7 @@ PUBLISHED = {
 """Validation losses of arXiv 2606.13276 (GPT-2 124M, 3.28B tokens of OpenWebText, one seed), in the paper's order."""
 
 Value = float | str | None
+Groups = Sequence[Sequence[RecordedRun]]
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,13 @@ def make_table(groups: Sequence[Sequence[RecordedRun]], columns: Sequence[Column
     return Table(headings, lines, numeric)
 
 
+def known_columns(table: Table) -> Table:
+    """The table without columns that are empty."""
+    kept = [i for i in range(len(table.headings)) if any(line[i] for line in table.lines)]
+    lines = [[line[i] for i in kept] for line in table.lines]
+    return Table([table.headings[i] for i in kept], lines, [table.numeric[i] for i in kept], table.caption)
+
+
 def cell(values: Sequence[Value], digits: int) -> str:
     """The text of a cell for the values of its runs: mean ± standard error of numbers, or each different text with its count."""
     known = [value for value in values if value is not None]
@@ -170,7 +179,7 @@ def grouped(runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
 
 def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Dotted keys that differ between two configurations and may change a run's numbers, without the seed."""
-    return [key for change in other_settings(a, b) if (key := change.partition(":")[0]) != "seed"]
+    return [key for change in other_settings(a, completed(b)) if (key := change.partition(":")[0]) != "seed"]
 
 
 def settings_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
@@ -208,22 +217,14 @@ def report_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
 def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
     """The text below a table: command, settings and machine. A setting in which the runs differ is left out."""
 
-    def shared(text: str, *keys: str) -> str:
-        values = [{setting(r.config, key) for r in runs} for key in keys]
-        if any(len(found) != 1 or "" in found for found in values):
-            return ""
-        return text.format(*(float(v) if _is_number(v) else v for (v,) in values))
-
     parts = [
         f"{len(runs)} runs" if runs else "",
-        shared("{:g} layers of width {:g}, context {:g}", "model.n_layer", "model.n_embd", "model.block_size"),
-        shared("{:,.0f} steps", "max_steps"),
-        shared("{:,.0f} tokens a step", "global_batch_tokens"),
-        shared("data `{}` ({} tokens)", "data.name", "data.tokenizer"),
-        shared("step rule `{}`", "optim.muon.rule.kind"),
-        shared("peak learning rate of Muon {:g}", "optim.muon.lr"),
-        shared("peak learning rate of AdamW {:g}", "optim.adamw.lr"),
-        shared("seed {:g}", "seed"),
+        *_scale(runs),
+        _shared(runs, "data `{}` ({} tokens)", "data.name", "data.tokenizer"),
+        _shared(runs, "step rule `{}`", "optim.muon.rule.kind"),
+        _shared(runs, "peak learning rate of Muon {:g}", "optim.muon.lr"),
+        _shared(runs, "peak learning rate of AdamW {:g}", "optim.adamw.lr"),
+        _shared(runs, "seed {:g}", "seed"),
     ]
     about = ", ".join(filter(None, parts))
     env = runs[0].environment if runs else environment()
@@ -232,6 +233,30 @@ def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
     )
     first = f"Written by {as_code(command)}{': ' if about else ''}{about}."
     return "\n".join([first, *filter(None, remarks), f"{machine}."])
+
+
+def about(runs: Sequence[RecordedRun]) -> str:
+    """Model, steps and data of the runs in a few words, for below a picture. What the runs do not share is named without a value."""
+    whole = [text or differing for text, differing in zip(_scale(runs), ("several models", "several lengths", ""))]
+    data = _shared(runs, "data {} ({} tokens)", "data.name", "data.tokenizer") or "several sources of data"
+    return ", ".join(filter(None, [*whole, data])) if runs else ""
+
+
+def _scale(runs: Sequence[RecordedRun]) -> list[str]:
+    """The model, the steps and the tokens of a step; an empty text where the runs differ."""
+    return [
+        _shared(runs, "{:g} layers of width {:g}, context {:g}", "model.n_layer", "model.n_embd", "model.block_size"),
+        _shared(runs, "{:,.0f} steps", "max_steps"),
+        _shared(runs, "{:,.0f} tokens a step", "global_batch_tokens"),
+    ]
+
+
+def _shared(runs: Sequence[RecordedRun], text: str, *keys: str) -> str:
+    """The text with the values of the keys; empty if the runs differ in one, or have none."""
+    values = [{setting(r.config, key) for r in runs} for key in keys]
+    if any(len(found) != 1 or "" in found for found in values):
+        return ""
+    return text.format(*(float(v) if _is_number(v) else v for (v,) in values))
 
 
 def _is_number(text: str) -> bool:

@@ -15,6 +15,17 @@ REMEDIES = {
     "attention_lr": ("optim.muon.lr_scale={attn: 0.2}",),
     "head_blocks": ("optim.muon.blocks={c_attn: 12}",),  # separate queries, keys and values for each of four heads
 }
+WORDS = {
+    "none": "no remedy",
+    "qk_norm": "norm of queries\nand keys",
+    "qk_clip": "clip of queries\nand keys at 20",
+    "soft_cap": "logits capped\nat 20",
+    "norm_cap": "singular values\ncapped at 2",
+    "decay": "weight decay 0.1",
+    "attention_lr": "learning rate of\nattention × 0.2",
+    "head_blocks": "a step for\nevery head",
+}
+"""The remedies in the words of the picture."""
 
 
 def verdict(study: Study) -> str:
@@ -41,7 +52,7 @@ EXPERIMENT = Experiment(
     columns=lambda study: [case("assignment", "assignment"), case("remedy", "remedy"), *ATTENTION_COLUMNS],
     figures={
         "mechanism.png": lambda study, path: warning_signs(
-            {key: runs for (key,), runs in study.grouped("remedy").items()}, path
+            {WORDS[key]: runs for (key,), runs in study.grouped("remedy").items()}, path
         )
     },
     remark=verdict,

@@ -1,0 +1,421 @@
+"""The page: few points of many, the verdict in words, one file that needs nothing else, live, and in a real browser."""
+
+import json
+import math
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import yaml
+from browser import PROGRAM, Browser
+from conftest import ROOT
+
+from scripts import report
+from scripts.analysis import figures, thin
+from scripts.analysis.page.details import at_paper_scale
+from scripts.analysis.page.verdict import Setting, verdict
+from scripts.analysis.runs import RecordedRun, find_runs
+from scripts.analysis.tables import about, different, grouped
+from training.config import compose
+from training.log import METRICS_FILE, RunLog
+
+PAGE = ROOT / "scripts/analysis/page"
+LAYERS, HEADS, STEPS = 12, 12, 50_000
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+library = pytest.mark.skipif(not report.has_library(), reason="bokeh, which draws the page, is not installed")
+browser_needed = pytest.mark.skipif(PROGRAM is None, reason="no chromium; apt-get install chromium runs this test")
+
+
+def configuration(assignment, seed=1, steps=STEPS, **changes):
+    words = [f"assignment={assignment}", f"seed={seed}", f"max_steps={steps}", "model=gpt2_124m", "data=openwebtext"]
+    return compose([*words, *(f"{key}={value}" for key, value in changes.items())]).plain()
+
+
+def write_run(directory, config, records, end=True):
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    (directory / "parameters.txt").write_text(f"parameters of {config['assignment']['name']} <b>\n")
+    with (directory / METRICS_FILE).open("w") as file:
+        last = {"kind": "end", "step": config["max_steps"], "train_seconds": 100.0, "time": {"eval": 3.0}}
+        file.writelines(json.dumps(record) + "\n" for record in [*records, *([last] if end else [])])
+    return directory
+
+
+def long_run(shift, rng, steps=STEPS):
+    """The records of a run of 124M parameters: a curve of losses, spectra, probes and certificates."""
+    for step in range(0, steps + 1, 10):
+        loss = 3.0 + 4 * math.exp(-step / 4000) + shift + rng.gauss(0, 0.02)
+        more = {"grad_norm": 1 + rng.random(), "tokens_per_s": 4e5, "mfu": 0.4, "time": {"optimizer": 1.0, "data": 0.1}}
+        yield {"kind": "train", "step": step, "loss": loss, **more}
+        if step % 2000 == 0:
+            yield {"kind": "eval", "step": step, "loss": loss}
+            for layer in range(LAYERS):
+                for kind in MATRICES:
+                    sigma = [(1 + layer / 20) * (1 - i / 40) for i in range(32)]
+                    name = f"transformer.h.{layer}.{kind}.weight"
+                    yield {"kind": "spectra", "step": step, "name": name, "sigma": sigma, "residual": 1e-6}
+                    yield {"kind": "certificate", "step": step, "name": name, "feas": 0.95}
+            grid = [[0.5 + 0.01 * (layer + head) for head in range(HEADS)] for layer in range(LAYERS)]
+            summary = {"largest_logit": 5.0, "least_entropy": 0.5, "greatest_saturation": 0.1}
+            yield {"kind": "probe", "step": step, "logit_max": grid, "entropy": grid, "saturated": grid, **summary}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Ten runs of 50,000 steps: five assignments, two seeds."""
+    folder, rng = tmp_path_factory.mktemp("sweep"), random.Random(0)
+    for i, assignment in enumerate(("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")):
+        config = configuration(assignment)
+        for seed in (1, 2):
+            write_run(folder / f"{assignment},seed={seed}", {**config, "seed": seed}, long_run(0.03 * i, rng))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(sweep, tmp_path_factory):
+    """The page of the sweep, in a file."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    assert report.main([str(sweep), f"page={path}"]) == 0
+    return path
+
+
+# ---- few points of many ----
+
+
+def test_a_thin_curve_keeps_its_spikes_and_its_gaps():
+    values = np.sin(np.arange(50_000) / 5000)
+    values[[17, 33_333]] = 9.0, -9.0
+    values[40_000:45_000] = np.inf
+    steps, few = thin.thin(range(50_000), values)
+    assert len(steps) <= thin.POINTS and (np.diff(steps) > 0).all()
+    assert {(17, 9.0), (33_333, -9.0)} <= set(zip(steps.tolist(), few.tolist()))
+    assert np.isnan(few[(steps > 40_200) & (steps < 44_800)]).all() and np.isfinite(few[steps < 39_000]).all()
+    assert [v.tolist() for v in thin.thin([1, 2], [3.0, 4.0])] == [[1, 2], [3, 4]]
+
+
+def test_a_band_goes_from_the_lowest_to_the_highest_seed():
+    steps, mean, low, high = thin.band([([0, 5, 10], [1.0, 2.0, 3.0]), ([0, 10], [3.0, 7.0])])
+    assert [v.tolist() for v in (steps, mean, low, high)] == [[0, 10], [2, 5], [1, 3], [3, 7]]
+    assert [len(v) for v in thin.band([([0], [1.0]), ([5], [1.0])])] == [0] * 4
+
+
+def test_places_of_matrices_and_short_numbers():
+    assert thin.place("transformer.h.3.attn.c_attn.weight") == ("attn.c_attn", 3)
+    assert thin.place("lm_head.weight") == ("lm_head", 0) and thin.place("blocks.7.weight") == ("blocks", 7)
+    assert thin.figures_of([1.23456, math.inf, 7, None]) == [1.235, None, 7, None]
+    assert thin.evenly(range(100), 3) == [0, 50, 99] and thin.evenly([1], 3) == [1]
+
+
+# ---- the verdict ----
+
+
+def fake(label, losses, steps=100, end=True, events=(), **config):
+    """A setting whose runs have these losses by seed at the end, and 5.0 at the half."""
+    runs = []
+    for seed, loss in losses.items():
+        evals = [{"step": steps // 2, "loss": 5.0}, *([{"step": steps, "loss": loss}] if loss is not None else [])]
+        records = (
+            {"eval": evals} | ({"event": list(events)} if events else {}) | ({"end": [{"step": steps}]} if end else {})
+        )
+        runs.append(RecordedRun(label, {"seed": seed, "max_steps": steps, **config}, records, {}, {}))
+    return Setting(label, "#000000", runs)
+
+
+def pair(effect, seeds, rng):
+    common = {seed: rng.gauss(3, 0.1) for seed in range(seeds)}
+    return fake("A", common), fake("B", {seed: x + rng.gauss(effect, 0.01) for seed, x in common.items()})
+
+
+@pytest.mark.parametrize(("effect", "least", "most"), [(0.0, 0.0, 0.12), (0.05, 0.95, 1.0)])
+def test_a_true_difference_is_found_and_a_null_one_is_not(effect, least, most):
+    rng, trials = random.Random(5), 120
+    said = [" ".join(verdict(pair(effect, 4, rng)).sentences) for _ in range(trials)]
+    assert all(("more than chance" in text) != ("chance alone may explain it" in text) for text in said)
+    assert least <= sum("more than chance" in text for text in said) / trials <= most
+
+
+def test_the_verdict_names_the_leader_the_interval_and_the_power():
+    said = verdict([fake("A", {1: 2.00, 2: 2.11, 3: 2.19}), fake("B", {1: 2.10, 2: 2.20, 3: 2.30})])
+    assert said.headline.startswith("A has the lowest loss: 2.1000 ± ") and "3 seeds" in said.headline
+    text = " ".join(said.sentences)
+    assert "The next is B, whose loss is higher by 0.1000" in text and "95% interval +0.0752 to +0.1248" in text
+    assert "Power: 3 seeds find a true difference from B" in text and "2 seeds would find it" not in text
+    assert [line[0] for line in said.table.lines] == ["A", "B"] and said.table.lines[1][-1] == "higher"
+
+
+def test_one_seed_is_said_to_be_one():
+    said = verdict([fake("A", {1: 2.0}), fake("B", {1: 2.05, 2: 3.0})])
+    text = " ".join(said.sentences)
+    assert "One seed cannot say" in text and "less than 0.0180" in text and "chance alone" not in text
+    assert said.table.lines[1][-1] == "one seed: unknown"
+
+
+def test_runs_that_train_are_compared_where_all_have_been():
+    said = verdict([fake("A", {1: 2.0}, end=False), fake("B", {1: None}, end=False)])
+    silent = Setting("A", "#000000", [RecordedRun("A", {"seed": 1, "max_steps": 9}, {}, {}, {})])
+    assert "at step 50, the newest that all have reached" in said.headline and "5.0000" in said.headline
+    assert "No loss can be compared" in verdict([silent]).headline
+
+
+def test_what_went_wrong_and_what_cannot_be_compared_is_said():
+    event = {"step": 70, "event": "unstable", "message": "the loss rose by 0.7"}
+    said = verdict([fake("A", {1: 2.0}), fake("B", {1: 1.0}, events=[event], data={"name": "books"})])
+    assert said.headline.startswith("A has a loss") and any("differ in the data" in c for c in said.cautions)
+    assert "B: unstable at step 70. the loss rose by 0.7" in said.cautions
+    apart = verdict([fake("A", {1: 2.0}), fake("B", {2: 1.0})])
+    assert "Give all settings the same seeds" in apart.sentences[0]
+
+
+# ---- the tables ----
+
+
+def test_the_papers_losses_stand_at_its_scale_only():
+    def run(*words):
+        return RecordedRun("run", compose(["experiment=paper", *words]).plain(), {}, {}, {})
+
+    assert at_paper_scale(run()) and at_paper_scale(run("assignment=hetero", "max_steps=60000"))
+    for smaller in ("max_steps=10000", "model=gpt2_350m", "data=books", "global_batch_tokens=4096"):
+        assert not at_paper_scale(run(smaller))
+
+
+def test_a_setting_that_came_later_is_no_difference():
+    new = configuration("hetero")
+    old = {key: value for key, value in new.items() if key not in ("batches", "average")}
+    assert different(old, new) == different(new, old) == different(old, old) == []
+
+
+def test_colours_have_contrast():
+    dark = re.search(r'"dark"\].*?--paper: (#\w+)', (PAGE / "page.css").read_text())[1]
+    for colour in (*figures.ASSIGNMENT_COLOURS.values(), *figures.OTHER_COLOURS):
+        assert min(figures.contrast(colour, paper) for paper in ("#ffffff", dark)) >= 3, colour
+        assert figures.contrast(figures.text_colour(colour), "#ffffff") >= 4.5
+    assert figures.contrast("#000000", "#ffffff") == pytest.approx(21)
+
+
+# ---- the page ----
+
+
+@library
+def test_the_page_is_one_small_file_that_needs_nothing(page):
+    text = page.read_text()
+    data = sum(map(len, re.findall(r'<script type="application/json".*?</script>', text, re.DOTALL)))
+    assert len(text.encode()) - data < 2e6 and len(text) < 8e6
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r'(src|href)="(?!data:,)', outside) and "@import" not in outside and "url(" not in outside
+    for assignment in ("Unconstrained", "All-Stiefel", "All-DGram", "Hetero", "Hetero-Inv"):
+        assert f'data-label="{assignment}"' in text and f"parameters of {assignment} &lt;b&gt;" in text
+    assert outside.count(about([RecordedRun("run", configuration("hetero"), {}, {}, {})])) > 15, (
+        "every figure says model, data and steps"
+    )
+    assert "python scripts/report.py" in outside and "Unconstrained has the lowest loss" in outside
+
+
+@library
+def test_text_of_a_run_cannot_become_a_part_of_the_page(tmp_path, capsys):
+    evil = "</script><script>alert(1)</script>"
+    config = configuration("hetero", steps=10)
+    config["assignment"]["name"] = evil
+    event = {"kind": "event", "step": 5, "event": "unstable", "message": evil}
+    write_run(tmp_path / "run", config, [{"kind": "eval", "step": 5, "loss": 3.0}, event])
+    assert report.main([str(tmp_path)]) == 0 and f"written: {tmp_path}/report.html" in capsys.readouterr().out
+    assert evil not in (tmp_path / "report.html").read_text()
+
+
+@library
+def test_a_run_that_has_written_almost_nothing_has_a_page(tmp_path):
+    write_run(tmp_path / "a", configuration("hetero", steps=10), [], end=False)
+    write_run(tmp_path / "b", configuration("adamw", steps=10), [{"kind": "probe", "step": 1}], end=False)
+    assert report.main([str(tmp_path)]) == 0
+    assert "No loss can be compared yet" in (tmp_path / "report.html").read_text()
+
+
+def test_without_the_library_the_table_is_printed_and_the_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "has_library", lambda: False)
+    write_run(tmp_path / "run", configuration("hetero", steps=10), [{"kind": "eval", "step": 5, "loss": 3.0}])
+    assert report.main([str(tmp_path), f"figures={tmp_path}/figures"]) == 0
+    out, err = capsys.readouterr()
+    assert "3.0000" in out and "val_loss.png" in out and "pip install bokeh" in err
+    assert not (tmp_path / "report.html").exists()
+    assert report.main([str(tmp_path), "live=true"]) == 2 and report.main([str(tmp_path), "page=none"]) == 0
+
+
+@library
+def test_a_page_that_cannot_be_written_is_one_message(tmp_path, capsys):
+    write_run(tmp_path / "run", configuration("hetero", steps=10), [])
+    assert report.main([str(tmp_path), f"page={tmp_path}/none/report.html"]) == 2
+    assert "name another file with page=" in capsys.readouterr().err
+
+
+# ---- live ----
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A run that trains, its directory, and the address of its live page."""
+    from scripts.analysis.page import live
+    from scripts.analysis.page.page import make
+
+    run = write_run(
+        tmp_path / "run", configuration("hetero", steps=100), [{"kind": "eval", "step": 5, "loss": 3.0}], False
+    )
+    server = live.server([str(tmp_path)], lambda: make(grouped(find_runs([tmp_path])), "live", "command", 0.3), 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield run, server.server_address
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def fetch(address, path, host=None):
+    request = urllib.request.Request(f"http://{address[0]}:{address[1]}{path}")
+    if host:
+        request.add_header("Host", host)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.read().decode()
+
+
+@library
+def test_a_live_page_follows_the_runs_and_answers_this_machine_only(served):
+    run, address = served
+    assert address[0] == "127.0.0.1"
+    before = fetch(address, "/stamp")
+    assert "3.0000" in fetch(address, "/") and fetch(address, "/stamp") == before
+    log = RunLog(run)
+    log.write("eval", 10, loss=2.5)
+    log.close()
+    assert fetch(address, "/stamp") != before and "2.5000" in fetch(address, "/")
+    for path, host, code in (("/", "evil.example:80", 403), ("/etc/passwd", None, 404)):
+        with pytest.raises(urllib.error.HTTPError, match=str(code)):
+            fetch(address, path, host)
+
+
+def test_a_port_that_is_taken_is_said(served):
+    from scripts.analysis.page import live
+    from scripts.command import UsageError
+
+    for port in (served[1][1], 70_000):
+        with pytest.raises(UsageError, match="name another"):
+            live.server([], str, port)
+
+
+# ---- in a browser ----
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if PROGRAM is None:
+        pytest.skip("no chromium")
+    opened = Browser()
+    yield opened
+    opened.close()
+
+
+DRAWN = "[...document.querySelectorAll('.chart')].every(c => c.dataset.state == 'drawn')"
+PLOTS = "[...Bokeh.documents].flatMap(d => [...(d.all_models ?? d._all_models.values())])"
+
+
+def open_all(browser, path, **window):
+    """Open a page and draw all its charts."""
+    browser.errors.clear()
+    browser.open(path.as_uri(), **window)
+    browser.get("sessionStorage.clear(); dispatchEvent(new Event('beforeprint'))")
+    browser.until(DRAWN)
+
+
+@library
+@browser_needed
+@pytest.mark.parametrize(("width", "phone", "dark"), [(1280, False, False), (390, True, True)])
+def test_the_page_is_drawn_without_an_error_at_any_width(browser, page, width, phone, dark):
+    open_all(browser, page, width=width, phone=phone, dark=dark)
+    assert browser.get("document.querySelectorAll('.chart').length") == 18
+    assert browser.get("document.documentElement.scrollWidth") <= width, "the page does not scroll sideways"
+    assert browser.get("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)"
+    )
+    label = browser.get(f"{PLOTS}.find(m => m.type == 'LinearAxis').major_label_text_color.value ?? 0") or browser.get(
+        f"{PLOTS}.find(m => m.type == 'LinearAxis').major_label_text_color"
+    )
+    assert label == ("#a3adb8" if dark else "#59626d")
+    assert browser.errors == []
+
+
+@library
+@browser_needed
+def test_a_click_hides_a_setting_and_the_slider_moves_the_spectrum(browser, page):
+    open_all(browser, page)
+    shown = f"{PLOTS}.filter(m => m.tags?.includes('setting-1')).map(m => m.visible)"
+    assert set(browser.get(shown)) == {True} and len(browser.get(shown)) > 10
+    browser.click("[data-setting='1']")
+    assert set(browser.get(shown)) == {False}
+    assert browser.get("document.querySelector(\"[data-setting='1']\").getAttribute('aria-pressed')") == "false"
+    browser.click("[data-setting='1']")
+    assert set(browser.get(shown)) == {True}
+
+    said = "document.getElementById('shape-said').textContent"
+    assert browser.get(said) == "50,000"
+    browser.click("#shape-step")
+    browser.press("Home")
+    browser.press("ArrowRight")
+    assert browser.get(said) == "2,000"
+    before = browser.get(f"{PLOTS}.find(m => m.name == 'shape-0').data.y[0]")
+    browser.get(
+        "(s => { s.value = 'mlp.c_fc|11'; s.dispatchEvent(new Event('change')); })(document.getElementById('shape-matrix'))"
+    )
+    assert before == pytest.approx(1.0) and browser.get(
+        f"{PLOTS}.find(m => m.name == 'shape-0').data.y[0]"
+    ) == pytest.approx(1.55)
+    assert browser.errors == []
+
+
+@library
+@browser_needed
+def test_ten_long_runs_open_fast_and_stay_fluent(browser, page):
+    started = time.perf_counter()
+    browser.open(page.as_uri())
+    browser.until("document.querySelector('.chart').dataset.state == 'drawn'")
+    assert time.perf_counter() - started < 8, "two seconds on an idle machine; tests may share it"
+    browser.get("document.querySelector('#chart-train_loss').scrollIntoView({block: 'center'})")
+    browser.until("document.querySelector('#chart-train_loss').dataset.state == 'drawn'")
+    x, y = browser.get("(r => [r.x, r.y + 150])(document.querySelector('#chart-train_loss').getBoundingClientRect())")
+    started = time.perf_counter()
+    for i in range(30):
+        browser.move(x + 60 + 10 * i, y)
+        browser.get("new Promise(requestAnimationFrame)")
+    assert (time.perf_counter() - started) / 30 < 0.5 and browser.errors == []
+
+
+@library
+@browser_needed
+def test_a_live_page_shows_a_new_record_and_keeps_what_was_hidden(browser, served):
+    run, address = served
+    browser.errors.clear()
+    browser.open(f"http://{address[0]}:{address[1]}/")
+    browser.until("sessionStorage.getItem('stamp')")
+    browser.click(".chip")
+    log = RunLog(run)
+    log.write("eval", 10, loss=2.5)
+    log.close()
+    browser.until("document.querySelector('.headline')?.textContent.includes('2.5000')")
+    browser.until("document.querySelector('.chip')?.getAttribute('aria-pressed') == 'false'")
+    assert browser.errors == []
+    browser.open("about:blank")  # so that it asks no server that has ended
+
+
+@library
+@browser_needed
+def test_a_newcomer_trains_two_assignments_and_compares_them_in_the_browser(tiny, train_here, tmp_path, browser):
+    words = [word for word in tiny if not word.startswith("output_dir")]
+    for assignment in ("all_stiefel", "hetero"):
+        out = train_here(f"assignment={assignment}", *words, f"output_dir={tmp_path}/runs/{assignment}")
+        assert out.returncode == 0, out.stderr
+    assert report.main([f"{tmp_path}/runs"]) == 0
+    open_all(browser, tmp_path / "runs/report.html")
+    assert browser.get("[...document.querySelectorAll('.chip')].map(c => c.textContent)") == ["All-Stiefel", "Hetero"]
+    differ = browser.get("document.querySelector('#differences').textContent")
+    assert "assignment.rules.mlp" in differ and "dgram" in differ and browser.errors == []

@@ -1,0 +1,88 @@
+"""Level, power and what one seed can say, on synthetic losses of seeds."""
+
+import math
+import random
+
+import pytest
+
+from scripts.analysis.statistics import (
+    LEVEL,
+    POWER,
+    Difference,
+    detectable,
+    holm,
+    power,
+    scatter_allowed,
+    seeds_needed,
+    student_quantile,
+)
+
+TRIALS = 2000
+
+
+def differences(effect, seeds, rng):
+    """Paired differences of two settings whose losses share what the seed does; the difference scatters by 0.01."""
+    for _ in range(TRIALS):
+        common = [rng.gauss(2.0, 0.05) for _ in range(seeds)]
+        ours = {i: x + rng.gauss(effect * 0.01, 0.01) for i, x in enumerate(common)}
+        yield Difference.of(ours, dict(enumerate(common)))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+@pytest.mark.parametrize("effect", [0.0, 1.5])
+def test_a_difference_is_found_as_often_as_the_power_says(seeds, effect):
+    found = sum(d.p < LEVEL for d in differences(effect, seeds, random.Random(seeds)))
+    expected = power(effect, seeds)
+    assert expected == pytest.approx(LEVEL, abs=1e-6) if effect == 0 else expected > LEVEL
+    assert abs(found / TRIALS - expected) < 3.5 * math.sqrt(expected * (1 - expected) / TRIALS)
+
+
+def test_the_interval_covers_the_truth_at_its_level_and_agrees_with_p():
+    covered = 0
+    for d in differences(1.5, 4, random.Random(1)):
+        covered += d.low <= 0.015 <= d.high
+        assert (d.low <= 0 <= d.high) == (d.p >= LEVEL)
+    assert abs(covered / TRIALS - 0.95) < 3.5 * math.sqrt(0.05 * 0.95 / TRIALS)
+
+
+def test_power_is_that_of_tables():
+    # G*Power 3.1, t tests, difference of two dependent means, two-sided, alpha .05
+    assert power(0.5, 34) == pytest.approx(0.8078, abs=2e-4) and power(1.0, 10) == pytest.approx(0.8031, abs=2e-4)
+    assert power(-1.0, 10) == power(1.0, 10)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 20])
+def test_the_detectable_effect_has_the_wanted_power(count):
+    assert power(detectable(count), count) == pytest.approx(POWER, abs=1e-6)
+    assert power(detectable(count, wanted=0.5), count) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_least_number_of_seeds():
+    for effect in (0.4, 1.0, 3.0):
+        count = seeds_needed(effect)
+        assert power(effect, count) >= POWER > power(effect, count - 1)
+    assert seeds_needed(100.0) == 2 and seeds_needed(0.01) is None and seeds_needed(0.0) is None
+
+
+def test_one_seed_says_how_little_runs_may_scatter():
+    allowed = scatter_allowed(-0.02)
+    assert allowed * math.sqrt(2) * 1.959964 == pytest.approx(0.02, rel=1e-6)
+    rng = random.Random(3)
+    beyond = sum(abs(rng.gauss(0, allowed) - rng.gauss(0, allowed)) > 0.02 for _ in range(TRIALS))
+    assert abs(beyond / TRIALS - LEVEL) < 3.5 * math.sqrt(0.05 * 0.95 / TRIALS)
+
+
+def test_adjusted_p_values_hold_the_level_of_the_family():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    adjusted = holm([0.5, math.nan, 0.9])
+    assert adjusted[::2] == [1.0, 1.0] and math.isnan(adjusted[1])
+    rng = random.Random(4)
+    wrong = sum(min(holm([rng.random() for _ in range(6)])) < LEVEL for _ in range(TRIALS))
+    assert wrong / TRIALS < LEVEL + 3.5 * math.sqrt(0.05 * 0.95 / TRIALS)
+
+
+def test_the_deviation_of_a_difference_is_that_of_one_seed():
+    found = Difference.of({1: 1.0, 2: 2.0, 3: 3.0}, {1: 0.0, 2: 0.0, 3: 0.0})
+    assert found.deviation == pytest.approx(1.0) and math.isnan(Difference.of({1: 1.0}, {1: 0.0}).deviation)
+    half = student_quantile(0.975, 2) * found.deviation / math.sqrt(3)
+    assert found.high - found.mean == pytest.approx(half)
