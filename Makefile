@@ -1,7 +1,7 @@
 # make reproduce   train the five assignments at demonstration scale and print the paper's table beside them;
 #                  OPTIONS are passed on: make reproduce OPTIONS="optim=paper logger.mode=offline"; with OPTIONS=--accept the table
 #                  becomes the committed one, in results/ and in the pages that show it
-# make test        lint, then every test
+# make test        lint, then every test, in two processes
 # Both create .venv and install requirements.lock into it when that has not been done yet. A .pth file there names this checkout, so
 # that its Python finds the packages from anywhere.
 PYTHON ?= python3
@@ -14,7 +14,7 @@ reproduce: $(STAMP)
 	$(BIN)/python scripts/reproduce.py scale=demo $(OPTIONS)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
