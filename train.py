@@ -167,6 +167,7 @@ class Run:
             trace.close()
             batches.close()
             log.close()
+            del self.placement  # DDP must not outlive the process group
 
     def make_step(self, log: RunLog | NoLog, batches: Prefetcher, stop: StopSignal) -> tuple[Tensor, Tensor, float]:
         """One step: batch → loss → gradient → geometry → weights. Returns its loss, the norm of its gradient (0-d) and lr multiplier."""
