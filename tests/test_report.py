@@ -20,7 +20,7 @@ from scripts.analysis import figures, thin
 from scripts.analysis.page.details import at_paper_scale
 from scripts.analysis.page.verdict import Setting, verdict
 from scripts.analysis.runs import RecordedRun, find_runs
-from scripts.analysis.tables import about, different, grouped
+from scripts.analysis.tables import about, different, grouped, settings_columns
 from training.config import compose
 from training.log import METRICS_FILE, RunLog
 
@@ -98,6 +98,15 @@ def test_a_thin_curve_keeps_its_spikes_and_its_gaps():
     assert [v.tolist() for v in thin.thin([1, 2], [3.0, 4.0])] == [[1, 2], [3, 4]]
 
 
+def test_a_curve_that_scatters_is_read_in_stretches():
+    values = [float(i % 10) for i in range(10_000)]
+    steps, means = thin.stretches(range(10_000), values, np.nanmean, most=100)
+    assert len(steps) == 100 and steps[-1] == 9999 and set(means) == {4.5}
+    values[5:105] = [math.inf] * 100
+    assert math.isnan(thin.stretches(range(10_000), values, np.nanmax, most=1000)[1][5])
+    assert thin.stretches([1, 2], [3.0, math.nan], np.nanmax)[0] == [1, 2]
+
+
 def test_a_band_goes_from_the_lowest_to_the_highest_seed():
     steps, mean, low, high = thin.band([([0, 5, 10], [1.0, 2.0, 3.0]), ([0, 10], [3.0, 7.0])])
     assert [v.tolist() for v in (steps, mean, low, high)] == [[0, 10], [2, 5], [1, 3], [3, 7]]
@@ -166,7 +175,7 @@ def test_what_went_wrong_and_what_cannot_be_compared_is_said():
     event = {"step": 70, "event": "unstable", "message": "the loss rose by 0.7"}
     said = verdict([fake("A", {1: 2.0}), fake("B", {1: 1.0}, events=[event], data={"name": "books"})])
     assert said.headline.startswith("A has a loss") and any("differ in the data" in c for c in said.cautions)
-    assert "B: unstable at step 70. the loss rose by 0.7" in said.cautions
+    assert "B: unstable at step 70: the loss rose by 0.7." in said.cautions
     apart = verdict([fake("A", {1: 2.0}), fake("B", {2: 1.0})])
     assert "Give all settings the same seeds" in apart.sentences[0]
 
@@ -181,6 +190,27 @@ def test_the_papers_losses_stand_at_its_scale_only():
     assert at_paper_scale(run()) and at_paper_scale(run("assignment=hetero", "max_steps=60000"))
     for smaller in ("max_steps=10000", "model=gpt2_350m", "data=books", "global_batch_tokens=4096"):
         assert not at_paper_scale(run(smaller))
+
+
+def test_a_setting_that_follows_from_a_choice_has_no_column():
+    def group(*words):
+        config = compose(["assignment=hetero", *words]).plain()
+        return [RecordedRun(" ".join(words), config, {}, {}, {})]
+
+    def columns(groups):
+        return [column.key for column in settings_columns(groups)]
+
+    groups = [group("residual=pre_norm"), group("residual=geonorm"), group("residual=geonorm", "optim.muon.lr=0.5")]
+    assert columns(groups) == ["residual.rule", "optim.muon.lr"] or columns(groups) == [
+        "optim.muon.lr",
+        "residual.rule",
+    ]
+    assert "residual.alpha" in columns(
+        [group("residual=proj_sphere"), group("residual=proj_sphere", "residual.alpha=0.5"), group()]
+    )
+    assert figures.label_of(groups[1], groups).startswith("Hetero, ") and "residual geonorm" in figures.label_of(
+        groups[1], groups
+    )
 
 
 def test_a_setting_that_came_later_is_no_difference():

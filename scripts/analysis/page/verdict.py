@@ -203,7 +203,7 @@ def _troubles(settings: Sequence[Setting]) -> list[str]:
             name = s.label if len(s.runs) == 1 else f"{s.label}, seed {r.config['seed']}"
             if r.unstable_step is not None or r.status.startswith("failed"):
                 last = [e for e in r.records["event"] if e["event"] in ("unstable", "failed")][-1]
-                said.append(f"{name}: {r.status}. {last.get('message') or ''}".strip())
+                said.append(": ".join(filter(None, [name, r.status, last.get("message")])).rstrip(".") + ".")
             elif r.warned_step is not None:
                 said.append(f"{name}: early warning of instability at step {r.warned_step:,}, but it stayed stable.")
     return said
