@@ -48,7 +48,7 @@ def write_run(directory, config, records, end=True):
 
 def long_run(shift, rng, steps=STEPS):
     """The records of a run of 124M parameters: a curve of losses, spectra, probes and certificates."""
-    for step in range(0, steps + 1, 10):
+    for step in range(0, steps + 1, 20):
         loss = 3.0 + 4 * math.exp(-step / 4000) + shift + rng.gauss(0, 0.02)
         more = {"grad_norm": 1 + rng.random(), "tokens_per_s": 4e5, "mfu": 0.4, "time": {"optimizer": 1.0, "data": 0.1}}
         yield {"kind": "train", "step": step, "loss": loss, **more}
@@ -142,7 +142,7 @@ def pair(effect, seeds, rng):
 
 @pytest.mark.parametrize(("effect", "least", "most"), [(0.0, 0.0, 0.12), (0.05, 0.95, 1.0)])
 def test_a_true_difference_is_found_and_a_null_one_is_not(effect, least, most):
-    rng, trials = random.Random(5), 120
+    rng, trials = random.Random(5), 80
     said = [" ".join(verdict(pair(effect, 4, rng)).sentences) for _ in range(trials)]
     assert all(("more than chance" in text) != ("chance alone may explain it" in text) for text in said)
     assert least <= sum("more than chance" in text for text in said) / trials <= most
@@ -178,6 +178,15 @@ def test_what_went_wrong_and_what_cannot_be_compared_is_said():
     assert "B: unstable at step 70: the loss rose by 0.7." in said.cautions
     apart = verdict([fake("A", {1: 2.0}), fake("B", {2: 1.0})])
     assert "Give all settings the same seeds" in apart.sentences[0]
+
+
+def test_the_rule_of_the_track_is_applied_to_its_runs_only():
+    shape = {"global_batch_tokens": 524288, "eval_windows": 10240, "data": {"source": "bin"}}
+    ours = [fake("A", {1: 3.275, 2: 3.276}, **shape), fake("B", {1: 3.279, 2: 3.279}, **shape)]
+    text = " ".join(verdict(ours).sentences)
+    assert "A: the rule of the public optimizer track (p below .001, 2 runs) is first met at step 100" in text
+    assert "B: the rule of the public optimizer track (p below .001, 2 runs) is not met yet" in text
+    assert "track" not in " ".join(verdict([fake("A", {1: 3.0}), fake("B", {1: 3.1})]).sentences)
 
 
 # ---- the tables ----
