@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -168,7 +169,9 @@ def write_reproduction(plan: Plan) -> str:
     names = ", ".join(["table.md", "table.json", *(path.name for path in draw(groups, plan.results))])
     before = [comparison(runs, plan.committed)] if plan.committed and (plan.committed / "table.json").exists() else []
     parts = [table.text(), *(other.text() for other in before)]
-    return "\n\n".join([*parts, f"  written to {plan.results}: {names}   ({_cost_line(runs)})"])
+    written = f"  written to {plan.results}: {names}   ({_cost_line(runs)})"
+    page = shlex.join(["python", "scripts/report.py", os.path.commonpath([r.directory for r in runs])])
+    return "\n\n".join([*parts, f"{written}\n  everything on one page: {page}"])
 
 
 def comparison(runs: Sequence[RecordedRun], committed: Path) -> Table:

@@ -18,9 +18,8 @@ from conftest import ROOT
 from scripts import report
 from scripts.analysis import figures, thin
 from scripts.analysis.page.details import at_paper_scale
-from scripts.analysis.page.verdict import Setting, verdict
 from scripts.analysis.runs import RecordedRun, find_runs
-from scripts.analysis.tables import about, different, grouped
+from scripts.analysis.tables import about, different, grouped, settings_columns
 from training.config import compose
 from training.log import METRICS_FILE, RunLog
 
@@ -48,7 +47,7 @@ def write_run(directory, config, records, end=True):
 
 def long_run(shift, rng, steps=STEPS):
     """The records of a run of 124M parameters: a curve of losses, spectra, probes and certificates."""
-    for step in range(0, steps + 1, 10):
+    for step in range(0, steps + 1, 20):
         loss = 3.0 + 4 * math.exp(-step / 4000) + shift + rng.gauss(0, 0.02)
         more = {"grad_norm": 1 + rng.random(), "tokens_per_s": 4e5, "mfu": 0.4, "time": {"optimizer": 1.0, "data": 0.1}}
         yield {"kind": "train", "step": step, "loss": loss, **more}
@@ -98,6 +97,15 @@ def test_a_thin_curve_keeps_its_spikes_and_its_gaps():
     assert [v.tolist() for v in thin.thin([1, 2], [3.0, 4.0])] == [[1, 2], [3, 4]]
 
 
+def test_a_curve_that_scatters_is_read_in_stretches():
+    values = [float(i % 10) for i in range(10_000)]
+    steps, means = thin.stretches(range(10_000), values, np.nanmean, most=100)
+    assert len(steps) == 100 and steps[-1] == 9999 and set(means) == {4.5}
+    values[5:105] = [math.inf] * 100
+    assert math.isnan(thin.stretches(range(10_000), values, np.nanmax, most=1000)[1][5])
+    assert thin.stretches([1, 2], [3.0, math.nan], np.nanmax)[0] == [1, 2]
+
+
 def test_a_band_goes_from_the_lowest_to_the_highest_seed():
     steps, mean, low, high = thin.band([([0, 5, 10], [1.0, 2.0, 3.0]), ([0, 10], [3.0, 7.0])])
     assert [v.tolist() for v in (steps, mean, low, high)] == [[0, 10], [2, 5], [1, 3], [3, 7]]
@@ -111,66 +119,6 @@ def test_places_of_matrices_and_short_numbers():
     assert thin.evenly(range(100), 3) == [0, 50, 99] and thin.evenly([1], 3) == [1]
 
 
-# ---- the verdict ----
-
-
-def fake(label, losses, steps=100, end=True, events=(), **config):
-    """A setting whose runs have these losses by seed at the end, and 5.0 at the half."""
-    runs = []
-    for seed, loss in losses.items():
-        evals = [{"step": steps // 2, "loss": 5.0}, *([{"step": steps, "loss": loss}] if loss is not None else [])]
-        records = (
-            {"eval": evals} | ({"event": list(events)} if events else {}) | ({"end": [{"step": steps}]} if end else {})
-        )
-        runs.append(RecordedRun(label, {"seed": seed, "max_steps": steps, **config}, records, {}, {}))
-    return Setting(label, "#000000", runs)
-
-
-def pair(effect, seeds, rng):
-    common = {seed: rng.gauss(3, 0.1) for seed in range(seeds)}
-    return fake("A", common), fake("B", {seed: x + rng.gauss(effect, 0.01) for seed, x in common.items()})
-
-
-@pytest.mark.parametrize(("effect", "least", "most"), [(0.0, 0.0, 0.12), (0.05, 0.95, 1.0)])
-def test_a_true_difference_is_found_and_a_null_one_is_not(effect, least, most):
-    rng, trials = random.Random(5), 120
-    said = [" ".join(verdict(pair(effect, 4, rng)).sentences) for _ in range(trials)]
-    assert all(("more than chance" in text) != ("chance alone may explain it" in text) for text in said)
-    assert least <= sum("more than chance" in text for text in said) / trials <= most
-
-
-def test_the_verdict_names_the_leader_the_interval_and_the_power():
-    said = verdict([fake("A", {1: 2.00, 2: 2.11, 3: 2.19}), fake("B", {1: 2.10, 2: 2.20, 3: 2.30})])
-    assert said.headline.startswith("A has the lowest loss: 2.1000 ± ") and "3 seeds" in said.headline
-    text = " ".join(said.sentences)
-    assert "The next is B, whose loss is higher by 0.1000" in text and "95% interval +0.0752 to +0.1248" in text
-    assert "Power: 3 seeds find a true difference from B" in text and "2 seeds would find it" not in text
-    assert [line[0] for line in said.table.lines] == ["A", "B"] and said.table.lines[1][-1] == "higher"
-
-
-def test_one_seed_is_said_to_be_one():
-    said = verdict([fake("A", {1: 2.0}), fake("B", {1: 2.05, 2: 3.0})])
-    text = " ".join(said.sentences)
-    assert "One seed cannot say" in text and "less than 0.0180" in text and "chance alone" not in text
-    assert said.table.lines[1][-1] == "one seed: unknown"
-
-
-def test_runs_that_train_are_compared_where_all_have_been():
-    said = verdict([fake("A", {1: 2.0}, end=False), fake("B", {1: None}, end=False)])
-    silent = Setting("A", "#000000", [RecordedRun("A", {"seed": 1, "max_steps": 9}, {}, {}, {})])
-    assert "at step 50, the newest that all have reached" in said.headline and "5.0000" in said.headline
-    assert "No loss can be compared" in verdict([silent]).headline
-
-
-def test_what_went_wrong_and_what_cannot_be_compared_is_said():
-    event = {"step": 70, "event": "unstable", "message": "the loss rose by 0.7"}
-    said = verdict([fake("A", {1: 2.0}), fake("B", {1: 1.0}, events=[event], data={"name": "books"})])
-    assert said.headline.startswith("A has a loss") and any("differ in the data" in c for c in said.cautions)
-    assert "B: unstable at step 70. the loss rose by 0.7" in said.cautions
-    apart = verdict([fake("A", {1: 2.0}), fake("B", {2: 1.0})])
-    assert "Give all settings the same seeds" in apart.sentences[0]
-
-
 # ---- the tables ----
 
 
@@ -181,6 +129,27 @@ def test_the_papers_losses_stand_at_its_scale_only():
     assert at_paper_scale(run()) and at_paper_scale(run("assignment=hetero", "max_steps=60000"))
     for smaller in ("max_steps=10000", "model=gpt2_350m", "data=books", "global_batch_tokens=4096"):
         assert not at_paper_scale(run(smaller))
+
+
+def test_a_setting_that_follows_from_a_choice_has_no_column():
+    def group(*words):
+        config = compose(["assignment=hetero", *words]).plain()
+        return [RecordedRun(" ".join(words), config, {}, {}, {})]
+
+    def columns(groups):
+        return [column.key for column in settings_columns(groups)]
+
+    groups = [group("residual=pre_norm"), group("residual=geonorm"), group("residual=geonorm", "optim.muon.lr=0.5")]
+    assert columns(groups) == ["residual.rule", "optim.muon.lr"] or columns(groups) == [
+        "optim.muon.lr",
+        "residual.rule",
+    ]
+    assert "residual.alpha" in columns(
+        [group("residual=proj_sphere"), group("residual=proj_sphere", "residual.alpha=0.5"), group()]
+    )
+    assert figures.label_of(groups[1], groups).startswith("Hetero, ") and "residual geonorm" in figures.label_of(
+        groups[1], groups
+    )
 
 
 def test_a_setting_that_came_later_is_no_difference():

@@ -173,13 +173,17 @@ def sign(path: Path, runs: Sequence[RecordedRun]) -> None:
 def _loss_curves(axes: Axes, group: Sequence[RecordedRun], colour: str) -> None:
     curves = [r.curve("eval") for r in group]
     if len(group) > 1:
-        steps, mean, low, high = band(curves)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(steps, mean, color=colour, linewidth=1.6, alpha=0.9)
+        shared, mean, low, high = band(curves)
+        axes.fill_between(shared, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(shared, mean, color=colour, linewidth=1.6, alpha=0.9)
     for run, (steps, losses) in zip(group, curves):
         thick, alpha = (1.6, 0.9) if len(group) == 1 else (0.5, 0.6)
         axes.plot(steps, losses, color=colour, linewidth=thick, alpha=alpha)
-        if run.unstable_step in steps and math.isfinite(at := losses[steps.index(run.unstable_step)]):
+        if (
+            run.unstable_step is not None
+            and run.unstable_step in steps
+            and math.isfinite(at := losses[steps.index(run.unstable_step)])
+        ):
             axes.plot([run.unstable_step], [at], color=colour, **CROSS)
 
 
@@ -312,7 +316,9 @@ def colours_of(groups: Groups) -> list[str]:
 
 def label_of(group: Sequence[RecordedRun], groups: Groups) -> str:
     """The assignment of a group, and the first two settings in which the groups differ."""
-    settings = [f"{c.heading.rpartition('.')[2]} {c.value(group[0])}" for c in settings_columns(groups)]
+    values = [(c.heading.split("."), c.value(group[0])) for c in settings_columns(groups)]
+    choice = ("rule", "kind", "name")
+    settings = [f"{key[-2 if key[-1] in choice else -1]} {value}" for key, value in values if value]
     return ", ".join([group[0].assignment, *settings[:2]])
 
 

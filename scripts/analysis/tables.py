@@ -183,9 +183,12 @@ def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def settings_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
-    """A column for every setting in which the groups differ, except the assignment, which has a column already."""
-    first = groups[0][0].config
-    keys = dict.fromkeys(key for group in groups for key in different(first, group[0].config))
+    """A column for every setting in which the groups differ, except the assignment, which has a column already.
+
+    A setting that follows from the choice of its part, such as those that only one residual rule has, is left out.
+    """
+    configs = [group[0].config for group in groups]
+    keys = dict.fromkeys(key for config in configs for key in different(configs[0], config))
     columns = []
     for key in keys:
         # Step rules share few settings, so their name is enough. decay_steps follows max_steps.
@@ -193,8 +196,17 @@ def settings_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
             key == "schedule.decay_steps" and "max_steps" in keys
         ):
             continue
-        columns.append(of_setting(key, key, key))
+        part = key.rpartition(".")[0]
+        choices = [f"{part}.{word}" for word in ("rule", "kind", "name")]
+        if not any(choice in keys and choice != key and _follows(configs, choice, key) for choice in choices):
+            columns.append(of_setting(key, key, key))
     return columns
+
+
+def _follows(configs: Sequence[dict[str, Any]], choice: str, key: str) -> bool:
+    """Whether configurations with the same choice always have the same value of a key."""
+    pairs = {(setting(config, choice), setting(config, key)) for config in configs}
+    return len(pairs) == len({chosen for chosen, _ in pairs})
 
 
 def of_setting(heading: str, name: str, key: str) -> Column:

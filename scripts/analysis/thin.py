@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from scripts.analysis.runs import RecordedRun
 
-POINTS, COLUMNS, SPECTRA = 600, 60, 24
-"""Most points of a curve, columns of a heat map, and recorded steps of a whole spectrum."""
+POINTS, STRETCHES, COLUMNS, SPECTRA = 600, 120, 60, 24
+"""Most points of a curve, stretches of one that scatters, columns of a heat map, and recorded steps of a whole spectrum."""
 
 
 def thin(
@@ -35,6 +35,17 @@ def thin(
     return x[kept], y[kept]
 
 
+def stretches(
+    steps: Sequence[float], values: Sequence[float], reduce: Callable[[np.ndarray], float], most: int = STRETCHES
+) -> tuple[list[float], list[float]]:
+    """At most `most` points of a curve that scatters: the last step of each stretch, and its reduced finite values; NaN if there is none."""
+    x, y = thin(steps, values, most=len(steps))
+    if len(x) <= most:
+        return x.tolist(), y.tolist()
+    parts = np.array_split(np.arange(len(x)), most)
+    return [x[p[-1]] for p in parts], [math.nan if np.isnan(y[p]).all() else float(reduce(y[p])) for p in parts]
+
+
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
     """At most `most` of the items at equal distances, with the first and the last."""
     if len(items) <= most:
@@ -42,7 +53,7 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def band(curves: Sequence[tuple[Sequence[int], Sequence[float]]]) -> tuple[np.ndarray, ...]:
+def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, ...]:
     """Step, mean, lowest and highest value (n,) at the steps that all curves have; values that are not finite are NaN."""
     known = [dict(zip(steps, values)) for steps, values in curves]
     steps = sorted(set.intersection(*map(set, known)))

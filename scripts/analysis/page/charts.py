@@ -55,7 +55,7 @@ _NUMBER = """
 const size = Math.abs(tick);
 return size !== 0 && (size < 1e-3 || size >= 1e6) ? String(Number(tick.toPrecision(3)).toExponential()) : Number(tick.toPrecision(6)).toLocaleString("en", {maximumFractionDigits: 6});
 """
-_DASHES = ("solid", "dashed", "dotted", "dashdot")
+DASHES = ("solid", "dashed", "dotted")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class Line:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     mark: tuple[float, float] | None = None
+
+
+def dash_of(index: int) -> str:
+    """The dashes of a setting's line: five settings in a row have different colours, the next five other dashes."""
+    return DASHES[index // 5 % len(DASHES)]
 
 
 def javascript() -> str:
@@ -93,7 +98,7 @@ def lines(
             chart.varea(
                 x=curve.x, y1=curve.low, y2=curve.high, fill_color=curve.colour, fill_alpha=0.18, tags=style["tags"]
             )
-        dash = _DASHES[curve.index // 5 % len(_DASHES)]
+        dash = dash_of(curve.index)
         drawn.append(chart.line(curve.x, curve.y, name=curve.label, line_width=2, line_dash=dash, **style))
         if len(curve.x) == 1:
             drawn.append(chart.scatter(curve.x, curve.y, name=curve.label, size=7, fill_color=curve.colour, **style))
@@ -109,7 +114,7 @@ def shapes(labels: Sequence[tuple[str, str]]) -> str:
     drawn = []
     for index, (label, colour) in enumerate(labels):
         source = ColumnDataSource({"x": [], "y": []}, name=f"shape-{index}")
-        dash = _DASHES[index // 5 % len(_DASHES)]
+        dash = dash_of(index)
         style: dict[str, Any] = {"line_color": colour, "line_width": 2, "line_dash": dash}
         drawn.append(chart.line("x", "y", source=source, name=label, tags=[f"setting-{index}"], **style))
     chart.xaxis.formatter = NumeralTickFormatter(format="0%")
@@ -173,6 +178,7 @@ def _empty(
     chart.yaxis.formatter = CustomJSTickFormatter(code=_NUMBER)
     if logarithmic:
         chart.yaxis.ticker = chart.ygrid.ticker = CustomJSTicker(major_code=_TICKS)
+    chart.xaxis.ticker.desired_num_ticks = 5
     for axis in (*chart.xaxis, *chart.yaxis):
         axis.axis_label_text_font = axis.major_label_text_font = _FONT
         axis.axis_label_text_font_style = "normal"

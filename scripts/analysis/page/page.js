@@ -65,7 +65,7 @@
   const edges = (steps) => {
     // Each column reaches half the way to its neighbours.
     const half = steps.length > 1 ? (steps[1] - steps[0]) / 2 : 0.5;
-    const left = steps.map((s, i) => (i ? (s + steps[i - 1]) / 2 : s - half));
+    const left = steps.map((s, i) => (i ? (s + steps[i - 1]) / 2 : Math.max(0, s - half)));
     return [left, [...left.slice(1), steps.at(-1) + (steps.length > 1 ? (steps.at(-1) - steps.at(-2)) / 2 : 0.5)]];
   };
   const fill = (doc, steps, grid, names, low, high, ticks, labels) => {

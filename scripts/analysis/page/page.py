@@ -14,8 +14,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from scripts.analysis.figures import colours_of, label_of, loss_limits
 from scripts.analysis import thin
+from scripts.analysis.figures import colours_of, label_of, loss_limits
 from scripts.analysis.page import charts
 from scripts.analysis.page.charts import Line
 from scripts.analysis.page.details import at_paper_scale, costs, geometries, machines, settings_table
@@ -25,7 +25,7 @@ from scripts.analysis.tables import Column, Groups, about, make_table, report_co
 
 HERE = Path(__file__).parent
 
-Curve = Callable[[RecordedRun], tuple[Sequence[int], Sequence[float]]]
+Curve = Callable[[RecordedRun], tuple[Sequence[float], Sequence[float]]]
 
 
 def make(groups: Groups, name: str, command: str, reload_s: float = 0) -> str:
@@ -38,7 +38,8 @@ def make(groups: Groups, name: str, command: str, reload_s: float = 0) -> str:
     runs = [r for s in settings for r in s.runs]
     names = {r.directory: s.label for s in settings for r in s.runs}
     first = Column("setting", "setting", lambda r: names[r.directory])
-    columns = [c for c in report_columns(groups)[1:] if c.key != "paper_val_loss" or all(map(at_paper_scale, runs))]
+    elsewhere = {"steps", *([] if all(map(at_paper_scale, runs)) else ["paper_val_loss"])}
+    columns = [c for c in report_columns(groups)[1:] if c.key not in elsewhere]
     found = {key: chart for key, chart in _curves(settings, groups).items() if chart}
     stores = {f"run-{i}": _store(r) for i, r in enumerate(runs)}
     found |= _maps(settings, stores)
@@ -54,6 +55,7 @@ def make(groups: Groups, name: str, command: str, reload_s: float = 0) -> str:
         style=Markup((HERE / "page.css").read_text()),
         script=Markup((HERE / "page.js").read_text()),
         settings=settings,
+        dashes=[charts.dash_of(i) for i in range(len(settings))],
         states=_states(runs),
         verdict=verdict(settings),
         loss_table=make_table(groups, [first, *columns]),
@@ -82,8 +84,8 @@ def named(groups: Groups) -> list[Setting]:
 TEXTS = {
     "val_loss": ("Validation loss, all of training", "A cross marks the step at which a run became unstable."),
     "val_loss_end": ("Validation loss, second half", "The same curves, with limits that show their distances."),
-    "train_loss": ("Training loss", "One batch a point, so it scatters."),
-    "grad_norm": ("Gradient norm", "Of all parameters, before clipping."),
+    "train_loss": ("Training loss", "Smoothed if there are many points."),
+    "grad_norm": ("Gradient norm", "Of all parameters, before clipping. If there are many points, the peaks."),
     "logit": ("Largest attention logit", "Of all layers and heads, on a fixed batch."),
     "entropy": (
         "Least entropy of a layer's attention",
@@ -95,7 +97,7 @@ TEXTS = {
         "Mean over matrices of the certified share of the optimum of the step problem; 1 is best.",
     ),
     "residual": ("Distance from the manifold", "The largest of all matrices. Matrices without a manifold have none."),
-    "speed": ("Speed", "Tokens a second between two records."),
+    "speed": ("Speed", "Smoothed if there are many points."),
     "heat": ("Singular values by layer and step", ""),
     "shape": ("Whole spectra", "One matrix at one step, of the first seed of every setting."),
 }
@@ -118,14 +120,14 @@ def _curves(settings: Sequence[Setting], groups: Groups) -> dict[str, str]:
     return {
         "val_loss": curve(lambda r: r.curve("eval"), nats, marked=True, **losses(0)),
         "val_loss_end": curve(lambda r: r.curve("eval"), nats, marked=True, **losses(last // 2)),
-        "train_loss": curve(lambda r: r.curve("train"), nats),
-        "grad_norm": curve(field("train", "grad_norm"), "norm", logarithmic=True),
+        "train_loss": curve(lambda r: r.curve("train"), nats, stretch=np.nanmean),
+        "grad_norm": curve(field("train", "grad_norm"), "norm", logarithmic=True, stretch=np.nanmax),
         "logit": curve(field("probe", "largest_logit"), "logit", logarithmic=True),
         "entropy": curve(field("probe", "least_entropy"), "entropy", y_limits=(-0.02, 1.02)),
         "saturation": curve(field("probe", "greatest_saturation"), "share of rows", y_limits=(-0.02, 1.02)),
         "feas": curve(field("certificate", "feas", statistics.fmean), "share of the optimum"),
         "residual": curve(field("spectra", "residual"), "distance", logarithmic=True),
-        "speed": curve(field("train", "tokens_per_s"), "tokens a second"),
+        "speed": curve(field("train", "tokens_per_s"), "tokens a second", stretch=np.nanmean),
     }
 
 
@@ -135,12 +137,18 @@ def _chart(
     unit: str,
     logarithmic: bool = False,
     marked: bool = False,
+    stretch: Callable[[np.ndarray], float] | None = None,
     **limits: Any,
 ) -> str:
-    """A chart with a line for each setting: the mean of its seeds, between the lowest and the highest."""
+    """A chart with a line for each setting: the mean of its seeds, between the lowest and the highest.
+
+    stretch: of a long curve that scatters, what is taken of the values of a stretch.
+    """
     drawn = []
     for index, s in enumerate(settings):
         curves = [pair for r in s.runs if len((pair := values(r))[0])]
+        if stretch is not None:
+            curves = [thin.stretches(*pair, stretch) for pair in curves]
         if not curves:
             continue
         x, mean, low, high = thin.band(curves)

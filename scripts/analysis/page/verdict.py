@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from scripts.analysis.runs import RecordedRun, setting
-from scripts.analysis.statistics import Difference, Estimate, detectable, holm, scatter_allowed, seeds_needed
+from scripts.analysis.statistics import (
+    Difference,
+    Estimate,
+    detectable,
+    holm,
+    scatter_allowed,
+    seeds_needed,
+    stopping_step,
+)
 from scripts.analysis.tables import Table, known_columns
 
 SAME = {
@@ -19,6 +27,8 @@ SAME = {
     "eval_windows": "the validation windows",
 }
 """Settings that change what a loss means, or what it costs, and their names in a sentence."""
+TRACK = {"global_batch_tokens": "524288", "eval_windows": "10240", "data.source": "bin"}
+"""What the runs of the public optimizer track have in common (configs/experiment/speedrun_track3.yaml)."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,10 @@ def verdict(settings: Sequence[Setting]) -> Verdict:
     seeds = "one seed" if mean.count == 1 else f"{mean.count} seeds, ± is the standard error"
     if len(known) == 1:
         headline = f"{leader.label} has a loss of {mean.text(4)} nats a token {point.words} ({seeds})."
-        return Verdict(headline, ["There is no other setting to compare with."], cautions, None)
+        return Verdict(headline, ["There is no other setting to compare with.", *_track(settings)], cautions, None)
     found = _against(leader, known, losses)
     headline = f"{leader.label} has the lowest loss: {mean.text(4)} nats a token {point.words} ({seeds})."
-    sentences = [_lead(leader, found), *_power(leader, found)]
+    sentences = [_lead(leader, found), *_power(leader, found), *_track(settings)]
     return Verdict(headline, sentences, cautions, _table(leader, known, means, found))
 
 
@@ -161,6 +171,18 @@ def _power(leader: Setting, found: Found) -> list[str]:
     return sentences
 
 
+def _track(settings: Sequence[Setting]) -> list[str]:
+    """For runs of the public optimizer track, when each setting passes its one-sided rule. All runs count, also those that failed."""
+    said = []
+    for s in settings:
+        curves = [dict(zip(*r.curve("eval"))) for r in s.runs]
+        if all(curves) and all(setting(s.runs[0].config, key) == value for key, value in TRACK.items()):
+            step = stopping_step(curves)
+            met = "is not met yet" if step is None else f"is first met at step {step:,}"
+            said.append(f"{s.label}: the rule of the public optimizer track (p below .001, {len(curves)} runs) {met}.")
+    return said
+
+
 def _table(leader: Setting, known: Sequence[Setting], means: dict[str, Estimate], found: Found) -> Table:
     headings = [
         "setting",
@@ -203,7 +225,7 @@ def _troubles(settings: Sequence[Setting]) -> list[str]:
             name = s.label if len(s.runs) == 1 else f"{s.label}, seed {r.config['seed']}"
             if r.unstable_step is not None or r.status.startswith("failed"):
                 last = [e for e in r.records["event"] if e["event"] in ("unstable", "failed")][-1]
-                said.append(f"{name}: {r.status}. {last.get('message') or ''}".strip())
+                said.append(": ".join(filter(None, [name, r.status, last.get("message")])).rstrip(".") + ".")
             elif r.warned_step is not None:
                 said.append(f"{name}: early warning of instability at step {r.warned_step:,}, but it stayed stable.")
     return said

@@ -1,0 +1,74 @@
+"""The verdict of the report in words: leader, interval, power, one seed, what went wrong."""
+
+import random
+
+import pytest
+
+from scripts.analysis.page.verdict import Setting, verdict
+from scripts.analysis.runs import RecordedRun
+
+
+def fake(label, losses, steps=100, end=True, events=(), **config):
+    """A setting whose runs have these losses by seed at the end, and 5.0 at the half."""
+    runs = []
+    for seed, loss in losses.items():
+        evals = [{"step": steps // 2, "loss": 5.0}, *([{"step": steps, "loss": loss}] if loss is not None else [])]
+        records = (
+            {"eval": evals} | ({"event": list(events)} if events else {}) | ({"end": [{"step": steps}]} if end else {})
+        )
+        runs.append(RecordedRun(label, {"seed": seed, "max_steps": steps, **config}, records, {}, {}))
+    return Setting(label, "#000000", runs)
+
+
+def pair(effect, seeds, rng):
+    common = {seed: rng.gauss(3, 0.1) for seed in range(seeds)}
+    return fake("A", common), fake("B", {seed: x + rng.gauss(effect, 0.01) for seed, x in common.items()})
+
+
+@pytest.mark.parametrize(("effect", "least", "most"), [(0.0, 0.0, 0.12), (0.05, 0.95, 1.0)])
+def test_a_true_difference_is_found_and_a_null_one_is_not(effect, least, most):
+    rng, trials = random.Random(5), 80
+    said = [" ".join(verdict(pair(effect, 4, rng)).sentences) for _ in range(trials)]
+    assert all(("more than chance" in text) != ("chance alone may explain it" in text) for text in said)
+    assert least <= sum("more than chance" in text for text in said) / trials <= most
+
+
+def test_the_verdict_names_the_leader_the_interval_and_the_power():
+    said = verdict([fake("A", {1: 2.00, 2: 2.11, 3: 2.19}), fake("B", {1: 2.10, 2: 2.20, 3: 2.30})])
+    assert said.headline.startswith("A has the lowest loss: 2.1000 ± ") and "3 seeds" in said.headline
+    text = " ".join(said.sentences)
+    assert "The next is B, whose loss is higher by 0.1000" in text and "95% interval +0.0752 to +0.1248" in text
+    assert "Power: 3 seeds find a true difference from B" in text and "2 seeds would find it" not in text
+    assert [line[0] for line in said.table.lines] == ["A", "B"] and said.table.lines[1][-1] == "higher"
+
+
+def test_one_seed_is_said_to_be_one():
+    said = verdict([fake("A", {1: 2.0}), fake("B", {1: 2.05, 2: 3.0})])
+    text = " ".join(said.sentences)
+    assert "One seed cannot say" in text and "less than 0.0180" in text and "chance alone" not in text
+    assert said.table.lines[1][-1] == "one seed: unknown"
+
+
+def test_runs_that_train_are_compared_where_all_have_been():
+    said = verdict([fake("A", {1: 2.0}, end=False), fake("B", {1: None}, end=False)])
+    silent = Setting("A", "#000000", [RecordedRun("A", {"seed": 1, "max_steps": 9}, {}, {}, {})])
+    assert "at step 50, the newest that all have reached" in said.headline and "5.0000" in said.headline
+    assert "No loss can be compared" in verdict([silent]).headline
+
+
+def test_what_went_wrong_and_what_cannot_be_compared_is_said():
+    event = {"step": 70, "event": "unstable", "message": "the loss rose by 0.7"}
+    said = verdict([fake("A", {1: 2.0}), fake("B", {1: 1.0}, events=[event], data={"name": "books"})])
+    assert said.headline.startswith("A has a loss") and any("differ in the data" in c for c in said.cautions)
+    assert "B: unstable at step 70: the loss rose by 0.7." in said.cautions
+    apart = verdict([fake("A", {1: 2.0}), fake("B", {2: 1.0})])
+    assert "Give all settings the same seeds" in apart.sentences[0]
+
+
+def test_the_rule_of_the_track_is_applied_to_its_runs_only():
+    shape = {"global_batch_tokens": 524288, "eval_windows": 10240, "data": {"source": "bin"}}
+    ours = [fake("A", {1: 3.275, 2: 3.276}, **shape), fake("B", {1: 3.279, 2: 3.279}, **shape)]
+    text = " ".join(verdict(ours).sentences)
+    assert "A: the rule of the public optimizer track (p below .001, 2 runs) is first met at step 100" in text
+    assert "B: the rule of the public optimizer track (p below .001, 2 runs) is not met yet" in text
+    assert "track" not in " ".join(verdict([fake("A", {1: 3.0}), fake("B", {1: 3.1})]).sentences)
