@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 import types
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from model.gpt import GPT, GPTConfig
 from model.probes import probe
@@ -222,3 +224,14 @@ def test_wandb_offline_for_real(tmp_path, caplog):
             return
         time.sleep(0.2)
     pytest.fail(f"{[key for key in keys if key.encode() not in content]} never reached {written}")
+
+
+def test_the_panels_of_the_documented_workspace_are_curves(tiny, tmp_path):
+    train(compose([*tiny, "max_steps=2", "eval_interval=2", "log.interval_spectra=2"]))
+    curves = {name for record in read_records(tmp_path / "run") for name, _ in flatten(record)}
+    page = (ROOT / "docs" / "runs.md").read_text()
+    table = page.split("| panel of the report | curves |")[1].split("\n\n")[0]
+    panels = [found.replace("\\|", "|") for found in re.findall(r"`([^`]+)`", table)]
+    assert len(panels) == 8
+    for panel in panels:
+        assert any(re.fullmatch(panel, name) for name in curves), panel
