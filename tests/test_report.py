@@ -387,4 +387,10 @@ def test_a_newcomer_trains_two_assignments_and_compares_them_in_the_browser(tiny
     open_all(browser, tmp_path / "runs/report.html")
     assert browser.get("[...document.querySelectorAll('.chip')].map(c => c.textContent)") == ["All-Stiefel", "Hetero"]
     differ = browser.get("document.querySelector('#differences').textContent")
-    assert "assignment.rules.mlp" in differ and "dgram" in differ and browser.errors == []
+    where = browser.get("document.querySelector('#machines').textContent")
+    assert (
+        "python train.py assignment=hetero" in where
+        and "assignment.rules.mlp" in differ
+        and "dgram" in differ
+        and browser.errors == []
+    )

@@ -99,7 +99,10 @@ TEXTS = {
     "residual": ("Distance from the manifold", "The largest of all matrices. Matrices without a manifold have none."),
     "speed": ("Speed", "Smoothed if there are many points."),
     "heat": ("Singular values by layer and step", ""),
-    "shape": ("Whole spectra", "One matrix at one step, of the first seed of every setting."),
+    "shape": (
+        "Whole spectra",
+        "One matrix at one step, of the first seed of every setting, from the largest singular value to the smallest.",
+    ),
 }
 """Chart → its title and what a reader must know of it."""
 _STABLE = ("Validation loss, all of training", "")
