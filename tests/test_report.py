@@ -264,6 +264,7 @@ def test_a_live_page_follows_the_runs_and_answers_this_machine_only(served):
             fetch(address, path, host)
 
 
+@library
 def test_a_port_that_is_taken_is_said(served):
     from scripts.analysis.page import live
     from scripts.command import UsageError
@@ -381,10 +382,19 @@ def test_a_live_page_shows_a_new_record_and_keeps_what_was_hidden(browser, serve
 def test_a_newcomer_trains_two_assignments_and_compares_them_in_the_browser(tiny, train_here, tmp_path, browser):
     words = [word for word in tiny if not word.startswith("output_dir")]
     for assignment in ("all_stiefel", "hetero"):
-        out = train_here(f"assignment={assignment}", *words, f"output_dir={tmp_path}/runs/{assignment}")
+        more = ["average=ema", "log.interval_updates=5", f"output_dir={tmp_path}/runs/{assignment}"]
+        out = train_here(f"assignment={assignment}", *words, *more)
         assert out.returncode == 0, out.stderr
     assert report.main([f"{tmp_path}/runs"]) == 0
     open_all(browser, tmp_path / "runs/report.html")
     assert browser.get("[...document.querySelectorAll('.chip')].map(c => c.textContent)") == ["All-Stiefel", "Hetero"]
     differ = browser.get("document.querySelector('#differences').textContent")
-    assert "assignment.rules.mlp" in differ and "dgram" in differ and browser.errors == []
+    shown = browser.get("[...document.querySelectorAll('.chart')].map(c => c.dataset.chart)")
+    assert {"val_loss", "average", "update", "change"} <= set(shown)
+    where = browser.get("document.querySelector('#machines').textContent")
+    assert (
+        "python train.py assignment=hetero" in where
+        and "assignment.rules.mlp" in differ
+        and "dgram" in differ
+        and browser.errors == []
+    )

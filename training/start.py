@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import yaml
@@ -30,7 +32,10 @@ def open_log(
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
-    write_whole(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    command = shlex.join(
+        ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+    )  # what was typed; of a sweep, for all of its jobs
+    write_whole(directory / "environment.json", json.dumps({**environment(), "command": command}, indent=2) + "\n")
     about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name, "name": directory.name}
     has_history = resumed and (directory / METRICS_FILE).exists()
     history = (record for record in read_records(directory) if record["step"] <= step) if has_history else ()

@@ -110,7 +110,7 @@ def lines(
 
 def shapes(labels: Sequence[tuple[str, str]]) -> str:
     """The chart of whole spectra, as JSON: a line for each (label, colour), which page.js fills with shares of the rank and values."""
-    chart = _empty("share of the rank, from the largest singular value", "singular value", True, (0, 1), None)
+    chart = _empty("share of the rank", "singular value", True, (0, 1), None)
     drawn = []
     for index, (label, colour) in enumerate(labels):
         source = ColumnDataSource({"x": [], "y": []}, name=f"shape-{index}")

@@ -96,7 +96,7 @@ def settings_table(settings: Sequence[Setting]) -> Table | None:
 
 
 def machines(settings: Sequence[Setting]) -> Table:
-    """Where every run is, its state, and the versions and the device that it ran on."""
+    """Where every run is, its state, the versions and the device that it ran on, and the command that was typed."""
     keys = {"code": "commit", "device": "device", "python": "Python", "torch": "torch", "platform": "platform"}
     lines = [
         [
@@ -106,9 +106,10 @@ def machines(settings: Sequence[Setting]) -> Table:
             r.status,
             *(_HASH.sub(r"\1", r.environment.get(key, "")) for key in keys),
             os.path.relpath(r.directory),
+            r.environment.get("command", ""),
         ]
         for s in settings
         for r in s.runs
     ]
-    headings = ["setting", "seed", "steps", "state", *keys.values(), "directory"]
-    return known_columns(Table(headings, lines, [False, True, True, *[False] * 7]))
+    headings = ["setting", "seed", "steps", "state", *keys.values(), "directory", "command"]
+    return known_columns(Table(headings, lines, [False, True, True, *[False] * 8]))

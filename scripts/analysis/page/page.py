@@ -97,9 +97,15 @@ TEXTS = {
         "Mean over matrices of the certified share of the optimum of the step problem; 1 is best.",
     ),
     "residual": ("Distance from the manifold", "The largest of all matrices. Matrices without a manifold have none."),
+    "average": ("Validation loss of the average of the weights", "It is measured beside the loss of the weights."),
+    "update": ("Size of the steps", "The largest of all parameters, each in its own norm."),
+    "change": ("Change of the features by a step", "The largest of all parameters and tokens, each in its own norm."),
     "speed": ("Speed", "Smoothed if there are many points."),
     "heat": ("Singular values by layer and step", ""),
-    "shape": ("Whole spectra", "One matrix at one step, of the first seed of every setting."),
+    "shape": (
+        "Whole spectra",
+        "One matrix at one step, of the first seed of every setting, from the largest singular value to the smallest.",
+    ),
 }
 """Chart → its title and what a reader must know of it."""
 _STABLE = ("Validation loss, all of training", "")
@@ -127,6 +133,9 @@ def _curves(settings: Sequence[Setting], groups: Groups) -> dict[str, str]:
         "saturation": curve(field("probe", "greatest_saturation"), "share of rows", y_limits=(-0.02, 1.02)),
         "feas": curve(field("certificate", "feas", statistics.fmean), "share of the optimum"),
         "residual": curve(field("spectra", "residual"), "distance", logarithmic=True),
+        "average": curve(field("eval", "average_loss"), nats),
+        "update": curve(field("update", "size"), "size", logarithmic=True),
+        "change": curve(field("update", "change_max"), "size", logarithmic=True),
         "speed": curve(field("train", "tokens_per_s"), "tokens a second", stretch=np.nanmean),
     }
 
