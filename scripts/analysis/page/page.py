@@ -14,8 +14,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from scripts.analysis.figures import colours_of, label_of, loss_limits
 from scripts.analysis import thin
+from scripts.analysis.figures import colours_of, label_of, loss_limits
 from scripts.analysis.page import charts
 from scripts.analysis.page.charts import Line
 from scripts.analysis.page.details import at_paper_scale, costs, geometries, machines, settings_table
