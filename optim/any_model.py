@@ -25,6 +25,7 @@ def for_model(
     adamw: Mapping[str, Any],
     adamw_for: Iterable[str] = (),
     blocks: Mapping[str, int] | None = None,
+    radius: Mapping[str, float] | None = None,
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.0,
@@ -42,6 +43,7 @@ def for_model(
         adamw: settings of torch.optim.AdamW, such as {"lr": 1e-3}. Its weight decay is for matrices and tables, not for vectors.
         adamw_for: patterns of further parameters that are AdamW's whatever the rules say: the output layer, as a rule.
         blocks: pattern → into how many matrices the rows are cut, such as {"in_proj_weight": 3} for queries, keys and values.
+        radius: pattern → the size of a manifold of fixed size, such as {"linear1": 2.0}: W / 2 is on it; 1 for all others.
         momentum, nesterov, weight_decay, rule: see ManifoldMuon; the rule is the certified step, unless another is given.
 
     Raises:
@@ -59,7 +61,10 @@ def for_model(
         )
         raise AssignmentError([what])
     manifold_muon = ManifoldMuon(
-        [{"params": [params[name] for name in group["names"]], **group} for group in _groups(muon, blocks or {})],
+        [
+            {"params": [params[name] for name in group["names"]], **group}
+            for group in _groups(muon, blocks or {}, radius or {})
+        ],
         rule or CertifiedStep(),
         lr=lr,
         momentum=momentum,
@@ -71,21 +76,23 @@ def for_model(
     return manifold_muon, torch.optim.AdamW([group for group in (others, vectors) if group["params"]], **adamw)
 
 
-def _groups(rows: list[Row], blocks: Mapping[str, int]) -> list[dict[str, Any]]:
-    """For each manifold and each cut into blocks, the names of its matrices.
+def _groups(rows: list[Row], blocks: Mapping[str, int], radius: Mapping[str, float]) -> list[dict[str, Any]]:
+    """For each manifold, each cut into blocks and each radius, the names of its matrices.
 
     Raises:
-        AssignmentError: a pattern of `blocks` matches nothing, or blocks do not divide a matrix.
+        AssignmentError: a pattern of `blocks` or `radius` matches nothing, or blocks do not divide a matrix.
     """
     cuts = by_pattern([row.name for row in rows], blocks, 1, "blocks")
     if wrong := [row for row in rows if cuts[row.name] < 1 or row.shape[0] % cuts[row.name]]:
         raise AssignmentError(
             [f"blocks: {cuts[row.name]} do not divide the {row.shape[0]} rows of '{row.name}'" for row in wrong]
         )
-    alike: dict[tuple[str, int], list[str]] = {}
+    radii = by_pattern([row.name for row in rows], radius, 1.0, "radius")
+    alike: dict[tuple[str, int, float], list[str]] = {}
     for row in rows:
-        alike.setdefault((str(row.manifold), cuts[row.name]), []).append(row.name)
-    return [{"names": names, "manifold": manifold, "blocks": cut} for (manifold, cut), names in alike.items()]
+        alike.setdefault((str(row.manifold), cuts[row.name], radii[row.name]), []).append(row.name)
+    keys = ("manifold", "blocks", "radius")
+    return [{"names": names, **dict(zip(keys, values))} for values, names in alike.items()]
 
 
 def assigned(

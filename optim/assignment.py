@@ -40,7 +40,7 @@ class Row:
     """One parameter: its name, shape, optimizer ("ManifoldMuon", "AdamW" or another's class), manifold or None, and whether a rule spoke of it.
 
     unit: the dimension along which its vectors are kept at unit length beside the optimizer, or None. norm: in which it steps, in words,
-    if its optimizer asks for one.
+    if its optimizer asks for one. radius: the size of a manifold of fixed size.
     """
 
     name: str
@@ -50,11 +50,13 @@ class Row:
     ruled: bool
     unit: int | None = None
     norm: str | None = None
+    radius: float = 1.0
 
     @property
     def geometry(self) -> str:
         """The manifold or norm and unit vectors in words, "-" for none."""
         words = [word for word in (self.manifold, self.norm) if word]
+        words += [] if self.radius == 1 else [f"radius {self.radius:g}"]
         words += [] if self.unit is None else [("unit columns", "unit rows")[self.unit]]
         return ", ".join(words) or "-"
 

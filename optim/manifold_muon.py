@@ -41,7 +41,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     Args:
         groups: parameter groups: dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS); any of the settings below
             may be given per group, and "blocks" (1): into how many matrices the rows of each parameter are cut, and "names" of the
-            parameters, for `certificates`.
+            parameters, for `certificates`, and "radius" R (1), for manifolds of fixed size: W / R is on the manifold.
         block_length: "each": every block's step has length lr; "whole": the parameter's step is as long, in root mean square, as it
             would be without the cut.
         cautious, row_beta: see optim/refine.py.
@@ -70,7 +70,14 @@ class ManifoldMuon(torch.optim.Optimizer):
         cautious: bool = False,
         row_beta: float | None = None,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "blocks": 1}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "blocks": 1,
+            "radius": 1.0,
+        }
         super().__init__(groups, {**defaults, "block_length": block_length, "cautious": cautious, "row_beta": row_beta})
         self.rule = rule
         self.found_inf: Tensor | None = None
@@ -98,6 +105,10 @@ class ManifoldMuon(torch.optim.Optimizer):
     def _check(group: dict[str, Any]) -> None:
         if group.get("manifold") not in MANIFOLDS:
             raise ValueError(f"unknown manifold {group.get('manifold')!r}; choose one of {', '.join(MANIFOLDS)}")
+        if not (group["radius"] > 0 and (group["radius"] == 1 or MANIFOLDS[group["manifold"]].sized)):
+            raise ValueError(
+                f"the radius of {group['manifold']} is {group['radius']:g}; give a number above 0, and 1 for a manifold without a fixed size"
+            )
         for p in group["params"]:
             if p.ndim != 2:
                 raise ValueError(
@@ -123,7 +134,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if names is None or group["names"][i] in names:
-                    p.copy_(self.rule.init(row_blocks(p, group["blocks"]), group["manifold"]).reshape(p.shape))
+                    on = self.rule.init(row_blocks(p, group["blocks"]) / group["radius"], group["manifold"])
+                    p.copy_((on * group["radius"]).reshape(p.shape))
 
     @torch.no_grad()
     def step(self, closure: None = None, *, wait: bool = True) -> None:  # type: ignore[override]  # no closure: a step is one pass
@@ -169,7 +181,10 @@ class ManifoldMuon(torch.optim.Optimizer):
         """One update of the matrices of a bucket."""
         stack = self._advance(bucket, highest)
         [moved] = self.rule([stack])
-        targets = [moved.W[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
+        new = moved.W
+        if (radius := bucket.group["radius"]) != 1:  # what did not move stays bitwise
+            new = torch.where(new == stack.W, bucket.stack(bucket.params), new * radius)
+        targets = [new[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
         targets = [
             (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
             for p, w in zip(bucket.params, targets)
@@ -200,7 +215,10 @@ class ManifoldMuon(torch.optim.Optimizer):
         if group["cautious"] or group["row_beta"] is not None:
             squares = bucket.state.get("row_squares")
             refine = Refine(g if group["cautious"] else None, squares, group["row_beta"] or 0.0, bucket.wide)
-        common = (group["manifold"], group["lr"], group["weight_decay"], keep, level, highest)
+        eta, decay = group["lr"], group["weight_decay"]
+        if (radius := group["radius"]) != 1:  # the step of W / R, whose length is eta / R, at the same decay
+            W, eta, decay = W / radius, eta / radius, decay * radius
+        common = (group["manifold"], eta, decay, keep, level, highest)
         whole = whole_shape(bucket.params[0], group) or None
         return Stack(W, G, *common, whole, refine)  # type: ignore[arg-type]  # of two numbers
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -103,6 +104,7 @@ class Manifold:
     unit_columns: ClassVar[bool] = False  # diag(WᵀW) = 1 at every point
     rotations: ClassVar[bool] = False  # its square matrices are the orthogonal ones: tangents are W times a skew matrix
     constrained: ClassVar[bool] = True  # P is not zero
+    sized: ClassVar[bool] = True  # its matrices have a fixed size, which a radius R scales: W / R is on the manifold
     free_lengths: ClassVar[bool] = False  # lengths of columns are free: weight decay and a cap act on them
     efforts: ClassVar[Mapping[str, Effort]] = {"default": Effort(), "high": Effort(caps=2, cap_degree=4)}
 
@@ -173,7 +175,7 @@ class Euclidean(Manifold):
     """Every matrix: the step is Muon's."""
 
     name = "euclidean"
-    constrained = False
+    constrained = sized = False
 
     def project(self, S: Tensor) -> Tensor:
         return torch.zeros_like(S)
@@ -213,6 +215,7 @@ class DGram(Manifold):
 
     name = "dgram"
     orthogonal = free_lengths = True
+    sized = False
     efforts: ClassVar = {
         "default": Effort(su=1, conjugate_gradients=5, relaxation=1.3, stages=(2, 2), lower=1e-2),
         "high": Effort(
@@ -278,6 +281,7 @@ class SpectralBall(Euclidean):
     """
 
     name = "spectral_ball"
+    sized = True
 
     def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
         """The nearest point of the ball, to 35/128·e⁴ relative to the excess e = ‖V‖₂² - 1 of the trial point V, see `_cap`."""
@@ -313,11 +317,12 @@ class SpectralSphere(Euclidean):
 
     The condition ⟨u vᵀ, T⟩ = 0 is hyperball's at the point u vᵀ. The step ends in W/‖W‖₂. Where singular values coincide at 1 there are
     more normal directions than u vᵀ; the scaling then deals with the rest.
-    Sources: the spectral sphere (arXiv 2601.08393), MACRO (arXiv 2605.04418). Ours: radius 1, and the multiplier by least squares, at
+    Sources: the spectral sphere (arXiv 2601.08393), MACRO (arXiv 2605.04418). Ours: the multiplier by least squares, at
     quality `high` by Su's step too, where the first bisects.
     """
 
     name = "spectral_sphere"
+    sized = True
     efforts: ClassVar = {"default": Effort(), "high": Hyperball.efforts["high"]}
 
     def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:
@@ -366,3 +371,10 @@ class ObliqueGain(Euclidean):
 _ALL = (Euclidean(), Stiefel(), DGram(), Oblique(), Hyperball(), SpectralBall(), SpectralSphere(), ObliqueGain())
 MANIFOLDS: dict[str, Manifold] = {m.name: m for m in _ALL}
 """The manifolds by the name that an assignment uses."""
+
+
+@lru_cache
+def residual_of(name: str, radius: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """The distance of W (..., m, n) from the manifold of this name and radius, see `Manifold.residual`; the same function for the same two."""
+    manifold = MANIFOLDS[name]
+    return manifold.residual if radius == 1 else lambda W: manifold.residual(W / radius)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .manifold_muon import ManifoldMuon
-from .manifolds import MANIFOLDS
+from .manifolds import residual_of
 from .stack import row_blocks
 
 
@@ -86,7 +86,7 @@ class Monitor:
         found = Report()
         for group in self.optimizer.param_groups:
             for name, p in zip(group["names"], group["params"]):
-                measured = _measure(row_blocks(p, group["blocks"]), group["manifold"])
+                measured = _measure(row_blocks(p, group["blocks"]), group["manifold"], group["radius"])
                 last = self.certified.get(name, {})
                 step = {"feas": last.get("feas", math.nan), "step": last.get("norm", math.nan)}
                 found[name] = Seen(group["manifold"], *measured, **step, fallbacks=last.get("fallbacks", math.nan))
@@ -118,9 +118,9 @@ class Monitor:
 
 
 @torch.no_grad()
-def _measure(W: Tensor, manifold: str) -> tuple[float, float, float]:
+def _measure(W: Tensor, manifold: str, radius: float) -> tuple[float, float, float]:
     """The largest distance from the manifold, largest and smallest singular value of the matrices of W (k, m, n); NaN if not finite."""
     if not bool(W.isfinite().all()):
         return (math.nan,) * 3
     sigma = torch.linalg.svdvals(W.float())
-    return float(MANIFOLDS[manifold].residual(W).max()), float(sigma.max()), float(sigma.min())
+    return float(residual_of(manifold, radius)(W).max()), float(sigma.max()), float(sigma.min())

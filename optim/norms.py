@@ -107,7 +107,8 @@ class Columns(Rows):
 class Schatten(Norm):
     """(Σ σᵖ)^(1/p) of the singular values, for a finite p above 1; by singular value decompositions.
 
-    At p = 2 it is the Frobenius norm, and for large p the direction tends to U Vᵀ, that of Spectral.
+    At p = 2 it is the Frobenius norm, and for large p the direction tends to U Vᵀ, that of Spectral. Singular values below the rounding of
+    the largest count as 0: their small power q - 1 would be near 1.
     """
 
     p: float = field(default=2.0, kw_only=True)
@@ -130,7 +131,7 @@ class Schatten(Norm):
     def steepest(self, g: Tensor) -> Tensor:
         U, s, Vh = torch.linalg.svd(g, full_matrices=False)
         s = ratio(s, s[..., :1])  # no power overflows
-        s = s.pow(self.q - 1) * s.gt(0)
+        s = s.pow(self.q - 1) * s.gt(max(g.shape[-2:]) * torch.finfo(s.dtype).eps)
         s = ratio(s, torch.linalg.vector_norm(s, self.p, dim=-1, keepdim=True))  # ‖σ^(q-1)‖_p = ‖σ‖_q^(q-1)
         return (U * s[..., None, :]) @ Vh
 

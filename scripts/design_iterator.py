@@ -12,6 +12,7 @@ The maths, with sources: optim/iterators.py.
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -84,8 +85,10 @@ def design(options: dict) -> tuple[list[Quintic], str]:
         UsageError: options that contradict each other. IteratorError: there is no such iteration.
     """
     lower, upper = interval_of(options["interval"])
-    if options["steps"] < 1 or options["safety"] < 1 or not 0 <= options["cushion"] < 1:
-        raise UsageError("give steps of at least 1, safety of at least 1 and a cushion from 0 to below 1")
+    if not (options["steps"] >= 1 and 1 <= options["safety"] < 2 and 0 <= options["cushion"] < 1):
+        raise UsageError("give steps of at least 1, safety from 1 to below 2 and a cushion from 0 to below 1")
+    if not 1 <= options["digits"] <= 15:
+        raise UsageError(f"digits={options['digits']} is no number of decimals; give 1 to 15")
     if options["name"]:
         if options["l"] or options["r"]:
             raise UsageError("name= and l=, r= are two ways to a list; give one of them")
@@ -136,14 +139,24 @@ def work(arguments: list[str]) -> int:
         raise UsageError(str(error)) from error
     coefficients = [(round(a, d := options["digits"]), round(b, d), round(c, d)) for a, b, c in exact]
     lower, upper = interval_of(options["interval"])
+    if not all(map(math.isfinite, band(coefficients, lower, upper))):
+        raise UsageError(
+            f"this list diverges on [{lower:g}, {upper:g}]; give an interval that ends at 1, where the largest singular values are, or more digits"
+        )
     print(f"{what}: {len(coefficients)} steps")
     for a, b, c in coefficients if len(set(coefficients)) > 1 else coefficients[:1]:
         print(f"  a {a:<12g} b {b:<12g} c {c:g}")
     print(describe(coefficients, lower, upper))
+    if unsound(coefficients):
+        raise UsageError("train.py would refuse this list; give more digits, or another interval, l or r")
     print(f"override     'optim.muon.rule.iterator={[list(q) for q in coefficients]}'")
     path = Path(options["figure"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"written: {draw_iterator(coefficients, lower, upper, what, path)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_iterator(coefficients, lower, upper, what, path)
+    except (OSError, ValueError) as error:  # ValueError: an ending that names no kind of picture
+        raise UsageError(f"figure={path} cannot be written ({error}); name another file") from error
+    print(f"written: {path}")
     return 0
 
 

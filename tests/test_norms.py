@@ -64,6 +64,9 @@ def test_schatten_is_the_gradient_at_two_and_the_matrix_sign_at_large_p():
     g = gaussian(8, 5)
     assert torch.allclose(Schatten(p=2.0).steepest(g), g / g.norm())
     assert torch.allclose(Schatten(p=1e7).steepest(g), polar(g), atol=1e-5)
+    deficient = gaussian(8, 2) @ gaussian(2, 5)
+    U, _, Vh = torch.linalg.svd(deficient)
+    assert torch.allclose(Schatten(p=1e7).steepest(deficient), U[:, :2] @ Vh[:2], atol=1e-5)  # rounding is no direction
     for p in (1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="finite number above 1"):
             Schatten(p=p)

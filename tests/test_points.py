@@ -8,7 +8,8 @@ import torch
 from optim.certificate import certify
 from optim.certified import CertifiedStep, direction
 from optim.manifold_muon import ManifoldMuon
-from optim.manifolds import MANIFOLDS
+from optim.manifolds import MANIFOLDS, residual_of
+from optim.monitor import Monitor
 from optim.msign import msign
 from optim.published import PublishedStep
 from optim.stack import Stack
@@ -139,8 +140,7 @@ def optimizer_of(params, **options):
         "names": [f"p{i}" for i in range(len(params))],
         "manifold": options.pop("manifold", "euclidean"),
     }
-    if "blocks" in options:
-        group["blocks"] = options.pop("blocks")
+    group |= {key: options.pop(key) for key in ("blocks", "radius") if key in options}
     return ManifoldMuon([group], CertifiedStep(), **{**common, **options})
 
 
@@ -242,6 +242,45 @@ def test_blocks_together_step_as_far_as_the_whole(shape, blocks, length):
     )  # by the root mean square blocks are as long as the whole anyway
     assert moved(blocks=blocks, block_length="each") == pytest.approx(longer * whole, rel=2e-2)
     assert moved(block_length="whole") == whole
+
+
+# ---- the radius ----
+
+
+@pytest.mark.parametrize("manifold", ["stiefel", "oblique", *SPHERES, "spectral_ball"])
+def test_a_radius_is_the_same_step_of_a_larger_matrix(manifold):
+    small = parameters((24, 9), (9, 24))
+    large = [torch.nn.Parameter(4 * p.detach()) for p in small]
+    one = optimizer_of(small, manifold=manifold, weight_decay=0.4)
+    four = optimizer_of(large, manifold=manifold, weight_decay=0.1, lr=0.4, radius=4.0)
+    for seed in range(4):
+        for p, q in zip(small, large):
+            p.grad = q.grad = gaussian(*p.shape, seed=seed)
+        one.step()
+        four.step()
+    residual = residual_of(manifold, 4.0)
+    for p, q in zip(small, large):
+        assert torch.equal(4 * p.detach(), q) and residual(q).max() < 1e-5
+    report = Monitor(four, interval=1).report()
+    assert not report.off(1e-4) and max(seen.largest for seen in report.values()) > 1.5
+    four.found_inf, before = torch.ones(()), [q.clone() for q in large]
+    four.step()
+    assert all(map(torch.equal, before, large))
+
+
+def test_a_radius_by_name():
+    small = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16"]
+    cfg = compose(["assignment=all_spectral_sphere", *small, "optim.muon.radius={c_fc: 3}"])
+    check(cfg)
+    model, optimizers = build(cfg)
+    weights = {row.name: model.get_parameter(row.name).detach() for row in optimizers.rows if row.manifold}
+    sizes = {name: torch.linalg.matrix_norm(W, 2).item() for name, W in weights.items()}
+    assert sizes == {name: pytest.approx(3 if "c_fc" in name else 1, rel=1e-5) for name in weights}
+    assert "spectral_sphere, radius 3" in {row.geometry for row in optimizers.rows}
+    assert all(residual(W) < 1e-5 for W, residual, _ in optimizers.ruled_matrices(dict(weights)).values())
+    for radius, assignment in (("{attn: 2}", "all_dgram"), ("{attn: 0}", "all_stiefel")):
+        with pytest.raises(ConfigError, match="give a number above 0"):
+            check(compose([f"assignment={assignment}", f"optim.muon.radius={radius}"]))
 
 
 # ---- the configuration ----

@@ -24,7 +24,15 @@ from optim.published import PublishedStep
 from optim.stack import StepRule
 from training import library
 from training.capture import CudaGraphs
-from training.groups import adamw_groups, given_to_library, library_groups, modular_groups, muon_groups, norm_pairs
+from training.groups import (
+    adamw_groups,
+    at_radius,
+    given_to_library,
+    library_groups,
+    modular_groups,
+    muon_groups,
+    norm_pairs,
+)
 from training.optimizers import Optimizers
 from training.settings import CertifiedRule, Library, Optim, Settings
 from training.settings import Modular as ModularSettings
@@ -98,6 +106,7 @@ def _shared_out(rows: list[Row], optim: Optim) -> tuple[list[Row], Groups, Group
         rows = given_to_library(rows, library.display_name(matrices))
         groups = library_groups(rows, matrices)
     else:
+        rows = at_radius(rows, matrices)
         groups = muon_groups(rows, matrices)
     return rows, groups, adamw_groups(rows, optim.adamw)
 

@@ -50,8 +50,8 @@ class CoordinateCheck:
         """Each parameter's name, and what the watched step did, for tokens x (B, T) int64; nothing if none was watched.
 
         input, output: the names of the norms. size: of the parameter's change, weight decay included. change_max, change_mean: of the
-        change of the module's output, over tokens. input_max: the largest size of its input (1 for tokens, as one-hot vectors). The last
-        three are None for a parameter whose module is not called, such as a head that the loss uses by itself.
+        change of the module's output, over tokens. input_max: the largest size of its input (1 for tokens, as one-hot vectors; of a gain,
+        what it multiplies). The last three are None for a parameter whose module is not called, such as a head that the loss uses by itself.
         """
         features = self._features(x)
         for name, old in self.before.items():
@@ -72,13 +72,12 @@ class CoordinateCheck:
             busy = True  # a module may call others
             for leaf, name in own.items():
                 p, (source, target) = self.params[name], self.pairs[name]
-                new, p.data = p.data, self.before[name]
-                try:
-                    change = FEATURES[target]((after - module.forward(inputs[0])).float())
-                finally:
-                    p.data = new
-                token = not inputs[0].is_floating_point()
-                size = torch.ones(()) if token or leaf == "bias" else FEATURES[source](inputs[0].float())
+                x = inputs[0]
+                change = FEATURES[target]((after - _output_with(module, x, p, self.before[name])).float())
+                if p.ndim < 2 and leaf != "bias":  # a gain multiplies what its module has made of the input
+                    ones, zeros = torch.ones_like(p), torch.zeros_like(p)
+                    x = _output_with(module, x, p, ones) - _output_with(module, x, p, zeros)
+                size = FEATURES[source](x.float()) if x.is_floating_point() and leaf != "bias" else torch.ones(())
                 found[name] = {"change_max": change.max().item(), "change_mean": change.mean().item()}
                 found[name]["input_max"] = size.max().item()
             busy = False
@@ -102,3 +101,12 @@ class CoordinateCheck:
             for handle in handles:
                 handle.remove()
         return found
+
+
+def _output_with(module: nn.Module, x: Tensor, p: Tensor, value: Tensor) -> Any:
+    """What a module gives for x with another value of its parameter p, which is then as it was."""
+    own, p.data = p.data, value
+    try:
+        return module.forward(x)
+    finally:
+        p.data = own

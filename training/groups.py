@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from optim.assignment import AssignmentError, Row, by_pattern, folded, matches
+from optim.manifolds import MANIFOLDS
 from optim.modular import norm_of
 from training.settings import AdamW, Library, Muon, Norms
 
@@ -22,7 +23,7 @@ def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, 
     mine = [row.name for row in rows if row.manifold]
     scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale")
     blocks = by_pattern(mine, muon.blocks or {}, 1, "optim.muon.blocks")
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple, list[str]] = {}  # by manifold, factor of the rate, blocks, radius
     options = {
         "block_length": muon.block_length != "each",
         "cautious": muon.cautious,
@@ -44,13 +45,31 @@ def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, 
             problems.append(
                 f"optim.muon.blocks of '{row.name}' is {cut}; give a whole number that divides its {row.shape[0]} rows"
             )
-        groups.setdefault((row.manifold, scale, cut), []).append(row.name)
+        groups.setdefault((row.manifold, scale, cut, row.radius), []).append(row.name)
     if problems:
         raise AssignmentError(problems)
     return [
-        (names, {"manifold": manifold, "lr": muon.lr * scale, "blocks": cut})
-        for (manifold, scale, cut), names in groups.items()
+        (names, {"manifold": manifold, "lr": muon.lr * scale, "blocks": cut, "radius": radius})
+        for (manifold, scale, cut, radius), names in groups.items()
     ]
+
+
+def at_radius(rows: list[Row], muon: Muon) -> list[Row]:
+    """The rows, with the radius of each matrix's manifold.
+
+    Raises:
+        AssignmentError: see `by_pattern`; or a radius that is 0, or one for a manifold without a fixed size.
+    """
+    radii = by_pattern([row.name for row in rows if row.manifold], muon.radius or {}, 1.0, "optim.muon.radius")
+    wrong = [
+        f"optim.muon.radius of '{row.name}' on '{row.manifold}' is {radii[row.name]:g}; give a number above 0, or 1 for a set of matrices "
+        f"without a fixed size; these have one: {', '.join(name for name, manifold in MANIFOLDS.items() if manifold.sized)}"
+        for row in rows
+        if row.manifold and radii[row.name] != 1 and not (radii[row.name] > 0 and MANIFOLDS[row.manifold].sized)
+    ]
+    if wrong:
+        raise AssignmentError(wrong)
+    return [replace(row, radius=float(radii.get(row.name, 1.0))) for row in rows]
 
 
 def norm_pairs(shapes: Mapping[str, tuple[int, ...]], norms: Norms) -> dict[str, tuple[str, str]]:

@@ -12,7 +12,7 @@ from model.spectra import Residual
 from model.unit_norm import UnitNorm
 from optim.assignment import Row, folded
 from optim.manifold_muon import ManifoldMuon
-from optim.manifolds import MANIFOLDS
+from optim.manifolds import residual_of
 from optim.modular import Modular
 from training.capture import CapturedUpdate, Record
 from training.library import like_saved, settings_of_group, tensors_of
@@ -119,9 +119,12 @@ class Optimizers:
         """Every matrix (of `params`, whole) that matches a rule of the assignment, by name: itself, the distance from its manifold, and its
         row blocks."""
         blocks = {n: group["blocks"] for group in (self.muon.param_groups if self.muon else ()) for n in group["names"]}
-        residuals: dict[str, Residual] = {name: manifold.residual for name, manifold in MANIFOLDS.items()}
         return {
-            row.name: (params[row.name], residuals.get(row.manifold or ""), blocks.get(row.name, 1))
+            row.name: (
+                params[row.name],
+                residual_of(row.manifold, row.radius) if row.manifold else None,
+                blocks.get(row.name, 1),
+            )
             for row in self.rows
             if row.ruled
         }
@@ -176,8 +179,12 @@ class Optimizers:
         if self.muon is None:
             return missed
         saved = [group for part in state.values() for group in part["param_groups"]]
-        before = {name: (g.get("manifold"), g.get("blocks")) for g in saved for name in g.get("names", ())}
-        now = {name: (g["manifold"], g["blocks"]) for g in self.muon.param_groups for name in g["names"]}
+        before = {
+            name: (g.get("manifold"), g.get("blocks"), g.get("radius", 1.0))
+            for g in saved
+            for name in g.get("names", ())
+        }
+        now = {name: (g["manifold"], g["blocks"], g["radius"]) for g in self.muon.param_groups for name in g["names"]}
         moved = [n for n, place in now.items() if n in before and before[n] != place and place[0] != "euclidean"]
         self.muon.bring_onto_manifold(moved)
         return missed + [f"{name}: brought onto its manifold" for name in folded(moved)]

@@ -100,6 +100,7 @@ class Muon:
     block_length: Literal["each", "whole"]
     cautious: bool
     row_beta: Annotated[Share | None, ("null", "leaves rows as they are")]
+    radius: Factors
     rule: Annotated[PublishedRule | CertifiedRule, ("by", "kind"), ("types", STEP_RULES)]
 
 
