@@ -12,10 +12,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import yaml
 
+from data.command import CONFIGS
 from data.settings import Data
 from data.shards import TOKEN, DataError, Dataset, Shard, Split, digest, eot_of
 
@@ -51,6 +53,12 @@ class Bin(Data):
 
     def vocabulary(self) -> int:
         return self.vocab_size
+
+
+def bin_of(folder: Path, **changed: Any) -> Bin:
+    """The settings of configs/data/bin.yaml for a folder, and `changed`."""
+    settings = yaml.safe_load((CONFIGS / "data" / "bin.yaml").read_text()) | {"dir": str(folder)} | changed
+    return Bin(**settings | {key: tuple(settings[key]) for key in ("train", "val")})
 
 
 def open_split(folder: Path, patterns: Sequence[str], vocab_size: int) -> Split:

@@ -21,15 +21,23 @@ class Mix(Bin):
     def open(self) -> Dataset:
         if not self.parts:
             raise DataError("data.parts names no folder; write data.parts={folder: weight, other: weight}")
-        opened = [self._part(Path(self.dir).expanduser() / name) for name in self.parts]
-        first = opened[0]
-        for name, part in zip(self.parts, opened):
-            if (part.tokenizer, part.separator_first) != (self.tokenizer, first.separator_first):
+        opened, problems = [], []
+        for name in self.parts:
+            try:
+                part = self._part(Path(self.dir).expanduser() / name)
+            except DataError as error:
+                problems.append(f"data.parts: {name}: {error}")
+                continue
+            opened.append(part)
+            if (part.tokenizer, part.separator_first) != (self.tokenizer, opened[0].separator_first):
                 how = "begins" if part.separator_first else "ends"
-                raise DataError(
+                problems.append(
                     f"the parts of data.parts do not fit together: {name} has {part.tokenizer} tokens, and the end-of-text token {how} a "
                     "document; use parts that agree, and set data.tokenizer to theirs"
                 )
+        if problems:
+            raise DataError("\n".join(problems))
+        first = opened[0]
         weights = tuple(float(weight) for weight in self.parts.values())
         train, val = (
             Mixture(tuple(split for part in opened for split in of(part).parts), weights)
@@ -40,6 +48,8 @@ class Mix(Bin):
         return Dataset(fingerprint, vocabulary, first.tokenizer, first.separator, first.separator_first, train, val)
 
     def _part(self, folder: Path) -> Dataset:
+        if not folder.is_dir():
+            raise DataError(f"there is no folder {folder}; correct data.parts, or data.dir, the folder of the parts")
         if (folder / MANIFEST).exists():
             return open_dataset(folder)
         plain = {key: getattr(self, key) for key in ("name", "source", "tokenizer", "train", "val", "vocab_size")}

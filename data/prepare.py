@@ -302,7 +302,14 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
         directory = prepare(cfg)
         print(_counts(directory, cfg))
     except REFUSALS as error:
-        print(ConfigError(problems_of_words(arguments, configs=configs)[0] or [str(error)]), file=sys.stderr)
+        problems, rest = problems_of_words(arguments, configs=configs)
+        if problems:
+            with contextlib.suppress(*REFUSALS), initialize_config_dir(str(configs), version_base="1.3"):
+                try:  # wrong values among the other words
+                    read_data(OmegaConf.to_container(compose("config", overrides=rest).data, resolve=True))
+                except ConfigError as wrong:
+                    problems += wrong.problems
+        print(ConfigError(problems or [str(error)]), file=sys.stderr)
         return 2
     except ConfigError as error:
         print(error, file=sys.stderr)

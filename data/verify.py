@@ -12,10 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
-from data.bin import Bin, layout
-from data.command import CONFIGS
+from data.bin import bin_of, layout
 from data.shards import MANIFEST, DataError, hash_file, read_manifest, size_problem
 
 Finding = tuple[str, str, str]
@@ -53,11 +50,11 @@ def _prepared(folder: Path) -> Iterator[Finding]:
 
 
 def _bin(folder: Path, vocab_size: int | None) -> Iterator[Finding]:
-    defaults = yaml.safe_load((CONFIGS / "data" / "bin.yaml").read_text())
-    paths = sorted({path for key in ("train", "val") for pattern in defaults[key] for path in folder.glob(pattern)})
+    cfg = bin_of(folder, **({"vocab_size": vocab_size} if vocab_size else {}))
+    paths = sorted({path for pattern in (*cfg.train, *cfg.val) for path in folder.glob(pattern)})
     if not paths:
         raise DataError(f"{folder} has neither a {MANIFEST} nor files such as train.bin; name another folder")
-    most, sound = vocab_size or int(defaults["vocab_size"]), True
+    most, sound = cfg.vocab_size, True
     for path in paths:
         found = wrong = ""
         try:
@@ -71,10 +68,8 @@ def _bin(folder: Path, vocab_size: int | None) -> Iterator[Finding]:
         sound = sound and not wrong
         yield path.name, found, wrong
     if sound:  # what concerns several files
-        settings = {**defaults, "dir": str(folder), "vocab_size": most}
-        settings |= {key: tuple(settings[key]) for key in ("train", "val")}
         try:
-            yield "", f"fingerprint {Bin(**settings).open().fingerprint}", ""
+            yield "", f"fingerprint {cfg.open().fingerprint}", ""
         except DataError as error:
             yield "", "", str(error)
 
@@ -84,9 +79,17 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = dict(word.split("=", 1) for word in words if "=" in word)
     folders = [word for word in words if "=" not in word]
+    if {"-h", "--help"} & set(words):
+        show(__doc__ or "")
+        return 0
     vocabulary = options.pop("vocab_size", None)
-    if len(folders) != 1 or options or (vocabulary is not None and not vocabulary.isdecimal()):
-        print(__doc__, file=sys.stderr)
+    mistakes = [f"{key}= is no option; the only one is vocab_size=" for key in options]
+    if len(folders) != 1:
+        mistakes.append(f"name one folder instead of {len(folders)}, such as data/prepared/books")
+    if vocabulary is not None and not (vocabulary.isdecimal() and int(vocabulary)):
+        mistakes.append(f"vocab_size={vocabulary} is not a whole number above 0; give one, such as vocab_size=65")
+    if mistakes:
+        print("\n".join(mistakes), file=sys.stderr)
         return 2
     damaged = 0
     try:
@@ -98,8 +101,12 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(f"{folders[0]}: {f'{damaged} files are damaged' if damaged else 'everything is in order'}")
+    show(f"{folders[0]}: {_said(damaged)}")
     return 1 if damaged else 0
+
+
+def _said(damaged: int) -> str:
+    return f"{damaged} file{' is' if damaged == 1 else 's are'} damaged" if damaged else "everything is in order"
 
 
 if __name__ == "__main__":

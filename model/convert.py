@@ -49,7 +49,7 @@ class NotGPT2(Exception):
 
 
 def foreign_settings(config: GPTConfig, also: Mapping[str, Any] | None = None) -> list[str]:
-    """Settings of a model that GPT-2 does not have, as "attention.qk_norm=True". `also`: name → further values that are possible."""
+    """Settings of a model that GPT-2 does not have, as "attention.qk_norm=true". `also`: name → further values that are possible."""
     plain, also = GPTConfig(), also or {}
     found = [] if config.residual.rule == plain.residual.rule else [f"residual={config.residual.rule}"]
     for section, group in (("model", Shape), ("attention", Attention)):
@@ -57,7 +57,7 @@ def foreign_settings(config: GPTConfig, also: Mapping[str, Any] | None = None) -
             value = getattr(config, field.name)
             possible = (getattr(plain, field.name), *also.get(field.name, ()))
             if field.name not in (*SIZES, *_WITHOUT_EFFECT) and value not in possible:
-                found.append(f"{section}.{field.name}={value}")
+                found.append(f"{section}.{field.name}={str(value).lower() if isinstance(value, bool) else value}")
     return found
 
 

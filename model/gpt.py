@@ -117,6 +117,7 @@ class GPT(nn.Module):
             )
         longer = GPT(GPTConfig(**{**vars(self.config), "block_size": tokens})).to(self.lm_head.weight.device)
         longer.load_state_dict(self.state_dict())
+        longer.separator = self.separator
         return longer.eval()
 
     def unit_vectors(self) -> dict[str, int]:

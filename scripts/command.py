@@ -29,23 +29,28 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
     Raises:
         UsageError: a key is misspelt, or a value is not of the option's type.
     """
-    others, options, misspelt = [], dict(defaults), []
+    others, options, problems = [], dict(defaults), []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in defaults:
             others.append(argument)
             near = get_close_matches(key, list(defaults), 1, _ALMOST) if equals and key.isidentifier() else []
-            misspelt += [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
+            problems += [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
             continue
         kind = type(defaults[key])
         try:
             options[key] = kind(value)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
-            raise UsageError(f"{key}={value} is not {what}; give one, such as {key}={defaults[key]}") from None
-    if misspelt:
-        raise UsageError("\n".join(misspelt))
+            problems.append(f"{key}={value} is not {what}; give one, such as {key}={defaults[key]}")
+    refuse(problems)
     return others, options
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise UsageError with all problems, a line each, if there is one."""
+    if problems:
+        raise UsageError("\n".join(problems))
 
 
 def listed(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Measure a trained model: loss, perplexity and bits per byte on prepared data, loss by position, and tasks of lm-eval.
 
     python scripts/evaluate.py outputs/first                                   on the run's own validation split
-    python scripts/evaluate.py outputs/first data=data/prepared/books          on any data that was prepared with the same tokenizer
+    python scripts/evaluate.py outputs/first data=data/prepared/books          on any data of the same tokenizer
     python scripts/evaluate.py outputs/first contexts=1,2,4                    with windows of 1, 2 and 4 times the context of training
     python scripts/evaluate.py outputs/first tasks=hellaswag,lambada_openai    by lm-eval: pip install -e '.[eval]'
 
@@ -10,6 +10,8 @@ is a folder of lm-eval's YAML tasks, of which tasks= then names some.
 
 Bits per byte are the losses of all tokens that are text, in bits, divided by the bytes of that text, so that models with different
 tokenizers can be compared on the same text. The token between documents has no bytes and is left out.
+
+A run with batches.documents=true is measured as it was trained: tokens attend to their own document.
 
 A longer context needs rotary positions (model.rope=true). Nothing is changed in the model.
 """
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,15 +32,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.bin import bin_of
 from data.loader import validation_windows
-from data.shards import Dataset, open_dataset
+from data.shards import MANIFEST, Dataset, open_dataset
 from data.tokenizer import get_tokenizer
 from model.gpt import GPT
 from scripts.analysis.runs import load_model
 from scripts.analysis.tables import Table
-from scripts.command import UsageError, parse, run
-from training.data import open_data
-from training.settings import read_sound
+from scripts.command import UsageError, parse, refuse, run
+from training.data import open_data, separator_of
+from training.settings import Settings, completed, read_sound
 
 EVALUATE_OPTIONS = {
     "data": "",
@@ -83,7 +87,7 @@ def measure(model: GPT, windows: np.ndarray, token_bytes: list[bytes]) -> Measur
     for start in range(0, len(windows), count):
         part = torch.from_numpy(windows[start : start + count].astype("int64")).to(device)
         x, y = part[:, :-1], part[:, 1:]
-        logits = F.linear(model.features(x), model.head_weight()).float()
+        logits = model.logits(model.features(x)).float()
         losses = F.cross_entropy(logits.mT, y, reduction="none").double()  # (B, T)
         sums += losses.sum(0)
         nats += losses[lengths[y] > 0].sum()
@@ -111,56 +115,63 @@ def summary_table(found: dict[int, Measured]) -> Table:
     return Table(["context", "tokens", "loss", "perplexity", "bits per byte"], lines, [True] * 5)
 
 
-def data_of(config: dict[str, Any], folder: str) -> Dataset:
-    """The prepared data in a folder, or that of the run.
+def data_of(cfg: Settings, folder: str) -> Dataset:
+    """The data in a folder, prepared or as data=bin reads it, or that of the run.
 
     Raises:
         UsageError: it was prepared with another tokenizer. DataError: it cannot be read.
     """
     if not folder:
-        return open_data(read_sound(config)[0])
-    dataset, wanted = open_dataset(folder), config["data"]["tokenizer"]
-    if dataset.manifest.tokenizer != wanted:
+        return open_data(cfg)
+    path, wanted = Path(folder), cfg.data.tokenizer
+    if not (path / MANIFEST).exists() and any(path.glob("*.bin")):
+        return bin_of(path, tokenizer=wanted, vocab_size=cfg.data.vocabulary()).open()
+    dataset = open_dataset(folder)
+    if dataset.tokenizer != wanted:
         raise UsageError(
-            f"{folder} holds {dataset.manifest.tokenizer} tokens, and the model reads {wanted}; prepare the same text with "
+            f"{folder} holds {dataset.tokenizer} tokens, and the model reads {wanted}; prepare the same text with "
             f"data.tokenizer={wanted} in another data.dir, and compare bits per byte"
         )
     return dataset
 
 
-def lengths_of(model: GPT, contexts: str) -> list[int]:
-    """The lengths of windows, in tokens, from multiples of the context of training as text: "1,2,4".
-
-    Raises:
-        UsageError: it is no such text.
-    """
+def multiples_of(contexts: str) -> list[int]:
+    """The multiples of the context of training that a text such as "1,2,4" names, sorted; empty if it is no such text."""
     try:
         multiples = sorted({int(word) for word in contexts.split(",")})
     except ValueError:
-        multiples = [0]
-    if multiples[0] < 1:
-        raise UsageError(
-            f"contexts={contexts} is not a list of whole numbers above 0; give one, such as contexts=1,2,4"
+        return []
+    return multiples if multiples[0] > 0 else []
+
+
+def problems_of(others: list[str], options: dict[str, Any]) -> list[str]:
+    """A line for everything that is wrong with the command line."""
+    found = []
+    if len(others) != 1:
+        found.append(f"name one run and, if you like, {', '.join(f'{key}=' for key in EVALUATE_OPTIONS)}; see --help")
+    if not multiples_of(options["contexts"]):
+        found.append(
+            f"contexts={options['contexts']} is not a list of whole numbers above 0; give one, such as contexts=1,2,4"
         )
-    return [multiple * model.config.block_size for multiple in multiples]
+    found += [f"{key}={options[key]} is below 0; 0 means all" for key in ("windows", "limit") if options[key] < 0]
+    if options["split"] not in ("val", "train"):
+        found.append(f"split={options['split']} is no split; split is val or train")
+    if options["tasks"] and find_spec("lm_eval") is None:
+        found.append("tasks= needs lm-eval, which is not installed; get it with: pip install -e '.[eval]'")
+    return found
 
 
 def work(arguments: list[str]) -> int:
     """Print the tables."""
     others, options = parse(arguments, EVALUATE_OPTIONS)
-    if len(others) != 1 or options["windows"] < 0 or options["limit"] < 0 or options["split"] not in ("val", "train"):
-        raise UsageError(
-            f"name one run and, if you like, {', '.join(f'{key}=' for key in EVALUATE_OPTIONS)}; split is val or train, "
-            "windows and limit are at least 0; see --help"
-        )
-    if options["tasks"] and find_spec("lm_eval") is None:
-        raise UsageError("tasks= needs lm-eval, which is not installed; get it with: pip install -e '.[eval]'")
+    refuse(problems_of(others, options))
     model, config, step = load_model(others[0])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, lengths = get_tokenizer(config["data"]["tokenizer"]), lengths_of(model, options["contexts"])
-    dataset = data_of(config, options["data"])
+    cfg = read_sound(completed(config))[0]
+    tokenizer, dataset = get_tokenizer(cfg.data.tokenizer), data_of(cfg, options["data"])
+    model.separator = separator_of(cfg, dataset)
     found = {}
-    for T in lengths:
+    for T in (multiple * model.config.block_size for multiple in multiples_of(options["contexts"])):
         try:
             longer = model.with_context(T)
         except ValueError as error:

@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from model.convert import NotGPT2, known_settings, to_hf, to_nanogpt
 from model.gpt import GPT
 from scripts.analysis.runs import load_model
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, parse, refuse, run
 from training.tensor_file import SETTINGS, write_tensors
 
 EXPORT_OPTIONS = {"to": "nanogpt", "weights": "last"}
@@ -78,14 +78,16 @@ def export(directory: str, target: Path, to: str = "nanogpt", weights: str = "la
     Raises:
         UsageError: the target cannot be written, or the format has no such model. CheckpointError, DataError: the run cannot be read.
     """
-    if to not in FORMATS:
-        raise UsageError(f"to={to} is no format; choose one of {', '.join(FORMATS)}")
-    if target.exists() and (to == "hf" or target.is_dir()):
-        raise UsageError(f"{target} exists already; name a new {'folder' if to == 'hf' else 'file'}")
-    if not target.absolute().parent.is_dir():
-        raise UsageError(f"{target} cannot be written; name a file in an existing directory, such as gpt.pt")
-    if weights not in ("last", "average"):
-        raise UsageError(f"weights={weights} is neither last nor average; give one of them")
+    wrong = {
+        f"to={to} is no format; choose one of {', '.join(FORMATS)}": to not in FORMATS,
+        f"{target} exists already; name a new {'folder' if to == 'hf' else 'file'}": target.is_dir()
+        or (to == "hf" and target.exists()),
+        f"{target} cannot be written; name a file in an existing directory, such as gpt.pt": not target.absolute().parent.is_dir(),
+        f"{target} would hold a state dict of torch; add to=safetensors, or name it {target.stem}.pt": to == "nanogpt"
+        and target.suffix == ".safetensors",
+        f"weights={weights} is neither last nor average; give one of them": weights not in ("last", "average"),
+    }
+    refuse([problem for problem, holds in wrong.items() if holds])
     model, config, step = load_model(directory, weights == "average")
     temporary = target.with_name(f".{target.name}.tmp")
     try:

@@ -96,7 +96,7 @@ class Harness(TemplateLM):
             h = self.model.features(tokens[:, :-1])
             for row, (i, ids, count) in enumerate(batch):
                 here = slice(len(ids) - 1 - count, len(ids) - 1)
-                logits = F.linear(h[row, here], self.model.head_weight()).float()
+                logits = self.model.logits(h[row, here]).float()
                 targets = tokens[row, 1:][here]
                 sums[i] -= F.cross_entropy(logits, targets, reduction="sum").item()
                 greedy[i] &= bool((logits.argmax(-1) == targets).all())

@@ -25,7 +25,7 @@ from data.tokenizer import END_OF_TEXT, UNKNOWN, Tokenizer, get_tokenizer
 from model.generate import Sampling, stream
 from model.gpt import GPT
 from scripts.analysis.runs import load_model
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, parse, refuse, run
 
 SAMPLE_OPTIONS = {
     "prompt": "",
@@ -96,17 +96,17 @@ def prompts_of(prompt: str, file: str) -> list[str]:
 def work(arguments: list[str]) -> int:
     """Print samples."""
     others, options = parse(arguments, SAMPLE_OPTIONS)
-    if len(others) != 1:
-        raise UsageError(f"name one run and, if you like, {', '.join(f'{k}=' for k in SAMPLE_OPTIONS)}; see --help")
-    tokens, top_k, seed = options["tokens"], options["top_k"], options["seed"]
-    if tokens < 1 or top_k < 0 or options["speed"] not in ("true", "false"):
-        raise UsageError(
-            f"tokens={tokens} must be at least 1, top_k={top_k} at least 0, speed={options['speed']} true or false"
-        )
-    try:
-        sampling = Sampling(options["temperature"], top_k or None, options["top_p"])
-    except ValueError as error:
-        raise UsageError(f"{error}; change that") from error
+    wrong = {
+        f"name one run and, if you like, {', '.join(f'{k}=' for k in SAMPLE_OPTIONS)}; see --help": len(others) != 1,
+        f"tokens={options['tokens']} must be at least 1": options["tokens"] < 1,
+        f"temperature={options['temperature']} must be at least 0": not options["temperature"] >= 0,
+        f"top_k={options['top_k']} must be at least 0; 0 draws from the whole vocabulary": options["top_k"] < 0,
+        f"top_p={options['top_p']} must be above 0 and at most 1": not 0 < options["top_p"] <= 1,
+        f"speed={options['speed']} must be true or false": options["speed"] not in ("true", "false"),
+    }
+    refuse([problem for problem, holds in wrong.items() if holds])
+    tokens, seed = options["tokens"], options["seed"]
+    sampling = Sampling(options["temperature"], options["top_k"] or None, options["top_p"])
     prompts = prompts_of(options["prompt"], options["prompts"])
     model, config, _ = load_model(others[0])
     model, tokenizer = (

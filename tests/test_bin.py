@@ -176,7 +176,11 @@ def test_verify_checks_a_prepared_folder(tmp_path, capsys):
 
 def test_verify_says_what_it_needs(tmp_path, capsys):
     assert verify([]) == verify(["a", "b"]) == verify(["a", "vocab_size=x"]) == verify([str(tmp_path)]) == 2
-    assert "neither a manifest.json nor files such as train.bin" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "name one folder instead of 2" in said and "vocab_size=x is not a whole number" in said
+    assert "neither a manifest.json nor files such as train.bin" in said
+    assert verify([str(tmp_path), "vocabsize=65"]) == 2 and verify(["--help"]) == 0
+    assert "vocabsize= is no option; the only one is vocab_size=" in capsys.readouterr().err
     assert verify([str(nanogpt(tmp_path / "x")), "vocab_size=65"]) == 1
     assert verify([str(speedrun(tmp_path / "y"))]) == 0
 
@@ -189,6 +193,14 @@ def mixture(tmp_path: Path, weights: str = "a: 3, b: 1", **changes):
         prepared(tmp_path / name, text)
     overrides = ["data=mix", f"data.dir={tmp_path}", f"data.parts={{{weights}}}", "data.tokenizer=bytes"]
     return replace(compose(overrides).data, **changes)
+
+
+def test_every_bad_part_of_a_mixture_is_named(tmp_path):
+    cfg = mixture(tmp_path, "a: 3, b: 1, nowhere: 1, c: 1")
+    prepared(tmp_path / "c")
+    (tmp_path / "c/manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"data\.parts: nowhere: there is no folder .*\n.*c/manifest.json is damaged"):
+        cfg.open()
 
 
 @pytest.mark.parametrize("order", ["replacement", "epoch"])

@@ -19,6 +19,7 @@ from scripts.analysis.runs import load_model
 from train import train
 from training.config import compose
 from training.log import read_records
+from training.settings import read_sound
 
 BYTES = get_tokenizer("bytes")
 NGPT = {"rope": True, "mlp": "swiglu", "tied": False, "unit_weights": True}
@@ -107,7 +108,10 @@ def test_other_data_and_longer_contexts(tiny_data, tmp_path, capsys):
         ([], "name one run"),
         (["{run}", "split=test"], "split is val or train"),
         (["{run}", "contexts=1,x"], "whole numbers above 0"),
-        (["{run}", "contexts=0"], "whole numbers above 0"),
+        (
+            ["{run}", "contexts=0", "windows=-1"],
+            "whole numbers above 0; give one, such as contexts=1,2,4\nwindows=-1 is below 0",
+        ),
         (["{run}", "contexts=2"], "every position is learned"),
         (["{run}", "data={tmp}/none"], "there is no prepared data"),
         (["{run}", "tasks=hellaswag"], "pip install -e '.[eval]'"),
@@ -120,15 +124,40 @@ def test_mistakes_are_one_message(run, tmp_path, capsys, monkeypatch, arguments,
     assert said in err and "Traceback" not in err and not out
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["batches.documents=true", "probe.interval=null", "model.rope=true"],
+        ["model.head_cap=0.1", "model.tied=false", "model.head_bias=true", "model.rope=true"],
+    ],
+    ids=["documents", "head"],
+)
+def test_what_changes_the_loss_is_measured_too(tiny_data, tmp_path, capsys, settings):
+    folder = tmp_path / "run"
+    train(compose([*tiny_data, *TINY, *settings, f"output_dir={folder}", "max_steps=1"]))
+    last = [r["loss"] for r in read_records(folder, "eval")][-1]
+    capsys.readouterr()
+    assert evaluate.main([str(folder), "windows=2", "contexts=1,2"]) == 0
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["16", "32"])
+    assert float(row[2]) == pytest.approx(last, abs=1e-4)
+
+
+def test_files_of_other_programs_are_measured(run, tmp_path, capsys):  # noqa: F811
+    for name in ("train", "val"):
+        np.random.default_rng(0).integers(0, 256, 100).astype("<u2").tofile(tmp_path / f"{name}.bin")
+    assert evaluate.main([str(run), f"data={tmp_path}"]) == 0
+    assert f"on val of {tmp_path}" in capsys.readouterr().out
+
+
 def test_data_of_another_tokenizer_is_refused(run, tiny_data, tmp_path, monkeypatch):  # noqa: F811
     config = load_model(run)[1]
     dataset = evaluate.open_dataset(config["data"]["dir"])
-    other = replace(dataset, manifest=replace(dataset.manifest, tokenizer="gpt2"))
+    other = replace(dataset, tokenizer="gpt2")
     monkeypatch.setattr(evaluate, "open_dataset", lambda folder: other)
     with pytest.raises(
         evaluate.UsageError, match=r"holds gpt2 tokens, and the model reads bytes; .*data\.tokenizer=bytes"
     ):
-        evaluate.data_of(config, "there")
+        evaluate.data_of(read_sound(config)[0], config["data"]["dir"])
 
 
 # ---- lm-eval ----

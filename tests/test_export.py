@@ -112,9 +112,9 @@ def test_a_run_becomes_a_folder_that_transformers_generates_text_with(run, tmp_p
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"rope": True}, "model.rope=True"),
+        ({"rope": True}, "model.rope=true"),
         ({"mlp": "swiglu"}, "model.mlp=swiglu"),
-        ({"qk_norm": True}, "attention.qk_norm=True"),
+        ({"qk_norm": True}, "attention.qk_norm=true"),
         ({"logit_cap": 5.0, "head_gate": "token"}, "attention.logit_cap=5.0, attention.head_gate=token"),
         ({"residual": compose(["residual=sandwich_norm"]).residual}, "residual=sandwich_norm"),
     ],

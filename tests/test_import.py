@@ -202,9 +202,9 @@ def test_movement_is_over_all_layers_of_a_kind():
 
 
 def test_weights_that_do_not_fit_end_the_run_before_anything_is_written(tiny_data, tmp_path):
-    write_safetensors(gpt(rope=True), BYTES, tmp_path / "m.safetensors")
+    write_safetensors(gpt(rope=True), BYTES, tmp_path / "m.weights")
     with pytest.raises(ConfigError, match=r"model\.rope=false does not fit .*; set model\.rope=true"):
-        train(compose([*tiny_data, *TINY, f"output_dir={tmp_path}/run", f"init_from={tmp_path}/m.safetensors"]))
+        train(compose([*tiny_data, *TINY, f"output_dir={tmp_path}/run", f"init_from={tmp_path}/m.weights"]))
     assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/config.yaml").exists()
 
 

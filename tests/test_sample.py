@@ -63,7 +63,7 @@ def test_text_is_printed_while_it_is_drawn(run, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["top_p=0"], "top_p=0.0 above 0"),
+        (["top_p=0", "tokens=0"], "tokens=0 must be at least 1\ntop_p=0.0 must be above 0"),
         (["speed=fast"], "true or false"),
         (["prompts={tmp}/none.txt"], "cannot be read"),
         (["prompts={tmp}/empty.txt"], "is empty"),

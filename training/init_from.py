@@ -7,6 +7,7 @@ and the validation loss before and after: fine-tuning on a manifold begins with 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from training.optimizers import Optimizers
 from training.ranks import Ranks
 from training.resume import check_parts, foreign
 from training.settings import read_sound
-from training.tensor_file import SETTINGS, read_tensors
+from training.tensor_file import SETTINGS, is_tensor_file, read_tensors
 from training.validate import ConfigError
 
 _HF_CONFIG, _HF_WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
@@ -96,6 +97,8 @@ def located(source: str) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):  # no name of huggingface.co
+        raise ConfigError([f"init_from={source}: there is no such file; {_REMEDY}"])
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
@@ -133,7 +136,7 @@ def read_weights(path: Path) -> Weights:
             about = json.loads((path / _HF_CONFIG).read_text(encoding="utf-8"))
             file = next((path / name for name in _HF_WEIGHTS if (path / name).exists()), path / _HF_WEIGHTS[0])
             return from_hf(str(path), about, _tensors(file))
-        if path.suffix == ".safetensors":
+        if is_tensor_file(path):
             tensors, metadata = read_tensors(path)
             return Weights(str(path), tensors, json.loads(metadata[SETTINGS]))
         return from_nanogpt(str(path), _tensors(path))
@@ -153,7 +156,7 @@ def _of_run(directory: Path) -> Weights:
 
 
 def _tensors(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors" or is_tensor_file(file):
         return read_tensors(file)[0]
     try:
         return torch.load(file, map_location="cpu", weights_only=True)

@@ -46,6 +46,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             file.write(flat.view(torch.uint8).numpy().data)
 
 
+def is_tensor_file(path: Path) -> bool:
+    """Whether a file begins as one of this format does; False if it cannot be read. Its name does not matter."""
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError:
+        return False
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, on the CPU, and the texts about them.
 
