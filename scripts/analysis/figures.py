@@ -173,9 +173,9 @@ def sign(path: Path, runs: Sequence[RecordedRun]) -> None:
 def _loss_curves(axes: Axes, group: Sequence[RecordedRun], colour: str) -> None:
     curves = [r.curve("eval") for r in group]
     if len(group) > 1:
-        steps, mean, low, high = band(curves)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(steps, mean, color=colour, linewidth=1.6, alpha=0.9)
+        all_steps, mean, low, high = band(curves)
+        axes.fill_between(all_steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(all_steps, mean, color=colour, linewidth=1.6, alpha=0.9)
     for run, (steps, losses) in zip(group, curves):
         thick, alpha = (1.6, 0.9) if len(group) == 1 else (0.5, 0.6)
         axes.plot(steps, losses, color=colour, linewidth=thick, alpha=alpha)
