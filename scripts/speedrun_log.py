@@ -49,8 +49,8 @@ def log_of(directory: Path) -> str:
 def _lines(directory: Path) -> list[str]:
     lines, step, seconds = [], 0, 0.0
     records = list(read_records(directory))
-    tokens = int(read_config(directory)["global_batch_tokens"])
-    last = max((record["step"] for record in records), default=0)
+    config = read_config(directory)
+    tokens, last = int(config["global_batch_tokens"]), int(config["max_steps"])
     for record in records:
         if record["kind"] == "train":
             seconds += (record["step"] - step) * tokens / record["tokens_per_s"]
@@ -93,6 +93,8 @@ def work(arguments: list[str]) -> int:
         path = folder / f"{r.directory.name}.txt"
         path.write_text(log_of(r.directory))
         print(f"written: {path}")
+        if (done := max(record["step"] for record in read_records(r.directory, "eval"))) < r.config["max_steps"]:
+            print(f"{path.stem} is not finished: its last loss is of step {done} of {r.config['max_steps']}")
     print(verdict(runs, options["target"]))
     return 0
 

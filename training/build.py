@@ -80,7 +80,11 @@ def rehearse(
     try:
         step_rule(cfg.optim)
     except IteratorError as error:
-        problems.append(f"optim.muon.rule.iterator: {error}")
+        key = "products" if isinstance(cfg.optim.muon.rule, CertifiedRule) else "msign_dtype"
+        problems.append(
+            f"optim.muon.rule.iterator: {error}; optim.muon.rule.{key}=float32 is the first, and scripts/design_iterator.py "
+            "with safety=1.01 prints the second"
+        )
     try:
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
         rows, *_ = _shared_out(rows, cfg.optim)
