@@ -37,7 +37,7 @@ from data.loader import validation_windows
 from data.shards import MANIFEST, Dataset, open_dataset
 from data.tokenizer import get_tokenizer
 from model.gpt import GPT
-from scripts.analysis.runs import load_model
+from scripts.analysis.runs import load_model, require_text
 from scripts.analysis.tables import Table
 from scripts.command import UsageError, parse, refuse, run
 from training.data import open_data, separator_of
@@ -183,6 +183,7 @@ def work(arguments: list[str]) -> int:
     )
     print(summary_table(found).text(), position_table(found, model.config.block_size).text(), sep="\n\n")
     if options["tasks"]:
+        require_text(config)
         from scripts.harness import evaluate_tasks  # lm-eval takes seconds to import
 
         limit, folder = options["limit"] or None, options["task_folder"] or None

@@ -24,7 +24,7 @@ import torch
 from data.tokenizer import END_OF_TEXT, UNKNOWN, Tokenizer, get_tokenizer
 from model.generate import Sampling, stream
 from model.gpt import GPT
-from scripts.analysis.runs import load_model
+from scripts.analysis.runs import load_model, require_text
 from scripts.command import UsageError, parse, refuse, run
 
 SAMPLE_OPTIONS = {
@@ -109,6 +109,7 @@ def work(arguments: list[str]) -> int:
     sampling = Sampling(options["temperature"], options["top_k"] or None, options["top_p"])
     prompts = prompts_of(options["prompt"], options["prompts"])
     model, config, _ = load_model(others[0])
+    require_text(config)
     model, tokenizer = (
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         get_tokenizer(config["data"]["tokenizer"]),

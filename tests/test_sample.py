@@ -10,7 +10,9 @@ from test_tokenizer import TOKENIZERS
 
 from data.tokenizer import get_tokenizer
 from scripts import sample
-from scripts.analysis.runs import load_model
+from scripts.analysis.runs import load_model, require_text
+from scripts.command import UsageError
+from training.config import compose_plain
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -76,3 +78,10 @@ def test_mistakes_are_one_message(run, tmp_path, capsys, arguments, said):  # no
     assert sample.main([str(run), *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
     out, err = capsys.readouterr()
     assert said in err and not out
+
+
+def test_ids_without_a_known_text_are_refused(tmp_path):
+    config = compose_plain(["data=bin", f"data.dir={tmp_path}", "data.vocab_size=65", "data.tokenizer=bytes"])
+    with pytest.raises(UsageError, match=r"data\.vocab_size=65, and bytes has 257"):
+        require_text(config)
+    require_text(compose_plain([]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.tokenizer import get_tokenizer
 from model.gpt import GPT
 from optim.assignment import matches
 from scripts.command import UsageError
@@ -330,3 +331,17 @@ def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, dict[
     if loaded is None:
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
     return model_of(loaded, average), loaded.state["config"], loaded.step
+
+
+def require_text(config: Mapping[str, Any]) -> None:
+    """Refuse a run whose ids are not those of a known tokenizer, such as the 65 characters of nanoGPT's shakespeare_char.
+
+    Raises:
+        UsageError: its vocabulary (data.vocab_size) is smaller than the tokenizer's.
+    """
+    data = read_sound(completed(config))[0].data
+    if data.vocabulary() < (whole := get_tokenizer(data.tokenizer).vocab_size):
+        raise UsageError(
+            f"the text of these tokens is not known: data.vocab_size={data.vocabulary()}, and {data.tokenizer} has {whole:,}; "
+            "evaluate.py without tasks= measures the loss"
+        )
