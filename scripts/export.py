@@ -31,7 +31,7 @@ from data.hf_tokenizer import tokenizer_files
 from data.tokenizer import Tokenizer, get_tokenizer
 from model.convert import NotGPT2, known_settings, to_hf, to_nanogpt
 from model.gpt import GPT
-from scripts.analysis.runs import load_model
+from scripts.analysis.runs import load_model, require_text
 from scripts.command import UsageError, parse, refuse, run
 from training.tensor_file import SETTINGS, write_tensors
 
@@ -89,6 +89,8 @@ def export(directory: str, target: Path, to: str = "nanogpt", weights: str = "la
     }
     refuse([problem for problem, holds in wrong.items() if holds])
     model, config, step = load_model(directory, weights == "average")
+    if to == "hf":  # whose folder holds the tokenizer too
+        require_text(config)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         remark = FORMATS[to](model, get_tokenizer(config["data"]["tokenizer"]), temporary)

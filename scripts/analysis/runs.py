@@ -343,5 +343,5 @@ def require_text(config: Mapping[str, Any]) -> None:
     if data.vocabulary() < (whole := get_tokenizer(data.tokenizer).vocab_size):
         raise UsageError(
             f"the text of these tokens is not known: data.vocab_size={data.vocabulary()}, and {data.tokenizer} has {whole:,}; "
-            "evaluate.py without tasks= measures the loss"
+            "evaluate.py without tasks= measures the loss, and export.py to=nanogpt or to=safetensors writes the weights"
         )
