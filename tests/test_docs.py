@@ -78,8 +78,8 @@ def test_commands_run(block, little_stdlib, tmp_path, monkeypatch, capsys):
 
 
 def test_a_block_that_needs_something_says_what_and_is_run_below():
-    shards = "a GPU and the published shards"
-    assert set(SHELL) == {"several devices", "an hour", "a GPU and 9 billion tokens", shards, "your files"}
+    shards, files = "a GPU and the published shards", "files of other programs"
+    assert set(SHELL) == {"several devices", "an hour", "a GPU and 9 billion tokens", shards, "your files", files}
     assert {block.language for block in BLOCKS} == {"bash", "python"}
 
 

@@ -104,7 +104,7 @@ GROUPS = [
     ({"word"}, "resume"),  # the path of a checkpoint; no, off and yes are meant otherwise
     (
         {"null", "{}"},
-        "optim.muon.lr_scale optim.muon.blocks optim.adamw.lr_scale optim.library.lr_scale optim.norms.patterns",
+        "optim.muon.lr_scale optim.muon.blocks optim.muon.radius optim.adamw.lr_scale optim.library.lr_scale optim.norms.patterns",
     ),  # a mapping may be empty
     ({*TEXT, "[]"}, "data.files"),  # data.prepare asks for one if there is none
     ({*TEXT, "[]", "null"}, "data.val_files"),
