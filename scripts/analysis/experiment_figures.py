@@ -87,7 +87,7 @@ def loss_of_trials(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float
     """
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     colours = dict(zip(labels, colormaps["tab20"].colors * 2))  # type: ignore[attr-defined]
-    with picture(path, 3.4 * len(panels), 4.2) as figure:
+    with picture(path, max(7.4, 3.4 * len(panels)), 4.2) as figure:
         for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
             for label, trials in curves.items():
                 finite = sorted((rate, loss) for rate, loss in trials if math.isfinite(loss))

@@ -229,12 +229,13 @@ def report_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
 def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
     """The text below a table: command, settings and machine. A setting in which the runs differ is left out."""
 
+    searched = any(setting(r.config, "optim.matrices.lr") for r in runs)  # then it stands for that of Muon
     parts = [
         f"{len(runs)} runs" if runs else "",
         *_scale(runs),
         _shared(runs, "data `{}` ({} tokens)", "data.name", "data.tokenizer"),
-        _shared(runs, "step rule `{}`", "optim.muon.rule.kind"),
-        _shared(runs, "peak learning rate of Muon {:g}", "optim.muon.lr"),
+        "" if searched else _shared(runs, "step rule `{}`", "optim.muon.rule.kind"),
+        "" if searched else _shared(runs, "peak learning rate of Muon {:g}", "optim.muon.lr"),
         _shared(runs, "peak learning rate of AdamW {:g}", "optim.adamw.lr"),
         _shared(runs, "seed {:g}", "seed"),
     ]
