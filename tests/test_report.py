@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import re
+import subprocess
 import threading
 import time
 import urllib.error
@@ -398,3 +400,25 @@ def test_a_newcomer_trains_two_assignments_and_compares_them_in_the_browser(tiny
         and "dgram" in differ
         and browser.errors == []
     )
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1500)
+def test_a_newcomer_clones_reproduces_looks_and_changes_one_thing(tmp_path, browser):
+    """The README's first command in a fresh clone, then its runs on one page beside a run with another assignment."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    plain = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # as a newcomer has it
+    subprocess.run(["make", "reproduce", "OPTIONS=max_steps=50"], cwd=clone, env=plain, check=True)
+    python = str(clone / ".venv/bin/python")
+    words = ["train.py", "assignment=all_oblique", "max_steps=50", "logger.mode=disabled", "output_dir=outputs/mine"]
+    subprocess.run([python, *words], cwd=clone, env=plain, check=True)
+    subprocess.run(
+        [python, "scripts/report.py", "outputs/reproduce", "outputs/mine", "page=both.html"],
+        cwd=clone,
+        env=plain,
+        check=True,
+    )
+    open_all(browser, clone / "both.html")
+    names = browser.get("[...document.querySelectorAll('.chip')].map(c => c.textContent)")
+    assert len(names) == 6 and {"Hetero", "All-Oblique"} <= set(names) and browser.errors == []
