@@ -1,0 +1,54 @@
+"""The search for the best settings of a case, and the comparison of two cases seed by seed."""
+
+import math
+
+import pytest
+
+from scripts.analysis.search import Axis, Found
+from scripts.analysis.statistics import Difference, student_cdf, student_quantile
+
+
+def search(loss, trials, **first):
+    """The search of a loss in the learning rate and the decay, after so many trials."""
+    found = Found([Axis("lr", 0.01), Axis("decay", 0.1, 4.0)], **first)
+    for _ in range(trials):
+        point = found.next_point()
+        assert point not in found.tried
+        found.tried[point] = loss(*(float(place) for place in point))
+    return found
+
+
+def bowl(rate, decay):
+    return (rate - 2.4) ** 2 + 0.3 * (decay + 1) ** 2
+
+
+def test_a_search_leaves_the_edge_and_then_halves_its_distance():
+    assert search(bowl, 1).best == {"lr": "0.01", "decay": "0.1"} and not search(bowl, 1).bracketed
+    found = search(bowl, 9)
+    assert found.best == {"lr": "0.04", "decay": "0.025"} and found.bracketed
+    assert float(search(bowl, 30).best["lr"]) == pytest.approx(0.01 * 2**2.4, rel=0.1)
+    assert search(bowl, 6, start=found.point).tried[found.point] == bowl(2, -1)
+
+
+def test_a_search_flees_from_unstable_rates():
+    found = search(lambda rate, decay: math.inf if rate > -3 else -rate, 4)
+    assert [float(point[0]) for point in found.tried] == [0, -1, -2, -3] and found.best["lr"] == "0.00125"
+
+
+def test_students_distribution_and_paired_differences():
+    for freedom, t in (
+        (1, 12.7062),
+        (2, 4.30265),
+        (3, 3.18245),
+        (4, 2.77645),
+        (9, 2.26216),
+        (30, 2.04227),
+    ):  # printed tables
+        assert student_quantile(0.975, freedom) == pytest.approx(t, rel=1e-5)
+        assert student_cdf(t, freedom) == pytest.approx(0.975, abs=1e-6) and student_cdf(-t, freedom) == pytest.approx(
+            0.025, abs=1e-6
+        )
+    found = Difference.of({1: 2.0, 2: 2.2, 3: 2.1, 4: 9.0}, {3: 2.0, 2: 2.1, 1: 1.8})
+    assert (found.count, found.mean) == (3, pytest.approx(0.4 / 3)) and found.low < 0 < found.high
+    assert found.p == pytest.approx(0.0572, abs=1e-4)  # t = 4 with two degrees of freedom
+    assert Difference.of({1: 2.0}, {1: 1.5}).text() == "+0.500" and math.isnan(Difference.of({1: 2.0}, {1: 1.5}).p)
