@@ -225,7 +225,8 @@ def test_runs_of_other_settings_are_not_overwritten(copied, capsys):
         (["optim=paper", "seeds=2"], None, "demo_paper"),
     ],
 )
-def test_a_table_is_named_after_scale_and_step_rule(overrides, name, directory, monkeypatch):
+def test_a_table_is_named_after_scale_and_step_rule(overrides, name, directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # runs of the checkout are none of its business
     monkeypatch.setattr(reproduce, "open_data", lambda cfg: None)
     plan = reproduce.make_plan(["scale=demo", *overrides])
     assert plan.name == name and str(plan.results) == f"outputs/reproduce/{directory}"
