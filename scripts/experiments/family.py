@@ -8,19 +8,19 @@ from scripts.analysis.tables import STATUS, Column, Table, case
 
 MUON = "optim=manifold_muon"
 POINTS = {  # name → overrides, first learning rate, first weight decay; None: no decay acts on a matrix
-    "AdamW": (("optim=adamw",), 3e-3, 0.1),
-    "SGD": (("optim=sgd",), 0.5, 1e-4),
-    "Lion": (("optim=lion",), 3e-4, 1.0),
-    "Shampoo": (("optim=shampoo",), 0.1, 0.1),
-    "SOAP": (("optim=soap",), 3e-3, 0.1),
-    "Muon": (("assignment=unconstrained", MUON), 0.05, 0.1),
+    "AdamW": (("optim=adamw",), 1.5e-3, 0.1),
+    "SGD": (("optim=sgd",), 0.0625, 1e-4),
+    "Lion": (("optim=lion",), 7.5e-5, 1.0),
+    "Shampoo": (("optim=shampoo",), 0.2, 0.1),
+    "SOAP": (("optim=soap",), 7.5e-4, 0.1),
+    "Muon": (("assignment=unconstrained", MUON), 0.025, 0.1),
     "NorMuon": (("assignment=unconstrained", MUON, "optim.muon.row_beta=0.95"), 0.05, 0.1),
     "Hyperball": (("assignment=all_hyperball", MUON), 0.05, None),
     "spectral sphere": (("assignment=all_spectral_sphere", MUON), 0.05, None),
     "oblique with gains": (("assignment=all_oblique_gain", MUON), 0.05, 0.1),
-    "Stiefel": (("assignment=all_stiefel", MUON), 0.05, None),
+    "Stiefel": (("assignment=all_stiefel", MUON), 0.1, None),
     "DGram": (("assignment=all_dgram", MUON), 0.05, 0.1),
-    "Hetero": (("assignment=hetero", MUON), 0.05, 0.1),
+    "Hetero": (("assignment=hetero", MUON), 0.1, 0.1),
 }
 OPPONENTS = {name: lambda case, name=name: {"optimizer": name} for name in ("AdamW", "Muon")}
 
