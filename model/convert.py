@@ -132,7 +132,7 @@ def from_hf(source: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 def _as_gpt2(model: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a GPT-2 by dotted key, from those of its section `model` that are known."""
-    known = {"rope": False, "unit_weights": False, **model}
+    known = {"rope": False, "unit_weights": False, "skips": True, **model}
     return {"residual.rule": "pre_norm", **{f"model.{key}": value for key, value in known.items()}}
 
 

@@ -21,7 +21,7 @@ RULES = list(RESIDUAL_RULES)
 SPHERE = ["geonorm", "proj_sphere", "cayley_sphere", "p_sphere", "ngpt"]
 ASSIGNMENTS = ["adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv"]
 WIDTH, LAYERS, LAYER = 16, 4, 1
-STREAM = Stream(WIDTH, LAYERS, bias=False, radius=math.sqrt(WIDTH))
+STREAM = Stream(WIDTH, LAYERS, bias=False, radius=math.sqrt(WIDTH), skips=True)
 RESIDUAL = Section(Settings).kinds["residual"]
 TINY = {"block_size": 8, "vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": WIDTH}
 
@@ -124,7 +124,7 @@ def test_first_order_is_pre_norms_euler_step_in_the_tangent_direction(rule):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", SPHERE)
 def test_the_stream_keeps_its_length_through_48_layers(rule, dtype):
-    deep = Stream(WIDTH, 48, bias=False, radius=math.sqrt(WIDTH))
+    deep = Stream(WIDTH, 48, bias=False, radius=math.sqrt(WIDTH), skips=True)
     x = rule_of(rule).entry(deep)(torch.randn(2, 50, WIDTH)).to(dtype)
     errors = []
     for layer in range(48):
