@@ -233,6 +233,27 @@ def probe_curves(run: RecordedRun, path: Path) -> Path:
     return path
 
 
+def collapse_curves(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
+    """Draw how alike tokens become with depth: title of a panel → label → ‖X - 1x̄ᵀ‖/‖X‖ of the embeddings and after each block.
+
+    The axis is -log₁₀ of that on a logarithmic scale. So a straight rising line is doubly exponential decay, and a line that becomes flat
+    is exponential decay or none.
+    """
+    with picture(path, 3.4 * len(panels), 3.4) as figure:
+        for axes, (title, curves) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels.items()
+        ):
+            for i, (label, distances) in enumerate(curves.items()):
+                digits = [math.nan if x < 1e-14 else -math.log10(x) for x in distances]  # below: rounding
+                axes.plot(range(len(digits)), digits, color=OTHER_COLOURS[i], marker=".", label=label)
+            axes.set_yscale("log")
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("block")
+        figure.axes[0].set_ylabel("digits in which tokens are equal")
+        figure.axes[0].legend(frameon=False, fontsize=7)
+    return path
+
+
 def _mean(value: Any) -> float:
     return sum(value) / len(value) if isinstance(value, list) else value
 
