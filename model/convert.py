@@ -132,7 +132,7 @@ def from_hf(source: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 def _as_gpt2(model: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a GPT-2 by dotted key, from those of its section `model` that are known."""
-    known = {"rope": False, "unit_weights": False, "skips": True, **model}
+    known = {"rope": False, "unit_weights": False, **model}
     return {"residual.rule": "pre_norm", **{f"model.{key}": value for key, value in known.items()}}
 
 
@@ -189,7 +189,10 @@ def misfits(weights: Weights, config: GPTConfig) -> list[str]:
 
     Fewer positions, a larger vocabulary and more biases are possible, see `take`.
     """
-    have, theirs = known_settings(config), weights.settings
+    have, theirs = (
+        known_settings(config),
+        {"model.skips": True, **weights.settings},
+    )  # only a model that has none states it
     without_effect = {f"model.{key}" for key in ("block_size", "vocab_size", "bias", "dropout")}
     if not config.unit_weights:
         without_effect |= {"model.storage", "model.logit_scale"}

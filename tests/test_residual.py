@@ -1,6 +1,7 @@
 """Residual rules: each against its formula, first order, the stream's length, every assignment, tracing, and bad settings."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -83,6 +84,26 @@ FORMULAS = {
 def test_each_rule_is_its_formula(rule):
     joint, x, f = rule_of(rule).join(STREAM, LAYER), on_sphere(), sublayer()
     assert torch.allclose(joint(x, f), FORMULAS[rule](x, f), atol=2e-6)
+
+
+WITHOUT_SKIPS = {
+    "pre_norm": lambda x, f: f(norm(x)),
+    "post_norm": lambda x, f: norm(f(x)),
+    "deep_norm": lambda x, f: norm(f(x)),
+    "sandwich_norm": lambda x, f: norm(f(norm(x))),
+    "peri_norm": lambda x, f: norm(f(norm(x))),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_skips_a_rule_is_its_formula_or_is_refused(rule):
+    problems = GPTConfig(residual=rule_of(rule), skips=False).problems()
+    if rule in WITHOUT_SKIPS:
+        joint, x, f = rule_of(rule).join(replace(STREAM, skips=False), LAYER), on_sphere(), sublayer()
+        assert problems == [] and torch.allclose(joint(x, f), WITHOUT_SKIPS[rule](x, f), atol=2e-6)
+    else:
+        assert f"residual={rule}, which " in problems[0] and "use model.skips=true" in problems[0]
+        assert all(name in problems[0] for name in WITHOUT_SKIPS)
 
 
 def test_settings_change_what_they_say():
