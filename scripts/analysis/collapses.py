@@ -11,6 +11,7 @@ from data.loader import validation_windows
 from model.collapse import depth
 from model.gpt import GPT
 from model.probes import new_directions
+from scripts.analysis.experiment_figures import ROUNDING
 from scripts.analysis.exponents import initial
 from scripts.analysis.runs import RecordedRun, load_model
 from scripts.analysis.study import Study
@@ -55,10 +56,10 @@ def profiles(study: Study) -> dict[str, Any]:
 
 
 def digits(heading: str, kind: str, study: Study) -> Column:
-    """A column with the digits in which the tokens of the last block are equal: -log₁₀ of their distance, at most 16."""
+    """A column with the digits in which the tokens of the last block are equal: -log₁₀ of their distance, at most 15."""
 
     def value(run: RecordedRun) -> float:
-        return -math.log10(max(study.facts["profiles"][run.directory.name][kind][-1], 1e-16))
+        return -math.log10(max(study.facts["profiles"][run.directory.name][kind][-1], ROUNDING))
 
     return Column(heading, f"digits_{kind}", value, digits=2)
 

@@ -52,7 +52,7 @@ EXPERIMENT = Experiment(
     columns=columns,
     figures={"collapse.png": draw},
     remark=lambda study: (
-        "digits: -log₁₀ of ‖X − 1x̄ᵀ‖/‖X‖ after the last block, the digits in which tokens are equal (at most 16); start: at initialisation; "
+        "digits: -log₁₀ of ‖X − 1x̄ᵀ‖/‖X‖ after the last block, the digits in which tokens are equal (at most 15); start: at initialisation; "
         "no mask: the same weights, each token attends to all. outside: share of the last stream outside the embeddings' span, after training. "
         "eff. rank, width, R² and entropy are those of the last probe. All cases have the same learning rate."
     ),
