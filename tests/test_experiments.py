@@ -408,7 +408,7 @@ def test_the_verdict_names_what_restored_attention():
 
 LESS = {  # of every experiment's lists, as little as draws a picture
     "blocks": ["cut=uncut,heads_whole", "seeds=1"],
-    "collapses": ["model.skips=false", "seeds=1"],
+    "collapses": ["model.skips=false", "mlp=none", "seeds=1"],
     "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
     "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=1"],
     "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "data=stdlib", "data.name=stdlib"],
