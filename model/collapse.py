@@ -6,7 +6,8 @@
                                     output projection is known, `mixing_dimensions` if it is not
     entropy                         attention selects a single token: `model.probes.attention_record`
 
-The paper names the collapses; the measures are our choice of standard ones. [inference]
+Beside them, `outside_span`: the directions that the paper says only an MLP can add. The paper names the collapses; the measures are our
+choice of standard ones. [inference]
 """
 
 from __future__ import annotations
@@ -54,6 +55,20 @@ def depth(X: Tensor) -> dict[str, Tensor]:
     }
 
 
+def outside_span(X: Tensor, E: Tensor) -> Tensor:
+    """The share of ‖X‖² that lies outside of the linear span of the embeddings E; 0-d float64, averaged over sequences.
+
+    X, E: (B, n, d), of the same tokens. With n ≥ d, the embeddings usually span everything, and the share is 0; for independent random
+    directions it is 1 - n/d. arXiv 2604.23681 states that no stack of attention layers leaves the span. That holds for a single head whose
+    W_O W_V is a multiple of the identity; other weights, and several heads, do leave it (tests/test_collapse.py).
+    """
+    _, sigma, V = torch.linalg.svd(E.double(), full_matrices=False)
+    used = sigma > sigma[:, :1] * max(E.shape[1:]) * torch.finfo(E.dtype).eps
+    X = X.double()
+    within = (X @ V.mT) * used[:, None]  # (B, n, k)
+    return (1 - within.square().sum((1, 2)) / X.square().sum((1, 2))).clamp_min(0).mean()
+
+
 def recovery(heads: Tensor, W_o: Tensor) -> Tensor:
     """R² (H,) of a linear prediction of each head's output from the sum over heads.
 
@@ -85,7 +100,7 @@ def null_space(W_o: Tensor) -> int:
     return W_o.size(1) - int((sigma > sigma[0] * max(W_o.shape) * torch.finfo(W_o.dtype).eps).sum())
 
 
-def mixing_dimensions(heads: Tensor) -> Tensor:
+def mixing_dimensions(heads: Tensor, gates: Tensor | None = None) -> Tensor:
     """Dimensions (H,) in which the output of each head can change without a change of the sum over heads, if W_O is not known.
 
     For every invertible M (H·w, H·w), the heads M o with the projection W_O M⁻¹ give the same sum W_O o. Near M = 1, head h changes by
@@ -93,22 +108,45 @@ def mixing_dimensions(heads: Tensor) -> Tensor:
     vector in the span of the other heads' outputs, orthogonal to the head's own: w times the rank of that span. Directions below a
     thousandth of the largest are not counted. [our measure of what arXiv 2604.23681 counts]
 
+    With gates G_ih that the reader knows (PG-OP), the sum is W_O G_i o_i, where G_i multiplies each head by its gate. A change of head h by
+    Σ_g M_hg o_g then changes the sum by G_ih Σ_g M_hg o_ig, and a change of W_O undoes it if that is some Σ_g K_hg G_ig o_ig. So of the
+    directions above, those are left that are also in the span of (G_ig/G_ih)·o_ig: all if the gates are equal, usually none if the gates of
+    the heads differ from token to token. A direction counts as left if a thousandth of its length, at most, is outside. The gates must
+    not be zero. [our derivation]
+
     Args:
-        heads: (N, H, w) outputs of the heads for N tokens.
+        heads: (N, H, w) outputs of the heads for N tokens, before the gates. N > 2·H·w, if the count with gates is to say something: the
+            spans of fewer tokens overlap by themselves.
+        gates: (N, H), or None.
     """
     o = heads.double()
-    _, H, w = o.shape
     found = []
-    for h in range(H):
-        U, sigma, _ = torch.linalg.svd(o[:, h], full_matrices=False)
-        U = U[:, sigma > _WIDTH_TOLERANCE * sigma[0]]
+    for h in range(o.size(1)):
+        U = _basis(o[:, h])
         others = torch.cat([o[:, :h], o[:, h + 1 :]], 1).flatten(1)  # (N, (H - 1)·w)
-        left = singular_values((others - U @ (U.mT @ others))[None])[0]
-        largest = torch.linalg.matrix_norm(others, 2) if others.numel() else left.new_zeros(())
-        found.append(w * (left > _WIDTH_TOLERANCE * largest).sum())
-    return torch.stack(found)
+        largest = torch.linalg.matrix_norm(others, 2) if others.numel() else None
+        free = _basis(others - U @ (U.mT @ others), largest)
+        left = free.size(1)
+        if gates is not None and left:
+            relative = gates.double() / gates[:, h : h + 1].double()
+            gated = _basis((relative[..., None] * o).flatten(1))
+            left = int((singular_values((free - gated @ (gated.mT @ free))[None]) < _WIDTH_TOLERANCE).sum())
+        found.append(o.size(2) * left)
+    return torch.tensor(found)
+
+
+def _basis(A: Tensor, largest: Tensor | None = None) -> Tensor:
+    """Orthonormal columns (N, r) that span A (N, k), but for directions below a thousandth of the largest (default: of A's own)."""
+    if not A.numel():
+        return A
+    U, sigma, _ = torch.linalg.svd(A, full_matrices=False)
+    return U[:, sigma > _WIDTH_TOLERANCE * (sigma[0] if largest is None else largest)]
 
 
 def ambiguous_dimensions(tokens: int, n_head: int, width: int) -> int:
-    """n(H - 1)w, the count of arXiv 2604.23681: as `mixing_dimensions`, but with a separate M for every token."""
+    """n(H - 1)w, the count of arXiv 2604.23681: as `mixing_dimensions`, but with a separate M for every token.
+
+    It is the dimension of all changes of the other heads' outputs together with what one head writes (n·d numbers) that leave the sum as it
+    is, for any W_O and any gates but zero (tests/test_collapse.py). [our reading; the paper's proof was not available to us]
+    """
     return tokens * (n_head - 1) * width

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from model.residual import Positive, ResidualRule, Stream, residual_rule
+from model.residual import RESIDUAL_RULES, Positive, ResidualRule, Stream, residual_rule
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RATE_GROUPS = {"embedding": "wte", "hidden": "c_attn|c_fc|c_proj", "head": "lm_head"}
@@ -27,6 +27,8 @@ class Shape:
     vocab_size: may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units of GPUs.
     stream_dtype: the dtype in which the residual stream is kept between two sublayers; they and the norms compute as without it.
     rope: rotary positions instead of a table of positions; "half": of half of the channels, see HalfRotary. tied: whether the head and the embedding share their weight.
+    mlp: the kind of MLP, a name of model.layers.MLPS; "none": blocks without one. skips: whether a sublayer's output is added to the
+        stream; without, it takes the stream's place. Both are switches for the study of collapse (arXiv 2604.23681), in no recipe.
     head_cap: unless None, every logit z of the head becomes c·z/√(z² + c²). head_bias: whether the untied head has a bias.
     unit_weights: nGPT (arXiv 2410.01131): the rows or columns of the matrices have unit length, see `GPT.unit_vectors`, and there are the
         learned scales s_qk, s_uv and s_z.
@@ -42,7 +44,8 @@ class Shape:
     bias: bool
     stream_dtype: Literal["float32", "bfloat16"]
     rope: Literal[True, False, "half"]
-    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
+    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2", "none"]
+    skips: bool
     tied: bool
     head_cap: Positive | None
     head_bias: bool
@@ -112,6 +115,12 @@ class GPTConfig(Shape, Attention, Init):
             found.append(
                 f"model.rope rotates pairs of channels, and a head has {self.n_embd // self.n_head}; make it {whole}"
             )
+        if not self.skips and self.residual.needs_skips:
+            able = ", ".join(name for name, rule in RESIDUAL_RULES.items() if not rule.needs_skips)
+            found.append(
+                f"model.skips=false is not possible with residual={self.residual.rule}, which {self.residual.needs_skips}; "
+                f"use model.skips=true, or a residual rule of {able}"
+            )
         if self.tied and self.head_bias:
             found.append("model.head_bias is for a head of its own; use model.tied=false")
         if self.unit_weights and self.head_cap:
@@ -135,4 +144,4 @@ class GPTConfig(Shape, Attention, Init):
     def stream(self) -> Stream:
         """The stream, as a residual rule needs it."""
         radius = 1.0 if self.unit_weights else math.sqrt(self.n_embd)
-        return Stream(self.n_embd, self.n_layer, self.bias, radius)
+        return Stream(self.n_embd, self.n_layer, self.bias, radius, self.skips)

@@ -189,7 +189,10 @@ def misfits(weights: Weights, config: GPTConfig) -> list[str]:
 
     Fewer positions, a larger vocabulary and more biases are possible, see `take`.
     """
-    have, theirs = known_settings(config), weights.settings
+    have, theirs = (
+        known_settings(config),
+        {"model.skips": True, **weights.settings},
+    )  # only a model that has none states it
     without_effect = {f"model.{key}" for key in ("block_size", "vocab_size", "bias", "dropout")}
     if not config.unit_weights:
         without_effect |= {"model.storage", "model.logit_scale"}

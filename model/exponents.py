@@ -80,11 +80,18 @@ def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> 
 
     Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself. If a rule keeps the stream
     on a sphere, every token is scaled to the length that the rule gives it.
+
+    Raises:
+        ValueError: another α or skip, of a model without skips.
     """
     keep = 1.0 if skip == "one" else math.sqrt(1 - strength**2)
+    if not model.config.skips and not strength == keep == 1:
+        raise ValueError(
+            "a model without skips has no strength of its branches; use model.skips=true, or strength 1 with skip one"
+        )
     yield x
     for block in model.transformer.h:
-        for rule, sublayer in ((block.ln_1, block.attn), (block.ln_2, block.mlp)):
+        for rule, sublayer in block.joined():
             joined = rule(x, sublayer)
             if strength == keep == 1:
                 x = joined
@@ -157,13 +164,13 @@ def closed_form(
     rotation-invariant initialisation: GPT-2's normal one, and its retractions. LayerNorm removes two of d directions from a gradient.
 
     Raises:
-        ValueError: another residual rule, a switch of attention that is on, or biases.
+        ValueError: another residual rule, a switch of attention that is on, biases, or no skips.
     """
     config = model.config
     switched = config.qk_norm or config.logit_cap or config.head_gate != "none"
-    if config.residual.rule not in _PLAIN or switched or config.bias:
+    if config.residual.rule not in _PLAIN or switched or config.bias or not config.skips:
         raise ValueError(
-            "the closed form is derived for residual=pre_norm, attention=plain and model.bias=false; measure this model instead"
+            "the closed form is derived for residual=pre_norm, attention=plain, model.bias=false and skips; measure this model instead"
         )
     d, keep = config.n_embd, 1.0 if skip == "one" else 1 - strength**2
     own = torch.eye(tokens, dtype=torch.float64)
@@ -176,12 +183,14 @@ def closed_form(
         Q = C.diagonal().mean()
         to_attention = written / Q * (1 - 2 / d)
         C = keep * C + written * average @ (C / Q) @ average.T
-        hidden = block.mlp.c_fc.weight
-        k0, k1 = gelu_moments(mean_square_gain(hidden, hidden.size(0)))
-        gain = strength**2 * mean_square_gain(block.mlp.c_proj.weight, d)
-        Q = C.diagonal().mean()
-        to_mlp = gain * k1 / Q * (1 - 2 / d)
-        C = keep * C + gain * (k0 - k1 * (1 - C / Q))
+        to_mlp = torch.zeros(())
+        if block.mlp is not None:
+            hidden = block.mlp.c_fc.weight
+            k0, k1 = gelu_moments(mean_square_gain(hidden, hidden.size(0)))
+            gain = strength**2 * mean_square_gain(block.mlp.c_proj.weight, d)
+            Q = C.diagonal().mean()
+            to_mlp = gain * k1 / Q * (1 - 2 / d)
+            C = keep * C + gain * (k0 - k1 * (1 - C / Q))
         backward.append((to_attention, to_mlp))
         apart.append(_misalignment_of(C))
     return Exponents(

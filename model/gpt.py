@@ -15,26 +15,33 @@ from model.config import GPTConfig
 from model.generate import Sampling, stream
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import capped, linear_cross_entropy
+from model.residual import Sublayer
 from model.scale import StoredScale
 from optim.geonorm import cast
 
 
 class Block(nn.Module):
-    """Attention and MLP; the residual rule adds the output of each to the stream."""
+    """Attention and MLP, or attention alone; the residual rule adds the output of each to the stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = config.residual.join(config.stream, layer)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = config.residual.join(config.stream, layer)
-        self.mlp = MLPS[config.mlp](config)
+        kind = MLPS[config.mlp]
+        self.ln_2 = config.residual.join(config.stream, layer) if kind else None
+        self.mlp = kind(config) if kind else None
         self.rounded = config.stream_dtype == "bfloat16"
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, d) → (B, T, d). cache, mask: see `CausalSelfAttention.forward`."""
         attn: typing.Any = self.attn if cache is None and mask is None else partial(self.attn, cache=cache, mask=mask)
         x = self.kept(self.ln_1(x, attn))
-        return self.kept(self.ln_2(x, self.mlp))
+        return x if self.mlp is None or self.ln_2 is None else self.kept(self.ln_2(x, self.mlp))
+
+    def joined(self) -> list[tuple[nn.Module, Sublayer]]:
+        """The sublayers in their order, each with its joint."""
+        second = [] if self.mlp is None or self.ln_2 is None else [(self.ln_2, self.mlp)]
+        return [(self.ln_1, self.attn), *second]
 
     def kept(self, x: Tensor) -> Tensor:
         """The stream x as it is kept for the next sublayer, which computes with it in x's dtype.
@@ -84,7 +91,7 @@ class GPT(nn.Module):
         self.s_z = StoredScale(config.vocab_size, config.logit_scale, stored) if config.unit_weights else None
         self.apply(self._init)
         for block in self.transformer.h:
-            for sublayer in (block.attn, block.mlp):
+            for _, sublayer in block.joined():
                 config.residual.init(sublayer, config.stream)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):

@@ -196,5 +196,11 @@ class SquaredReLU(MLP):
         return F.relu(h).square()
 
 
-MLPS: dict[str, type[MLP]] = {"gelu": MLP, "gelu_tanh": TanhMLP, "swiglu": SwiGLU, "relu2": SquaredReLU}
-"""Kinds of MLP by the name that `model.mlp` gives."""
+MLPS: dict[str, type[MLP] | None] = {
+    "gelu": MLP,
+    "gelu_tanh": TanhMLP,
+    "swiglu": SwiGLU,
+    "relu2": SquaredReLU,
+    "none": None,
+}
+"""Kinds of MLP by the name that `model.mlp` gives; None: blocks have none."""

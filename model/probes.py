@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from model.attention import causal_logits
-from model.collapse import depth, mixing_dimensions, recovery
+from model.collapse import depth, mixing_dimensions, outside_span, recovery
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -85,17 +85,41 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def head_mixing(model: GPT, x: Tensor) -> Tensor:
-    """`model.collapse.mixing_dimensions` of every layer and head (L, H) on the windows x (B, T) int64."""
+def head_mixing(model: GPT, x: Tensor, known_gates: bool = False) -> Tensor:
+    """`model.collapse.mixing_dimensions` of every layer and head (L, H) on the windows x (B, T) int64.
+
+    known_gates: whether the reader knows the gates of the heads, if there are any; otherwise a gated output is a head's output.
+    """
     found: list[Tensor] = []
-    hooks = [
-        block.attn.register_forward_pre_hook(
-            lambda attn, args: found.append(mixing_dimensions(explicit_attention(attn, args[0])[2]))
-        )
-        for block in model.transformer.h
+
+    def measure(attn: CausalSelfAttention, args: tuple[Tensor, ...]) -> None:
+        _, _, o = explicit_attention(attn, args[0])
+        if attn.head_gate is None or not known_gates:
+            found.append(mixing_dimensions(o))
+            return
+        B, T, _ = args[0].shape
+        gates = attn.head_gate(args[0].float()).expand(B, -1, T, 1).squeeze(-1).mT.flatten(0, 1)
+        found.append(mixing_dimensions(o / gates[..., None], gates))
+
+    forward_with([block.attn.register_forward_pre_hook(measure) for block in model.transformer.h], model, x)
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def new_directions(model: GPT, x: Tensor) -> list[float]:
+    """`model.collapse.outside_span` of the embeddings and after every layer (L + 1) on the windows x (B, T) int64.
+
+    Of each window the first d/2 tokens count: the embeddings of d tokens would span everything, and later tokens do not act on earlier ones.
+    """
+    first = model.config.n_embd // 2
+    streams: list[Tensor] = []
+    blocks = model.transformer.h
+    hooks = [blocks[0].register_forward_pre_hook(lambda _, args: streams.append(args[0][:, :first].float()))]
+    hooks += [
+        block.register_forward_hook(lambda _, args, out: streams.append(out[:, :first].float())) for block in blocks
     ]
     forward_with(hooks, model, x)
-    return torch.stack(found)
+    return [outside_span(X, streams[0]).item() for X in streams]
 
 
 def forward_with(hooks: Iterable[RemovableHandle], model: GPT, x: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +39,13 @@ class Sublayer(Protocol):
 @dataclass(frozen=True)
 class Stream:
     """The stream of a rule: its width d, the number of blocks, whether norms have a bias, and the length (radius) of the vectors that the
-    sublayers expect: √d, as after a LayerNorm, or 1 for unit weights."""
+    sublayers expect: √d, as after a LayerNorm, or 1 for unit weights. skips: whether x itself is kept beside what a sublayer writes."""
 
     width: int
     layers: int
     bias: bool
     radius: float
+    skips: bool
 
 
 # ---- flat rules ----
@@ -55,7 +56,10 @@ class ResidualRule:
     """The base of all rules: the embedding is not changed, a final LayerNorm, GPT-2's initialisation.
 
     rule: its name in RESIDUAL_RULES.
+    needs_skips: why the rule has no form without skips (model.skips=false), as "which ..."; empty if its joints know that form.
     """
+
+    needs_skips: ClassVar[str] = "has no form without skips"
 
     rule: str
 
@@ -81,21 +85,30 @@ class ResidualRule:
 class PreNorm(ResidualRule):
     """x + f(LayerNorm(x)): GPT-2's rule."""
 
+    needs_skips = ""
+
     def join(self, stream: Stream, layer: int) -> nn.Module:
-        return PreNormJoint(stream.width, bias=stream.bias)
+        return PreNormJoint(stream)
 
 
 class PreNormJoint(nn.LayerNorm):
-    """x + f(LayerNorm(x))."""
+    """x + f(LayerNorm(x)); without skips, f(LayerNorm(x))."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream.width, bias=stream.bias)
+        self.skips = stream.skips
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:  # type: ignore[override]  # a norm that is given the sublayer too
-        return x + sublayer(super().forward(x))
+        written = sublayer(super().forward(x))
+        return x + written if self.skips else written
 
 
 @dataclass(frozen=True)
 class PreRMSNorm(ResidualRule):
     """x + f(RMSNorm(x)), with an RMSNorm of the embedding too and c_proj zero at the start: the rule of the public speedruns
     (github.com/KellerJordan/modded-nanogpt, records/track_3_optimization)."""
+
+    needs_skips = "starts with sublayers that write zero"
 
     def entry(self, stream: Stream) -> nn.Module:
         return nn.RMSNorm(stream.width)
@@ -119,19 +132,22 @@ class PreRMSNormJoint(nn.RMSNorm):
 
 
 class PostNormJoint(nn.LayerNorm):
-    """LayerNorm(gain · x + f(x))."""
+    """LayerNorm(gain · x + f(x)); without skips, LayerNorm(f(x))."""
 
     def __init__(self, stream: Stream, gain: float) -> None:
         super().__init__(stream.width, bias=stream.bias)
-        self.gain = gain
+        self.gain, self.skips = gain, stream.skips
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:  # type: ignore[override]  # as above
-        return super().forward(torch.add(sublayer(x), x, alpha=self.gain))
+        written = sublayer(x)
+        return super().forward(torch.add(written, x, alpha=self.gain) if self.skips else written)
 
 
 @dataclass(frozen=True)
 class PostNorm(ResidualRule):
     """LayerNorm(x + f(x)): the first Transformer (arXiv 1706.03762) and GPT-1. The last norm of the last block is the final norm."""
+
+    needs_skips = ""
 
     def join(self, stream: Stream, layer: int) -> nn.Module:
         return PostNormJoint(stream, 1.0)
@@ -155,16 +171,17 @@ class DeepNorm(PostNorm):
 
 
 class TwoNormJoint(nn.Module):
-    """x + gain · LayerNorm(f(LayerNorm(x)))."""
+    """x + gain · LayerNorm(f(LayerNorm(x))); without skips, the second term alone."""
 
     def __init__(self, stream: Stream, gain: float) -> None:
         super().__init__()
         self.before = nn.LayerNorm(stream.width, bias=stream.bias)
         self.after = nn.LayerNorm(stream.width, bias=stream.bias)
-        self.gain = gain
+        self.gain, self.skips = gain, stream.skips
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        return torch.add(x, self.after(sublayer(self.before(x))), alpha=self.gain)
+        written = self.after(sublayer(self.before(x)))
+        return torch.add(x, written, alpha=self.gain) if self.skips else self.gain * written
 
 
 @dataclass(frozen=True)
@@ -173,6 +190,8 @@ class SandwichNorm(ResidualRule):
 
     depth_gain: "none" (gain 1, as published) or "sqrt" (1/√(l+1), as in a public port of GeoNorm's baselines).
     """
+
+    needs_skips = ""
 
     depth_gain: Literal["none", "sqrt"]
 
@@ -183,6 +202,8 @@ class SandwichNorm(ResidualRule):
 @dataclass(frozen=True)
 class PeriNorm(ResidualRule):
     """x + LayerNorm(f(LayerNorm(x))), with a LayerNorm of the embedding too (Peri-LN, arXiv 2502.02732)."""
+
+    needs_skips = ""
 
     def entry(self, stream: Stream) -> nn.Module:
         return nn.LayerNorm(stream.width, bias=stream.bias)
@@ -270,6 +291,8 @@ class _OnSphere(ResidualRule):
         of GeoNorm that is a trained language model; the other port has the norms.
     final_norm: "none", or "rms": the same before the head. Default: none, for the same reason.
     """
+
+    needs_skips = "turns the stream towards what a sublayer writes"
 
     embedding: Literal["normalize", "none"]
     radius: Literal["auto", "sqrt_d", "unit"]

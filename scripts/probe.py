@@ -17,6 +17,12 @@ picture of what the run itself measured during training (probe.interval). The co
     hidden             dimensions of a token's head outputs that W_O maps to zero
     mixable            dimensions in which a head's output on these windows can change while the sum stays the same, if W_O is unknown
                        (model/collapse.py, mixing_dimensions); least over heads
+    gates known        the same, if the reader knows the gates of the heads; only with attention.head_gate
+    outside            share of the stream after the layer that is outside the span of the embeddings (model/collapse.py, outside_span), of
+                       the first d/2 tokens of each window; independent random directions would have one half
+
+The four collapses (arXiv 2604.23681): rank in depth is `from mean`, `cosine` and `eff. rank`; rank in width is `width`; the head channel is
+`R²`, `hidden`, `mixable` and `gates known`; entropy is `entropy` and `saturated`.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ import torch
 from data.loader import validation_windows
 from model.collapse import ambiguous_dimensions, null_space
 from model.gpt import GPT
-from model.probes import head_mixing, probe
+from model.probes import head_mixing, new_directions, probe
 from scripts.analysis.experiment_figures import probe_curves
 from scripts.analysis.figures import sign
 from scripts.analysis.runs import model_of, read_run
@@ -45,7 +51,7 @@ from training.settings import completed, read_sound
 
 LAYER_HEADINGS = [
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
-    *("from mean", "cosine", "eff. rank", "width", "R²", "hidden", "mixable"),
+    *("from mean", "cosine", "eff. rank", "width", "outside", "R²", "hidden", "mixable"),
 ]
 
 
@@ -67,7 +73,11 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
 
 def layer_table(model: GPT, x: torch.Tensor) -> str:
     """The table of one model on the windows x (B, T) int64, for a terminal."""
-    seen, mixable = probe(model, x), head_mixing(model, x).amin(1).tolist()
+    seen, outside, mixable = probe(model, x), new_directions(model, x), [head_mixing(model, x)]
+    headings = LAYER_HEADINGS
+    if model.config.head_gate != "none":
+        mixable.append(head_mixing(model, x, known_gates=True))
+        headings = [*headings, "gates known"]
     lines = []
     for i, block in enumerate(model.transformer.h):
         heads = [seen[key][i] for key in ("logit_max", "logit_p999", "entropy", "saturated", "jacobian", "recovery")]
@@ -76,9 +86,12 @@ def layer_table(model: GPT, x: torch.Tensor) -> str:
         attention = [max(logit), max(high), fmean(entropy), min(entropy), fmean(saturated), fmean(jacobian)]
         hidden = null_space(block.attn.c_proj.weight.detach())
         lines.append(
-            [str(i), *(f"{n:.3g}" for n in (*attention, *after, min(recovered))), str(hidden), f"{mixable[i]:,}"]
+            [
+                *(str(i), *(f"{n:.3g}" for n in (*attention, *after, outside[i + 1], min(recovered))), str(hidden)),
+                *(f"{int(of_heads[i].min()):,}" for of_heads in mixable),
+            ]
         )
-    return Table(LAYER_HEADINGS, lines, [True] * len(LAYER_HEADINGS)).text()
+    return Table(headings, lines, [True] * len(headings)).text()
 
 
 def work(arguments: list[str]) -> int:

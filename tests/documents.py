@@ -102,6 +102,7 @@ def in_process(words, overrides, monkeypatch):
 
 LESS = {  # of every experiment's lists, as little as draws a picture
     "blocks": ["cut=heads_whole", "seeds=1"],
+    "collapses": ["model.n_layer=2", "model.skips=false", "mlp=gelu", "seeds=1"],
     "crossing": ["assignment=hetero", "residual=geonorm", "seeds=1"],
     "exponents": ["init.residual_scale=0.5,1", "init.weight_scale=1", "scan=2", "models=1", "assignments=adamw"],
     "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=2", "seeds=1"],

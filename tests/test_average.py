@@ -98,7 +98,8 @@ def test_a_checkpoint_of_an_older_program_is_resumed(tiny, tmp_path, monkeypatch
         state = state_of(*args)
         for key in ("average", "capture", "profile"):
             state["config"].pop(key)
-        state["config"]["model"].pop("stream_dtype")
+        for key in ("stream_dtype", "skips"):
+            state["config"]["model"].pop(key)
         del state["average"]
         return state
 

@@ -408,6 +408,7 @@ def test_the_verdict_names_what_restored_attention():
 
 LESS = {  # of every experiment's lists, as little as draws a picture
     "blocks": ["cut=uncut,heads_whole", "seeds=1"],
+    "collapses": ["model.skips=false", "mlp=none", "seeds=1"],
     "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
     "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=1"],
     "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "data=stdlib", "data.name=stdlib"],
@@ -428,6 +429,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
 }
 TOLD = {  # what its table says
     "blocks": ["| Unconstrained | heads_whole |", "move c_attn equally far"],
+    "collapses": ["| false | none | 1 |", "digits, start", "outside the embeddings' span"],
     "crossing": ["| 2 |", "steps to 100.00", "| Unconstrained | geonorm |"],
     "family": ["| 4 | Muon |", "minus AdamW", "state, bytes a parameter"],
     "horizon": ["| 4 | all_stiefel |", "(edge)", "minus Unconstrained", "paired by seed"],

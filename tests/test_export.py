@@ -9,7 +9,7 @@ from test_tokenizer import TOKENIZERS
 
 from data.hf_tokenizer import merges, tokenizer_files
 from data.tokenizer import get_tokenizer
-from model.convert import NotGPT2, from_hf, from_nanogpt, take, to_hf, to_nanogpt
+from model.convert import NotGPT2, from_hf, from_nanogpt, misfits, take, to_hf, to_nanogpt
 from model.gpt import GPT, GPTConfig
 from scripts import export
 from scripts.analysis.runs import load_model
@@ -114,6 +114,7 @@ def test_a_run_becomes_a_folder_that_transformers_generates_text_with(run, tmp_p
     [
         ({"rope": True}, "model.rope=true"),
         ({"mlp": "swiglu"}, "model.mlp=swiglu"),
+        ({"mlp": "none", "skips": False}, "model.mlp=none, model.skips=false"),
         ({"qk_norm": True}, "attention.qk_norm=true"),
         ({"logit_cap": 5.0, "head_gate": "token"}, "attention.logit_cap=5.0, attention.head_gate=token"),
         ({"residual": compose(["residual=sandwich_norm"]).residual}, "residual=sandwich_norm"),
@@ -174,6 +175,8 @@ def test_to_nanogpt_and_back_is_bitwise(settings, tmp_path):
         assert take(weights, fresh) == []
         assert_bitwise(fresh.state_dict(), model.state_dict())
     assert weights.settings["model.n_head"] == 2
+    [problem] = misfits(weights, GPTConfig(**{**vars(model.config), "skips": False}))
+    assert problem.endswith("set model.skips=true")
     with pytest.raises(NotGPT2, match="holds neither"):
         from_nanogpt("x.pt", {"model": 3})
 

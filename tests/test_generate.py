@@ -17,6 +17,7 @@ MODELS = {
     "rotary": {"rope": True, "qk_norm": True},
     "biases": {"bias": True, "mlp": "gelu_tanh"},
     "token gates": {"head_gate": "token", "logit_cap": 2.0},
+    "attention alone, without skips": {"mlp": "none", "skips": False},
     "position gates": {"head_gate": "position", "qk_clip": 1.0},
 }
 

@@ -1,6 +1,7 @@
 """Residual rules: each against its formula, first order, the stream's length, every assignment, tracing, and bad settings."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -21,7 +22,7 @@ RULES = list(RESIDUAL_RULES)
 SPHERE = ["geonorm", "proj_sphere", "cayley_sphere", "p_sphere", "ngpt"]
 ASSIGNMENTS = ["adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv"]
 WIDTH, LAYERS, LAYER = 16, 4, 1
-STREAM = Stream(WIDTH, LAYERS, bias=False, radius=math.sqrt(WIDTH))
+STREAM = Stream(WIDTH, LAYERS, bias=False, radius=math.sqrt(WIDTH), skips=True)
 RESIDUAL = Section(Settings).kinds["residual"]
 TINY = {"block_size": 8, "vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": WIDTH}
 
@@ -85,6 +86,26 @@ def test_each_rule_is_its_formula(rule):
     assert torch.allclose(joint(x, f), FORMULAS[rule](x, f), atol=2e-6)
 
 
+WITHOUT_SKIPS = {
+    "pre_norm": lambda x, f: f(norm(x)),
+    "post_norm": lambda x, f: norm(f(x)),
+    "deep_norm": lambda x, f: norm(f(x)),
+    "sandwich_norm": lambda x, f: norm(f(norm(x))),
+    "peri_norm": lambda x, f: norm(f(norm(x))),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_skips_a_rule_is_its_formula_or_is_refused(rule):
+    problems = GPTConfig(residual=rule_of(rule), skips=False).problems()
+    if rule in WITHOUT_SKIPS:
+        joint, x, f = rule_of(rule).join(replace(STREAM, skips=False), LAYER), on_sphere(), sublayer()
+        assert problems == [] and torch.allclose(joint(x, f), WITHOUT_SKIPS[rule](x, f), atol=2e-6)
+    else:
+        assert f"residual={rule}, which " in problems[0] and "use model.skips=true" in problems[0]
+        assert all(name in problems[0] for name in WITHOUT_SKIPS)
+
+
 def test_settings_change_what_they_say():
     x, f = on_sphere(), sublayer()
     join = lambda rule, **changed: rule_of(rule, **changed).join(STREAM, LAYER)(x, f)  # noqa: E731
@@ -124,7 +145,7 @@ def test_first_order_is_pre_norms_euler_step_in_the_tangent_direction(rule):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", SPHERE)
 def test_the_stream_keeps_its_length_through_48_layers(rule, dtype):
-    deep = Stream(WIDTH, 48, bias=False, radius=math.sqrt(WIDTH))
+    deep = Stream(WIDTH, 48, bias=False, radius=math.sqrt(WIDTH), skips=True)
     x = rule_of(rule).entry(deep)(torch.randn(2, 50, WIDTH)).to(dtype)
     errors = []
     for layer in range(48):

@@ -65,11 +65,11 @@ NOTHING: set[str] = set()  # whole numbers above 0, choices and sections
 
 RATES = "optim.modular.lr optim.modular.weight_decay optim.adamw.lr optim.adamw.weight_decay optim.adamw.eps optim.muon.lr optim.muon.weight_decay"
 LIBRARY = "optim.library.lr optim.library.weight_decay"
-BASE = ("bias", "rope", "tied", "head_bias", "unit_weights")
+BASE = ("bias", "rope", "tied", "head_bias", "unit_weights", "skips")
 GROUPS = [
     (
         FLAG,
-        "model.bias model.rope model.tied model.head_bias model.unit_weights attention.qk_norm residual.learn_p optim.muon.nesterov",
+        "model.bias model.rope model.tied model.head_bias model.unit_weights model.skips attention.qk_norm residual.learn_p optim.muon.nesterov",
     ),
     (FLAG, "optim.muon.rule.decay_manifolds data.auto_prepare full_eval"),
     ({"false"}, "batches.documents"),  # true is refused beside probes, which the first configuration has

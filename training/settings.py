@@ -362,6 +362,8 @@ NEWER: dict[str, Any] = {
     "transfer.base.stream_dtype": "float32",
     "model.head_bias": False,
     "transfer.base.head_bias": False,
+    "model.skips": True,
+    "transfer.base.skips": True,
     "optim.matrices": {"lr": None, "weight_decay": None},
     "optim.muon.block_length": "each",
     "optim.muon.cautious": False,

@@ -17,6 +17,9 @@ from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, OTHER_COLOURS, 
 from scripts.analysis.runs import RecordedRun, final_losses
 from scripts.analysis.statistics import Difference, Estimate, best_rate
 
+ROUNDING = 1e-15
+"""The distance below which tokens in float64 count as equal."""
+
 Curves = Mapping[str, Mapping[float, Sequence[float]]]
 """Label → learning rate → final losses, one a seed."""
 
@@ -230,6 +233,28 @@ def probe_curves(run: RecordedRun, path: Path) -> Path:
                 axes.axvline(run.unstable_step, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)))
         for axes in figure.axes[4:]:
             axes.set_xlabel("step")
+    return path
+
+
+def collapse_curves(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
+    """Draw how alike tokens become with depth: title of a panel → label → ‖X - 1x̄ᵀ‖/‖X‖ of the embeddings and after each block.
+
+    The axis is -log₁₀ of that on a logarithmic scale. So a straight rising line is doubly exponential decay, and a line that becomes flat
+    is exponential decay or none. The dashed line is the rounding of float64, below which nothing is seen.
+    """
+    with picture(path, 3.4 * len(panels), 3.4) as figure:
+        for axes, (title, curves) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels.items()
+        ):
+            for i, (label, distances) in enumerate(curves.items()):
+                digits = [-math.log10(max(x, ROUNDING)) for x in distances]
+                axes.plot(range(len(digits)), digits, color=OTHER_COLOURS[i], marker=".", label=label)
+            axes.axhline(-math.log10(ROUNDING), **DASHES)
+            axes.set_yscale("log")
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("block")
+        figure.axes[0].set_ylabel("digits in which tokens are equal")
+        figure.axes[0].legend(frameon=False, fontsize=7)
     return path
 
 

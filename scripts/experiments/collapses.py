@@ -1,0 +1,59 @@
+"""The four collapses with and without skips and MLP, by depth, before and after training."""
+
+from pathlib import Path
+
+from scripts.analysis import collapses
+from scripts.analysis.experiment_figures import collapse_curves
+from scripts.analysis.study import Experiment, Study
+from scripts.analysis.tables import FINAL, STATUS, Column, case
+
+ATTENTION_ALONE = ("model.mlp=none", "assignment=custom", "assignment.name=AdamW", "assignment.rules={attn: adamw}")
+SKIPS, MLP = {"true": "skips", "false": "no skips"}, {"gelu": "MLP", "none": "no MLP"}
+
+
+def columns(study: Study) -> list[Column]:
+    """The columns of the table: the loss, then each collapse after training; rank in depth at initialisation too."""
+    return [
+        case("skips", "model.skips"),
+        case("mlp", "mlp"),
+        case("depth", "model.n_layer"),
+        FINAL,
+        collapses.digits("digits, start", "initial", study),
+        collapses.digits("no mask", "unmasked", study),
+        collapses.digits("trained", "trained", study),
+        collapses.last_of("eff. rank", "effective_rank"),
+        collapses.last_of("width", "width_rank"),
+        Column("outside", "outside", lambda r: study.facts["profiles"][r.directory.name]["outside"], digits=2),
+        Column("R²", "least_recovery", lambda r: r.last_probe("least_recovery"), digits=2),
+        Column("entropy", "least_entropy", lambda r: r.last_probe("least_entropy"), digits=2),
+        STATUS,
+    ]
+
+
+def draw(study: Study, path: Path) -> Path:
+    """Draw the first seed of the deepest models."""
+    deepest = max(study.axes["model.n_layer"], key=int)
+    runs = {
+        (r.case["model.skips"], r.case["mlp"]): r for r in reversed(study.runs) if r.case["model.n_layer"] == deepest
+    }
+    curves = {
+        f"{SKIPS[s]}, {MLP[m]}": study.facts["profiles"][r.directory.name] for (s, m), r in reversed(runs.items())
+    }
+    panels = {f"{title}, depth {deepest}": (kind, curves) for kind, title in collapses.PANELS.items()}
+    return collapse_curves({t: {name: p[kind] for name, p in of.items()} for t, (kind, of) in panels.items()}, path)
+
+
+EXPERIMENT = Experiment(
+    hypothesis="Do tokens become equal without skips and without MLP, and does training undo it? (arXiv 2604.23681, arXiv 2103.03404)",
+    base=("experiment=crossing", "assignment=adamw", "max_steps=500", "probe.interval=250"),
+    axes={"model.skips": "true,false", "mlp": {"gelu": (), "none": ATTENTION_ALONE}, "model.n_layer": "4,16"},
+    seeds="1,2",
+    measure=collapses.profiles,
+    columns=columns,
+    figures={"collapse.png": draw},
+    remark=lambda study: (
+        "digits: -log₁₀ of ‖X − 1x̄ᵀ‖/‖X‖ after the last block, the digits in which tokens are equal (at most 15); start: at initialisation; "
+        "no mask: the same weights, each token attends to all. outside: share of the last stream outside the embeddings' span, after training. "
+        "eff. rank, width, R² and entropy are those of the last probe. All cases have the same learning rate."
+    ),
+)
