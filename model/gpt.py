@@ -15,7 +15,7 @@ from model.config import GPTConfig
 from model.generate import Sampling, stream
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import capped, linear_cross_entropy
-from model.scale import StoredScale
+from model.scale import Scaled, Scales, StoredScale
 from optim.geonorm import cast
 
 
@@ -35,6 +35,16 @@ class Block(nn.Module):
         attn: typing.Any = self.attn if cache is None and mask is None else partial(self.attn, cache=cache, mask=mask)
         x = self.kept(self.ln_1(x, attn))
         return self.kept(self.ln_2(x, self.mlp))
+
+    def scales(self) -> dict[str, Tensor]:
+        """The learned scales of the block. Those of the residual rule have the name of the sublayer behind theirs, such as alpha_attn."""
+        joints = {"_attn": self.ln_1, "_mlp": self.ln_2}
+        scaled = [(end, m) for end, joint in joints.items() for m in joint.modules() if isinstance(m, Scaled)]
+        return {
+            name + end: values
+            for end, module in [*scaled, ("", self.attn), ("", self.mlp)]
+            for name, values in module.scales().items()
+        }
 
     def kept(self, x: Tensor) -> Tensor:
         """The stream x as it is kept for the next sublayer, which computes with it in x's dtype.
@@ -130,6 +140,13 @@ class GPT(nn.Module):
             return {}
         matrices = (name for name, p in self.named_parameters() if p.ndim == 2)
         return {name: 0 if name.endswith("c_proj.weight") else 1 for name in matrices}
+
+    def scales(self) -> Scales:
+        """Every learned scale with the values that act: nGPT's alpha, s_qk, s_uv and s_z, those of the rules on the sphere, and the
+        gains of the QK-norm. Gains of the stream's norms are not among them, because the matrix behind them can undo them. GPT-2 has none."""
+        blocks = [block.scales() for block in self.transformer.h]
+        layered = {name: [scales[name] for scales in blocks] for name in blocks[0]}
+        return layered if self.s_z is None else {**layered, "s_z": self.s_z()}
 
     def tied_names(self) -> dict[str, str]:
         """Parameter name → the second name of the same weight."""
