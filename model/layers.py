@@ -138,7 +138,9 @@ class CausalSelfAttention(Scaled):
     def scales(self) -> dict[str, Tensor]:
         """s_qk, and the gains of the QK-norm: nothing after them undoes a factor of the logits."""
         norms = {"q_gain": self.q_norm, "k_gain": self.k_norm}
-        gains = {name: norm.weight for name, norm in norms.items() if norm is not None and norm.elementwise_affine}
+        gains: dict[str, Tensor] = {
+            name: norm.weight for name, norm in norms.items() if norm is not None and norm.elementwise_affine
+        }
         return gains if self.s_qk is None else {**gains, "s_qk": self.s_qk()}
 
 
