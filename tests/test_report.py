@@ -323,7 +323,7 @@ def open_all(browser, path, **window):
 @pytest.mark.parametrize(("width", "phone", "dark"), [(1280, False, False), (390, True, True)])
 def test_the_page_is_drawn_without_an_error_at_any_width(browser, page, width, phone, dark):
     open_all(browser, page, width=width, phone=phone, dark=dark)
-    assert browser.get("document.querySelectorAll('.chart').length") == 18
+    assert browser.get("document.querySelectorAll('.chart').length") == 20
     assert browser.get("document.documentElement.scrollWidth") <= width, "the page does not scroll sideways"
     assert browser.get("getComputedStyle(document.body).backgroundColor") == (
         "rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)"
