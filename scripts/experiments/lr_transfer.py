@@ -36,8 +36,13 @@ def panels_by_size(study: Study) -> list:
 EXPERIMENT = Experiment(
     hypothesis="How far does the best learning rate move as width, depth or training doubles? GPT, nGPT and νGPT, one size at a time.",
     base=("experiment=lr_transfer",),
-    axes={"arm": ARMS, "model.n_embd": "32,64,128", "model.n_layer": "2,4,8", "max_steps": "50,100,200,400"}
-    | {RATE: "0.005,0.01,0.02"},
+    axes={
+        "arm": ARMS,
+        "model.n_embd": "32,64,128",
+        "model.n_layer": "2,4,8",
+        "max_steps": "50,100,200,400",
+        RATE: "0.005,0.01,0.02",
+    },
     around={"model.n_embd": "64", "model.n_layer": "4", "max_steps": "200"},
     extended=RATE,
     seeds="1,2,3",
