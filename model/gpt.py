@@ -16,7 +16,7 @@ from model.generate import Sampling, stream
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import capped, linear_cross_entropy
 from model.residual import Sublayer
-from model.scale import StoredScale
+from model.scale import Scaled, Scales, StoredScale
 from optim.geonorm import cast
 
 
@@ -42,6 +42,13 @@ class Block(nn.Module):
         """The sublayers in their order, each with its joint."""
         second = [] if self.mlp is None or self.ln_2 is None else [(self.ln_2, self.mlp)]
         return [(self.ln_1, self.attn), *second]
+
+    def scales(self) -> dict[str, Tensor]:
+        """The learned scales of the block. Those of the residual rule have the name of the sublayer behind theirs, such as alpha_attn."""
+        joined = list(zip(("_attn", "_mlp"), self.joined()))
+        scaled = [(end, m) for end, (joint, _) in joined for m in joint.modules() if isinstance(m, Scaled)]
+        own = [("", sublayer) for _, (_, sublayer) in joined if isinstance(sublayer, Scaled)]
+        return {name + end: values for end, module in [*scaled, *own] for name, values in module.scales().items()}
 
     def kept(self, x: Tensor) -> Tensor:
         """The stream x as it is kept for the next sublayer, which computes with it in x's dtype.
@@ -137,6 +144,13 @@ class GPT(nn.Module):
             return {}
         matrices = (name for name, p in self.named_parameters() if p.ndim == 2)
         return {name: 0 if name.endswith("c_proj.weight") else 1 for name in matrices}
+
+    def scales(self) -> Scales:
+        """Every learned scale with the values that act: nGPT's alpha, s_qk, s_uv and s_z, those of the rules on the sphere, and the
+        gains of the QK-norm. Gains of the stream's norms are not among them, because the matrix behind them can undo them. GPT-2 has none."""
+        blocks = [block.scales() for block in self.transformer.h]
+        layered = {name: [scales[name] for scales in blocks] for name in blocks[0]}
+        return layered if self.s_z is None else {**layered, "s_z": self.s_z()}
 
     def tied_names(self) -> dict[str, str]:
         """Parameter name → the second name of the same weight."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.attention import HeadGate, KeyValueCache, QKClip, capped_attention, clip_head_weights
 from model.config import GPTConfig
-from model.scale import StoredScale
+from model.scale import Scaled, StoredScale
 from optim.geonorm import cast, to_sphere
 
 ROTARY_BASE = 10_000.0
@@ -56,7 +56,7 @@ ROTARIES: dict[bool | str, type[Rotary]] = {True: Rotary, "half": HalfRotary}
 """Rotary positions by the value of `model.rope`."""
 
 
-class CausalSelfAttention(nn.Module):
+class CausalSelfAttention(Scaled):
     """Multi-head causal attention; queries, keys and values come from one fused matrix `c_attn` (3d, d).
 
     With unit weights, queries and keys are normalised within each head and multiplied by s_qk, and the scale of the logits is √D, not
@@ -135,8 +135,16 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn.weight.chunk(3)
         return [(q, False), (k, False), (v, True), (self.c_proj.weight, True)]
 
+    def scales(self) -> dict[str, Tensor]:
+        """s_qk, and the gains of the QK-norm: nothing after them undoes a factor of the logits."""
+        norms = {"q_gain": self.q_norm, "k_gain": self.k_norm}
+        gains: dict[str, Tensor] = {
+            name: norm.weight for name, norm in norms.items() if norm is not None and norm.elementwise_affine
+        }
+        return gains if self.s_qk is None else {**gains, "s_qk": self.s_qk()}
 
-class MLP(nn.Module):
+
+class MLP(Scaled):
     """Two matrices with an exact GELU between them; the hidden layer is four times as wide as the stream.
 
     With unit weights, the input of the non-linearity is multiplied by √d · s_uv, because products of unit vectors are small.
@@ -170,6 +178,10 @@ class MLP(nn.Module):
     def matrices(self) -> list[tuple[Tensor, bool]]:
         """The matrices into the hidden layer and out of it; the output is multiplied by both."""
         return [(W, True) for W in (*self.c_fc.weight.chunk(self.branches), self.c_proj.weight)]
+
+    def scales(self) -> dict[str, Tensor]:
+        """s_uv, with the factor √d of the forward pass."""
+        return {} if self.s_uv is None else {"s_uv": self.s_uv()}
 
 
 class TanhMLP(MLP):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.scale import StoredScale
+from model.scale import Scaled, StoredScale
 from optim.geonorm import DECAYS, cast, geonorm_angle, retraction_angle, rotate, to_sphere
 
 Positive = Annotated[float, ("above", 0)]
@@ -238,7 +238,7 @@ class GainNorm(nn.Module):
         return to_sphere(x, self.radius) * self.weight
 
 
-class GeodesicAngle(nn.Module):
+class GeodesicAngle(Scaled):
     """GeoNorm's angle with a learned scale (1 at the start) and offset (0) for each sublayer."""
 
     def __init__(self, decay: float) -> None:
@@ -250,8 +250,11 @@ class GeodesicAngle(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         return geonorm_angle(t, self.scale, self.offset, self.decay)
 
+    def scales(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "offset": self.offset}
 
-class RetractionAngle(nn.Module):
+
+class RetractionAngle(Scaled):
     """φ_p(α t · decay) with a learned step α = softplus(raw_alpha) > 0, and p fixed or learned as softplus(raw_p)."""
 
     def __init__(self, alpha: float, p: float, learn_p: bool, decay: float) -> None:
@@ -263,6 +266,11 @@ class RetractionAngle(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         p = self.p if self.raw_p is None else F.softplus(self.raw_p)
         return retraction_angle(t * (F.softplus(self.raw_alpha) * self.decay), p)
+
+    def scales(self) -> dict[str, Tensor]:
+        """α before the decay, and p if it is learned."""
+        learned = {} if self.raw_p is None else {"p": F.softplus(self.raw_p)}
+        return {"alpha": F.softplus(self.raw_alpha), **learned}
 
 
 def _softplus_inverse(y: float) -> float:
@@ -371,7 +379,7 @@ class PSphere(ProjSphere):
         return RetractionAngle(self.alpha, self.p, self.learn_p, DECAYS[self.decay](layer, layers))
 
 
-class LerpJoint(nn.Module):
+class LerpJoint(Scaled):
     """Norm(x + |α| (Norm(f(x)) - x)) with a learned α (d,), on the sphere of the given radius."""
 
     def __init__(self, norm: nn.Module, width: int, alpha: float, stored: float, radius: float) -> None:
@@ -383,6 +391,9 @@ class LerpJoint(nn.Module):
         # nGPT normalises x here too, but the previous joint or the entry has already done so.
         target = to_sphere(cast(sublayer(self.norm(x)), x.dtype), self.radius)
         return to_sphere(torch.lerp(x, target, cast(self.alpha().abs(), x.dtype)), self.radius)
+
+    def scales(self) -> dict[str, Tensor]:
+        return {"alpha": self.alpha().abs()}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@
     python scripts/report.py outputs/sweep live=true port=8000        the page while the runs train, on this machine only
 
 Name runs, or directories that hold runs. Runs that differ only in the seed share a line: mean ± standard error. The page needs nothing but
-a browser: verdict, curves, singular values, attention, cost, settings. figures= names a directory for pictures of the validation losses and
-of the singular values.
+a browser: verdict, curves, singular values, attention, learned scales, cost, settings. figures= names a directory for pictures of the
+validation losses, of the singular values and of the learned scales.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def test_experiments_are_listed_each_in_a_line(capsys):
     assert experiment.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == NAMES and all(len(line.split()) > 5 for line in lines)
-    assert {"crossing", "exponents", "lr_transfer", "mechanism", "residual_rules", "solver_sweep"} <= set(NAMES)
+    assert {"crossing", "exponents", "lr_transfer", "ngpt_speed", "residual_rules", "solver_sweep"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -294,17 +294,19 @@ def test_cases_are_every_combination_and_seeds_come_last():
 def test_axes_around_a_point_are_varied_one_at_a_time():
     found = study("lr_transfer", "optim.adamw.lr=0.01")
     cases = {tuple(case.values()): dict(case) for case in found.cases()}
-    assert len(cases) == 2 * (3 + 2 + 2)
+    assert len(cases) == 3 * (3 + 2 + 3)
     jobs = {tuple(case.values()): job for case, job in found.jobs(Path("out"))}
-    cfg, plain = (compose(jobs[t, "256", "4", "300", "0.01"].overrides) for t in ("nu", "none"))
-    assert (cfg.model.n_embd, cfg.model.n_head, cfg.max_steps) == (256, 8, 300)
-    assert cfg.transfer.base.n_embd == 128 and cfg.transfer.base_steps == 300
+    gpt, plain, cfg = (compose(jobs[arm, "128", "4", "200", "0.01"].overrides) for arm in ("gpt", "ngpt", "nugpt"))
+    assert (cfg.model.n_embd, cfg.model.n_head, cfg.max_steps) == (128, 8, 200)
+    assert cfg.transfer.base.n_embd == 64 and cfg.transfer.base_steps == 200
     assert replace(plain, transfer=cfg.transfer) == cfg
+    assert (gpt.optim.adamw.weight_decay, gpt.grad_clip, gpt.schedule.warmup_steps) == (0.1, 1.0, 0.1)
+    assert replace(gpt.model, unit_weights=True) == plain.model and gpt.assignment == plain.assignment
     away = study(
-        "lr_transfer", "model.n_embd=256,512", "model.n_layer=8", "max_steps=600", "optim.adamw.lr=1", "transfer=nu"
+        "lr_transfer", "model.n_embd=128,256", "model.n_layer=8", "max_steps=600", "optim.adamw.lr=1", "arm=gpt"
     )
     sizes = [tuple(case.values())[1:4] for case in away.cases()]
-    assert set(sizes) == {("256", "4", "300"), ("512", "4", "300"), ("128", "8", "300"), ("128", "4", "600")}
+    assert set(sizes) == {("128", "4", "200"), ("256", "4", "200"), ("64", "8", "200"), ("64", "4", "600")}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -421,8 +423,11 @@ LESS = {  # of every experiment's lists, as little as draws a picture
         "optim.adamw.lr=0.01,0.04",
         "around=16,1,4",
         "head=8",
+        "seeds=1",
+        "extensions=0",
     ],
     "mechanism": ["remedy=none,norm_cap", "assignment=all_dgram"],
+    "ngpt_speed": ["around=nGPT,4", "trials=1", "seeds=1", "tokens=64"],
     "residual_rules": ["residual=ngpt"],
     "solver_sweep": ["optim.muon.lr=0.02,0.05", "assignment=hetero", "seeds=1"],
     "stream_dtype": [],
@@ -435,8 +440,9 @@ TOLD = {  # what its table says
     "horizon": ["| 4 | all_stiefel |", "(edge)", "minus Unconstrained", "paired by seed"],
     "exponents": ["| hetero |", "closed form", "Rank correlation of the final loss of 2 trained models"],
     "instability_small": ["| paper | 0.1 | all_dgram |", "those of the last probe"],
-    "lr_transfer": ["| νGPT | width | 32 |", "| +0.00 |"],
+    "lr_transfer": ["| νGPT | width | 32 |", "| +0.00 |", "| GPT | steps | not known |", "Per doubling:"],
     "mechanism": ["| all_dgram | norm_cap |", "attention was restored by norm_cap"],
+    "ngpt_speed": ["| 16 | nGPT |", "times fewer", "read at 4x", "paired by seed"],
     "residual_rules": ["| AdamW | ngpt |"],
     "solver_sweep": ["| Hetero | manifold_muon |", "Best against best", "ours − published"],
     "stream_dtype": ["| float32 | bfloat16 |", "changes the final loss by"],

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.gpt import GPT
+from model.scale import scale_statistics
 from model.unit_norm import UnitNorm
 from optim.assignment import AssignmentError, assign, parameter_table
 from train import train
@@ -21,6 +22,7 @@ from training.build import build_optimizers, gpt_config
 from training.checks import check
 from training.config import compose
 from training.groups import adamw_groups
+from training.log import read_records
 from training.settings import AdamW
 from training.transfer import changes, transfer_table, transferred
 from training.validate import ConfigError
@@ -137,6 +139,42 @@ def test_124m_has_the_published_parts():
     check(cfg)
 
 
+# ---- learned scales ----
+
+
+def test_scales_are_the_values_that_act():
+    model, optimizers = build()
+    advance(model, optimizers, range(2))
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.alpha.weight[0] = -7.0  # its absolute value counts
+    found, d = scale_statistics(model.scales()), 16
+    assert list(found) == ["alpha_attn", "alpha_mlp", "s_qk", "s_uv", "s_z"]
+    alpha = np.abs(model.transformer.h[1].ln_2.alpha.weight.detach().double().numpy() * 0.05 * d**0.5)
+    expected = {"mean": alpha.mean(), "deviation": alpha.std(), "least": alpha.min(), "greatest": 7 * 0.05 * d**0.5}
+    assert {key: value[1] for key, value in found["alpha_mlp"].items()} == pytest.approx(expected, rel=1e-6)
+    assert found["s_uv"]["mean"][0] == pytest.approx(model.transformer.h[0].mlp.s_uv.weight.mean().item() * d**0.5)
+    assert found["s_z"]["greatest"] == pytest.approx(model.s_z().max().item())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["residual=geonorm"], ["scale_attn", "offset_attn", "scale_mlp", "offset_mlp"]),
+        (["residual=p_sphere", "residual.alpha=0.5"], ["alpha_attn", "p_attn", "alpha_mlp", "p_mlp"]),
+        (["residual=proj_sphere", "attention=qk_norm"], ["alpha_attn", "alpha_mlp", "q_gain", "k_gain"]),
+        (["residual=ngpt"], ["alpha_attn", "alpha_mlp"]),
+        ([], []),
+    ],
+)
+def test_names_of_scales(overrides, names):
+    model = GPT(gpt_config(compose([*SIZES, *overrides])))
+    found = scale_statistics(model.scales())
+    assert list(found) == names and all(len(v["mean"]) == 2 for v in found.values())
+    if "p_attn" in found:
+        assert (found["alpha_attn"]["mean"][0], found["p_mlp"]["mean"][0]) == pytest.approx((0.5, 2.0))
+        assert found["p_mlp"]["deviation"] == [0.0, 0.0]
+
+
 # ---- unit vectors ----
 
 
@@ -167,6 +205,8 @@ def test_a_resumed_run_is_bitwise_the_same_and_still_unit(tiny, tmp_path):
         checkpoint.load_newest(tmp_path / d / "checkpoints").state["model"] for d in ("straight", "stopped")
     )
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
+    records = [list(read_records(tmp_path / d, "scales")) for d in ("straight", "stopped")]
+    assert records[0] == records[1] and [r["step"] for r in records[0][::5]] == [0, 5, 10, 15, 20]
     model = GPT(gpt_config(halfway))
     model.load_state_dict(stopped)
     assert gap_to_unit_length(model) < 1e-6

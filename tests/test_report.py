@@ -64,6 +64,9 @@ def long_run(shift, rng, steps=STEPS):
             grid = [[0.5 + 0.01 * (layer + head) for head in range(HEADS)] for layer in range(LAYERS)]
             summary = {"largest_logit": 5.0, "least_entropy": 0.5, "greatest_saturation": 0.1}
             yield {"kind": "probe", "step": step, "logit_max": grid, "entropy": grid, "saturated": grid, **summary}
+            alphas = {key: [0.05 + 1e-6 * step + 0.01 * i for i in range(LAYERS)] for key in ("mean", "deviation")}
+            yield {"kind": "scales", "step": step, "name": "alpha_attn", **alphas}
+            yield {"kind": "scales", "step": step, "name": "s_z", "mean": 1.0 + 1e-5 * step, "deviation": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,21 @@ def test_places_of_matrices_and_short_numbers():
     assert thin.place("lm_head.weight") == ("lm_head", 0) and thin.place("blocks.7.weight") == ("blocks", 7)
     assert thin.figures_of([1.23456, math.inf, 7, None]) == [1.235, None, 7, None]
     assert thin.evenly(range(100), 3) == [0, 50, 99] and thin.evenly([1], 3) == [1]
+
+
+# ---- learned scales ----
+
+
+def test_learned_scales_are_drawn_by_layer_and_stand_on_the_page(sweep, page, tmp_path):
+    runs = find_runs([sweep])[:2]
+    scales = thin.learned_scales(runs[0])
+    assert scales["s_z"]["steps"][-1] == STEPS and scales["s_z"]["mean"][-1] == [pytest.approx(1.5)]
+    assert len(scales["alpha_attn"]["mean"][0]) == LAYERS and scales["alpha_attn"]["deviation"][0][2] == 0.07
+    without = RecordedRun(runs[0].directory, runs[0].config, {}, {}, {})
+    assert figures.draw_scales([("none", [without])], tmp_path / "none.png") is None
+    assert figures.draw_scales([("some", [without, runs[0]])], tmp_path / "scales.png").stat().st_size > 5000
+    text = page.read_text()
+    assert '<h2 id="scales">' in text and 'data-chart="scale-s_z"' in text
 
 
 # ---- the tables ----
@@ -305,7 +323,7 @@ def open_all(browser, path, **window):
 @pytest.mark.parametrize(("width", "phone", "dark"), [(1280, False, False), (390, True, True)])
 def test_the_page_is_drawn_without_an_error_at_any_width(browser, page, width, phone, dark):
     open_all(browser, page, width=width, phone=phone, dark=dark)
-    assert browser.get("document.querySelectorAll('.chart').length") == 18
+    assert browser.get("document.querySelectorAll('.chart').length") == 20
     assert browser.get("document.documentElement.scrollWidth") <= width, "the page does not scroll sideways"
     assert browser.get("getComputedStyle(document.body).backgroundColor") == (
         "rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)"

@@ -79,6 +79,17 @@ def test_nothing_that_a_probe_measures_is_dropped():
     assert curves["layer_01/mlp/c_fc/sigma_min"] == record["sigma"][-1]
 
 
+def test_learned_scales_have_a_curve_for_each_layer():
+    record = {"kind": "scales", "step": 1, "name": "alpha_attn", "mean": [0.1, 0.2], "least": [0.0, math.nan]}
+    curves = dict(flatten(record))
+    assert list(curves) == [f"scales/alpha_attn/layer_0{i}/{key}" for key in ("mean", "least") for i in (0, 1)]
+    assert curves["scales/alpha_attn/layer_01/mean"] == 0.2
+    assert dict(flatten({**record, "name": "s_z", "mean": 3.0, "least": 2.0})) == {
+        "scales/s_z/mean": 3.0,
+        "scales/s_z/least": 2.0,
+    }
+
+
 def test_a_head_that_is_not_a_number_makes_its_layer_none():
     curves = dict(flatten({"kind": "probe", "step": 0, "logit_max": [[1.0, math.nan], [1.0, 2.0]]}))
     assert math.isnan(curves["layer_00/attn/logit_max"]) and curves["layer_01/attn/logit_max"] == 2.0
@@ -227,11 +238,11 @@ def test_wandb_offline_for_real(tmp_path, caplog):
 
 
 def test_the_panels_of_the_documented_workspace_are_curves(tiny, tmp_path):
-    train(compose([*tiny, "max_steps=2", "eval_interval=2", "log.interval_spectra=2"]))
+    train(compose([*tiny, "residual=geonorm", "max_steps=2", "eval_interval=2", "log.interval_spectra=2"]))
     curves = {name for record in read_records(tmp_path / "run") for name, _ in flatten(record)}
     page = (ROOT / "docs" / "runs.md").read_text()
     table = page.split("| panel of the report | curves |")[1].split("\n\n")[0]
     panels = [found.replace("\\|", "|") for found in re.findall(r"`([^`]+)`", table)]
-    assert len(panels) == 8
+    assert len(panels) == 9
     for panel in panels:
         assert any(re.fullmatch(panel, name) for name in curves), panel

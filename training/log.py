@@ -15,6 +15,7 @@ full_eval  ``loss``, ``tokens``: of the whole validation split, once, at the end
 spectra    ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
 update     ``name`` of a parameter, and what ``training.coordinate`` measured of the last step; one record a parameter
 probe      the record of ``model.probes.probe``
+scales     ``name`` of a learned scale, and its ``model.scale.scale_statistics``; one record a scale, with every probe
 event      ``event``: its type, such as "unstable" or "warning"; ``message``: one sentence
 =========  ================================================================================================
 """

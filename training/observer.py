@@ -12,6 +12,7 @@ from data.loader import validation_windows
 from data.shards import Tokens
 from model.gpt import GPT
 from model.probes import probe
+from model.scale import scale_statistics
 from model.spectra import Spectra
 from training.average import Average
 from training.coordinate import coordinate_check
@@ -102,8 +103,13 @@ class Observer:
 
     @as_phase("probe")
     def write_probe(self, log: RunLog | NoLog, step: int, placement: Placement) -> dict[str, Any]:
-        """Record attention and collapse on the first validation windows, and return the record. All ranks compute the same."""
+        """Record attention and collapse on the first validation windows, and return the record; record the learned scales too.
+
+        All ranks compute the same.
+        """
         with placement.whole():
-            seen = probe(self.model, self.probe_windows)
+            seen, scales = probe(self.model, self.probe_windows), scale_statistics(self.model.scales())
         log.write("probe", step, **seen)
+        for name, record in scales.items():
+            log.write("scales", step, name=name, **record)
         return seen

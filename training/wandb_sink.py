@@ -9,6 +9,7 @@ train, val          losses, learning rates, speed; ``val/full/loss`` is the loss
 probe               extremes, such as ``probe/largest_logit``
 layer_03/attn       ``logit_max``, ``entropy``, ... of layer 3 (``h.3`` in a parameter's name)
 layer_03/stream     ``mean_cosine``, ``effective_rank``, ... of the stream after layer 3
+scales/alpha_attn   ``layer_03/mean``, ``layer_03/greatest``, ... of that learned scale
 layer_03/attn/c_attn  ``sigma_max``, ``sigma_min``, ... of that matrix; ``certificate/feas`` of its last step
 embedding/stream    the stream before the first layer
 ==================  ===============================================================================
@@ -171,7 +172,8 @@ def _settings(wandb: Any, mode: str) -> Any:
 def flatten(rec: Mapping[str, Any]) -> Iterator[Curve]:
     """Yield the curves of a record: ``("layer_00/attn/c_attn/sigma_max", 1.0)``.
 
-    Of a probe, a list over layers and heads, or over depths, becomes one curve for each layer. Any other non-empty list of numbers is
+    Of a probe, a list over layers and heads, or over depths, becomes one curve for each layer; of learned scales, a list over layers
+    does. Any other non-empty list of numbers is
     yielded as a list, for a histogram. Dicts become paths; None is left out. For a list ``sigma`` of singular values,
     ``sigma_max``, ``sigma_min`` and ``stable_rank`` = Σσ²/σ_max² are yielded too.
     """
@@ -181,6 +183,8 @@ def flatten(rec: Mapping[str, Any]) -> Iterator[Curve]:
     elif rec["kind"] in ("spectra", "certificate") and isinstance(rec.get("name"), str):
         place = matrix_place(rec["name"])
         yield from _fields(fields, f"{place}/certificate" if rec["kind"] == "certificate" else place)
+    elif rec["kind"] == "scales":
+        yield from _scales(fields, f"scales/{rec['name']}")
     else:
         yield from _fields(fields, {"eval": "val", "full_eval": "val/full"}.get(rec["kind"], rec["kind"]))
 
@@ -210,6 +214,15 @@ def _probe(fields: Mapping[str, Any]) -> Iterator[Curve]:
                     yield f"layer_{i:02d}/attn/{curve}", reduce(item) if sound else math.nan
             else:  # one number for each depth; the first is before any layer
                 yield f"{f'layer_{i - 1:02d}' if i else 'embedding'}/stream/{key}", item
+
+
+def _scales(fields: Mapping[str, Any], prefix: str) -> Iterator[Curve]:
+    for key, value in fields.items():
+        if isinstance(value, list):  # one number for each layer
+            for i, number in enumerate(value):
+                yield f"{prefix}/layer_{i:02d}/{key}", number
+        else:
+            yield f"{prefix}/{key}", value
 
 
 def _fields(fields: Mapping[str, Any], prefix: str) -> Iterator[Curve]:

@@ -77,17 +77,17 @@ def targets(study: Study, name: str) -> dict[str, float]:
     return {steps: Estimate.of(final_losses(found)).mean for (case, steps), found in runs.items() if case == name}
 
 
-def costs(study: Study) -> dict[str, dict[str, float]]:
-    """Value of the first axis → milliseconds of a whole training step, and bytes of state of a parameter that its optimizer updates.
+def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of a whole training step, and bytes of state of a parameter that its optimizer updates, by the values of some axes.
 
-    Measured now, by turns in one process, on random tokens, with the settings of the first seed's run at the shortest horizon.
+    The values are joined by ", "; without axes, they are those of the first axis. Measured now, by turns in one process, on random tokens,
+    with the settings of the first seed's run at the shortest horizon.
     """
     trainings = {}
     for runs in reversed(study.groups):
         cfg = read_sound(runs[0].config)[0]
-        trainings[next(iter(runs[0].case.values()))] = RandomTraining(
-            cfg, cfg.micro_batch_size, cfg.global_batch_tokens
-        )
+        name = ", ".join(runs[0].case[axis] for axis in axes or [next(iter(study.axes))])
+        trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
     times = take_turns({name: training.step for name, training in trainings.items()}, repeats=5, warmup=2)
     return {
         name: {

@@ -1,4 +1,4 @@
-"""The pictures of the table: validation loss of every run, and the singular values of every matrix, over training and by layer.
+"""The pictures of the table: validation loss of every run, and singular values and learned scales, over training and by layer.
 
 They are drawn without pyplot, so no global state changes and no display is needed. The colours are close to those of Okabe and Ito, which
 people with any colour vision can distinguish (https://jfly.uni-koeln.de/color/). Some are darker or lighter, so that each line has a
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -25,7 +27,7 @@ from PIL import Image
 
 from scripts.analysis.runs import SUBLAYERS, RecordedRun
 from scripts.analysis.tables import Groups, about, settings_columns
-from scripts.analysis.thin import band, evenly, singular_values
+from scripts.analysis.thin import band, evenly, learned_scales, singular_values
 
 ASSIGNMENT_COLOURS = {
     "Unconstrained": "#767676",
@@ -56,7 +58,7 @@ STYLE: dict[str, Any] = {
 
 
 def draw(groups: Groups, directory: Path) -> list[Path]:
-    """Write val_loss.png, spectra.png and layers.png into a directory, each if a run has records for it; returns their paths."""
+    """Write val_loss.png, spectra.png, layers.png and scales.png into a directory, each if a run has records for it; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     if any(r.records.get("eval") for group in groups for r in group):
@@ -64,6 +66,8 @@ def draw(groups: Groups, directory: Path) -> list[Path]:
     if any(r.records.get("spectra") for group in groups for r in group):
         drawn.append(draw_spectra(groups, directory / "spectra.png"))
         drawn.append(draw_layers(groups, directory / "layers.png"))
+    if path := draw_scales([(label_of(group, groups), group) for group in groups], directory / "scales.png"):
+        drawn.append(path)
     for path in drawn:
         sign(path, [r for group in groups for r in group])
     return drawn
@@ -147,6 +151,39 @@ def draw_layers(groups: Groups, path: Path) -> Path:
         plain = FuncFormatter(lambda value, _: f"{value:g}")
         bar = figure.colorbar(mesh, ax=panels, label="largest singular value", format=plain, aspect=40)
         bar.ax.yaxis.set_minor_formatter(NullFormatter() if max(every) > 20 * min(every) else plain)
+    return path
+
+
+def draw_scales(groups: Sequence[tuple[str, Sequence[RecordedRun]]], path: Path) -> Path | None:
+    """Draw the learned scales over steps: a row for each scale, a column with a title for the first run of each group.
+
+    A line is the mean of a layer, dark for the first layer; its band is a standard deviation of the entries to each side. None, and no
+    picture, if no run has records of scales.
+    """
+    recorded = [(title, next((r for r in group if r.records.get("scales")), None)) for title, group in groups]
+    found = [(title, learned_scales(run)) for title, run in recorded if run is not None]
+    names = list(dict.fromkeys(name for _, scales in found for name in scales))
+    if not names:
+        return None
+    with picture(path, max(4.5, 0.8 + 2.3 * len(found)), 0.8 + 1.35 * len(names)) as figure:
+        panels = figure.subplots(len(names), len(found), sharex=True, sharey="row", squeeze=False)
+        for row, name in zip(panels, names):
+            for axes, (_, scales) in zip(row, found):
+                if name not in scales:
+                    axes.set_axis_off()
+                    continue
+                steps, layers = scales[name]["steps"], len(scales[name]["mean"][-1])
+                for layer in range(layers):
+                    shade = colormaps["viridis"](0.85 * layer / max(1, layers - 1))
+                    mean, spread = (
+                        np.array([line[layer] for line in scales[name][key]]) for key in ("mean", "deviation")
+                    )
+                    axes.fill_between(steps, mean - spread, mean + spread, color=shade, alpha=0.15, linewidth=0)
+                    axes.plot(steps, mean, color=shade, linewidth=1.4)
+            row[0].set_ylabel(name)
+        for (title, _), top, bottom in zip(found, panels[0], panels[-1]):
+            top.set_title(title, loc="left", fontweight="bold", fontsize=9.5)
+            bottom.set_xlabel("step")
     return path
 
 

@@ -221,6 +221,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
 
 
+def _is_numbers(value: Any) -> bool:
+    """Whether it is a number, or a list of some."""
+    return all(map(_is_number, value)) and value != [] if isinstance(value, list) else _is_number(value)
+
+
 def _has_sigma(record: dict[str, Any]) -> bool:
     sigma = record.get("sigma")
     return (
@@ -246,6 +251,9 @@ _FIELDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "spectra": _has_sigma,
     "certificate": lambda r: _is_number(r.get("feas")),
     "probe": lambda r: _is_number(r.get("least_entropy")) and _is_number(r.get("greatest_saturation")),
+    "scales": lambda r: (
+        isinstance(r.get("name"), str) and all(_is_numbers(r.get(key)) for key in ("mean", "deviation"))
+    ),
     "event": lambda r: isinstance(r.get("event"), str),
 }
 

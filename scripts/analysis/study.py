@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.analysis.figures import sign
+from scripts.analysis.optima import EXTEND_OPTIONS, further_cases
 from scripts.analysis.runs import RecordedRun, final_losses, read_run
 from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
-from scripts.analysis.statistics import Estimate, best_rate
+from scripts.analysis.statistics import Estimate
 from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
@@ -33,6 +34,7 @@ class Experiment:
     axes: key of train.py → its values, with commas; every combination is a case. Or the name of an axis → name of a value → overrides.
     around: axes that are varied one at a time, and the value of each while another one is varied.
     search: the settings that are searched in each case before it is run with its seeds; None if there are none.
+    extended: an axis of numbers that gets a further value wherever the loss of a seed is lowest at an end; None if there is none.
     seeds: with commas; every case is run with each seed.
     options: further options of the command and their defaults. workers: how many runs at a time.
     derived: further overrides for a case.
@@ -47,6 +49,7 @@ class Experiment:
     axes: Mapping[str, str | Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     around: Mapping[str, str] = field(default_factory=dict)
     search: Search | None = None
+    extended: str | None = None
     seeds: str = "1"
     options: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 2
@@ -65,15 +68,16 @@ class Experiment:
 
     @property
     def all_options(self) -> dict[str, Any]:
-        """The further options of the command, with those of the search."""
-        return {**(SEARCH_OPTIONS if self.search else {}), **self.options}
+        """The further options of the command, with those of the search and of the extension."""
+        searched, extended = SEARCH_OPTIONS if self.search else {}, EXTEND_OPTIONS if self.extended else {}
+        return {**searched, **extended, **self.options}
 
 
 @dataclass
 class Study:
     """An experiment with the axes, seeds, options and overrides of the command line.
 
-    groups: the runs that ended, by case. found: the search of each case, by the values of the case.
+    groups: the runs that ended, by case. found: the search of each case, by the values of the case. further: the cases of the extension.
     """
 
     experiment: Experiment
@@ -84,6 +88,7 @@ class Study:
     overrides: list[str]
     groups: list[list[RecordedRun]] = field(default_factory=list)
     found: dict[tuple[str, ...], Found] = field(default_factory=dict)
+    further: list[dict[str, str]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -102,11 +107,12 @@ class Study:
         """The runs by their values of an axis. The other axes of `around` have their values of `around`, further axes the wanted values."""
         wanted = {key: value for key, value in {**self.around, **wanted}.items() if key != axis}
         fit = [r for r in self.runs if wanted.items() <= dict(r.case).items()]
-        found = {value: [r for r in fit if r.case[axis] == value] for value in self.axes[axis]}
+        values = dict.fromkeys([*self.axes[axis], *(r.case[axis] for r in fit)])
+        found = {value: [r for r in fit if r.case[axis] == value] for value in values}
         return {value: runs for value, runs in found.items() if runs}
 
     def cases(self) -> list[dict[str, str]]:
-        """Every combination of the axes' values in which at most one axis of `around` differs from its value there."""
+        """Every combination of the axes' values in which at most one axis of `around` differs from its value there; then the further ones."""
         extended = {axis: dict.fromkeys([*values, *self._home(axis)]) for axis, values in self.axes.items()}
         found = []
         for combination in itertools.product(*extended.values()):
@@ -115,7 +121,7 @@ class Study:
             wanted = away or [axis for axis, value in self.around.items() if value in self.axes[axis]]
             if len(away) < 2 and (wanted or not self.around):
                 found.append(case)
-        return found
+        return [*found, *self.further]
 
     def _home(self, axis: str) -> list[str]:
         return [self.around[axis]] if axis in self.around else []
@@ -177,17 +183,36 @@ class Study:
         for cases in self._stages():
             if self.experiment.search:
                 failures |= self._search(cases, parent, workers, launcher)
-            jobs = self.jobs(parent, cases)
-            failures |= run_all([job for _, job in jobs], workers, launcher)
-            for case, job in jobs:
-                if job.ended:
-                    key = tuple(case[axis] for axis in self.axes)
-                    groups.setdefault(key, []).append(replace(read_run(job.directory), case=case))
+            failures |= self._train(cases, groups, parent, workers, launcher)
+        for _ in range(self.options.get("extensions", 0) if self.experiment.extended else 0):
+            runs = [r for group in groups.values() for r in group]
+            more = [c for c in further_cases(runs, self.experiment.extended or "", self.axes) if c not in self.further]
+            if not more:
+                break
+            self.further += more
+            failures |= self._train(more, groups, parent, workers, launcher)
         order = {tuple(case.values()): i for i, case in enumerate(self.cases())}
         self.groups = [groups[key] for key in sorted(groups, key=order.__getitem__)]
         if not self.groups and not self.experiment.untrained:
             raise UsageError("no run came to its end, so there is no table; the lines above tell the reason")
         self.facts = self.experiment.measure(self)
+        return failures
+
+    def _train(
+        self,
+        cases: Sequence[Case],
+        groups: dict[tuple[str, ...], list[RecordedRun]],
+        parent: Path,
+        workers: int,
+        launcher: Sequence[str],
+    ) -> dict[Path, str]:
+        """Run some cases with every seed, and put those that ended into the groups. Returns directory → reason, for those that failed."""
+        jobs = self.jobs(parent, cases)
+        failures = run_all([job for _, job in jobs], workers, launcher)
+        for case, job in jobs:
+            if job.ended:
+                key = tuple(case[axis] for axis in self.axes)
+                groups.setdefault(key, []).append(replace(read_run(job.directory), case=case))
         return failures
 
     def _stages(self) -> list[list[dict[str, str]]]:
@@ -294,30 +319,3 @@ def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[RecordedR
     """
     stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.unstable_step is None for r in runs)}
     return min(stable.items(), key=lambda item: Estimate.of(final_losses(item[1])).mean, default=None)
-
-
-def losses_by(runs: Sequence[RecordedRun], axis: str) -> dict[float, list[float]]:
-    """Final losses by the value of an axis of numbers, one for each seed; infinite if the run was unstable."""
-    found: dict[float, list[float]] = {}
-    for r in runs:
-        found.setdefault(float(r.case[axis]), []).append(r.final if r.stable and r.final is not None else math.inf)
-    return found
-
-
-def optimum_table(study: Study, rate: str, models: str, names: Mapping[str, str], sizes: Mapping[str, str]) -> Table:
-    """The best learning rate (by `best_rate`) at every size, and its distance in octaves from that at the values of `around`.
-
-    Args:
-        rate: the axis of the learning rate. models: the axis of the models that are compared; names: its values → words. sizes: axis → word.
-    """
-    lines = []
-    for model in study.axes[models]:
-        home = study.along(models).get(model, [])
-        for axis, word in sizes.items():
-            for value, runs in study.along(axis, **{models: model}).items():
-                best, loss, at_end = best_rate(losses_by(runs, rate))
-                moved = f"{math.log2(best / best_rate(losses_by(home, rate))[0]):+.2f}" if home else ""
-                end = " (end of the rates)" if at_end else ""
-                lines.append([names[model], word, value, f"{best:.4f}{end}", moved, f"{loss:.4f}"])
-    headings = ["model", "varied", "to", "best rate", "octaves from the base's", "val loss there"]
-    return Table(headings, lines, [False, False, True, True, True, True])

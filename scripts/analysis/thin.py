@@ -111,6 +111,17 @@ def _number(records: dict[int, dict[str, Any]], step: int, key: str) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
+def learned_scales(run: RecordedRun) -> dict[str, dict[str, Any]]:
+    """Name of a learned scale → `steps`, and `mean` and `deviation` by step and layer (one layer for a scale of the whole model)."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in run.records.get("scales", []):
+        known = found.setdefault(record["name"], {"steps": [], "mean": [], "deviation": []})
+        known["steps"].append(record["step"])
+        for key in ("mean", "deviation"):
+            known[key].append(record[key] if isinstance(record[key], list) else [record[key]])
+    return found
+
+
 HEADS = {"logit_max": "largest logit", "entropy": "entropy / log(position)", "saturated": "saturated rows"}
 
 

@@ -1,9 +1,10 @@
 """Our step against the published one, each at its best learning rate."""
 
 from scripts.analysis.experiment_figures import loss_by_rate
+from scripts.analysis.optima import losses_by
 from scripts.analysis.runs import final_losses
 from scripts.analysis.statistics import Estimate
-from scripts.analysis.study import Experiment, Study, best_of, loss_cell, losses_by, pivot
+from scripts.analysis.study import Experiment, Study, best_of, loss_cell, pivot
 from scripts.analysis.tables import Table
 
 RATE = "optim.muon.lr"

@@ -60,6 +60,7 @@ def make(groups: Groups, name: str, command: str, reload_s: float = 0) -> str:
         verdict=verdict(settings),
         loss_table=make_table(groups, [first, *columns]),
         charts=found,
+        scales=[key for key in found if key.startswith("scale-")],
         texts=TEXTS if any(r.unstable_step is not None for r in runs) else {**TEXTS, "val_loss": _STABLE},
         stores=stores,
         runs=_run_names(settings),
@@ -137,7 +138,21 @@ def _curves(settings: Sequence[Setting], groups: Groups) -> dict[str, str]:
         "update": curve(field("update", "size"), "size", logarithmic=True),
         "change": curve(field("update", "change_max"), "size", logarithmic=True),
         "speed": curve(field("train", "tokens_per_s"), "tokens a second", stretch=np.nanmean),
+        **{f"scale-{name}": curve(partial(_mean_scale, name), "value") for name in _scale_names(settings)},
     }
+
+
+def _scale_names(settings: Sequence[Setting]) -> list[str]:
+    """The names of all learned scales of which a run has records."""
+    return list(
+        dict.fromkeys(record["name"] for s in settings for r in s.runs for record in r.records.get("scales", []))
+    )
+
+
+def _mean_scale(name: str, run: RecordedRun) -> tuple[list[int], list[float]]:
+    """The mean of a learned scale over its entries and layers, at every step that has it."""
+    scale = thin.learned_scales(run).get(name, {"steps": [], "mean": []})
+    return scale["steps"], [statistics.fmean(layers) for layers in scale["mean"]]
 
 
 def _chart(

@@ -1,0 +1,152 @@
+"""The best rate seed by seed, axes that are extended, and the number of steps that a race needs."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scripts.analysis import optima, study
+from scripts.analysis.optima import further_cases, optimum_table, seed_slopes, slope_table
+from scripts.analysis.runs import RecordedRun
+from scripts.analysis.speed_up import Race, context_table, speed_table, steps_needed
+from scripts.experiments import lr_transfer, ngpt_speed
+from training.engine import Job
+
+RATE, WIDTH = "optim.adamw.lr", "model.n_embd"
+AXES = {WIDTH: ["32", "64"], RATE: ["0.01", "0.02"]}
+
+
+def fake(loss, seed=1, **case):
+    """A run with this final loss, whose names of axes have dots."""
+    return RecordedRun(Path("nowhere"), {"seed": seed}, {"eval": [{"step": 9, "loss": loss}]}, {}, {}, case)
+
+
+def asked(experiment, axes, around, runs, **facts):
+    """A study of an experiment whose runs have ended."""
+    found = study.Study(experiment, axes, around, ["1", "2", "3"], dict(experiment.all_options), [], facts=facts)
+    return replace(found, groups=[[r] for r in runs])
+
+
+# ---- an axis that is extended ----
+
+
+def row(losses, seed=1, width="32"):
+    return [fake(loss, seed, **{WIDTH: width, RATE: rate}) for rate, loss in losses.items()]
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [
+        ({"0.01": 2.0, "0.02": 1.0, "0.04": 1.5}, []),
+        ({"0.01": 1.0, "0.02": 2.0}, ["0.005"]),
+        ({"0.01": 3.0, "0.02": 2.0, "0.06": 1.0}, ["0.18"]),
+        ({"0.01": math.inf, "0.02": math.inf}, ["0.005"]),
+        ({"0.02": 1.0, "0.04": math.inf, "0.01": 1.5}, []),
+        ({"0.01": 1.0}, ["0.005"]),
+    ],
+)
+def test_an_end_asks_for_the_next_value(losses, wanted):
+    assert [case[RATE] for case in further_cases(row(losses), RATE, AXES)] == wanted
+
+
+def test_every_row_and_seed_asks_for_itself():
+    runs = [*row({"0.01": 1.0, "0.02": 2.0}), *row({"0.01": 2.0, "0.02": 1.0}, seed=2)]
+    runs += row({"0.01": 2.0, "0.02": 1.0}, width="64")
+    found = [(case[WIDTH], case[RATE]) for case in further_cases(runs, RATE, AXES)]
+    assert found == [("32", "0.005"), ("32", "0.04"), ("64", "0.04")]
+
+
+def test_an_experiment_is_extended_until_no_best_rate_is_at_an_end(monkeypatch, tmp_path):
+    experiment = study.Experiment("?", axes={WIDTH: "32,64", RATE: "0.01,0.02"}, extended=RATE, seeds="1,2")
+    best, jobs = {"32": 0.09, "64": 0.015}, []
+
+    def run_all(wanted, workers, launcher):
+        jobs.append(len(wanted))
+        return {}
+
+    def read_run(directory):
+        case = dict(part.split("=") for part in directory.name.split(","))
+        loss = abs(math.log(float(case[RATE]) / best[case[WIDTH]]))
+        return RecordedRun(directory, {"seed": int(case["seed"])}, {"eval": [{"step": 1, "loss": loss}]}, {}, {})
+
+    monkeypatch.setattr(study, "run_all", run_all)
+    monkeypatch.setattr(study, "read_run", read_run)
+    monkeypatch.setattr(Job, "ended", True)
+    monkeypatch.setattr(study, "compose", lambda overrides: None)
+    monkeypatch.setattr(study, "check", lambda cfg: None)
+    axes = {WIDTH: ["32", "64"], RATE: ["0.01", "0.02"]}
+    found = study.Study(experiment, axes, {}, ["1", "2"], dict(experiment.all_options), [])
+    found.run(tmp_path, 1, [])
+    tried = {width: [float(r.case[RATE]) for r in found.runs if r.case[WIDTH] == width] for width in best}
+    assert set(tried["32"]) == {0.01, 0.02, 0.04, 0.08, 0.16} and set(tried["64"]) == {0.01, 0.02, 0.04}
+    assert jobs[0] == 8 and sum(jobs) == len(found.runs) == 2 * 8
+    bounded = study.Study(experiment, axes, {}, ["1"], {"extensions": 1}, [])
+    bounded.run(tmp_path, 1, [])
+    assert {r.case[RATE] for r in bounded.runs if r.case[WIDTH] == "32"} == {"0.01", "0.02", "0.04"}
+
+
+# ---- slopes ----
+
+
+def test_the_slope_is_that_of_the_seeds():
+    optimum = {"32": 6.0, "64": 5.5, "128": 5.0}
+    found = seed_slopes({size: {seed: (o * seed, 2.0, False) for seed in (1, 2)} for size, o in optimum.items()})
+    assert found == pytest.approx({1: -0.5, 2: -1.0})
+    assert seed_slopes({"32": {1: (6.0, 2.0, False)}}) == {}
+    assert list(seed_slopes({"2": {1: (1.0, 2.0, True), 2: (1.0, 2.0, False)}, "4": {2: (3.0, 2.0, False)}})) == [2]
+
+
+def test_the_tables_of_the_best_rates():
+    """Parabolas whose optimum falls by an octave when the width doubles, and a tenth of an octave lower with each seed."""
+    home, runs = {WIDTH: "64", "model.n_layer": "4", "max_steps": "200"}, []
+    for width in ("32", "64", "128"):
+        for seed in (1, 2, 3):
+            for rate in ("0.00125", "0.0025", "0.005", "0.01", "0.02", "0.04"):
+                away = math.log2(float(rate) / 0.01 * float(width) / 64) + 0.1 * seed * math.log2(float(width) / 32)
+                runs.append(fake(2 + away**2, seed, **{**home, "arm": "gpt", WIDTH: width, RATE: rate}))
+    axes = {"arm": ["gpt"], WIDTH: ["32", "64", "128"], "model.n_layer": ["4"], "max_steps": ["200"], RATE: ["0.01"]}
+    about = asked(lr_transfer.EXPERIMENT, axes, home, runs), RATE, lr_transfer.MODELS, lr_transfer.SIZES
+    assert slope_table(*about).lines[0] == ["GPT", "width", "-1.20 ± 0.06", "[-1.45, -0.95]", "3"]
+    assert slope_table(*about).lines[1] == ["GPT", "depth", "not known", "", "0"]
+    lines = optimum_table(*about).lines
+    assert lines[0] == ["GPT", "width", "32", "0.0200", "+1.20 ± 0.06", "2.0000 ± 0.0000"]
+    assert lines[1][3:5] == [f"{0.01 * 2**-0.2:.4f}", "+0.00 ± 0.00"]
+
+
+# ---- a race ----
+
+
+def test_steps_needed_are_read_between_finished_lengths():
+    losses = {50: 3.0, 100: 2.5, 200: 2.0}
+    assert steps_needed(losses, 2.25) == (pytest.approx(100 * 2**0.5), "")
+    assert steps_needed(losses, 2.0) == (pytest.approx(200), "") and steps_needed(losses, 3.0) == (50, "")
+    assert steps_needed(losses, 3.5) == (50, "<") and steps_needed(losses, 1.9) == (200, ">")
+    assert steps_needed({50: math.inf, 100: 2.5}, 2.6) == (100, "<")
+
+
+def test_the_tables_of_a_race():
+    context = ngpt_speed.CONTEXT
+    race, runs = Race("GPT", "nGPT", context), []
+    for at, target in (("256", 2.25), ("1024", 3.5)):
+        for seed in (1, 2):
+            runs.append(fake(target, seed, arm="GPT", max_steps="200", **{context: at}))
+            for steps, loss in (("50", 3.0), ("100", 2.5), ("200", 2.0)):
+                runs.append(fake(loss, seed, arm="nGPT", max_steps=steps, **{context: at}))
+    axes = {"arm": ["GPT", "nGPT"], context: ["256", "1024"], "max_steps": ["50", "100", "200"]}
+    costs = {f"{arm}, {at}": {"ms_per_step": ms} for arm, ms in (("GPT", 10.0), ("nGPT", 20.0)) for at in axes[context]}
+    beyond = [{**runs[0].case, "multiple": m, "loss": 2.0 + m} for m in (1, 2)]
+    found = asked(ngpt_speed.EXPERIMENT, axes, {}, runs, costs=costs, beyond=beyond)
+    found.groups = list(found.grouped(*axes).values())
+    table = speed_table(found, race)
+    assert table.lines[0][:2] == ["256", "2.250 ± 0.000"] and table.lines[0][5:] == [
+        *("141 ± 0", "1.41 ± 0.00", "10.0", "20.0", "0.71 ± 0.00"),
+    ]
+    assert table.lines[1][5:] == ["<50", ">4.00", "10.0", "20.0", ">2.00"]
+    assert context_table(found, race).lines == [["256", "GPT", "3.000", "4.000", ""]]
+    assert [title for title, _ in race.longest(found, "nGPT")] == ["nGPT, context 256", "nGPT, context 1024"]
+
+
+def test_losses_by_rate_of_an_unstable_run_are_infinite():
+    broken = replace(fake(1.0, **{RATE: "0.1"}), records={"eval": [{"step": 9, "loss": math.nan}]})
+    assert optima.losses_by([broken, fake(2.0, **{RATE: "0.1"})], RATE) == {0.1: [math.inf, 2.0]}
