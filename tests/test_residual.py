@@ -147,7 +147,7 @@ def test_the_two_ports_of_geonorm_have_names(norms):
         assert composed("residual=geonorm_no_norms").residual == composed("residual=geonorm").residual
     else:
         assert (h.norm(dim=-1) < 3 * before).all()
-    gains = [name for name in names if name.endswith("norm.weight") or name.endswith("ln_f.weight")]
+    gains = [name for name in names if name.endswith(("norm.weight", "ln_f.weight"))]
     assert len(gains) == (0 if norms == "no" else 2 * TINY["n_layer"] + 1)
     for other in ("pre_norm", "ngpt"):
         with pytest.raises(ConfigError, match=rf"residual\.decay is no setting of {other}; remove it"):

@@ -63,7 +63,7 @@ def test_the_step_of_geonorm_is_its_scale_over_d(sublayer):
 
 
 def test_the_step_of_a_retraction_falls_where_it_saturates():
-    for scale, step in ((1e-3, 1.0), (1e6, 0.0)):  # φ = arctan t: t for a small output, at most π/2
+    for scale, step in ((0.1, 1.0), (1e6, 0.0)):  # φ = arctan t: t for a small output, at most π/2
         seen = turns_of(gpt("proj_sphere", residual_scale=scale))
         assert seen["step_mlp"] == pytest.approx([step] * LAYERS, abs=1e-3)
 
