@@ -439,7 +439,7 @@ TOLD = {  # what its table says
     "lr_transfer": ["| νGPT | width | 32 |", "| +0.00 |"],
     "mechanism": ["| all_dgram | norm_cap |", "attention was restored by norm_cap"],
     "residual_rules": ["| AdamW | ngpt |"],
-    "residual_tuned": ["| muon | geonorm_with_norms |", "angle 1", "minus pre_norm", "turn, end"],
+    "residual_tuned": ["| muon | geonorm_with_norms |", "residual_scale 1", "minus pre_norm", "turn, end"],
     "solver_sweep": ["| Hetero | manifold_muon |", "Best against best", "ours − published"],
     "stream_dtype": ["| float32 | bfloat16 |", "changes the final loss by"],
 }

@@ -68,6 +68,16 @@ def test_the_step_of_a_retraction_falls_where_it_saturates():
         assert seen["step_mlp"] == pytest.approx([step] * LAYERS, abs=1e-3)
 
 
+def test_first_turns_on_the_sphere_are_those_of_pre_norm_once_c_proj_grows_as_the_embedding_did():
+    """GPT-2's embedding, 0.02·√2 with positions, is scaled to 1 on the sphere; c_proj is not, unless `init.residual_scale` does it."""
+    found = {}
+    for rule, scale in (("pre_norm", 1.0), ("proj_sphere", 1.0), ("proj_sphere", 1 / (0.02 * math.sqrt(2)))):
+        torch.manual_seed(0)
+        found[rule, scale > 1] = turns_of(gpt(rule, residual_scale=scale))["path"]
+    assert found["proj_sphere", False] < 0.05 * found["pre_norm", False]
+    assert found["proj_sphere", True] == pytest.approx(found["pre_norm", False], rel=0.15)
+
+
 def test_the_turn_of_ngpt_is_that_of_its_interpolation():
     """tan φ = α sin θ / (1 - α + α cos θ), where θ is the angle between the stream and the output."""
     model, found = gpt("ngpt"), {}
