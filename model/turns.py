@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -41,7 +42,7 @@ class Turns:
         self._expected = model.config.stream.radius
         self._steps: list[Tensor] = []  # of each sublayer: turn, tangential output, size of the stream after it
         self._first, self._last, self._output = (torch.empty(0) for _ in range(3))
-        self.hooks = []
+        self.hooks: list[RemovableHandle] = []
         for block in model.transformer.h:
             for joint, sublayer in ((block.ln_1, block.attn), (block.ln_2, block.mlp)):
                 self.hooks.append(sublayer.register_forward_hook(self._keep_output))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -57,7 +58,9 @@ def turns(rows: Mapping[str, Rules], path: Path) -> Path:
     return path
 
 
-def _rule(row: Sequence[Axes], probed: Sequence[Sequence[dict]], colour: tuple[float, ...], stepped: bool) -> None:
+def _rule(
+    row: Sequence[Axes], probed: Sequence[Sequence[dict[str, Any]]], colour: tuple[float, ...], stepped: bool
+) -> None:
     """Draw one rule, of which each run has its probes, into the panels of a row."""
     for axes, place in zip(row, (0, -1)):
         by_sublayer = _mean([_alternating(records[place], "turn") for records in probed])
@@ -69,7 +72,7 @@ def _rule(row: Sequence[Axes], probed: Sequence[Sequence[dict]], colour: tuple[f
         row[3].plot(range(len(steps)), steps, color=colour, marker=".", linewidth=1.2)
 
 
-def _alternating(record: Mapping, field: str) -> list[float]:
+def _alternating(record: Mapping[str, Any], field: str) -> list[float]:
     """A field of attention and MLP as one list over the sublayers, in the order in which the stream passes them."""
     stream = record["stream"]
     return [value for pair in zip(stream[f"{field}_attn"], stream[f"{field}_mlp"]) for value in pair]
