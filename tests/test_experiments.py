@@ -410,7 +410,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "blocks": ["cut=uncut,heads_whole", "seeds=1"],
     "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
     "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=1"],
-    "geonorm_adamw": ["residual=pre_norm,geonorm", "trials=1", "seeds=1"],
+    "geonorm_adamw": ["residual=geonorm", "trials=1", "seeds=1"],
     "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "data=stdlib", "data.name=stdlib"],
     "exponents": ["scan=2", "init.residual_scale=1", "init.weight_scale=0.5,2", "models=2", "assignments=adamw,hetero"],
     "instability_one_gpu": [],
@@ -424,7 +424,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     ],
     "mechanism": ["remedy=none,norm_cap", "assignment=all_dgram"],
     "residual_rules": ["residual=ngpt"],
-    "residual_tuned": ["optimizer=muon", "residual=pre_norm,geonorm_with_norms", "trials=2", "seeds=1"],
+    "residual_tuned": ["optimizer=muon", "residual=geonorm_with_norms", "trials=1", "seeds=1"],
     "solver_sweep": ["optim.muon.lr=0.02,0.05", "assignment=hetero", "seeds=1"],
     "stream_dtype": [],
 }
