@@ -15,7 +15,6 @@ from model.config import GPTConfig
 from model.generate import Sampling, stream
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import capped, linear_cross_entropy
-from model.residual import Sublayer
 from model.scale import Scaled, Scales, StoredScale
 from optim.geonorm import cast
 
@@ -38,7 +37,7 @@ class Block(nn.Module):
         x = self.kept(self.ln_1(x, attn))
         return x if self.mlp is None or self.ln_2 is None else self.kept(self.ln_2(x, self.mlp))
 
-    def joined(self) -> list[tuple[nn.Module, Sublayer]]:
+    def joined(self) -> list[tuple[nn.Module, typing.Any]]:
         """The sublayers in their order, each with its joint."""
         second = [] if self.mlp is None or self.ln_2 is None else [(self.ln_2, self.mlp)]
         return [(self.ln_1, self.attn), *second]

@@ -1,4 +1,4 @@
-"""Measurements in one forward pass on a fixed batch: logits and entropy of attention, norms of its weights, and collapse.
+"""Measurements in one forward pass on a fixed batch: logits and entropy of attention, norms of its weights, turns of the stream, and collapse.
 
 The paper (arXiv 2606.13276) explains instability by logits that saturate the softmax, but it measures neither logits nor entropy. A probe
 measures both, on any model at any step. It computes attention explicitly, in evaluation mode and float32, and does not change the run:
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from model.attention import causal_logits
 from model.collapse import depth, mixing_dimensions, outside_span, recovery
+from model.turns import Turns
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -37,13 +38,14 @@ def probe(model: GPT, x: Tensor) -> dict[str, Any]:
     For each of L layers a list over H heads: `logit_max`, `logit_p999`, `entropy` (divided by log of the position), `saturated` (share of rows),
     `jacobian` (mean ‖∂softmax‖_F), `qk_norm_product` (‖W_q‖₂‖W_k‖₂), `qk_product_norm` (‖W_qᵀW_k‖₂), `recovery` (R²).
     For each of L + 1 depths of the stream: `distance_from_mean`, `mean_cosine`, `effective_rank`, `width_rank`.
+    `stream`: what `model.turns.Turns.record` says of the angles by which the sublayers turn the stream.
     Summary: `largest_logit`, `largest_qk_norm`; `least_entropy`, `greatest_saturation` of a layer (mean of its heads) and
     `least_head_entropy`, `greatest_head_saturation` of a head; `least_recovery` of a head.
     """
     attention: list[dict[str, Tensor]] = []
     streams: list[dict[str, Tensor]] = []
-    blocks = model.transformer.h
-    hooks = [blocks[0].register_forward_pre_hook(lambda _, args: streams.append(depth(args[0].float())))]
+    blocks, turns = model.transformer.h, Turns(model)
+    hooks = [*turns.hooks, blocks[0].register_forward_pre_hook(lambda _, args: streams.append(depth(args[0].float())))]
     for block in blocks:
         hooks.append(
             block.attn.register_forward_pre_hook(lambda attn, args: attention.append(attention_record(attn, args[0])))
@@ -54,7 +56,8 @@ def probe(model: GPT, x: Tensor) -> dict[str, Any]:
     stacked |= qk_norms(torch.stack([block.attn.c_attn.weight for block in blocks]).float(), model.config.n_head)
     stacked |= {key: torch.stack([record[key] for record in streams]) for key in streams[0]}  # (L + 1,)
     record = {key: _rounded(value.tolist()) for key, value in stacked.items()}
-    return {**record, **probe_summary(stacked)}
+    stream = {key: _rounded(value) for key, value in turns.record().items()}
+    return {**record, "stream": stream, **probe_summary(stacked)}
 
 
 def probe_summary(stacked: dict[str, Tensor]) -> dict[str, float]:

@@ -57,5 +57,5 @@ def scale_statistics(scales: Scales) -> dict[str, dict[str, float | list[float]]
             "greatest": rows.amax(1),
         }
         lists = {key: value.tolist() for key, value in numbers.items()}
-        found[name] = {key: v[0] for key, v in lists.items()} if isinstance(values, Tensor) else lists
+        found[name] = {key: v[0] for key, v in lists.items()} if isinstance(values, Tensor) else {**lists}
     return found

@@ -10,6 +10,7 @@ picture of what the run itself measured during training (probe.interval). The co
     entropy            of attention, relative to log(position), mean and least over heads
     saturated          share of rows with a probability above .99, mean over heads
     jacobian           norm of the softmax's Jacobian, mean over heads
+    turn attn, mlp     angle in radians by which attention and the MLP of the layer turn the stream, mean over tokens (model/turns.py)
     from mean          ‖X - 1x̄ᵀ‖/‖X‖ of the stream after the layer: 0 if all tokens are equal
     cosine, eff. rank  mean cosine of pairs of tokens; effective rank of 128 tokens
     width              share of the directions that are used
@@ -30,6 +31,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
+from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,7 +53,7 @@ from training.settings import completed, read_sound
 
 LAYER_HEADINGS = [
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
-    *("from mean", "cosine", "eff. rank", "width", "outside", "R²", "hidden", "mixable"),
+    *("turn attn", "turn mlp", "from mean", "cosine", "eff. rank", "width", "outside", "R²", "hidden", "mixable"),
 ]
 
 
@@ -71,8 +73,8 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
         yield loaded.step, model_of(loaded), loaded.state["config"]
 
 
-def layer_table(model: GPT, x: torch.Tensor) -> str:
-    """The table of one model on the windows x (B, T) int64, for a terminal."""
+def layer_table(model: GPT, x: torch.Tensor) -> tuple[str, dict[str, Any]]:
+    """The table of one model on the windows x (B, T) int64, for a terminal, and the record of `probe`."""
     seen, outside, mixable = probe(model, x), new_directions(model, x), [head_mixing(model, x)]
     headings = LAYER_HEADINGS
     if model.config.head_gate != "none":
@@ -82,16 +84,19 @@ def layer_table(model: GPT, x: torch.Tensor) -> str:
     for i, block in enumerate(model.transformer.h):
         heads = [seen[key][i] for key in ("logit_max", "logit_p999", "entropy", "saturated", "jacobian", "recovery")]
         logit, high, entropy, saturated, jacobian, recovered = heads
+        turned = [seen["stream"][key][i] if key in seen["stream"] else nan for key in ("turn_attn", "turn_mlp")]
         after = [seen[key][i + 1] for key in ("distance_from_mean", "mean_cosine", "effective_rank", "width_rank")]
         attention = [max(logit), max(high), fmean(entropy), min(entropy), fmean(saturated), fmean(jacobian)]
         hidden = null_space(block.attn.c_proj.weight.detach())
         lines.append(
             [
-                *(str(i), *(f"{n:.3g}" for n in (*attention, *after, outside[i + 1], min(recovered))), str(hidden)),
+                str(i),
+                *(f"{n:.3g}" for n in (*attention, *turned, *after, outside[i + 1], min(recovered))),
+                str(hidden),
                 *(f"{int(of_heads[i].min()):,}" for of_heads in mixable),
             ]
         )
-    return Table(headings, lines, [True] * len(headings)).text()
+    return Table(headings, lines, [True] * len(headings)).text(), seen
 
 
 def work(arguments: list[str]) -> int:
@@ -108,7 +113,11 @@ def work(arguments: list[str]) -> int:
         shape = model.config
         count = ambiguous_dimensions(x.numel(), shape.n_head, shape.n_embd // shape.n_head)
         print(f"{directory}, step {step}: {model.describe()}")
-        print(layer_table(model, x))
+        table, seen = layer_table(model, x)
+        print(table)
+        print(
+            f"  turns: {seen['stream']['path']:.3g} radians together; from the first stream to the last {seen['stream']['net']:.3g}."
+        )
         print(
             f"  R² and hidden: with W_O known. mixable: with W_O unknown, one M for all {x.numel():,} tokens; with an M for each token it "
             f"would be n(H-1)w = {count:,}, the count of arXiv 2604.23681.\n"

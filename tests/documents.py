@@ -106,6 +106,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "crossing": ["assignment=hetero", "residual=geonorm", "seeds=1"],
     "exponents": ["init.residual_scale=0.5,1", "init.weight_scale=1", "scan=2", "models=1", "assignments=adamw"],
     "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=2", "seeds=1"],
+    "geonorm_adamw": ["residual=geonorm", "trials=1", "seeds=1"],
     "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "seeds=1"],
     "instability_one_gpu": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram,hetero"],
     "instability_small": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram", "seeds=1"],
@@ -114,6 +115,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "ngpt_speed": ["max_steps=2,4", "around=nGPT,4", "trials=1", "seeds=1", "tokens=64"],
     "momentum": ["assignment=all_stiefel", "optim.muon.momentum=0.8"],
     "residual_rules": ["residual=geonorm", "seeds=1"],
+    "residual_tuned": ["optimizer=adamw", "residual=ngpt", "trials=1", "seeds=1"],
     "solver_sweep": ["assignment=hetero", "optim.muon.lr=0.02", "seeds=1"],
     "stream_dtype": [],
 }

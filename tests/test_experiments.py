@@ -413,6 +413,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "collapses": ["model.skips=false", "mlp=none", "seeds=1"],
     "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
     "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=1"],
+    "geonorm_adamw": ["residual=geonorm", "trials=1", "seeds=1"],
     "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "data=stdlib", "data.name=stdlib"],
     "exponents": ["scan=2", "init.residual_scale=1", "init.weight_scale=0.5,2", "models=2", "assignments=adamw,hetero"],
     "instability_one_gpu": [],
@@ -429,6 +430,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "mechanism": ["remedy=none,norm_cap", "assignment=all_dgram"],
     "ngpt_speed": ["around=nGPT,4", "trials=1", "seeds=1", "tokens=64"],
     "residual_rules": ["residual=ngpt"],
+    "residual_tuned": ["optimizer=muon", "residual=geonorm_with_norms", "trials=1", "seeds=1"],
     "solver_sweep": ["optim.muon.lr=0.02,0.05", "assignment=hetero", "seeds=1"],
     "stream_dtype": [],
 }
@@ -437,6 +439,7 @@ TOLD = {  # what its table says
     "collapses": ["| false | none | 1 |", "digits, start", "outside the embeddings' span"],
     "crossing": ["| 2 |", "steps to 100.00", "| Unconstrained | geonorm |"],
     "family": ["| 4 | Muon |", "minus AdamW", "state, bytes a parameter"],
+    "geonorm_adamw": ["| adamw | geonorm |", "minus pre_norm", "minus geonorm", "turn, start"],
     "horizon": ["| 4 | all_stiefel |", "(edge)", "minus Unconstrained", "paired by seed"],
     "exponents": ["| hetero |", "closed form", "Rank correlation of the final loss of 2 trained models"],
     "instability_small": ["| paper | 0.1 | all_dgram |", "those of the last probe"],
@@ -444,6 +447,7 @@ TOLD = {  # what its table says
     "mechanism": ["| all_dgram | norm_cap |", "attention was restored by norm_cap"],
     "ngpt_speed": ["| 16 | nGPT |", "times fewer", "read at 4x", "paired by seed"],
     "residual_rules": ["| AdamW | ngpt |"],
+    "residual_tuned": ["| muon | geonorm_with_norms |", "residual_scale 1", "minus pre_norm", "turn, end"],
     "solver_sweep": ["| Hetero | manifold_muon |", "Best against best", "ours − published"],
     "stream_dtype": ["| float32 | bfloat16 |", "changes the final loss by"],
 }

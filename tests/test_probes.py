@@ -310,6 +310,7 @@ def test_the_command_prints_a_table_a_checkpoint_and_draws(tiny, tmp_path, capsy
     printed = capsys.readouterr().out
     assert printed.count("mixable") == 4 and "are free" not in printed
     assert printed.count("eff. rank") == 2 and "step 5:" in printed and "step 10:" in printed
+    assert printed.count("turn mlp") == 2 and printed.count("radians together") == 2
     assert (tmp_path / "probes.png").stat().st_size > 1000
     assert command.main([str(ROOT / "configs")]) == 2 and "no checkpoint" in capsys.readouterr().err
 

@@ -158,6 +158,23 @@ def test_the_stream_keeps_its_length_through_48_layers(rule, dtype):
     assert sum(errors[-20:]) < 1.5 * sum(errors[:20]) + 1e-6
 
 
+@pytest.mark.parametrize("norms", ["no", "with"])
+def test_the_two_ports_of_geonorm_have_names(norms):
+    model = GPT(GPTConfig(**TINY, residual=composed(f"residual=geonorm_{norms}_norms").residual))
+    h, names = model.embed(torch.randint(32, (2, 8))), [name for name, _ in model.named_parameters()]
+    before = model.transformer.wte.weight.norm(dim=-1).mean()
+    if norms == "no":
+        assert torch.allclose(h.norm(dim=-1), torch.full((2, 8), math.sqrt(WIDTH)))
+        assert composed("residual=geonorm_no_norms").residual == composed("residual=geonorm").residual
+    else:
+        assert (h.norm(dim=-1) < 3 * before).all()
+    gains = [name for name in names if name.endswith(("norm.weight", "ln_f.weight"))]
+    assert len(gains) == (0 if norms == "no" else 2 * TINY["n_layer"] + 1)
+    for other in ("pre_norm", "ngpt"):
+        with pytest.raises(ConfigError, match=rf"residual\.decay is no setting of {other}; remove it"):
+            check(compose([f"residual=geonorm_{norms}_norms", f"residual.rule={other}"]))
+
+
 @pytest.mark.parametrize("rule", SPHERE)
 def test_gradcheck(rule):
     joint, f = rule_of(rule).join(STREAM, LAYER).double(), torch.nn.Linear(WIDTH, WIDTH).double()

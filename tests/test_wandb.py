@@ -62,7 +62,10 @@ def test_nothing_that_a_probe_measures_is_dropped():
     curves = dict(flatten({"kind": "probe", "step": 0, **seen}))
     assert all(isinstance(value, float) for value in curves.values()), "scalars, from which W&B draws curves"
     for key, value in seen.items():
-        if not isinstance(value, list):
+        if isinstance(value, dict):
+            assert curves[f"probe/{key}/path"] == value["path"] and curves[f"probe/{key}/size/06"] == value["size"][6]
+            assert curves[f"probe/{key}/turn_attn/02"] == value["turn_attn"][2]
+        elif not isinstance(value, list):
             assert curves[f"probe/{key}"] == value
         elif isinstance(value[0], list):
             for i, heads in enumerate(value):

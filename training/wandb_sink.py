@@ -7,6 +7,7 @@ and a histogram. The part of a name before the first slash is the section of pan
 ==================  ===============================================================================
 train, val          losses, learning rates, speed; ``val/full/loss`` is the loss on the whole split
 probe               extremes, such as ``probe/largest_logit``
+probe/stream        turns of the stream: ``turn_attn/00`` by the attention of block 0, ``size/03`` after three sublayers, ``path``
 layer_03/attn       ``logit_max``, ``entropy``, ... of layer 3 (``h.3`` in a parameter's name)
 layer_03/stream     ``mean_cosine``, ``effective_rank``, ... of the stream after layer 3
 scales/alpha_attn   ``layer_03/mean``, ``layer_03/greatest``, ... of that learned scale
@@ -204,6 +205,15 @@ def matrix_place(name: str) -> str:
 
 def _probe(fields: Mapping[str, Any]) -> Iterator[Curve]:
     for key, value in fields.items():
+        if isinstance(value, Mapping):  # lists over blocks or sublayers: a curve for each
+            for name, item in value.items():
+                numbers = (
+                    {f"{name}/{i:02d}": number for i, number in enumerate(item)}
+                    if isinstance(item, list)
+                    else {name: item}
+                )
+                yield from _fields(numbers, f"probe/{key}")
+            continue
         if not isinstance(value, list):
             yield from _fields({key: value}, "probe")
             continue

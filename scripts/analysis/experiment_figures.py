@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, OTHER_COLOURS, picture
-from scripts.analysis.runs import RecordedRun, final_losses
+from scripts.analysis.runs import RecordedRun, at, final_losses
 from scripts.analysis.statistics import Difference, Estimate, best_rate
 
 ROUNDING = 1e-15
@@ -214,16 +214,23 @@ PROBE_CURVES = [
     ("mean_cosine", "mean cosine of tokens, by depth"),
     ("effective_rank", "effective rank of tokens, by depth"),
     ("recovery", "R² of a head from the sum, by layer"),
+    ("stream.turn_attn", "turn by attention (radians), by layer"),
+    ("stream.turn_mlp", "turn by the MLP (radians), by layer"),
 ]
 
 
 def probe_curves(run: RecordedRun, path: Path) -> Path:
     """Draw everything that the probes of a run measured over training. A quantity by depth has a line for each depth, dark for the first layer."""
-    with picture(path, 12.0, 5.0) as figure:
-        records = run.records["probe"]
-        steps = [r["step"] for r in records]
-        for axes, (field, title) in zip(figure.subplots(2, 4, sharex=True).flat, PROBE_CURVES):
-            series = [[_mean(v) for v in value] if isinstance(value := r[field], list) else [value] for r in records]
+    with picture(path, 15.0, 5.0) as figure:
+        for axes, (field, title) in zip(figure.subplots(2, 5, sharex=True).flat, PROBE_CURVES):
+            records = [r for r in run.records["probe"] if at(r, field) is not None]  # older runs have fewer fields
+            if not records:
+                axes.set_axis_off()
+                continue
+            steps = [r["step"] for r in records]
+            series = [
+                [_mean(v) for v in value] if isinstance(value := at(r, field), list) else [value] for r in records
+            ]
             depths = len(series[0])
             for depth in range(depths):
                 shade = colormaps["viridis"](0.9 * depth / max(1, depths - 1)) if depths > 1 else "#D55E00"
@@ -231,7 +238,7 @@ def probe_curves(run: RecordedRun, path: Path) -> Path:
             axes.set_title(title, loc="left", fontsize=9)
             if run.unstable_step is not None:
                 axes.axvline(run.unstable_step, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)))
-        for axes in figure.axes[4:]:
+        for axes in figure.axes[5:]:
             axes.set_xlabel("step")
     return path
 

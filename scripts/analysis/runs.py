@@ -144,8 +144,9 @@ class RecordedRun:
         return max(self._probed("greatest_saturation"), default=None)
 
     def last_probe(self, field: str) -> float | None:
-        """The value of a field in the last probe in which it is finite; None if there is none."""
-        return next((r[field] for r in reversed(self.records.get("probe", [])) if math.isfinite(r[field])), None)
+        """The value at the dotted key of a field in the last probe in which it is finite; None if there is none."""
+        found = [at(r, field) for r in self.records.get("probe", [])]
+        return next((value for value in reversed(found) if value is not None and math.isfinite(value)), None)
 
     def steps_to(self, target: float) -> float | None:
         """The step at which the validation loss first falls to the target, interpolated between evaluations; None if it never does."""
@@ -185,7 +186,7 @@ def read_run(directory: Path) -> RecordedRun:
     incomplete = 0
     try:
         config = read_config(directory)
-        if lacking := [key for key, sound in _KEYS.items() if not sound(_at(config, key))]:
+        if lacking := [key for key, sound in _KEYS.items() if not sound(at(config, key))]:
             raise ValueError(f"{CONFIG_FILE} has no proper {', '.join(lacking)}")
         for record in read_records(directory):
             if not _FIELDS.get(record["kind"], lambda _: True)(record):
@@ -206,12 +207,12 @@ def read_run(directory: Path) -> RecordedRun:
 
 def setting(config: dict[str, Any], key: str) -> str:
     """The value at a dotted key of a run's configuration, as text; empty if there is no such key."""
-    value = _at(config, key)
+    value = at(config, key)
     return "" if value is None else str(value)
 
 
-def _at(config: Any, key: str) -> Any:
-    """The value at a dotted key; None if there is no such key."""
+def at(config: Any, key: str) -> Any:
+    """The value at a dotted key of a configuration or of a record; None if there is no such key."""
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.runs import RecordedRun, setting
+from scripts.analysis.runs import RecordedRun, at, setting
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
 from training.run import environment
@@ -71,6 +71,14 @@ ATTENTION_COLUMNS = [
     STATUS,
 ]
 """The state of attention at the end of a run. `ATTENTION_REMARK` belongs below such a table."""
+
+TURN_COLUMNS = [
+    Column(
+        "turn, start", "turn_start", lambda r: next((at(p, "stream.path") for p in r.records.get("probe", [])), None), 2
+    ),
+    Column("turn, end", "turn_end", lambda r: r.last_probe("stream.path"), 2),
+]
+"""All turns of the stream together, in radians (`model.turns`), at the first and at the last probe."""
 
 ATTENTION_REMARK = (
     "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe."

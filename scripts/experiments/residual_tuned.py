@@ -1,0 +1,50 @@
+"""Every residual rule at its own best rate."""
+
+from scripts.analysis.contest import REMARK, contest_table, trials_by
+from scripts.analysis.experiment_figures import loss_of_trials
+from scripts.analysis.runs import RecordedRun
+from scripts.analysis.search import Axis, Search
+from scripts.analysis.stream_figures import turns
+from scripts.analysis.study import Case, Experiment, Study
+from scripts.analysis.tables import STATUS, TURN_COLUMNS, Column, case
+
+FLAT = ("pre_norm", "pre_rms_norm", "post_norm", "deep_norm", "sandwich_norm", "peri_norm")
+SPHERE = ("geonorm_no_norms", "geonorm_with_norms", "proj_sphere", "cayley_sphere", "p_sphere", "ngpt")
+OPTIMIZERS = {"adamw": ("assignment=adamw",), "muon": ("assignment=unconstrained",)}
+RATES = {"adamw": ("optim.adamw.lr", 4e-3), "muon": ("optim.muon.lr", 0.05)}
+START = "init.residual_scale"  # of c_proj: how far the sublayers turn the stream before they have learned
+STARTS = {"adamw": 36.0, "muon": 6.0}  # on the sphere, 35 gives the first turns of pre_norm
+
+
+def searched(study: Study, case: Case) -> list[Axis]:
+    """The learning rate; on the sphere also the first step. nGPT normalises its outputs, so its first step is alpha."""
+    rule, optimizer = case["residual"], case["optimizer"]
+    starts = {"ngpt": Axis("residual.alpha", 0.1), "geonorm_with_norms": Axis(START, 1.0, 6.0)}
+    step = [starts.get(rule, Axis(START, STARTS[optimizer], 6.0))] if rule in SPHERE else []
+    return [Axis(*RATES[optimizer]), *step]
+
+
+def by_optimizer(study: Study) -> dict[str, dict[str, list[RecordedRun]]]:
+    """Optimizer → rule → runs, for the picture."""
+    found: dict[str, dict[str, list[RecordedRun]]] = {}
+    for (optimizer, rule), runs in study.grouped("optimizer", "residual").items():
+        found.setdefault(optimizer, {})[rule] = runs
+    return found
+
+
+LOSS = Column("val loss", "val_loss", lambda r: r.held_out)
+COLUMNS = [case("optimizer", "optimizer"), case("residual", "residual"), LOSS, *TURN_COLUMNS, STATUS]
+EXPERIMENT = Experiment(
+    hypothesis="Which residual rule is best, each at its own best rate, and how far does each turn the stream? Under AdamW and Muon.",
+    base=("experiment=residual_tuned",),
+    axes={"optimizer": OPTIMIZERS, "residual": ",".join((*FLAT, *SPHERE))},
+    search=Search(searched),
+    seeds="1,2,3",
+    options={"trials": 5},
+    tables=lambda study: [contest_table(study, COLUMNS, {"pre_norm": lambda case: {"residual": "pre_norm"}})],
+    figures={
+        "turns.png": lambda study, path: turns(by_optimizer(study), path),
+        "trials.png": lambda study, path: loss_of_trials(trials_by(study, "optimizer", "residual"), path),
+    },
+    remark=lambda study: REMARK,
+)
