@@ -33,8 +33,8 @@ COLUMNS = {  # key → heading, digits
     "length_share": ("length share (by chance)", 3),
     "size_share": ("size share (by chance)", 4),
     "momentum_top": ("top direction of the momentum", 2),
-    "momentum_rank": ("its effective rank", 1),
-    "step_rank": ("that of the step", 1),
+    "momentum_rank": ("effective rank of the momentum", 1),
+    "step_rank": ("of the step", 1),
     "feas": ("feas", 2),
     "sigma_max": ("σ max", 2),
     "length_mean": ("length of columns", 2),
@@ -172,7 +172,7 @@ def exchange_table(study: Study, route: Route) -> Table:
             continue
         apart = [Difference.of(found[name], end).text() if end and end != found[name] else "" for end in ends]
         shares = ["", ""]
-        if all(ends) and name != route.start:
+        if all(ends) and name not in (route.start, route.end):
             gap = minus(ends[0], ends[1])  # type: ignore[arg-type]  # both are there
             shares[0] = share(minus(ends[0], found[name]), gap).text(2)  # type: ignore[arg-type]
             if partner.get(name) in found:
