@@ -61,7 +61,8 @@ def why_tables(study: Study, own: Sequence[str], routes: Sequence[Route]) -> lis
     best = replace(study, groups=[runs for runs in study.groups if runs[0].case["setting"] in own])
     columns = [case("setting", "setting"), Column("val loss", "val_loss", lambda r: r.held_out), *ATTENTION_COLUMNS[2:]]
     against = {name: partial(dict, setting=name) for name in ("all_stiefel", "hetero")}
-    exchanges = [exchange_table(study, route) for route in routes]
+    known = losses(study).keys()
+    exchanges = [exchange_table(study, route) for route in routes if {route.start, route.end} <= known]
     return [contest_table(best, columns, against), matrix_table(best), *exchanges]
 
 
@@ -140,12 +141,16 @@ def matrix_table(study: Study) -> Table:
 
 
 def losses(study: Study) -> dict[str, dict[int, float]]:
-    """Setting → seed → loss at the end, of the settings of which every run was stable."""
-    found = {}
-    for (setting,), runs in study.grouped("setting").items():
-        if all(r.stable for r in runs):
-            found[setting] = {r.config["seed"]: r.held_out for r in runs if r.held_out is not None}
-    return found
+    """Setting → seed → loss at the end, of the settings of which every run was stable, and of the seeds that all of them have."""
+    stable = {setting: runs for (setting,), runs in study.grouped("setting").items() if all(r.stable for r in runs)}
+    known = {
+        setting: {r.config["seed"]: r.held_out for r in runs if r.held_out is not None}
+        for setting, runs in stable.items()
+    }
+    common = set.intersection(*map(set, known.values())) if known else set()
+    return {
+        setting: {s: loss for s, loss in found.items() if s in common} for setting, found in known.items() if common
+    }
 
 
 def share(part: Mapping[int, float], whole: Mapping[int, float]) -> Estimate:
@@ -163,21 +168,21 @@ def minus(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, f
 
 
 def exchange_table(study: Study, route: Route) -> Table:
-    """A line for each setting of a route: loss, difference from both ends, and its group's share of the gap, exchanged first and last."""
+    """A line for each setting of a route, whose ends must be there: loss, difference from both ends, and its group's share of the gap.
+
+    The share of a group that is exchanged last is what is left when the other group of its pair has been exchanged.
+    """
     found, lines = losses(study), []
     partner = {a: b for pair in route.pairs for a, b in (pair, pair[::-1])}
-    ends = [found.get(route.start), found.get(route.end)]
+    start, end = found[route.start], found[route.end]
+    gap = minus(start, end)
     for name in (route.start, *partner, route.end, *route.beside):
-        if name not in found:
-            continue
-        apart = [Difference.of(found[name], end).text() if end and end != found[name] else "" for end in ends]
-        shares = ["", ""]
-        if all(ends) and name not in (route.start, route.end):
-            gap = minus(ends[0], ends[1])  # type: ignore[arg-type]  # both are there
-            shares[0] = share(minus(ends[0], found[name]), gap).text(2)  # type: ignore[arg-type]
-            if partner.get(name) in found:
-                shares[1] = share(minus(found[partner[name]], ends[1]), gap).text(2)  # type: ignore[arg-type]
-        lines.append([name, Estimate.of(list(found[name].values())).text(4), *apart, *shares])
+        if name in found:
+            text = Estimate.of(list(found[name].values())).text(4)
+            apart = [Difference.of(found[name], one).text() if one is not found[name] else "" for one in (start, end)]
+            inner, last = name not in (route.start, route.end), found.get(partner.get(name, ""))
+            first = share(minus(start, found[name]), gap).text(2) if inner else ""
+            lines.append([name, text, *apart, first, share(minus(last, end), gap).text(2) if last else ""])
     headings = [
         "on DGram",
         "val loss",
@@ -186,12 +191,9 @@ def exchange_table(study: Study, route: Route) -> Table:
         "share of the gap",
         "share if exchanged last",
     ]
-    caption = f"From {route.start} to {route.end}, all at the best settings of hetero ({_settings(study)}):"
+    settings = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in study.found["hetero",].best.items())
+    caption = f"From {route.start} to {route.end}, all at the best settings of hetero ({settings}):"
     return Table(headings, lines, [False, *[True] * 5], caption)
-
-
-def _settings(study: Study) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in study.found[("hetero",)].best.items())
 
 
 def sums(study: Study, routes: Sequence[Route]) -> str:
@@ -263,7 +265,7 @@ def _draw_routes(figure: FigureBase, found: Mapping[str, Mapping[int, float]], r
     """The losses of the settings of each route minus that of its start, with 95% intervals, one below the other."""
     for axes, route in zip(figure.subplots(1, len(routes), squeeze=False).flat, routes):
         names = [route.start, *(name for pair in route.pairs for name in pair), route.end, *route.beside]
-        known = [name for name in names if name in found and route.start in found]
+        known = [name for name in names if name in found and {route.start, route.end} <= found.keys()]
         axes.axvline(0.0, **DASHES)
         for i, name in enumerate(known):
             if name != route.start:

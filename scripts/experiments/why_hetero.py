@@ -20,8 +20,9 @@ RULES = {  # what is on DGram, the rest on Stiefel; all at the best settings of 
     "all": "attn: dgram, mlp: dgram",
 }
 EXCHANGES = {name: ("assignment=custom", f"assignment.rules={{{rules}}}") for name, rules in RULES.items()}
-CONTROLS = {  # Stiefel at the size that DGram reaches; and DGram that starts with columns of unit length, as Stiefel does
-    "nothing_but_size": ("assignment=all_stiefel", "optim.muon.radius={mlp: 2.5}"),
+CONTROLS = {  # Stiefel at sizes that DGram reaches; and DGram that starts with columns of unit length, as Stiefel does
+    "mlp_radius_1.5": ("assignment=all_stiefel", "optim.muon.radius={mlp: 1.5}"),
+    "mlp_radius_2.5": ("assignment=all_stiefel", "optim.muon.radius={mlp: 2.5}"),
     "mlp_from_unit_length": ("assignment=hetero", "init.weight_scale=3.125", "init.residual_scale=8.839"),
 }
 ROUTES = [
