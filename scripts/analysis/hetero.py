@@ -15,7 +15,7 @@ from matplotlib.figure import FigureBase
 from matplotlib.lines import Line2D
 
 from optim.assignment import matches
-from scripts.analysis.contest import contest_table
+from scripts.analysis.contest import Opponent, contest_table
 from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, picture
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.statistics import Difference, Estimate
@@ -60,7 +60,7 @@ def why_tables(study: Study, own: Sequence[str], routes: Sequence[Route]) -> lis
     """The settings that have their own best rate and decay; what the steps of their matrices were made of; and the exchanges of layers."""
     best = replace(study, groups=[runs for runs in study.groups if runs[0].case["setting"] in own])
     columns = [case("setting", "setting"), Column("val loss", "val_loss", lambda r: r.held_out), *ATTENTION_COLUMNS[2:]]
-    against = {name: partial(dict, setting=name) for name in ("all_stiefel", "hetero")}
+    against: dict[str, Opponent] = {name: partial(dict, setting=name) for name in ("all_stiefel", "hetero")}
     known = losses(study).keys()
     exchanges = [exchange_table(study, route) for route in routes if {route.start, route.end} <= known]
     return [contest_table(best, columns, against), matrix_table(best), *exchanges]
@@ -226,7 +226,7 @@ def draw_why(study: Study, own: Sequence[str], routes: Sequence[Route], path: Pa
         ("length_mean", "mean length\nof columns", True),
     ]
     with picture(path, 10.4, 11.0) as figure:
-        upper, lower = figure.subfigures(2, 1, height_ratios=(2.9, 1))
+        upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.9, 1)).flat
         panels = upper.subplots(len(rows), len(KINDS), sharex=True, sharey="row", squeeze=False)
         for line, (field, words, logarithmic) in zip(panels, rows):
             for axes, kind in zip(line, KINDS):
