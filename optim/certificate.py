@@ -1,4 +1,5 @@
-"""How good a step was: measured afterwards, in float64, whatever made the step and at whatever precision. Taken on logged steps only.
+"""How good a step was, and what it was made of: measured afterwards, in float64, whatever made the step and at whatever precision.
+Taken on logged steps only.
 
 For tall W (m × n) on a manifold with Gram projector P, momentum G and a direction T, the step problem is
 
@@ -8,6 +9,12 @@ A retraction deletes the normal part of T to first order, so only its tangent pa
 above 1) it is feasible. For every symmetric L = P(L) the dual value ‖G + 2WL‖_* is at least the optimum. So
 
     feas = ⟨G, tangent part⟩ / max(1, its norm) / least dual value found   ≤   what share of the optimum the step achieved.
+
+What a manifold costs is seen in G itself. The step cannot follow the normal part of G, whose share of ‖G‖_F² is `normal_share`. The
+columns w_j of W ask for other lengths by ⟨w_j, g_j⟩: the part of G along them has the share Σ_j (⟨w_j, g_j⟩ / ‖w_j‖)² / ‖G‖_F², the
+`length_share`. That part is normal to Stiefel and Oblique, and tangent to DGram, which differs from Stiefel in nothing else. In it lies
+what one factor for the whole of W would follow, the `size_share` (⟨W, G⟩ / ‖W‖_F / ‖G‖_F)². Of a random G, each share is near the
+dimension of its space / (m n): n (n + 1)/2 normal ones for Stiefel, n (n - 1)/2 for DGram, n lengths, 1 size. [ours]
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linalg import diagonal, frobenius, inner, ratio, su_step, symmetric_sum
+from .linalg import column_norms, diagonal, frobenius, inner, ratio, su_step, symmetric_sum
 from .manifolds import MANIFOLDS, Manifold, tall
 
 DUAL_STEPS, CONJUGATE_GRADIENTS = 4, 12
@@ -29,12 +36,21 @@ class Certificate(NamedTuple):
 
     tangency: ‖normal part of T‖_F / ‖T‖_F, 0 for a tangent T. norm: ‖tangent part‖₂. feas: at least this share of the optimum was
     achieved; 1 where G is zero, NaN where it is not finite. bound: the dual value, in the units of ⟨G, T⟩.
+    normal_share, length_share, size_share: of ‖G‖_F², see above. momentum_top: σ_max² / Σσ² of G, the share of its largest singular direction.
+    momentum_rank, step_rank: effective rank of G, and of the tangent part of T: from 1 to n; exp of the entropy of the singular values,
+    as shares of their sum (Roy, Vetterli, EUSIPCO 2007). Those of G are 0 where G is zero, NaN where it is not finite.
     """
 
     tangency: Tensor
     norm: Tensor
     feas: Tensor
     bound: Tensor
+    normal_share: Tensor
+    length_share: Tensor
+    size_share: Tensor
+    momentum_top: Tensor
+    momentum_rank: Tensor
+    step_rank: Tensor
 
 
 class StepProblem:
@@ -83,6 +99,24 @@ class StepProblem:
         return least
 
 
+def _singular_values(gram: Tensor) -> Tensor:
+    """The roots (k, n), ascending, of the eigenvalues of Gram matrices (k, n, n)."""
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+
+
+def _effective_rank(sigma: Tensor) -> Tensor:
+    """exp of the entropy of σ / Σσ (k, n) → (k, 1, 1); 0 where all are zero."""
+    total = sigma.sum(-1, keepdim=True)
+    rank = torch.special.entr(ratio(sigma, total)).sum(-1, keepdim=True).exp()
+    return torch.where(total > 0, rank, 0)[..., None]
+
+
+def _length_share(W: Tensor, G: Tensor) -> Tensor:
+    """The share (k, 1, 1) of ‖G‖_F² that lies along the columns of W (k, m, n); 0 where G is zero."""
+    along = ratio((W * G).sum(-2, keepdim=True), column_norms(W))  # (k, 1, n)
+    return ratio(frobenius(along), frobenius(G)).square()
+
+
 @torch.no_grad()
 def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
     """How good the direction T is as a step at W along momentum G.
@@ -100,11 +134,19 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
         raise ValueError(f"W {tuple(W.shape)}, G {tuple(G.shape)} and T {tuple(T.shape)} must be equally shaped")
     W, G, T = (tall(X).double().reshape(-1, *tall(X).shape[-2:]) for X in (W, G, T))
     finite = G.isfinite().all(dim=(-2, -1), keepdim=True)
-    problem = StepProblem(*MANIFOLDS[manifold].problem(W, torch.where(finite, G, 0)))
+    G = torch.where(finite, G, 0)
+    problem = StepProblem(*MANIFOLDS[manifold].problem(W, G))
     tangent = problem.tangent(T)
     tangency = ratio(frobenius(T - tangent), frobenius(T))
-    norm = torch.linalg.eigvalsh(tangent.mT @ tangent)[:, -1].clamp_min(0).sqrt()[:, None, None]
+    taken, asked = _singular_values(tangent.mT @ tangent), _singular_values(problem.GG)  # (k, n)
+    norm = taken[:, -1:, None]
     bound = problem.dual_value()
     value = inner(problem.G, tangent) / norm.clamp_min(1)
-    feas = torch.where(finite, torch.where(bound > 0, ratio(value, bound), 1), torch.nan)
-    return Certificate(*(x.flatten() for x in (tangency, norm, feas, bound * problem.scale)))
+    feas = torch.where(bound > 0, ratio(value, bound), 1)
+    normal_share = frobenius(problem.G - problem.tangent(problem.G)).square()  # of G at ‖G‖_F = 1
+    size_share = ratio(inner(W, G), frobenius(W) * frobenius(G)).square()
+    of_G = (feas, normal_share, _length_share(W, G), size_share, asked[:, -1:, None].square(), _effective_rank(asked))
+    feas, *shares = (torch.where(finite, x, torch.nan) for x in of_G)
+    return Certificate(
+        *(x.flatten() for x in (tangency, norm, feas, bound * problem.scale, *shares, _effective_rank(taken)))
+    )

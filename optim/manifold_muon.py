@@ -225,8 +225,8 @@ class ManifoldMuon(torch.optim.Optimizer):
     def certificates(self) -> dict[str, dict[str, float]]:
         """How good the last step of this rank's matrices was, by name (optim/certificate.py); empty unless it was `watched`.
 
-        Of a matrix in several blocks the worst. fallbacks: steps so far that were not the ordinary one. Reads back from the device, and
-        lets go of what was kept.
+        Of a matrix in several blocks the least feas and ranks, and the largest of the other numbers. fallbacks: steps so far that were
+        not the ordinary one. Reads back from the device, and lets go of what was kept.
         """
         found: dict[str, dict[str, float]] = {}
         for bucket in self.buckets:
@@ -236,6 +236,9 @@ class ManifoldMuon(torch.optim.Optimizer):
             bucket.seen = None
             fields = {"feas": certificate.feas, "norm": -certificate.norm, "tangency": -certificate.tangency}
             fields["fallbacks"] = -bucket.state["fallbacks"]
+            largest = ("normal_share", "length_share", "size_share", "momentum_top")
+            fields |= {name: -getattr(certificate, name) for name in largest}
+            fields |= {name: getattr(certificate, name) for name in ("momentum_rank", "step_rank")}
             numbers = {name: values.tolist() for name, values in fields.items()}
             names = dict(zip(bucket.group["params"], bucket.group["names"]))
             for i, p in enumerate(bucket.params):

@@ -28,8 +28,9 @@ class Seen:
     """One matrix; of several blocks the worst.
 
     distance: from the manifold, ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F. largest, smallest: singular values. feas: the share of the optimum
-    that the last watched step achieved at least; step: its norm ‖T‖₂; both NaN if there was none, or another rank owns the matrix.
-    fallbacks: steps so far that were not the ordinary one.
+    that the last watched step achieved at least; step: its norm ‖T‖₂; normal: the share of the momentum's ‖G‖_F² that it could not follow,
+    see optim/certificate.py; all NaN if there was none, or another rank owns the matrix. fallbacks: steps so far that were not the
+    ordinary one.
     """
 
     manifold: str
@@ -38,6 +39,7 @@ class Seen:
     smallest: float
     feas: float = math.nan
     step: float = math.nan
+    normal: float = math.nan
     fallbacks: float = math.nan
 
 
@@ -54,10 +56,10 @@ class Report(dict[str, Seen]):
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [
-            ("", "manifold", "distance", "largest", "smallest", "feas", "step", "fallbacks")
+            ("", "manifold", "distance", "largest", "smallest", "feas", "step", "normal", "fallbacks")
         ]
         for name, s in self.items():
-            numbers = (s.distance, s.largest, s.smallest, s.feas, s.step, s.fallbacks)
+            numbers = (s.distance, s.largest, s.smallest, s.feas, s.step, s.normal, s.fallbacks)
             lines.append((name, s.manifold, *("-" if math.isnan(x) else f"{x:.3g}" for x in numbers)))
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
@@ -88,8 +90,8 @@ class Monitor:
             for name, p in zip(group["names"], group["params"]):
                 measured = _measure(row_blocks(p, group["blocks"]), group["manifold"], group["radius"])
                 last = self.certified.get(name, {})
-                step = {"feas": last.get("feas", math.nan), "step": last.get("norm", math.nan)}
-                found[name] = Seen(group["manifold"], *measured, **step, fallbacks=last.get("fallbacks", math.nan))
+                step = [last.get(field, math.nan) for field in ("feas", "norm", "normal_share", "fallbacks")]
+                found[name] = Seen(group["manifold"], *measured, *step)
         if off := found.off(self.tolerance):
             worst = max(off, key=lambda name: off[name].distance if math.isfinite(off[name].distance) else math.inf)
             warnings.warn(

@@ -118,6 +118,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "residual_tuned": ["optimizer=adamw", "residual=ngpt", "trials=1", "seeds=1"],
     "solver_sweep": ["assignment=hetero", "optim.muon.lr=0.02", "seeds=1"],
     "stream_dtype": [],
+    "why_hetero": ["setting=hetero,nothing", "trials=1", "seeds=1"],
 }
 
 

@@ -150,7 +150,7 @@ def test_the_monitor_reports_and_changes_nothing():
         assert 0.8 < seen.feas <= 1.001 and seen.step == pytest.approx(1, abs=0.1) and seen.fallbacks == 0
     header, *lines = str(report).splitlines()
     assert (
-        header.split() == ["manifold", "distance", "largest", "smallest", "feas", "step", "fallbacks"]
+        header.split() == ["manifold", "distance", "largest", "smallest", "feas", "step", "normal", "fallbacks"]
         and len(lines) == 4
     )
 

@@ -71,8 +71,65 @@ def test_what_is_not_tangent_is_seen():
 def test_zero_and_broken_gradients():
     W, G = make("stiefel", k=3)
     G[0], G[1, 2, 3] = 0, torch.nan
-    feas = certify(W, G, torch.where(G.isfinite(), G, 0), "stiefel").feas
+    certificate = certify(W, G, torch.where(G.isfinite(), G, 0), "stiefel")
+    feas = certificate.feas
     assert feas[0] == 1 and feas[1].isnan() and 0 < feas[2] < 1
+    for field in (*SHARES, "momentum_top", "momentum_rank"):
+        zero, broken, sound = getattr(certificate, field)
+        assert zero == 0 and broken.isnan() and sound > 0, field
+    assert certificate.step_rank[0] == 0 and (certificate.step_rank[1:] >= 1).all()
+
+
+SHARES = ("normal_share", "length_share", "size_share")
+
+
+@pytest.mark.parametrize("manifold", ["stiefel", "dgram", "oblique", "hyperball"])
+def test_shares_of_the_momentum_are_0_where_it_is_tangent_and_1_where_it_is_normal(manifold):
+    W, G = make(manifold, k=3)
+    W, G, M = W.double(), G.double(), MANIFOLDS[manifold]
+    S = torch.randn(3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert certify(W, M.tangent(W, G), G, manifold).normal_share.max() < 1e-10
+    normal = M.normal(M.project(S + S.mT), (W * W).sum(-2))
+    assert certify(W, W @ normal, G, manifold).normal_share.numpy() == pytest.approx([1] * 3, abs=1e-5)
+    wide = certify(W.mT, 1e-9 * G.mT, G.mT, manifold)
+    torch.testing.assert_close(wide.normal_share, certify(W, G, G, manifold).normal_share)
+
+
+def test_shares_of_a_momentum_along_columns_and_along_the_matrix():
+    W, G = make("dgram", k=3)
+    stretched, turned = W * torch.linspace(-1, 2, 12), W @ torch.eye(12).flip(0)
+    for G, length, size in (
+        (W, 1, 1),
+        (stretched, 1, None),
+        (turned, 0, 0),
+    ):  # another size, other lengths, other angles
+        certificate = certify(W, G, W, "dgram")
+        assert certificate.length_share.numpy() == pytest.approx([length] * 3, abs=1e-6)
+        assert size is None or certificate.size_share.numpy() == pytest.approx([size] * 3, abs=1e-6)
+        assert (certificate.size_share <= certificate.length_share + 1e-9).all()
+    assert certify(W, stretched, W, "dgram").normal_share.max() < 1e-6  # DGram's lengths are free, Stiefel's are not
+    W = make("stiefel", k=3)[0]
+    assert certify(W, W * torch.linspace(-1, 2, 12), W, "stiefel").normal_share.min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize(("manifold", "sign"), [("stiefel", 1), ("dgram", -1)])
+def test_a_random_momentum_has_its_shares_by_dimension(manifold, sign):
+    W, G = make(manifold, k=64)
+    certificate = certify(W, G, G, manifold)
+    assert certificate.normal_share.mean().item() == pytest.approx((12 + sign) / (2 * 48), rel=0.05)
+    assert certificate.length_share.mean().item() == pytest.approx(1 / 48, rel=0.15)
+    assert certificate.size_share.mean().item() == pytest.approx(1 / (48 * 12), rel=0.6)
+
+
+def test_spectra_of_momentum_and_step():
+    W, G = make("stiefel", k=2)
+    one = torch.ones(2, 48, 1) @ torch.ones(2, 1, 12)
+    certificate = certify(W, one, MANIFOLDS["stiefel"].tangent(W, G), "stiefel")
+    assert certificate.momentum_top.numpy() == pytest.approx([1, 1])
+    assert certificate.momentum_rank.numpy() == pytest.approx([1, 1], abs=1e-5)
+    flat = certify(W, W, W, "euclidean")
+    assert flat.momentum_top.numpy() == pytest.approx([1 / 12] * 2, rel=1e-5)
+    assert flat.momentum_rank.numpy() == pytest.approx([12, 12]) and flat.step_rank.numpy() == pytest.approx([12, 12])
 
 
 @pytest.mark.parametrize(("name", "calls", "bar"), [(STIEFEL, 24, 0.995), (DGRAM, 24, 0.995), (SQUARE, 1, 0.9999)])

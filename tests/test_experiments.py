@@ -244,6 +244,7 @@ def test_an_experiment_is_data(name, capsys):
         (["lr_transfer", "head=5"], "divisor"),
         (["lr_transfer", "around=16"], "a value for each of model.n_embd, model.n_layer, max_steps"),
         (["exponents", "models=0"], "models=0 must be at least 1"),
+        (["why_hetero", "setting=c_fc"], "c_fc takes the best settings of hetero; add that to the values"),
     ],
 )
 def test_what_cannot_be_is_one_message_and_nothing_is_written(words, said, tmp_path, monkeypatch, capsys):
@@ -433,6 +434,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "residual_tuned": ["optimizer=muon", "residual=geonorm_with_norms", "trials=1", "seeds=1"],
     "solver_sweep": ["optim.muon.lr=0.02,0.05", "assignment=hetero", "seeds=1"],
     "stream_dtype": [],
+    "why_hetero": ["setting=hetero,nothing,c_fc,mlp_c_proj", "trials=1", "seeds=1", "log.interval_spectra=2"],
 }
 TOLD = {  # what its table says
     "blocks": ["| Unconstrained | heads_whole |", "move c_attn equally far"],
@@ -450,6 +452,7 @@ TOLD = {  # what its table says
     "residual_tuned": ["| muon | geonorm_with_norms |", "residual_scale 1", "minus pre_norm", "turn, end"],
     "solver_sweep": ["| Hetero | manifold_muon |", "Best against best", "ours − published"],
     "stream_dtype": ["| float32 | bfloat16 |", "changes the final loss by"],
+    "why_hetero": ["| hetero | mlp.c_fc | dgram |", "From nothing to hetero", "alone make up", "minus all_stiefel"],
 }
 
 

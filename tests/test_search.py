@@ -1,9 +1,13 @@
 """The search for the best settings of a case, and the comparison of two cases seed by seed."""
 
 import math
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
+from scripts import experiment
+from scripts.analysis.hetero import minus, share
 from scripts.analysis.search import Axis, Found
 from scripts.analysis.statistics import Difference, student_cdf, student_quantile
 
@@ -52,3 +56,23 @@ def test_students_distribution_and_paired_differences():
     assert (found.count, found.mean) == (3, pytest.approx(0.4 / 3)) and found.low < 0 < found.high
     assert found.p == pytest.approx(0.0572, abs=1e-4)  # t = 4 with two degrees of freedom
     assert Difference.of({1: 2.0}, {1: 1.5}).text() == "+0.500" and math.isnan(Difference.of({1: 2.0}, {1: 1.5}).p)
+
+
+def test_a_case_that_takes_the_best_settings_of_another_has_no_trials():
+    asked = experiment.study_of(experiment.load_experiment("why_hetero"), ["setting=hetero,c_fc"])[0]
+    asked.found["hetero",] = Found([Axis("optim.muon.lr", 0.1)], tried={(Fraction(-1),): 2.0})
+    jobs = asked.jobs(Path("out"))
+    assert len(jobs) == 6 and {case["optim.muon.lr"] for case, _ in jobs} == {"0.05"}
+    assert all("optim.muon.lr=0.05" in job.overrides and "lr=0.05" in job.directory.name for _, job in jobs)
+
+
+def test_a_share_of_a_gap_and_its_error():
+    gap = minus({1: 2.4, 2: 2.5, 3: 2.6, 9: 0.0}, {1: 2.3, 2: 2.3, 3: 2.3})
+    assert gap == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3})
+    exact = share({seed: 0.25 * nats for seed, nats in gap.items()}, gap)
+    assert (exact.mean, exact.error) == (pytest.approx(0.25), pytest.approx(0, abs=1e-12))
+    found = share({1: 0.1, 2: 0.1, 3: 0.1}, gap)  # the rest of each seed: .05, 0, -.05
+    assert found.mean == pytest.approx(0.5) and found.error == pytest.approx(0.05 / math.sqrt(3) / 0.2)
+    alone = share({1: 0.05}, {1: 0.1})
+    assert alone.mean == pytest.approx(0.5) and math.isnan(alone.error)
+    assert math.isnan(share({1: 0.05}, {1: 0.0}).mean)

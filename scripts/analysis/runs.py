@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ class RecordedRun:
     """A finished, unfinished or failed run.
 
     config: as written by the run. records: by kind, in order; those of kind "spectra" hold `sigma_max`, `sigma_min`, `sigma_median`
-    and `sigma_shape`, at most 25 of them at equal shares of their ranks, instead of all singular values. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, if a script wrote them.
+    and `sigma_shape`, at most 25 of them at equal shares of their ranks, instead of all singular values, and of the lengths of columns
+    their mean `length_mean` and their standard deviation relative to it, `length_spread`. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, if a script wrote them.
     environment: versions and device. case: its values of an experiment's axes, by axis.
     """
 
@@ -277,7 +279,17 @@ def _without_bulk(record: dict[str, Any]) -> dict[str, Any]:
         "sigma_min": min(record["sigma"]),
         "sigma_median": sigma[last // 2],
         "sigma_shape": shape,
+        **_lengths(record.get("gram_diagonal")),
     }
+
+
+def _lengths(squares: Any) -> dict[str, float]:
+    """Mean and relative standard deviation of the lengths of columns; empty without their squares."""
+    if not (isinstance(squares, list) and squares and all(_is_number(x) and x >= 0 for x in squares)):
+        return {}
+    lengths = [math.sqrt(x) for x in squares]
+    mean = statistics.fmean(lengths)
+    return {"length_mean": mean, "length_spread": statistics.pstdev(lengths) / mean if mean else 0.0}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

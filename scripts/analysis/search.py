@@ -39,10 +39,12 @@ class Search:
 
     axes: the settings that are searched in a case, from its study and its values. A setting without effect is left out.
     along: an axis of the experiment, or None. In the order of its values, a search starts at the best point of the one before.
+    of: the case whose best settings a case takes; by default itself. A case that takes those of another has no trials.
     """
 
     axes: Callable[[Any, Mapping[str, str]], list[Axis]]
     along: str | None = None
+    of: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda case: case
 
 
 @dataclass

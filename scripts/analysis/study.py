@@ -160,8 +160,9 @@ class Study:
         """
         ready = []
         for case in self.cases() if cases is None else cases:
-            found = self.found.get(tuple(case.values())) or self._new_search(case)
-            if found.tried or tuple(case.values()) not in self.found:
+            searched = self._searched(case)
+            found = self.found.get(tuple(searched.values())) or self._new_search(searched)
+            if found.tried or tuple(searched.values()) not in self.found:
                 ready.append((case, self.settings(case), found.best))
         jobs = [
             ({**case, **best}, self.job(parent, case, seed, own, best))
@@ -230,9 +231,14 @@ class Study:
             raise UsageError(f"trials={trials} is too few; give at least 1")
         going = {}
         for case in cases:
-            key = tuple(case.values())
-            self.found[key] = self._new_search(case)
-            going[key] = case, self.settings(case)
+            key, searched = tuple(case.values()), self._searched(case)
+            if searched not in cases:
+                raise UsageError(
+                    f"{', '.join(key)} takes the best settings of {', '.join(searched.values())}; add that to the values"
+                )
+            if case == searched:
+                self.found[key] = self._new_search(case)
+                going[key] = case, self.settings(case)
         for _ in range(trials):
             points = {key: self.found[key].next_point() for key in going}
             jobs = {}
@@ -250,6 +256,10 @@ class Study:
                 r = read_run(job.directory)
                 self.found[key].tried[points[key]] = r.final if r.stable and r.final is not None else math.inf
         return failures
+
+    def _searched(self, case: Case) -> Case:
+        """The case in whose search the settings of a case are found."""
+        return self.experiment.search.of(case) if self.experiment.search else case
 
     def _new_search(self, case: Case) -> Found:
         """The search of a case before its first trial."""

@@ -1,0 +1,52 @@
+"""Why attention and MLP ask for different manifolds."""
+
+from scripts.analysis.contest import REMARK
+from scripts.analysis.hetero import Route, draw_why, measured, sums, why_tables
+from scripts.analysis.search import Axis, Search
+from scripts.analysis.study import Case, Experiment, Study
+
+# The assignments, each at its own best settings, and the first rates of their searches.
+RATES = {"unconstrained": 0.05, "all_stiefel": 0.1, "all_dgram": 0.05, "hetero": 0.1, "hetero_inv": 0.05}
+RULES = {  # what is on DGram, the rest on Stiefel; all at the best settings of Hetero
+    "nothing": "attn: stiefel, mlp: stiefel",
+    "c_fc": "attn: stiefel, mlp.c_fc: dgram, mlp.c_proj: stiefel",
+    "mlp_c_proj": "attn: stiefel, mlp.c_fc: stiefel, mlp.c_proj: dgram",
+    "mlp_0-1": "attn: stiefel, h.0-1.mlp: dgram, h.2-3.mlp: stiefel",
+    "mlp_2-3": "attn: stiefel, h.0-1.mlp: stiefel, h.2-3.mlp: dgram",
+    "mlp_and_c_attn": "attn.c_attn: dgram, attn.c_proj: stiefel, mlp: dgram",
+    "mlp_and_attn_c_proj": "attn.c_attn: stiefel, attn.c_proj: dgram, mlp: dgram",
+    "mlp_and_attn_0-1": "h.0-1.attn: dgram, h.2-3.attn: stiefel, mlp: dgram",
+    "mlp_and_attn_2-3": "h.0-1.attn: stiefel, h.2-3.attn: dgram, mlp: dgram",
+    "all": "attn: dgram, mlp: dgram",
+}
+EXCHANGES = {name: ("assignment=custom", f"assignment.rules={{{rules}}}") for name, rules in RULES.items()}
+CONTROLS = {  # Stiefel at sizes that DGram reaches; and DGram that starts with columns of unit length, as Stiefel does
+    "mlp_radius_1.5": ("assignment=all_stiefel", "optim.muon.radius={mlp: 1.5}"),
+    "mlp_radius_2.5": ("assignment=all_stiefel", "optim.muon.radius={mlp: 2.5}"),
+    "mlp_from_unit_length": ("assignment=hetero", "init.weight_scale=3.125", "init.residual_scale=8.839"),
+}
+ROUTES = [
+    Route("nothing", "hetero", (("c_fc", "mlp_c_proj"), ("mlp_0-1", "mlp_2-3")), tuple(CONTROLS)),
+    Route("hetero", "all", (("mlp_and_c_attn", "mlp_and_attn_c_proj"), ("mlp_and_attn_0-1", "mlp_and_attn_2-3"))),
+]
+
+
+def searched(study: Study, case: Case) -> list[Axis]:
+    """Learning rate and weight decay of the matrices. On All-Stiefel no decay acts."""
+    axes = [Axis("optim.muon.lr", RATES[case["setting"]]), Axis("optim.muon.weight_decay", 0.1, 4.0)]
+    return axes[: 1 if case["setting"] == "all_stiefel" else 2]
+
+
+EXPERIMENT = Experiment(
+    hypothesis="Why do attention and MLP ask for different manifolds, and which layers make the difference of the losses?",
+    base=("experiment=why_hetero",),
+    axes={"setting": {**{name: (f"assignment={name}",) for name in RATES}, **EXCHANGES, **CONTROLS}},
+    search=Search(searched, of=lambda case: case if case["setting"] in RATES else {"setting": "hetero"}),
+    seeds="1,2,3",
+    options={"trials": 6},
+    workers=1,
+    measure=lambda study: {"matrices": measured(study)},
+    tables=lambda study: why_tables(study, list(RATES), ROUTES),
+    figures={"why.png": lambda study, path: draw_why(study, list(RATES), ROUTES, path)},
+    remark=lambda study: f"{sums(study, ROUTES)} {REMARK}",
+)
