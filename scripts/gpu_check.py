@@ -108,7 +108,7 @@ def steps_of(stage: str, o: Options) -> list[Step]:
     micro = f"micro_batch_size={o.micro}"
     if stage == "a":
         return [
-            Step("environment", [python, "scripts/gpu_check.py", "environment"], 60),
+            Step("environment", [python, "scripts/gpu_check.py", "environment"], 120),
             bench("ceilings", "repeats=10", most=100, tiny=["repeats=1"]),
             Step("tests", tests_command(o.work / "a" / "tests.jsonl"), 250),
             bench("optimizer", "repeats=5", "limit_s=120", most=170, tiny=["layers=1", "width=24", "repeats=1"]),

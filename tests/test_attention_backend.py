@@ -71,7 +71,7 @@ def test_backends_are_measured_as_they_are():
 
 
 def test_a_refused_backend_names_a_remedy():
-    with pytest.raises(ConfigError, match="the backend cudnn does not accept .* use attention_backend=auto"):
+    with pytest.raises(ConfigError, match=r"the backend cudnn does not accept .* use attention_backend=auto"):
         choose(settings("attention_backend=cudnn"), CPU, 2)
     kept = Choice("cudnn", torch.float32)
     with pytest.raises(ConfigError, match="continue it where it began, or with allow_changes=true"):
