@@ -111,6 +111,7 @@ def steps_of(stage: str, o: Options) -> list[Step]:
             Step("environment", [python, "scripts/gpu_check.py", "environment"], 120),
             bench("ceilings", "repeats=10", most=100, tiny=["repeats=1"]),
             Step("tests", tests_command(o.work / "a" / "tests.jsonl"), 250),
+            Step("tests_of_time", tests_command(o.work / "a" / "tests.jsonl", alone=True), 60),
             bench("optimizer", "repeats=5", "limit_s=120", most=170, tiny=["layers=1", "width=24", "repeats=1"]),
         ]
     if stage == "b":
@@ -139,10 +140,11 @@ def steps_of(stage: str, o: Options) -> list[Step]:
     return [*([prepare] if stage == "c" else []), Step("runs", [*runs, *tiny, *data])]
 
 
-def tests_command(ledger: Path) -> list[str]:
-    """tests/cuda, several tests at a time where pytest-xdist is there: most of the time goes to the compiler, on the CPU."""
-    options = [f"--ledger={ledger}", "-v", "-ra", "-p", "no:cacheprovider"]
-    if find_spec("xdist"):
+def tests_command(ledger: Path, alone: bool = False) -> list[str]:
+    """tests/cuda: those that measure time, `alone`; or the others, several at a time where pytest-xdist is there, since most of their time
+    goes to the compiler on the CPU."""
+    options = [f"--ledger={ledger}", "-v", "-ra", "-p", "no:cacheprovider", "-m", "alone" if alone else "not alone"]
+    if find_spec("xdist") and not alone:
         options += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
     if find_spec("pytest_timeout"):
         options.append("--timeout=150")

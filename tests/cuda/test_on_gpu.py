@@ -67,6 +67,7 @@ def test_a_backend_of_attention_computes_what_torch_computes(backend):
     assert all(relative(chosen[name], g) < 3e-2 for name, g in plain.items())
 
 
+@pytest.mark.alone
 def test_the_fastest_backend_of_attention_is_found_in_two_seconds():
     refusal("flash", (16, 1024, 12, 64), torch.bfloat16, 0.0, torch.device("cuda"))  # loads libraries
     start = time.perf_counter()
@@ -147,6 +148,7 @@ def test_captured_updates_are_the_usual_ones(assignment, compile):
     check_captured(f"assignment={assignment}", f"compile={compile}", device="cuda", record=record)
 
 
+@pytest.mark.alone
 def test_phases_are_timed_by_the_device():
     check_phases("cuda", seconds_of)
 
