@@ -65,7 +65,8 @@ def take_turns(
     """
     times: dict[Key, list[float]] = {name: [] for name in calls}
     start, limit = time.perf_counter(), limit_s or float("inf")
-    order, shuffle = [], random.Random(0).shuffle
+    order: list[Key] = []
+    shuffle = random.Random(0).shuffle
     for name, call in calls.items():
         if time.perf_counter() > start + _TO_COMPILE * limit:
             break

@@ -56,7 +56,8 @@ def choose(cfg: Settings, device: torch.device, micro_batch: int, kept: Choice |
     Raises:
         ConfigError: the backend that is asked for does not accept queries of this shape and dtype here.
     """
-    dtype, asked, model = resolve_device(cfg)[1], cfg.attention_backend, cfg.model
+    asked: str | None = cfg.attention_backend
+    dtype, model = resolve_device(cfg)[1], cfg.model
     shape = (micro_batch, model.block_size, model.n_head, model.n_embd // model.n_head)
     remedy = "use attention_backend=auto"
     if asked == "auto" and kept is not None:
