@@ -240,8 +240,9 @@ def test_all_of_it_in_small(tmp_path):
     """Every stage, every command, on whatever device there is; then again, when everything is done before."""
     places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
     command = [SCRIPT, "tiny=true", *places, f"data.dir={tmp_path}/data", "data=stdlib"]
+    environment = {**os.environ, "PYTHON": sys.executable}
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done before") == 13
     assert len(list((tmp_path / "out").iterdir())) <= 8
