@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Prefetcher
+from training.attention import Choice, choose
 from training.average import average_of
 from training.batch import micro_batch_size
 from training.build import build
@@ -98,9 +99,12 @@ class Run:
         windows = cfg.global_batch_tokens // cfg.model.block_size
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
+        kept = None if resumed is None else Choice(resumed.state.get("attention"), dtype)
+        self.attention = ranks.from_main(choose, cfg, self.device, self.micro_batch, kept)
 
         torch.manual_seed(cfg.seed)
         self.model, self.optimizers = build(cfg, self.device)
+        self.model.attend_by(self.attention.backend, self.attention.dtype)
         self.model.separator = separator_of(cfg, dataset)
         self.stability = Stability(cfg.stability)
         if not ranks.is_main:
@@ -142,6 +146,8 @@ class Run:
         self.placement = place(self.model, self.optimizers, ranks, cfg)
         if self.origin:
             log.write("init_from", self.step, **self.origin)
+        if self.attention.seconds:
+            log.write("event", self.step, event="attention", **self.attention.record())
         batches = Prefetcher(self.loader, self.step)
         trace = Trace(cfg.profile if ranks.is_main else None, self.directory, self.device)
         self.clock = time.perf_counter()
@@ -249,7 +255,7 @@ class Run:
         rng = self.ranks.gather_objects(rng_state())
         guard = self.guard.state_dict(self.ranks)
         parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, guard, self.average)
-        state = state_of(*parts, self.step, self.elapsed, rng)
+        state = state_of(*parts, self.step, self.elapsed, rng, self.attention.backend)
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
         self.placement.save(folder, self.step, state, keep, metric)
 

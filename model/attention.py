@@ -6,18 +6,34 @@ its gradient vanishes (arXiv 2606.13276, proposition 4.2). Attention itself is i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optim.geonorm import cast
 
 PG_OP_OVERHEAD = 0.016
 """Parameters of head gates, as a share of W_O: arXiv 2604.23681 states that PG-OP stays below this."""
 
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""What computes torch's scaled_dot_product_attention, by the name that `attention_backend` gives."""
+
 # Rows of logits that QK-clip computes at a time: its memory is at most B·H·512·T numbers.
 _CLIP_ROWS = 512
+
+
+def computed_by(backend: str | None) -> AbstractContextManager[object]:
+    """A context in which this backend computes scaled_dot_product_attention, or an error says that it cannot; None: torch chooses."""
+    return nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
 
 
 def causal_logits(q: Tensor, k: Tensor, cap: float | None = None, scale: float | None = None) -> Tensor:

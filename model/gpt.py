@@ -133,6 +133,11 @@ class GPT(nn.Module):
         longer.separator = self.separator
         return longer.eval()
 
+    def attend_by(self, backend: str | None, dtype: torch.dtype) -> None:
+        """Let a backend of model.attention.BACKENDS compute attention where queries have this dtype; None: torch chooses."""
+        for block in self.transformer.h:
+            block.attn.backend, block.attn.backend_dtype = backend, dtype
+
     def unit_vectors(self) -> dict[str, int]:
         """Matrices whose vectors the optimizer must keep at unit length: parameter name → the dimension along which the vectors lie.
 

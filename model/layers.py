@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import HeadGate, KeyValueCache, QKClip, capped_attention, clip_head_weights
+from model.attention import HeadGate, KeyValueCache, QKClip, capped_attention, clip_head_weights, computed_by
 from model.config import GPTConfig
 from model.scale import Scaled, StoredScale
 from optim.geonorm import cast, to_sphere
@@ -61,12 +61,16 @@ class CausalSelfAttention(Scaled):
 
     With unit weights, queries and keys are normalised within each head and multiplied by s_qk, and the scale of the logits is √D, not
     1/√D. The configuration may add the parts of model/attention.py: QK-norm, QK-clip, a soft cap, head gates.
+
+    backend: unless None, what computes attention without a mask, for queries of `backend_dtype`; see BACKENDS.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         d, width = config.n_embd, config.n_embd // config.n_head
         self.n_head, self.dropout, self.logit_cap = config.n_head, config.dropout, config.logit_cap
+        self.backend: str | None = None
+        self.backend_dtype = torch.float32
         self.c_attn = nn.Linear(d, 3 * d, bias=config.bias)
         self.c_proj = nn.Linear(d, d, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -115,7 +119,8 @@ class CausalSelfAttention(Scaled):
             if start and T > 1:
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
             causal = start == 0 and mask is None
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=self.scale)
+            with computed_by(self.backend if causal and q.dtype == self.backend_dtype else None):
+                y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=self.scale)
         if self.head_gate is not None:
             y = y * self.head_gate(x, start)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))

@@ -110,12 +110,23 @@ def exact_sums(device: torch.device) -> Iterator[None]:
         matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
+PROGRAMS = 64
+"""How many programs of one function torch.compile makes at most. Its own limit of 8 is an error where a function is compiled whole, and the
+step needs a program for each manifold, shape and number of rounds."""
+
+
+def allow_programs() -> None:
+    """Let torch.compile make PROGRAMS programs of one function; it imports the compiler, which takes seconds."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+
+
 def compiled_whole(function: Callable) -> Any:
     """The function through torch.compile, whole and for fixed shapes, with fitted coefficients as constants of the program."""
+    allow_programs()
     for constant in (sign_coefficients, cap_fit):
-        torch.compiler.assume_constant_result(
-            constant
-        )  # not a decorator: it would import the compiler, which takes seconds
+        torch.compiler.assume_constant_result(constant)  # not a decorator: it would import the compiler
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

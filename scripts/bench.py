@@ -13,8 +13,8 @@
     python scripts/bench.py predicted      tokens/s of GPT-2 124M on one GPU: predictions beside bars and measurements (nothing is timed)
 
 Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
-assignments= and optims= (lists; train and profile), variants= (train: a list of overrides, such as capture=true), limit_s= (train: seconds
-after which no further turn begins), traces= (profile: a folder for the traces), measured= (memory: a list of numbers of CPU ranks, on which
+assignments= and optims= (lists; train and profile), variants= (train: a list of overrides, such as capture=true), limit_s= (optimizer,
+train, residual: seconds after which no further turn begins), traces= (profile: a folder for the traces), measured= (memory: a list of numbers of CPU ranks, on which
 a small model is measured), results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The
 table and a JSON file with every time are written to results/<device>/. The same command works on a CPU and on CUDA.
 """
@@ -47,7 +47,7 @@ from scripts.bench_residual import residual_rows
 from scripts.bench_scaling import memory_rows, scaling_rows
 from scripts.bench_train import probe_rows, profile_rows, training_rows
 from scripts.command import ROOT, UsageError, as_code, parse, run
-from scripts.timing import Rows, device, device_folder, take_turns
+from scripts.timing import NOT_MEASURED, Rows, device, device_folder, median, take_turns
 from training.build import build_optimizers
 from training.config import compose
 from training.overrides import hint
@@ -76,9 +76,9 @@ def matrices(layers: int, width: int, where: torch.device) -> GPT:
 OPTIMIZER_SETTINGS = {
     "published (bfloat16)": ["optim=paper", "assignment=hetero"],
     "ours": ["optim=manifold_muon", "assignment=hetero"],
+    "plain Muon (unconstrained)": ["optim=manifold_muon", "assignment=unconstrained"],
     "ours, high quality": ["optim=manifold_muon", "assignment=hetero", "optim.muon.rule.quality=high"],
     "ours, float32": ["optim=manifold_muon", "assignment=hetero", "optim.muon.rule.products=float32"],
-    "plain Muon (unconstrained)": ["optim=manifold_muon", "assignment=unconstrained"],
 }
 
 
@@ -86,8 +86,11 @@ def optimizer_rows(options: dict[str, Any]) -> Rows:
     """One step of Hetero over the matrices of GPT-2 124M; AdamW over the same matrices."""
     where = device()
     layers, width = options["layers"] or (12 if where.type == "cuda" else 1), options["width"] or 768
-    steps: dict[str, Callable[[], object]] = {}
-    flops: dict[str, float] = {}
+    blocks = matrices(layers, width, where).transformer.h
+    mine = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    adamw = "AdamW (fused)"
+    steps: dict[str, Callable[[], object]] = {adamw: torch.optim.AdamW(mine, lr=1e-3, fused=True).step}
+    flops = {adamw: 16.0 * sum(p.numel() for p in mine)}
     for name, overrides in OPTIMIZER_SETTINGS.items():
         cfg = compose(overrides)
         rule = cfg.optim.muon.rule
@@ -101,20 +104,19 @@ def optimizer_rows(options: dict[str, Any]) -> Rows:
         stepped = [(p, group["manifold"]) for group in muon.param_groups for p in group["params"]]
         counted = sum(step_flops(muon.rule, max(p.shape), min(p.shape), manifold) for p, manifold in stepped)
         flops[name] = counted
-    blocks = matrices(layers, width, where).transformer.h
-    mine = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    steps["AdamW (fused)"] = torch.optim.AdamW(mine, lr=1e-3, fused=True).step
-    flops["AdamW (fused)"] = 16.0 * sum(p.numel() for p in mine)
-    times = take_turns(steps, options["repeats"] or 3)
-    base = statistics.median(times["published (bfloat16)"])
+    times = take_turns(steps, options["repeats"] or 3, limit_s=options["limit_s"])
+    base = median(times["published (bfloat16)"])
     rows = []
     for name, seconds in times.items():
-        median = statistics.median(seconds)
-        row = {"step": name, "layers": layers, "width": width, "counted GFLOP": flops[name] / 1e9, "median s": median}
-        row |= {"GFLOP/s": flops[name] / median / 1e9, "times faster than published": base / median, "all s": seconds}
-        rows.append(row)
+        row: dict[str, Any] = {"step": name, "layers": layers, "width": width}
+        row |= {"counted GFLOP": flops[name] / 1e9}
+        row |= {"median s": median(seconds), "GFLOP/s": NOT_MEASURED, "times faster than published": NOT_MEASURED}
+        if seconds and isinstance(base, float):
+            row["GFLOP/s"] = flops[name] / row["median s"] / 1e9
+            row["times faster than published"] = base / row["median s"]
+        rows.append({**row, "all s": seconds})
     if where.type == "cuda":
-        check_no_sync(steps)
+        check_no_sync({name: call for name, call in steps.items() if times[name]})
     return rows
 
 

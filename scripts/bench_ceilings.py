@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.attention import BACKENDS, computed_by
 from scripts.timing import NOT_MEASURED, Rows, device, seconds_of
 
 CEILING_SIZES: dict[str, dict[str, Any]] = {
@@ -26,13 +26,6 @@ CEILING_SIZES: dict[str, dict[str, Any]] = {
     | {"attention": (16, 12, 1024, 64)},
 }
 """copy: bytes. product: n of n × n. batch: matrices, n. matrix: (m, n). attention: (batch, heads, tokens, width)."""
-
-ATTENTION_KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 
 # Several calls are timed together, so that the time to start them and to wait for the last does not count:
 # calls of about _SAMPLE_S seconds, and at most _MOST_TOGETHER.
@@ -135,18 +128,18 @@ def decompositions(size: tuple[int, int], random: Callable[..., Tensor]) -> Iter
 
 
 def attention(size: tuple[int, int, int, int], random: Callable[..., Tensor]) -> Iterator[Ceiling]:
-    """Causal attention in bfloat16 by each kernel of scaled_dot_product_attention. The work is counted without the mask, as is usual."""
+    """Causal attention in bfloat16 by each backend of scaled_dot_product_attention. The work is counted without the mask, as is usual."""
     B, H, T, w = size
     forward = 4e-12 * B * H * T * T * w
-    for name, kernel in ATTENTION_KERNELS.items():
+    for name in BACKENDS:
         for backward in (False, True):
 
-            def make(kernel: SDPBackend = kernel, backward: bool = backward) -> Callable[[], object]:
+            def make(name: str = name, backward: bool = backward) -> Callable[[], object]:
                 q, k, v = (random(B, H, T, w, dtype=torch.bfloat16).requires_grad_(backward) for _ in range(3))
                 out = random(B, H, T, w, dtype=torch.bfloat16)
 
                 def call() -> None:
-                    with sdpa_kernel(kernel):
+                    with computed_by(name):
                         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
                     if backward:
                         torch.autograd.grad(y, (q, k, v), out)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.residual import RESIDUAL_RULES
 from scripts.bench_train import RandomTraining
-from scripts.timing import Rows, take_turns
+from scripts.timing import NOT_MEASURED, Rows, take_turns
 from training.config import compose
 
 NGPT_PARTS = ["model.rope=true", "model.mlp=swiglu", "model.tied=false"]
@@ -28,12 +28,13 @@ RESIDUAL_SIZES = {
 
 
 def residual_settings() -> dict[str, tuple[str, list[str]]]:
-    """Name of a row → (the row that it is compared with, overrides of train.py)."""
-    found = {rule: ("pre_norm", ["model=gpt2_124m", f"residual={rule}"]) for rule in RESIDUAL_RULES}
+    """Name of a row → (the row that it is compared with, overrides of train.py); what has a bar comes first, if time is short."""
     partner = "pre_norm, nGPT's parts"
+    found = {rule: ("pre_norm", ["model=gpt2_124m", f"residual={rule}"]) for rule in ("pre_norm", "geonorm")}
     found[partner] = (partner, ["model=gpt2_124m", *NGPT_PARTS])
     found["nGPT"] = (partner, ["model=ngpt_124m"])
-    return found
+    others = {rule: ("pre_norm", ["model=gpt2_124m", f"residual={rule}"]) for rule in RESIDUAL_RULES}
+    return {**found, **{rule: setting for rule, setting in others.items() if rule not in found}}
 
 
 def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
@@ -57,7 +58,7 @@ def residual_rows(options: Mapping[str, Any], sizes: Mapping[str, int] | None = 
     """Seconds of a training step under every rule, and the ratios of time and of kept memory to those of pre-norm.
 
     Args:
-        options: layers, width, micro_batch_size and repeats of the command line; 0 for the default.
+        options: layers, width, micro_batch_size, repeats and limit_s of the command line; 0 for the default.
         sizes: other values for any of the keys of RESIDUAL_SIZES; tokens must be a multiple of block.
     """
     asked = {"layers": options["layers"], "width": options["width"], "micro": options["micro_batch_size"]}
@@ -69,14 +70,16 @@ def residual_rows(options: Mapping[str, Any], sizes: Mapping[str, int] | None = 
     for name, (_, overrides) in settings.items():
         torch.manual_seed(0)
         trainings[name] = RandomTraining(compose([*overrides, *chosen]), size["micro"], size["tokens"])
-    kept = {name: kept_bytes(training.forward, training.model) for name, training in trainings.items()}
     steps = {name: training.step for name, training in trainings.items()}
-    seconds = take_turns(steps, options["repeats"] or 7, shuffled=True)
+    seconds = take_turns(steps, options["repeats"] or 7, limit_s=options["limit_s"], shuffled=True)
+    kept = {name: kept_bytes(t.forward, t.model) for name, t in trainings.items() if seconds[name]}
     rows = []
     for name, (partner, _) in settings.items():
         mine, theirs = seconds[name], seconds[partner]
-        row: dict[str, Any] = {"rule": name, "fastest s": min(mine), "time ratio": min(mine) / min(theirs)}
-        row["median ratio"] = statistics.median(mine) / statistics.median(theirs)
-        row |= {"memory ratio": kept[name] / kept[partner], "compared with": partner, "all s": mine}
-        rows.append(row)
+        row: dict[str, Any] = dict.fromkeys(("fastest s", "time ratio", "median ratio", "memory ratio"), NOT_MEASURED)
+        if mine and theirs:
+            row |= {"fastest s": min(mine), "time ratio": min(mine) / min(theirs)}
+            row |= {"median ratio": statistics.median(mine) / statistics.median(theirs)}
+            row |= {"memory ratio": kept[name] / kept[partner]}
+        rows.append({"rule": name, **row, "compared with": partner, "all s": mine})
     return rows

@@ -20,6 +20,7 @@ from model.probes import probe
 from model.spectra import Spectra
 from scripts.command import UsageError
 from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, seconds_of, take_turns
+from training.attention import choose
 from training.build import build_optimizers, gpt_config
 from training.capture import WARM_UP, CudaGraphs
 from training.config import compose
@@ -43,6 +44,8 @@ class RandomTraining:
         self.cfg, self.micro, self.device, block = cfg, micro, device(), cfg.model.block_size
         self.windows = max(1, tokens // block // micro) * micro
         self.model = GPT(gpt_config(cfg)).to(self.device)
+        self.attention = choose(cfg, self.device, micro)
+        self.model.attend_by(self.attention.backend, self.attention.dtype)
         _, dtype = resolve_device(cfg)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         self.replica = compiled(self.model, cfg, self.device)
@@ -123,7 +126,7 @@ def training_rows(options: dict[str, Any]) -> Rows:
     for (assignment, optim, variant), training in trainings.items():
         seconds = times[assignment, optim, variant]
         row: dict[str, Any] = {"assignment": assignment, "optim": optim, "variant": variant, "model": _size(options)}
-        row["tokens a step"] = training.tokens
+        row |= {"attention": training.attention.backend or "-", "tokens a step": training.tokens}
         row |= dict.fromkeys(("tokens/s", "MFU", "optimizer s", "optimizer share"), NOT_MEASURED)
         row |= {"step s": median(seconds), "peak GiB": NOT_MEASURED, "all s": seconds}
         if seconds:

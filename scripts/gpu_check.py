@@ -1,6 +1,6 @@
 """All measurements that need a GPU, in stages of under ten minutes. `scripts/gpu_check.sh [a] [b] [c] [d]` runs them, all by default.
 
-    a    environment, ceilings of the device, the optimizer step, tests/cuda
+    a    environment, ceilings of the device, tests/cuda, the optimizer step
     b    training steps by assignment under both step rules, their longest operations, every residual rule
     c    AdamW and the five assignments at 124M: the same number of steps, as many as time allows, with spectra and probes
     d    the same runs, continued
@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,28 +108,47 @@ def steps_of(stage: str, o: Options) -> list[Step]:
     micro = f"micro_batch_size={o.micro}"
     if stage == "a":
         return [
-            Step("environment", [python, "scripts/gpu_check.py", "environment"], 60),
-            bench("ceilings", "repeats=10", most=120, tiny=["repeats=1"]),
-            bench("optimizer", "repeats=5", most=150, tiny=["layers=1", "width=24", "repeats=1"]),
-            Step("tests", [python, "-m", "pytest", "tests/cuda", "-q", "-ra", "-p", "no:cacheprovider"]),
+            Step("environment", [python, "scripts/gpu_check.py", "environment"], 120),
+            bench("ceilings", "repeats=10", most=100, tiny=["repeats=1"]),
+            Step("tests", tests_command(o.work / "a" / "tests.jsonl"), 250),
+            Step("tests_of_time", tests_command(o.work / "a" / "tests.jsonl", alone=True), 60),
+            bench("optimizer", "repeats=5", "limit_s=120", most=170, tiny=["layers=1", "width=24", "repeats=1"]),
         ]
     if stage == "b":
         few = [*small, "assignments=adamw,hetero"]
         every = [micro, f"assignments={','.join(RUNS)}"]
-        options = [micro, "assignments=adamw,hetero", "variants=capture=true,model.stream_dtype=bfloat16", "limit_s=60"]
+        options = [
+            micro,
+            "assignments=adamw,hetero",
+            "variants=capture=true,model.stream_dtype=bfloat16",
+            "limit_s=100",
+        ]
         profile = ["assignments=adamw,hetero", f"traces={o.work / 'b'}", micro]
         return [
-            bench("train", *every, "limit_s=90", most=180, tiny=few),
-            bench("profile", *profile, most=100, tiny=small),
-            bench("train", *every, "optims=paper", "limit_s=60", most=150, tiny=few, file="bench_train_published"),
-            bench("residual", "layers=4", "repeats=5", tiny=["layers=1", "width=96", "repeats=1"]),
-            bench("train", *options, most=120, tiny=[*small, "variants="], file="bench_train_options"),
+            bench("train", *every, "limit_s=150", most=210, tiny=few),
+            bench("profile", *profile, most=110, tiny=small),
+            bench(
+                "residual", "layers=4", "repeats=5", "limit_s=120", most=170, tiny=["layers=1", "width=96", "repeats=1"]
+            ),
+            bench("train", *every, "optims=paper", "limit_s=60", most=120, tiny=few, file="bench_train_published"),
+            bench("train", *options, most=150, tiny=[*small, "variants="], file="bench_train_options"),
         ]
     runs = [python, "scripts/gpu_runs.py", f"folder={o.work / 'runs'}", f"results={o.results / 'assignments'}"]
     data = o.data or (["data=stdlib"] if o.tiny else ["data=books"])
     tiny = ["tiny=true"] if o.tiny else [micro]
     prepare = Step("data", [python, "-m", "data.prepare", *data])
     return [*([prepare] if stage == "c" else []), Step("runs", [*runs, *tiny, *data])]
+
+
+def tests_command(ledger: Path, alone: bool = False) -> list[str]:
+    """tests/cuda: those that measure time, `alone`; or the others, several at a time where pytest-xdist is there, since most of their time
+    goes to the compiler on the CPU."""
+    options = [f"--ledger={ledger}", "-v", "-ra", "-p", "no:cacheprovider", "-m", "alone" if alone else "not alone"]
+    if find_spec("xdist") and not alone:
+        options += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
+    if find_spec("pytest_timeout"):
+        options.append("--timeout=150")
+    return [sys.executable, "-m", "pytest", "tests/cuda", *options]
 
 
 def run_stage(stage: str, o: Options) -> int:

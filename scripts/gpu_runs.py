@@ -15,6 +15,7 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,7 +52,7 @@ class Race:
     """The runs, each in a directory of `folder` named after its assignment.
 
     first: the steps that every run makes before the rest is planned. most: the steps of the whole schedule. end: the time.monotonic() at
-    which the time is over.
+    which the time is over. failed: runs that ended with an error, which the others do not wait for.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class Race:
         default_factory=dict
     )  # seconds of a step, most seconds outside the steps
     compiled: bool = False  # whether this process has trained one of them
+    failed: list[str] = field(default_factory=list)
 
     def config(self, name: str, steps: int) -> Settings:
         """The configuration of a run of `steps` steps."""
@@ -78,11 +80,16 @@ class Race:
         """Train every run that has made fewer than `steps` steps up to that number."""
         for name in RUNS:
             before = self.reached(name)
-            if before >= steps:
+            if before >= steps or name in self.failed:
                 continue
             print(f"\n{name}: {before} → {steps}", flush=True)
             cfg, start = self.config(name, steps), time.monotonic()
-            train(cfg, self.folder / name)
+            try:
+                train(cfg, self.folder / name)
+            except Exception:
+                traceback.print_exc()
+                self.failed.append(name)
+                continue
             self.note(name, cfg, steps - before, time.monotonic() - start)
             gc.collect()  # frees this model before the next one is made
 
@@ -96,10 +103,13 @@ class Race:
 
     def affordable(self) -> int:
         """The number of steps that all runs can reach in the remaining time; at least the number that all have reached."""
-        here = min(map(self.reached, RUNS))
-        a_step = sum(cost for cost, _ in self.costs.values())
-        rest = [seconds for _, seconds in self.costs.values()]  # the first run compiles
-        beside = statistics.median(rest) * len(RUNS) if self.compiled else sum(rest)
+        runs = [name for name in RUNS if name not in self.failed]
+        if not runs:
+            return 0
+        here = min(map(self.reached, runs))
+        a_step = sum(self.costs[name][0] for name in runs)
+        rest = [self.costs[name][1] for name in runs]  # the first run compiles
+        beside = statistics.median(rest) * len(runs) if self.compiled else sum(rest)
         left = _PLANNED * (self.end - time.monotonic()) - beside
         return min(self.most, here + max(0, int(left / a_step)))
 
@@ -152,7 +162,9 @@ def work(arguments: list[str]) -> int:
     finally:
         if any(race.folder.glob("*/metrics.jsonl")):
             print("\n" + write_race(race, Path(o["results"]), arguments), flush=True)
-    return 0
+    if race.failed:
+        print(f"failed, see above: {', '.join(race.failed)}", flush=True)
+    return 1 if race.failed else 0
 
 
 main = partial(run, work, __doc__)

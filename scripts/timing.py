@@ -23,6 +23,9 @@ Rows = list[dict[str, Any]]
 
 Key = TypeVar("Key")
 
+# The share of a time limit after which nothing more is compiled.
+_TO_COMPILE = 0.8
+
 
 def device() -> torch.device:
     """The current CUDA device if there is one, else the CPU."""
@@ -55,22 +58,28 @@ def take_turns(
     """Seconds of every call. Each turn makes every call once, so that a machine whose speed drifts is fair to all.
 
     Args:
-        repeats, warmup: turns that are timed, after turns that are not.
-        limit_s: after this time no further call is made; a call without a turn has no seconds. 0: no limit.
+        repeats, warmup: turns that are timed, after calls that are not: these compile.
+        limit_s: after this time no further call is made, and after a share of it no further call is compiled: then the others are timed. A
+            call without a turn has no seconds. 0: no limit.
         shuffled: whether each turn has a new random order (of a fixed seed).
     """
     times: dict[Key, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + (limit_s or float("inf"))
-    order, shuffle = list(calls), random.Random(0).shuffle
-    for turn in range(warmup + repeats):
+    start, limit = time.perf_counter(), limit_s or float("inf")
+    order: list[Key] = []
+    shuffle = random.Random(0).shuffle
+    for name, call in calls.items():
+        if time.perf_counter() > start + _TO_COMPILE * limit:
+            break
+        for _ in range(warmup):
+            seconds_of(call)
+        order.append(name)
+    for _ in range(repeats):
         if shuffled:
             shuffle(order)
         for name in order:
-            if time.perf_counter() > end:
+            if time.perf_counter() > start + limit:
                 return times
-            seconds = seconds_of(calls[name])
-            if turn >= warmup:
-                times[name].append(seconds)
+            times[name].append(seconds_of(calls[name]))
     return times
 
 

@@ -70,7 +70,7 @@ def small_chunks(active):
 # ---- compiled programs ----
 
 
-def gradients(name, device, autocast, backend=None, dtype=torch.float32):
+def gradients(name, device, autocast, backend=None, dtype=torch.float32, attention=(None, torch.float32)):
     """Loss and gradients of the named model, eagerly or compiled by a backend; weights and tokens are always the same."""
     torch._dynamo.reset()
     loss_module.mark_constants()
@@ -79,6 +79,7 @@ def gradients(name, device, autocast, backend=None, dtype=torch.float32):
     for p in model.parameters():  # away from the start, where some gradients vanish
         p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.05)
     model.to(dtype)
+    model.attend_by(*attention)
     tokens = torch.from_numpy(windows(4).astype("int64")).to(device)
     replica = model if backend is None else torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
     with small_chunks(name == "chunked loss"), autocast_on(device, autocast):
@@ -280,6 +281,7 @@ def check_captured(*overrides, device, record, tolerance=1e-3):
 def check_phases(device, seconds):
     """A phase is as long as the device is busy in it, and its length is known without a wait in between."""
     phase, work = Phases(torch.device(device)), torch.randn(4096, 4096, device=device)
+    seconds(lambda: work @ work)  # the first product also loads the library
     for _ in range(3):
         with phase("outer"):
             work @ work

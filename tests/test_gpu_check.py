@@ -149,6 +149,69 @@ def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
     assert [again.reached(name) for name in gpu_runs.RUNS] == [100] * 6 and len(trained) == 18
 
 
+def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """All others make the same number of steps; the next command tries it again."""
+
+    def train(cfg, directory):
+        if directory.name == "hetero" and cfg.max_steps == 4:
+            raise RuntimeError("no memory")
+        (directory / "checkpoints" / f"step_{cfg.max_steps:08d}").mkdir(parents=True)
+        record = {"kind": "train", "step": cfg.max_steps, "tokens_per_s": 128.0}
+        (directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+    def compose(overrides):
+        steps = next(int(o.removeprefix("max_steps=")) for o in overrides if o.startswith("max_steps="))
+        return SimpleNamespace(max_steps=steps, global_batch_tokens=128)
+
+    monkeypatch.setattr(gpu_runs, "train", train)
+    monkeypatch.setattr(gpu_runs, "compose", compose)
+    race = gpu_runs.Race(tmp_path, [], first=4, most=10, end=time.monotonic() + 1000)
+    race.run()
+    assert {name: race.reached(name) for name in gpu_runs.RUNS} == dict.fromkeys(gpu_runs.RUNS, 10) | {"hetero": 0}
+    assert race.failed == ["hetero"] and "no memory" in capsys.readouterr().err
+
+
+def test_a_test_that_passed_is_left_out_next_time(pytester_folder):
+    """The ledger of tests/cuda: one line a test, at once."""
+    ledger, run = pytester_folder
+    assert run() == 1
+    found = {r["test"].rpartition("::")[2]: r for r in map(json.loads, ledger.read_text().splitlines())}
+    assert found["test_fine"]["outcome"] == "passed" and "assert 1 == 2" in found["test_wrong"]["why"]
+    run()
+    assert [json.loads(line)["test"].rpartition("::")[2] for line in ledger.read_text().splitlines()] == [
+        "test_fine",
+        "test_wrong",
+        "test_wrong",
+    ]
+
+
+@pytest.fixture
+def pytester_folder(tmp_path):
+    """A folder with the ledger's conftest and two tests, one of which fails: the ledger, and a function that runs them."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "cuda" / "conftest.py").read_text())
+    (tmp_path / "test_two.py").write_text("def test_fine():\n    pass\n\n\ndef test_wrong():\n    assert 1 == 2\n")
+    ledger = tmp_path / "ledger.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--ledger={ledger}", "."]
+    environment = {**os.environ, "PYTHONPATH": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return (
+        ledger,
+        lambda: subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False).returncode,
+    )
+
+
+def test_contestants_that_compile_too_long_are_left_out(monkeypatch):
+    """The others are timed in the rest of the time."""
+    now, compiled = [0.0], set()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name):
+        now[0] += 1 if name in compiled else 45
+        compiled.add(name)
+
+    times = timing.take_turns({n: lambda n=n: call(n) for n in "abc"}, repeats=3, warmup=2, limit_s=100)
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3, "c": 0}
+
+
 def test_a_row_has_its_own_peak():
     """Not that of the largest one before it."""
     if timing.peak_bytes(lambda: None, []) is None:
@@ -177,10 +240,11 @@ def test_all_of_it_in_small(tmp_path):
     """Every stage, every command, on whatever device there is; then again, when everything is done before."""
     places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
     command = [SCRIPT, "tiny=true", *places, f"data.dir={tmp_path}/data", "data=stdlib"]
+    environment = {**os.environ, "PYTHON": sys.executable}
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done before") == 12
+    assert done.stdout.count("done before") == 13
     assert len(list((tmp_path / "out").iterdir())) <= 8
     for name in ("ceilings", "optimizer", "train", "train_published", "train_options", "profile", "residual"):
         assert "|" in (tmp_path / "results" / f"bench_{name}.md").read_text()

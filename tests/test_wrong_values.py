@@ -114,7 +114,7 @@ GROUPS = [
         OFF,
         "profile launcher.checksum_interval log.interval_spectra log.interval_certificate log.interval_updates probe.interval",
     ),
-    (OFF, "optim.modular"),
+    (OFF, "optim.modular attention_backend"),
     ({"[]"}, "optim.norms.tables"),
     (
         OFF,

@@ -18,6 +18,7 @@ from training.settings import Data, Settings, read_sound
 from training.transfer import problems_of_transfer
 from training.validate import (
     ConfigError,
+    problems_of_backend,
     problems_of_batch,
     problems_of_capture,
     problems_of_documents,
@@ -74,6 +75,7 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
 
     found = problems_of_machine(cfg) if sound("device", "output_dir") else []
     found += problems_of_capture(cfg) if sound("capture", "device", "optim") else []
+    found += problems_of_backend(cfg) if sound("attention_backend", "attention", "batches", "device") else []
     found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
     if sound("global_batch_tokens", "model", "launcher"):
         found += problems_of_batch(cfg, world or cfg.launcher.nproc)

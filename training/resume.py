@@ -64,10 +64,11 @@ def state_of(
     step: int,
     seconds: float,
     rng: list[dict[str, Any]],
+    attention: str | None = None,
 ) -> dict[str, Any]:
     """The complete state of a run. All ranks must call, because optimizers gather theirs.
 
-    `guard` is the state of FiniteGuard, `rng` the `rng_state()` of every rank.
+    `guard` is the state of FiniteGuard, `rng` the `rng_state()` of every rank, `attention` the backend that computes attention.
     """
     return {
         "config": cfg.plain(),
@@ -78,6 +79,7 @@ def state_of(
         "guard": guard,
         "average": average.state_dict() if average else None,
         "rng": rng,
+        "attention": attention,
         "step": step,
         "seconds": seconds,
         "environment": environment(),

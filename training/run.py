@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from model.loss import mark_constants
+from optim.linalg import allow_programs
 from training.files import CONFIG_FILE, read_config
 from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import METRICS_FILE, parse_record
@@ -41,10 +42,6 @@ def resolve_device(cfg: Settings) -> tuple[torch.device, torch.dtype]:
     return torch.device(name), getattr(torch, automatic if cfg.dtype == "auto" else cfg.dtype)
 
 
-# Number of compiled programs of one function after which torch silently stops compiling it; a table compares a dozen models.
-_PROGRAMS = 64
-
-
 def compiled(module: nn.Module, cfg: Settings, device: torch.device) -> nn.Module:
     """The module, compiled if the configuration asks for it; `compile=auto` means on CUDA, where it saves time within a minute.
 
@@ -57,7 +54,7 @@ def compiled(module: nn.Module, cfg: Settings, device: torch.device) -> nn.Modul
 
     mark_constants()
     torch._dynamo.config.specialize_float = True
-    torch._dynamo.config.recompile_limit = _PROGRAMS
+    allow_programs()  # a table compares a dozen models, and torch would silently stop compiling them
     program: Any = torch.compile(module, dynamic=False)
     return program
 

@@ -342,6 +342,9 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     compile: Literal["auto", True, False]
+    attention_backend: Annotated[
+        Literal["auto", "flash", "cudnn", "efficient", "math"] | None, ("null", "leaves the choice to torch")
+    ]
     capture: bool
     profile: Annotated[Count | None, ("null", "means no trace")]
     output_dir: Annotated[str | None, ("path", True), ("null", "means outputs/<date>/<name>")]
@@ -357,6 +360,7 @@ class Settings:
 NEWER: dict[str, Any] = {
     "average": {"kind": "none"},
     "capture": False,
+    "attention_backend": "auto",
     "profile": None,
     "model.stream_dtype": "float32",
     "transfer.base.stream_dtype": "float32",

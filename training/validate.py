@@ -60,6 +60,22 @@ def problems_of_capture(cfg: Settings) -> list[str]:
     return []
 
 
+def problems_of_backend(cfg: Settings) -> list[str]:
+    """Why the backend that is asked for cannot compute the attention."""
+    asked = cfg.attention_backend
+    if asked in (None, "auto"):
+        return []
+    found = []
+    if asked in ("cudnn", "efficient") and cfg.device == "cpu":
+        found.append(f"attention_backend={asked} is for CUDA, and the device is a CPU; use attention_backend=auto")
+    parts = {"attention.logit_cap": cfg.attention.logit_cap, "batches.documents": cfg.batches.documents}
+    return found + [
+        f"attention_backend={asked} has no effect with {key}, for which attention is explicit or masked; use attention_backend=auto"
+        for key, value in parts.items()
+        if value
+    ]
+
+
 def problems_of_directory(directory: Path) -> list[str]:
     """Problems of creating or writing to the directory of a run."""
     try:

@@ -1,5 +1,6 @@
 """What only a GPU can show. Without one everything here is skipped; the same checks run on the CPU in tests/test_compiled.py."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from device_checks import (
     check_programs,
     check_ranks,
     check_step_equals_the_cpus,
+    gradients,
+    relative,
 )
 
 from model.spectra import Spectra, spectrum
@@ -24,6 +27,7 @@ from optim.linalg import Products
 from optim.manifolds import MANIFOLDS
 from scripts.timing import seconds_of
 from train import train
+from training.attention import MEASURED, measured, refusal
 from training.capture import CudaGraphs
 from training.config import compose
 from training.log import read_records
@@ -39,11 +43,6 @@ def test_compiled_gradients_equal_eager_ones(name):
     check_compiled_gradients(name, "cuda", autocast=True, backend="inductor")
 
 
-@pytest.mark.parametrize("name", ["pre_norm", "geonorm", "nGPT"])
-def test_no_program_is_compiled_twice(name):
-    check_programs("cuda", MODELS[name])
-
-
 @pytest.mark.parametrize("optim", RULES)
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 def test_a_step_does_not_wait_for_the_device(assignment, optim):
@@ -55,6 +54,32 @@ def test_a_step_does_not_wait_for_the_device(assignment, optim):
 @pytest.mark.parametrize("name", ["nGPT", "all switches"])
 def test_a_step_of_other_models_does_not_wait_either(name):
     check_no_sync("assignment=adamw", *MODELS[name], device="cuda")
+
+
+@pytest.mark.parametrize("backend", MEASURED)
+def test_a_backend_of_attention_computes_what_torch_computes(backend):
+    """Compiled, within the rounding of bfloat16."""
+    if why := refusal(backend, (4, 16, 2, 16), torch.bfloat16, 0.0, torch.device("cuda")):
+        pytest.skip(f"{backend} does not accept so small a model: {why}")
+    plain, chosen = (
+        gradients("pre_norm", "cuda", True, backend="inductor", attention=(a, torch.bfloat16)) for a in (None, backend)
+    )
+    assert all(relative(chosen[name], g) < 3e-2 for name, g in plain.items())
+
+
+@pytest.mark.alone
+def test_the_fastest_backend_of_attention_is_found_in_two_seconds():
+    refusal("flash", (16, 1024, 12, 64), torch.bfloat16, 0.0, torch.device("cuda"))  # loads libraries
+    start = time.perf_counter()
+    found = measured((16, 1024, 12, 64), torch.bfloat16, 0.0, torch.device("cuda"))
+    assert time.perf_counter() - start < 2
+    times = [s for s in found.seconds.values() if s is not None]
+    assert found.seconds[found.backend] == min(times) > 0 and found.record()["message"].startswith("attention by")
+
+
+@pytest.mark.parametrize("name", ["pre_norm", "geonorm", "nGPT"])
+def test_no_program_is_compiled_twice(name):
+    check_programs("cuda", MODELS[name])
 
 
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
@@ -123,6 +148,7 @@ def test_captured_updates_are_the_usual_ones(assignment, compile):
     check_captured(f"assignment={assignment}", f"compile={compile}", device="cuda", record=record)
 
 
+@pytest.mark.alone
 def test_phases_are_timed_by_the_device():
     check_phases("cuda", seconds_of)
 
