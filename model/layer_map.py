@@ -1,0 +1,200 @@
+"""The layer map of Cowsik, Nebabu, Qi, Ganguli (arXiv 2403.02579): what a block of their model does to the angle between tokens.
+
+Their model differs from GPT-2: attention has one head and no causal mask, the MLP has a tanh, and LN(x) = √d x/‖x‖.
+
+    X ← a X + α_A softmax(Q Kᵀ/√d) V        Q, K, V of LN(X): QᵀK has entries of variance σ_A²/d, V those of 1/d
+    X ← m X + α_M W₂ tanh(W₁ LN(X))         W₁ has entries of variance σ_w²/d, W₂ those of σ_2²/d_mlp
+
+Without a mask all tokens are alike, so two numbers say all: the mean square q of a token's coordinates and the mean product p of those of
+two tokens. The map is the mean over random weights at large width. With c = p/q, where LN makes q = 1, and φ = tanh:
+
+    q' = a²q + α_A² (c + (1 - c) S₀)        S₀ = E Σ_j a_ij²           the chance that two draws from a row of attention meet
+    p' = a²p + α_A² (c + (1 - c) S₁)        S₁ = E Σ_j a_ij a_kj       the same for two rows
+    q″ = m²q' + α_M² σ_2² E[φ(u)²]          u, v ~ N(0, σ_w²) of correlation c'
+    p″ = m²p' + α_M² σ_2² E[φ(u)φ(v)]
+
+For a given X the logits of a row are Gaussian, of deviation σ_A√(1 - c) once their common part is left out, and those of two rows have
+the correlation c. S₀ and S₁ follow by 1/s² = ∫ t e^(-ts) dt for the sum s of the softmax, exactly for any number of tokens. [our derivation:
+the model is the paper's, but its own formulas for S₀ and S₁ were not seen]
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.exponents import Exponents, mean_square_gain, require_plain
+
+if TYPE_CHECKING:
+    from model.gpt import GPT
+
+
+def _normal(step: float) -> tuple[Tensor, Tensor]:
+    """Values of a standard normal variable on an even grid, and their weights: means of smooth functions are exact to rounding."""
+    z = torch.arange(-8, 8 + step, step, dtype=torch.float64)
+    weight = torch.exp(-z.square() / 2)
+    return z, weight / weight.sum()
+
+
+_FINE, _COARSE = (
+    _normal(0.05),
+    _normal(0.2),
+)  # for tanh, which is steep, and for the softmax, whose integral has three dimensions
+
+
+def meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float]:
+    """S₀ and S₁ of a softmax over `tokens` normal logits of deviation sigma; logits of two rows have the correlation, in [0, 1]."""
+    return _meeting(round(sigma, 9), round(correlation, 12), tokens)
+
+
+@lru_cache(maxsize=4096)
+def _meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float]:
+    (z, weight), step = _COARSE, 0.5
+    x = torch.arange(-math.log(tokens) - 8 * sigma - 20, 8 * sigma + 5, step, dtype=torch.float64)  # log t
+    logit = sigma * (math.sqrt(correlation) * z[:, None] + math.sqrt(1 - correlation) * z)  # (shared, own)
+    size = torch.exp(x[:, None, None] + logit)  # t·e^logit, (t, shared, own)
+    decay = torch.exp(-size)
+    none, one, two = (
+        decay @ weight,
+        (size * decay) @ weight,
+        (size.square() * decay) @ weight,
+    )  # means over own, (t, shared)
+    same = (two @ weight) * (none @ weight).pow(tokens - 1)
+    both = (one * weight @ one.T) * (none * weight @ none.T).pow(tokens - 1)
+    return tokens * step * same.sum().item(), tokens * step**2 * both.sum().item()
+
+
+def tanh_covariance(sigma: float, correlation: float) -> float:
+    """E[tanh(u) tanh(v)] for u, v ~ N(0, sigma²) of a correlation in [0, 1]."""
+    return _covariance(torch.tanh, sigma, correlation)
+
+
+def tanh_slope(sigma: float, correlation: float) -> float:
+    """sigma² E[tanh'(u) tanh'(v)]: the derivative of `tanh_covariance` by the correlation."""
+    return sigma**2 * _covariance(lambda u: 1 - torch.tanh(u).square(), sigma, correlation)
+
+
+def _covariance(f: Callable[[Tensor], Tensor], sigma: float, correlation: float) -> float:
+    z, weight = _FINE
+    u = sigma * (math.sqrt(correlation) * z[:, None] + math.sqrt(1 - correlation) * z)
+    return ((f(u) @ weight).square() @ weight).item()
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """A block of the paper's model. Strengths are standard deviations of what a branch writes at most, per coordinate.
+
+    tokens: n. sigma_a: σ_A. attention: α_A. sigma_w: σ_w. mlp: α_M σ_2. skip: a² = m² of the stream, 1 or 1 - α².
+    """
+
+    tokens: int
+    sigma_a: float
+    attention: float
+    sigma_w: float
+    mlp: float
+    skip: float = 1.0
+
+    def step(self, q: float, p: float) -> tuple[float, float]:
+        """(q, p), with 0 ≤ p ≤ q, before the block → the same after it."""
+        return self.after_mlp(*self.after_attention(q, p))
+
+    def after_attention(self, q: float, p: float) -> tuple[float, float]:
+        """(q, p) after the first branch."""
+        c, strength = p / q, self.attention**2
+        same, both = meeting(self.sigma_a * math.sqrt(1 - c), c, self.tokens)
+        return (self.skip * q + strength * (c + (1 - c) * same), self.skip * p + strength * (c + (1 - c) * both))
+
+    def after_mlp(self, q: float, p: float) -> tuple[float, float]:
+        """(q, p) after the second branch."""
+        own, mutual = (tanh_covariance(self.sigma_w, c) for c in (1.0, p / q))
+        return self.skip * q + self.mlp**2 * own, self.skip * p + self.mlp**2 * mutual
+
+    def angle_near_collapse(self, q: float) -> float:
+        """λ_a of this block in the limit p → q. [our inference, to first order in 1 - p/q]
+
+        log of a²q/(a²q + α_A²) · (m²q' + k₁)/(m²q' + k₀), with q' after attention, k₀ = α_M²σ_2² E[φ²] and k₁ its slope.
+        """
+        after = self.skip * q + self.attention**2
+        k0, k1 = (self.mlp**2 * k for k in (tanh_covariance(self.sigma_w, 1.0), tanh_slope(self.sigma_w, 1.0)))
+        return math.log(self.skip * q / after * (self.skip * after + k1) / (self.skip * after + k0))
+
+    def gradient(self, q: float, p: float, own: float, mutual: float) -> tuple[float, float]:
+        """The mean square of a token's gradient and the mean product of those of two, (own, mutual), from the output of a block whose
+        input has (q, p) to its input. [our derivation]
+
+            MLP            own' = (m² + k₁(1)/q') own        mutual' = (m² + k₁(c')/q') mutual       k₁: α_M²σ_2² times the slope
+            attention      own = a² own' + (α_A²/q) [(1 + f₀) S₀ own' + (1 + f₁)(n - 1) S₁ mutual' + h S₀ own']
+
+        f = σ_A²(1 - c) (1 - S) C, for C = 1 and c, is the gradient through keys, and h = σ_A²(1 - c)² (1 - S₀) that through queries; the
+        factor 1 - S is exact if a row is uniform over some of the tokens. Near collapse, with independent gradients, own grows by
+        (a² + α_A²/n)(m² + α_M² k₁): the estimate of c_g is 1/n. Mutual follows from the sum over all pairs, since rows sum to 1.
+        """
+        n, c, strength = self.tokens, p / q, self.attention**2 / q
+        after_q, after_p = self.after_attention(q, p)
+        own *= self.skip + self.mlp**2 * tanh_slope(self.sigma_w, 1.0) / after_q
+        mutual *= self.skip + self.mlp**2 * tanh_slope(self.sigma_w, after_p / after_q) / after_q
+        same, both = meeting(self.sigma_a * math.sqrt(1 - c), c, n)
+        logits = self.sigma_a**2 * (1 - c)
+        mixed = (1 + logits * (1 - same)) * same * own + (1 + logits * c * (1 - both)) * (n - 1) * both * mutual
+        off = (own + (n - 1) * mutual - mixed) / (n - 1)
+        queries = logits * (1 - c) * (1 - same)
+        return (
+            self.skip * own + strength * (mixed + queries * same * own),
+            self.skip * mutual + strength * (off + queries * both * mutual),
+        )
+
+
+def exponents_of(maps: Sequence[LayerMap], scale: float, correlation: float) -> Exponents:
+    """λ_a and λ_g of every block of a stack, for tokens of root mean square `scale` and one correlation in [0, 1) before the first block.
+
+    λ_g is for gradients that are independent from token to token at the output, as `measured_exponents` takes them.
+    """
+    passed = [(scale**2, scale**2 * correlation)]
+    for block in maps:
+        passed.append(block.step(*passed[-1]))
+    own, mutual, gradients = 1.0, 0.0, list[float]()
+    for block, before in zip(reversed(maps), reversed(passed[:-1])):
+        grown, mutual = block.gradient(*before, own, mutual)
+        gradients.append(math.log(grown / own))
+        own = grown
+    apart = [math.log((q - p) / q) for q, p in passed]
+    return Exponents(tuple(b - a for a, b in itertools.pairwise(apart)), tuple(reversed(gradients)))
+
+
+def layer_maps(model: GPT, tokens: int, strength: float = 1.0, skip: str = "one") -> list[LayerMap]:
+    """The paper's blocks with the scales of a GPT's weights: a tanh instead of its non-linearity, and no mask.
+
+    σ_A² is the mean of ‖W_qᵀW_k‖_F² over heads, times the squared scale of the logits; strengths are multiplied by `strength` as in
+    `model.exponents.streams`.
+
+    Raises:
+        ValueError: see `model.exponents.require_plain`.
+    """
+    require_plain(model)
+    keep, d = 1.0 if skip == "one" else 1 - strength**2, model.config.n_embd
+    found = []
+    for block in model.transformer.h:
+        attn, mlp = block.attn, block.mlp
+        q, k, v = attn.c_attn.weight.detach().double().chunk(3)
+        heads = (W.unflatten(0, (attn.n_head, -1)) for W in (q, k))
+        product = torch.einsum("hij,hik->hjk", *heads).square().sum((1, 2)).mean().item()
+        hidden = mlp.c_fc.weight
+        written = mean_square_gain(v, d) * mean_square_gain(attn.c_proj.weight, d)
+        found.append(
+            LayerMap(
+                tokens,
+                attn.scale * math.sqrt(product),
+                strength * math.sqrt(written),
+                math.sqrt(mean_square_gain(hidden, hidden.size(0))),
+                strength * math.sqrt(mean_square_gain(mlp.c_proj.weight, d)),
+                keep,
+            )
+        )
+    return found
