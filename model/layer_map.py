@@ -43,32 +43,32 @@ def _normal(step: float) -> tuple[Tensor, Tensor]:
     return z, weight / weight.sum()
 
 
-_FINE, _COARSE = (
-    _normal(0.05),
-    _normal(0.2),
-)  # for tanh, which is steep, and for the softmax, whose integral has three dimensions
+_FINE = _normal(0.1)  # for tanh, which is steep
+_COARSE = _normal(0.2)  # for the softmax, whose integral has three dimensions
 
 
-def meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float]:
-    """S₀ and S₁ of a softmax over `tokens` normal logits of deviation sigma; logits of two rows have the correlation, in [0, 1]."""
+def meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float, float]:
+    """S₀, S₁ and S₂ of a softmax over `tokens` normal logits of deviation sigma; logits of two rows have the correlation, in [0, 1].
+
+    S₂ = E Σ_j a_ij² (1 - 2 a_ij + Σ_k a_ik²): what a logit of the row changes in its mean, squared and summed.
+    """
     return _meeting(round(sigma, 9), round(correlation, 12), tokens)
 
 
 @lru_cache(maxsize=4096)
-def _meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float]:
-    (z, weight), step = _COARSE, 0.5
-    x = torch.arange(-math.log(tokens) - 8 * sigma - 20, 8 * sigma + 5, step, dtype=torch.float64)  # log t
+def _meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float, float]:
+    (z, weight), step, n = _COARSE, 0.5, tokens
+    x = torch.arange(-math.log(n) - 8 * sigma - 20, 8 * sigma + 5, step, dtype=torch.float64)  # log t
     logit = sigma * (math.sqrt(correlation) * z[:, None] + math.sqrt(1 - correlation) * z)  # (shared, own)
     size = torch.exp(x[:, None, None] + logit)  # t·e^logit, (t, shared, own)
     decay = torch.exp(-size)
-    none, one, two = (
-        decay @ weight,
-        (size * decay) @ weight,
-        (size.square() * decay) @ weight,
-    )  # means over own, (t, shared)
-    same = (two @ weight) * (none @ weight).pow(tokens - 1)
-    both = (one * weight @ one.T) * (none * weight @ none.T).pow(tokens - 1)
-    return tokens * step * same.sum().item(), tokens * step**2 * both.sum().item()
+    none, one = decay @ weight, (size * decay) @ weight  # means over the own part, (t, shared)
+    empty, two, three, four = none @ weight, *(((size**k * decay) @ weight) @ weight for k in (2, 3, 4))  # (t,)
+    rest = empty.pow(n - 1)
+    both = (one * weight @ one.T) * (none * weight @ none.T).pow(n - 1)
+    pairs = four * rest + (n - 1) * two.square() * empty.pow(n - 2)  # of (Σ a²)², times 6
+    same, cubes, squares = (n * step * values.sum().item() for values in (two * rest, three * rest / 2, pairs / 6))
+    return same, n * step**2 * both.sum().item(), same - 2 * cubes + squares
 
 
 def tanh_covariance(sigma: float, correlation: float) -> float:
@@ -108,7 +108,7 @@ class LayerMap:
     def after_attention(self, q: float, p: float) -> tuple[float, float]:
         """(q, p) after the first branch."""
         c, strength = p / q, self.attention**2
-        same, both = meeting(self.sigma_a * math.sqrt(1 - c), c, self.tokens)
+        same, both, _ = meeting(self.sigma_a * math.sqrt(1 - c), c, self.tokens)
         return (self.skip * q + strength * (c + (1 - c) * same), self.skip * p + strength * (c + (1 - c) * both))
 
     def after_mlp(self, q: float, p: float) -> tuple[float, float]:
@@ -130,24 +130,24 @@ class LayerMap:
         input has (q, p) to its input. [our derivation]
 
             MLP            own' = (m² + k₁(1)/q') own        mutual' = (m² + k₁(c')/q') mutual       k₁: α_M²σ_2² times the slope
-            attention      own = a² own' + (α_A²/q) [(1 + f₀) S₀ own' + (1 + f₁)(n - 1) S₁ mutual' + h S₀ own']
+            attention      own = a² own' + (α_A²/q) [(S₀ + (2 - c) f S₂) own' + (n - 1) S₁ (1 + c f (1 - S₁)) mutual']
 
-        f = σ_A²(1 - c) (1 - S) C, for C = 1 and c, is the gradient through keys, and h = σ_A²(1 - c)² (1 - S₀) that through queries; the
-        factor 1 - S is exact if a row is uniform over some of the tokens. Near collapse, with independent gradients, own grows by
-        (a² + α_A²/n)(m² + α_M² k₁): the estimate of c_g is 1/n. Mutual follows from the sum over all pairs, since rows sum to 1.
+        S₂ is defined in `meeting`; f = σ_A²(1 - c). The gradient goes through values, keys (f) and queries ((1 - c) f). The factor 1 - S₁ is
+        exact if rows are uniform over some of the tokens. Mutual follows from the sum over all pairs, since rows sum to 1. Near collapse,
+        with independent gradients, own grows by (a² + α_A²/n)(m² + α_M² k₁).
         """
         n, c, strength = self.tokens, p / q, self.attention**2 / q
         after_q, after_p = self.after_attention(q, p)
         own *= self.skip + self.mlp**2 * tanh_slope(self.sigma_w, 1.0) / after_q
         mutual *= self.skip + self.mlp**2 * tanh_slope(self.sigma_w, after_p / after_q) / after_q
-        same, both = meeting(self.sigma_a * math.sqrt(1 - c), c, n)
-        logits = self.sigma_a**2 * (1 - c)
-        mixed = (1 + logits * (1 - same)) * same * own + (1 + logits * c * (1 - both)) * (n - 1) * both * mutual
+        same, both, change = meeting(self.sigma_a * math.sqrt(1 - c), c, n)
+        f = self.sigma_a**2 * (1 - c)
+        mixed = (same + f * change) * own + (n - 1) * both * (1 + c * f * (1 - both)) * mutual
         off = (own + (n - 1) * mutual - mixed) / (n - 1)
-        queries = logits * (1 - c) * (1 - same)
+        query = (1 - c) * f
         return (
-            self.skip * own + strength * (mixed + queries * same * own),
-            self.skip * mutual + strength * (off + queries * both * mutual),
+            self.skip * own + strength * (mixed + query * change * own),
+            self.skip * mutual + strength * (off + query * both * (1 - both) * mutual),
         )
 
 

@@ -239,7 +239,7 @@ def _mean(value: Any) -> float:
 
 
 ZERO_LINES = {"angle": ("λ_a (angle)", "#111111"), "gradient": ("λ_g (gradient)", "#7A1FA2")}
-WAYS = {
+WAYS: dict[str, tuple[str, Any]] = {
     "synthetic": ("measured", "solid"),
     "closed": ("our closed form", "dashed"),
     "paper": ("the paper's map", "dotted"),

@@ -105,10 +105,8 @@ def near_collapse_exponents(model: GPT, seed: int, correlation: float, **joined:
     """The exponents of a model near collapse: measured, and where they are derived, by our closed form and by the paper's layer map."""
     generator, tokens = torch.Generator().manual_seed(seed), model.config.block_size
     stream = near_collapse(model, BATCH, tokens, correlation, generator)
-    found, scale = (
-        {"synthetic": measured_exponents(model, stream, generator, **joined)},
-        stream.square().mean().sqrt().item(),
-    )
+    scale = stream.square().mean().sqrt().item()
+    found = {"synthetic": measured_exponents(model, stream, generator, **joined)}
     try:
         found["closed"] = closed_form(model, tokens, correlation, scale, **joined)
         found["paper"] = layer_map.exponents_of(layer_map.layer_maps(model, tokens, **joined), scale, correlation)

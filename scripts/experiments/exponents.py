@@ -10,7 +10,6 @@ from scripts.analysis.study import Case, Experiment, Study
 
 PLAIN = "assignment=adamw"  # trains the models of other scales: a retraction would undo them
 SCALES = ("init.attention_scale", "init.attention_residual_scale", "init.mlp_residual_scale", "init.weight_scale")
-NETWORK = ("assignment", "residual")
 
 
 def checked(study: Study, case: Case) -> list[str]:
@@ -21,9 +20,8 @@ def checked(study: Study, case: Case) -> list[str]:
 
 def exponents_of(study: Study) -> dict[str, Any]:
     """Exponents by assignment, over the planes of the phase diagram, and of the trained models."""
-    o, facts = study.options, dict[str, Any]()
-    overrides = [*study.experiment.base, *study.overrides]
-    facts["exponents"] = []
+    o, overrides = study.options, [*study.experiment.base, *study.overrides]
+    facts: dict[str, Any] = {"exponents": []}
     for name in o["assignments"].split(","):
         seen = exponents.estimates([*overrides, f"assignment={name}"], o["models"], o["correlation"])
         facts["exponents"].append({"assignment": name, **{key: asdict(e) for key, e in seen.items()}})
@@ -44,7 +42,7 @@ EXPERIMENT = Experiment(
         "residual": ",".join(RESIDUAL_RULES),
     },
     around={**dict.fromkeys(SCALES, "1"), "assignment": "adamw", "residual": "pre_norm"},
-    together=(SCALES, NETWORK),
+    together=(SCALES, ("assignment", "residual")),
     seeds="1337",
     options={"assignments": "adamw,all_stiefel,all_dgram,hetero,hetero_inv"}
     | {"models": 5, "correlation": 0.99, "scan": 9, "skip": "normalised"},
