@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -61,9 +61,9 @@ def _meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, floa
     x = torch.arange(-math.log(n) - 8 * sigma - 20, 8 * sigma + 5, step, dtype=torch.float64)  # log t
     logit = sigma * (math.sqrt(correlation) * z[:, None] + math.sqrt(1 - correlation) * z)  # (shared, own)
     size = torch.exp(x[:, None, None] + logit)  # t·e^logit, (t, shared, own)
-    decay = torch.exp(-size)
-    none, one = decay @ weight, (size * decay) @ weight  # means over the own part, (t, shared)
-    empty, two, three, four = none @ weight, *(((size**k * decay) @ weight) @ weight for k in (2, 3, 4))  # (t,)
+    terms = itertools.accumulate([torch.exp(-size), size, size, size, size], torch.mul)  # x^k e^-x, k = 0 .. 4
+    none, one, *more = (term @ weight for term in terms)  # means over the own part, (t, shared)
+    empty, two, three, four = (mean @ weight for mean in (none, *more))  # (t,)
     rest = empty.pow(n - 1)
     both = (one * weight @ one.T) * (none * weight @ none.T).pow(n - 1)
     pairs = four * rest + (n - 1) * two.square() * empty.pow(n - 2)  # of (Σ a²)², times 6
@@ -71,25 +71,32 @@ def _meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, floa
     return same, n * step**2 * both.sum().item(), same - 2 * cubes + squares
 
 
-def tanh_covariance(sigma: float, correlation: float) -> float:
-    """E[tanh(u) tanh(v)] for u, v ~ N(0, sigma²) of a correlation in [0, 1]."""
-    return _covariance(torch.tanh, sigma, correlation)
+def tanh_moments(sigma: float, apart: float) -> tuple[float, float]:
+    """E[tanh(u)²], and E[tanh(u)²] - E[tanh(u) tanh(v)], for u, v ~ N(0, sigma²) of the correlation 1 - apart, in [0, 1].
+
+    The second is the variance of tanh, given the part that u and v share; so it is exact however small it is.
+    """
+    weight, value = _FINE[1], torch.tanh(_pair(sigma, apart))
+    mean = value @ weight
+    spread = (value - mean[:, None]).square() @ weight
+    return ((value.square() @ weight) @ weight).item(), (spread @ weight).item()
 
 
-def tanh_slope(sigma: float, correlation: float) -> float:
-    """sigma² E[tanh'(u) tanh'(v)]: the derivative of `tanh_covariance` by the correlation."""
-    return sigma**2 * _covariance(lambda u: 1 - torch.tanh(u).square(), sigma, correlation)
+def tanh_slope(sigma: float, apart: float) -> float:
+    """sigma² E[tanh'(u) tanh'(v)] for such u and v: the derivative of E[tanh(u) tanh(v)] by the correlation."""
+    weight, slope = _FINE[1], 1 - torch.tanh(_pair(sigma, apart)).square()
+    return sigma**2 * ((slope @ weight).square() @ weight).item()
 
 
-def _covariance(f: Callable[[Tensor], Tensor], sigma: float, correlation: float) -> float:
-    z, weight = _FINE
-    u = sigma * (math.sqrt(correlation) * z[:, None] + math.sqrt(1 - correlation) * z)
-    return ((f(u) @ weight).square() @ weight).item()
+def _pair(sigma: float, apart: float) -> Tensor:
+    """Values of u, (shared part, own part)."""
+    z = _FINE[0]
+    return sigma * (math.sqrt(1 - apart) * z[:, None] + math.sqrt(apart) * z)
 
 
 @dataclass(frozen=True)
 class LayerMap:
-    """A block of the paper's model. Strengths are standard deviations of what a branch writes at most, per coordinate.
+    """A block of the paper's model. Its methods follow q and q - p, which stays exact near collapse.
 
     tokens: n. sigma_a: σ_A. attention: α_A. sigma_w: σ_w. mlp: α_M σ_2. skip: a² = m² of the stream, 1 or 1 - α².
     """
@@ -101,20 +108,20 @@ class LayerMap:
     mlp: float
     skip: float = 1.0
 
-    def step(self, q: float, p: float) -> tuple[float, float]:
-        """(q, p), with 0 ≤ p ≤ q, before the block → the same after it."""
-        return self.after_mlp(*self.after_attention(q, p))
+    def step(self, q: float, apart: float) -> tuple[float, float]:
+        """(q, q - p) before the block → the same after it; 0 ≤ p ≤ q."""
+        return self.after_mlp(*self.after_attention(q, apart))
 
-    def after_attention(self, q: float, p: float) -> tuple[float, float]:
-        """(q, p) after the first branch."""
-        c, strength = p / q, self.attention**2
-        same, both, _ = meeting(self.sigma_a * math.sqrt(1 - c), c, self.tokens)
-        return (self.skip * q + strength * (c + (1 - c) * same), self.skip * p + strength * (c + (1 - c) * both))
+    def after_attention(self, q: float, apart: float) -> tuple[float, float]:
+        """(q, q - p) after the first branch."""
+        d, strength = apart / q, self.attention**2
+        same, both, _ = meeting(self.sigma_a * math.sqrt(d), 1 - d, self.tokens)
+        return self.skip * q + strength * (1 - d + d * same), self.skip * apart + strength * d * (same - both)
 
-    def after_mlp(self, q: float, p: float) -> tuple[float, float]:
-        """(q, p) after the second branch."""
-        own, mutual = (tanh_covariance(self.sigma_w, c) for c in (1.0, p / q))
-        return self.skip * q + self.mlp**2 * own, self.skip * p + self.mlp**2 * mutual
+    def after_mlp(self, q: float, apart: float) -> tuple[float, float]:
+        """(q, q - p) after the second branch."""
+        own, spread = tanh_moments(self.sigma_w, apart / q)
+        return self.skip * q + self.mlp**2 * own, self.skip * apart + self.mlp**2 * spread
 
     def angle_near_collapse(self, q: float) -> float:
         """λ_a of this block in the limit p → q. [our inference, to first order in 1 - p/q]
@@ -122,12 +129,12 @@ class LayerMap:
         log of a²q/(a²q + α_A²) · (m²q' + k₁)/(m²q' + k₀), with q' after attention, k₀ = α_M²σ_2² E[φ²] and k₁ its slope.
         """
         after = self.skip * q + self.attention**2
-        k0, k1 = (self.mlp**2 * k for k in (tanh_covariance(self.sigma_w, 1.0), tanh_slope(self.sigma_w, 1.0)))
+        k0, k1 = self.mlp**2 * tanh_moments(self.sigma_w, 0.0)[0], self.mlp**2 * tanh_slope(self.sigma_w, 0.0)
         return math.log(self.skip * q / after * (self.skip * after + k1) / (self.skip * after + k0))
 
-    def gradient(self, q: float, p: float, own: float, mutual: float) -> tuple[float, float]:
+    def gradient(self, q: float, apart: float, own: float, mutual: float) -> tuple[float, float]:
         """The mean square of a token's gradient and the mean product of those of two, (own, mutual), from the output of a block whose
-        input has (q, p) to its input. [our derivation]
+        input has (q, q - p) to its input. [our derivation]
 
             MLP            own' = (m² + k₁(1)/q') own        mutual' = (m² + k₁(c')/q') mutual       k₁: α_M²σ_2² times the slope
             attention      own = a² own' + (α_A²/q) [(S₀ + (2 - c) f S₂) own' + (n - 1) S₁ (1 + c f (1 - S₁)) mutual']
@@ -136,15 +143,16 @@ class LayerMap:
         exact if rows are uniform over some of the tokens. Mutual follows from the sum over all pairs, since rows sum to 1. Near collapse,
         with independent gradients, own grows by (a² + α_A²/n)(m² + α_M² k₁).
         """
-        n, c, strength = self.tokens, p / q, self.attention**2 / q
-        after_q, after_p = self.after_attention(q, p)
-        own *= self.skip + self.mlp**2 * tanh_slope(self.sigma_w, 1.0) / after_q
-        mutual *= self.skip + self.mlp**2 * tanh_slope(self.sigma_w, after_p / after_q) / after_q
-        same, both, change = meeting(self.sigma_a * math.sqrt(1 - c), c, n)
-        f = self.sigma_a**2 * (1 - c)
+        n, d, strength = self.tokens, apart / q, self.attention**2 / q
+        c = 1 - d
+        after_q, after_apart = self.after_attention(q, apart)
+        own *= self.skip + self.mlp**2 * tanh_slope(self.sigma_w, 0.0) / after_q
+        mutual *= self.skip + self.mlp**2 * tanh_slope(self.sigma_w, after_apart / after_q) / after_q
+        same, both, change = meeting(self.sigma_a * math.sqrt(d), c, n)
+        f = self.sigma_a**2 * d
         mixed = (same + f * change) * own + (n - 1) * both * (1 + c * f * (1 - both)) * mutual
         off = (own + (n - 1) * mutual - mixed) / (n - 1)
-        query = (1 - c) * f
+        query = d * f
         return (
             self.skip * own + strength * (mixed + query * change * own),
             self.skip * mutual + strength * (off + query * both * (1 - both) * mutual),
@@ -156,7 +164,7 @@ def exponents_of(maps: Sequence[LayerMap], scale: float, correlation: float) -> 
 
     λ_g is for gradients that are independent from token to token at the output, as `measured_exponents` takes them.
     """
-    passed = [(scale**2, scale**2 * correlation)]
+    passed = [(scale**2, scale**2 * (1 - correlation))]
     for block in maps:
         passed.append(block.step(*passed[-1]))
     own, mutual, gradients = 1.0, 0.0, list[float]()
@@ -164,8 +172,8 @@ def exponents_of(maps: Sequence[LayerMap], scale: float, correlation: float) -> 
         grown, mutual = block.gradient(*before, own, mutual)
         gradients.append(math.log(grown / own))
         own = grown
-    apart = [math.log((q - p) / q) for q, p in passed]
-    return Exponents(tuple(b - a for a, b in itertools.pairwise(apart)), tuple(reversed(gradients)))
+    logs = [math.log(apart / q) for q, apart in passed]
+    return Exponents(tuple(b - a for a, b in itertools.pairwise(logs)), tuple(reversed(gradients)))
 
 
 def layer_maps(model: GPT, tokens: int, strength: float = 1.0, skip: str = "one") -> list[LayerMap]:

@@ -7,7 +7,7 @@ import torch
 
 from model.exponents import measured_exponents, near_collapse
 from model.gpt import GPT, GPTConfig
-from model.layer_map import LayerMap, exponents_of, layer_maps, meeting, tanh_covariance, tanh_slope
+from model.layer_map import LayerMap, exponents_of, layer_maps, meeting, tanh_moments, tanh_slope
 
 WIDTH, DRAWS = 192, 8
 
@@ -53,8 +53,10 @@ def simulated(m, q, p, seed):
 def test_the_map_is_what_random_weights_do_on_average(m, q, p):
     after, gradient, at_output = (torch.stack(each) for each in zip(*(simulated(m, q, p, s) for s in range(DRAWS))))
     error = after.std(0) / math.sqrt(DRAWS)
-    assert ((after.mean(0) - torch.tensor(m.step(q, p))).abs() < 4 * error).all(), (after.mean(0), m.step(q, p), error)
-    own, _ = m.gradient(q, p, *at_output.mean(0).tolist())
+    new_q, apart = m.step(q, q - p)
+    derived = torch.tensor([new_q, new_q - apart])
+    assert ((after.mean(0) - derived).abs() < 4 * error).all(), (after.mean(0), derived, error)
+    own, _ = m.gradient(q, q - p, *at_output.mean(0).tolist())
     assert own == pytest.approx(gradient.mean(0)[0].item(), rel=0.15)
 
 
@@ -73,10 +75,11 @@ def test_rows_of_attention_meet_as_often_as_sampled():
 
 def test_moments_of_tanh():
     step = 1e-4
-    slope = (tanh_covariance(1.5, 0.6 + step) - tanh_covariance(1.5, 0.6 - step)) / (2 * step)
-    assert tanh_slope(1.5, 0.6) == pytest.approx(slope, rel=1e-6)
-    assert tanh_covariance(1e-3, 0.5) == pytest.approx(0.5e-6, rel=1e-4)  # linear
-    assert tanh_covariance(10.0, 1.0) == pytest.approx(1 - 0.2 / math.sqrt(2 * math.pi), abs=1e-3)  # nearly a sign
+    (_, less), (_, more) = (tanh_moments(1.5, 0.4 + shift) for shift in (-step, step))
+    assert tanh_slope(1.5, 0.4) == pytest.approx((more - less) / (2 * step), rel=1e-6)
+    assert tanh_moments(1e-3, 0.25) == pytest.approx((1e-6, 0.25e-6), rel=1e-4)  # linear
+    assert tanh_moments(1.0, 1e-20)[1] == pytest.approx(1e-20 * tanh_slope(1.0, 0.0), rel=1e-6)
+    assert tanh_moments(10.0, 0.0)[0] == pytest.approx(1 - 0.2 / math.sqrt(2 * math.pi), abs=1e-3)  # nearly a sign
 
 
 def test_without_an_mlp_uniform_attention_divides_and_without_branches_nothing_happens():

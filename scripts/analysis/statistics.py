@@ -242,8 +242,8 @@ class Regression:
         The forecast of a point that is left out differs from its value by its residual / (1 - its leverage).
         """
         matrix, target = np.column_stack([np.ones(len(y)), *x.values()]), np.asarray(y, float)
-        freedom, total = len(y) - matrix.shape[1], float(((target - target.mean()) ** 2).sum())
-        if freedom < 3 or total == 0 or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+        freedom = len(y) - matrix.shape[1]
+        if freedom < 3 or len(set(y)) < 2 or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
             return None
         inverse = np.linalg.inv(matrix.T @ matrix)
         fitted = inverse @ matrix.T @ target
@@ -251,7 +251,7 @@ class Regression:
         left_out = residual / np.maximum(1 - ((matrix @ inverse) * matrix).sum(1), 1e-12)
         spread = np.sqrt((residual @ residual) / freedom * inverse.diagonal()) * student_quantile(0.975, freedom)
         slopes = {n: (float(b), float(b - h), float(b + h)) for n, b, h in zip(x, fitted[1:], spread[1:])}
-        squares = float(left_out @ left_out)
+        squares, total = float(left_out @ left_out), float(((target - target.mean()) ** 2).sum())
         return cls(
             slopes,
             1 - float(residual @ residual) / total,
