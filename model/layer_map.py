@@ -44,28 +44,33 @@ def _normal(step: float) -> tuple[Tensor, Tensor]:
 
 
 _FINE = _normal(0.1)  # for tanh, which is steep
-_COARSE = _normal(0.2)  # for the softmax, whose integral has three dimensions
+LARGEST = 12.0  # logit deviation of `meeting`: beyond, its grid would be too large
 
 
 def meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float, float]:
     """S₀, S₁ and S₂ of a softmax over `tokens` normal logits of deviation sigma; logits of two rows have the correlation, in [0, 1].
 
     S₂ = E Σ_j a_ij² (1 - 2 a_ij + Σ_k a_ik²): what a logit of the row changes in its mean, squared and summed.
+
+    Raises:
+        ValueError: sigma is above LARGEST.
     """
+    if sigma > LARGEST:
+        raise ValueError(f"logits of deviation {sigma:.3g} are beyond {LARGEST:g}; measure this model instead")
     return _meeting(round(sigma, 9), round(correlation, 12), tokens)
 
 
 @lru_cache(maxsize=4096)
 def _meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float, float]:
-    (z, weight), step, n = _COARSE, 0.5, tokens
+    step, n, wide, narrow = 0.5, tokens, sigma * math.sqrt(correlation), sigma * math.sqrt(1 - correlation)
+    (shared, likely), (own, weight) = (_normal(min(0.4, 0.8 / max(size, 1.0))) for size in (wide, narrow))
     x = torch.arange(-math.log(n) - 8 * sigma - 20, 8 * sigma + 5, step, dtype=torch.float64)  # log t
-    logit = sigma * (math.sqrt(correlation) * z[:, None] + math.sqrt(1 - correlation) * z)  # (shared, own)
-    size = torch.exp(x[:, None, None] + logit)  # t·e^logit, (t, shared, own)
+    size = torch.exp(x[:, None, None] + wide * shared[:, None] + narrow * own)  # t·e^logit, (t, shared, own)
     terms = itertools.accumulate([torch.exp(-size), size, size, size, size], torch.mul)  # x^k e^-x, k = 0 .. 4
     none, one, *more = (term @ weight for term in terms)  # means over the own part, (t, shared)
-    empty, two, three, four = (mean @ weight for mean in (none, *more))  # (t,)
+    empty, two, three, four = (mean @ likely for mean in (none, *more))  # (t,)
     rest = empty.pow(n - 1)
-    both = (one * weight @ one.T) * (none * weight @ none.T).pow(n - 1)
+    both = (one * likely @ one.T) * (none * likely @ none.T).pow(n - 1)
     pairs = four * rest + (n - 1) * two.square() * empty.pow(n - 2)  # of (Σ a²)², times 6
     same, cubes, squares = (n * step * values.sum().item() for values in (two * rest, three * rest / 2, pairs / 6))
     return same, n * step**2 * both.sum().item(), same - 2 * cubes + squares

@@ -278,8 +278,9 @@ def phase_diagram(planes: Sequence[Mapping[str, Any]], path: Path) -> Path:
 def _zero_lines(axes: Axes, scan: Mapping[str, Any]) -> None:
     for field, (_, colour) in ZERO_LINES.items():
         for way, (_, style) in WAYS.items():
-            values = scan.get(f"{field}_{way}", [[0.0]])
-            if min(map(min, values)) < 0 < max(map(max, values)):
+            values = scan[f"{field}_{way}"]
+            known = [v for line in values for v in line if math.isfinite(v)]
+            if known and min(known) < 0 < max(known):
                 axes.contour(
                     scan["across"], scan["down"], values, [0.0], colors=colour, linestyles=style, linewidths=1.6
                 )

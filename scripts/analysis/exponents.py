@@ -86,7 +86,7 @@ PLANES = (
         {STRENGTH: 0.7, "weight_scale": 4},
     ),
     Plane(
-        Axis("attention_scale", "scale of the product of queries and keys", 10, 10_000),
+        Axis("attention_scale", "scale of the product of queries and keys", 10, 3000),
         _ATTENTION_BRANCH,
         {STRENGTH: 0.7, "weight_scale": 2},
     ),
@@ -144,13 +144,19 @@ def phase(
             here = replace(cfg, init=replace(cfg.init, **settings))
             seeds = range(models)
             found = [near_collapse_exponents(initial(here, FIRST_SEED + s), s, correlation, **joined) for s in seeds]
-            for way in found[0]:
-                line.setdefault(f"angle_{way}", []).append(statistics.fmean(f[way].angle for f in found))
-                line.setdefault(f"gradient_{way}", []).append(statistics.fmean(f[way].gradient for f in found))
+            for way in ("synthetic", "closed", "paper"):
+                known = [f[way] for f in found if way in f]
+                line.setdefault(f"angle_{way}", []).append(mean_or_nan([e.angle for e in known]))
+                line.setdefault(f"gradient_{way}", []).append(mean_or_nan([e.gradient for e in known]))
         for key, values in line.items():
             fields.setdefault(key, []).append(values)
         print(f"{plane.down.label} {y:.3g} done", flush=True)
     return {"plane": asdict(plane), "across": across, "down": down, "skip": skip, **fields}
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """The mean; NaN where nothing is derived."""
+    return statistics.fmean(values) if values else math.nan
 
 
 # ---- trained models ----
