@@ -72,10 +72,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Init:
-    """Factors of GPT-2's initial scales: for c_fc (σ_w of arXiv 2403.02579), and for c_proj, which writes into the stream."""
+    """Factors of GPT-2's initial scales; they name the scales of arXiv 2403.02579.
+
+    weight_scale: for c_fc (σ_w). residual_scale: for c_proj, which writes into the stream (α).
+    attention_residual_scale, mlp_residual_scale: the same for one branch alone, beside residual_scale (α_A and α_M).
+    attention_scale: for the product of queries and keys (σ_A): their parts of c_attn are each multiplied by its square root.
+    """
 
     weight_scale: Positive
     residual_scale: Positive
+    attention_residual_scale: Positive
+    mlp_residual_scale: Positive
+    attention_scale: Positive
 
 
 @cache

@@ -164,15 +164,10 @@ def closed_form(
     rotation-invariant initialisation: GPT-2's normal one, and its retractions. LayerNorm removes two of d directions from a gradient.
 
     Raises:
-        ValueError: another residual rule, a switch of attention that is on, biases, or no skips.
+        ValueError: see `require_plain`.
     """
-    config = model.config
-    switched = config.qk_norm or config.logit_cap or config.head_gate != "none"
-    if config.residual.rule not in _PLAIN or switched or config.bias or not config.skips:
-        raise ValueError(
-            "the closed form is derived for residual=pre_norm, attention=plain, model.bias=false and skips; measure this model instead"
-        )
-    d, keep = config.n_embd, 1.0 if skip == "one" else 1 - strength**2
+    require_plain(model)
+    d, keep = model.config.n_embd, 1.0 if skip == "one" else 1 - strength**2
     own = torch.eye(tokens, dtype=torch.float64)
     average = torch.ones_like(own).tril() / torch.arange(1, tokens + 1, dtype=torch.float64)[:, None]
     C = scale**2 * (correlation + (1 - correlation) * own)
@@ -197,6 +192,22 @@ def closed_form(
         tuple(math.log(after / before) for before, after in itertools.pairwise(apart)),
         _gradient_exponents(backward, average, keep),
     )
+
+
+def require_plain(model: GPT) -> None:
+    """Check that the exponents of a model are derived.
+
+    Raises:
+        ValueError: another residual rule or MLP, a switch of attention that is on, biases, or no skips.
+    """
+    config = model.config
+    switched = config.qk_norm or config.logit_cap or config.head_gate != "none"
+    other_mlp = config.mlp not in ("gelu", "gelu_tanh")
+    if config.residual.rule not in _PLAIN or switched or config.bias or other_mlp or not config.skips:
+        raise ValueError(
+            "the closed form is derived for residual=pre_norm, attention=plain, model.mlp=gelu, model.bias=false and skips; measure this "
+            "model instead"
+        )
 
 
 def mean_square_gain(W: Tensor, rows: int) -> float:

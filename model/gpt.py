@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import PG_OP_OVERHEAD, KeyValueCache, document_mask
-from model.config import GPTConfig
+from model.config import GPTConfig, Init
 from model.generate import Sampling, stream
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import capped, linear_cross_entropy
@@ -30,6 +31,15 @@ class Block(nn.Module):
         self.ln_2 = config.residual.join(config.stream, layer) if kind else None
         self.mlp = kind(config) if kind else None
         self.rounded = config.stream_dtype == "bfloat16"
+
+    @torch.no_grad()
+    def scale_weights(self, init: Init) -> None:
+        """Multiply the weights by the factors of the initialisation."""
+        queries_and_keys = self.attn.c_attn.weight[: 2 * self.attn.c_attn.in_features]
+        queries_and_keys.mul_(math.sqrt(init.attention_scale))
+        self.attn.c_proj.weight.mul_(init.residual_scale * init.attention_residual_scale)
+        self.mlp.c_fc.weight.mul_(init.weight_scale)
+        self.mlp.c_proj.weight.mul_(init.residual_scale * init.mlp_residual_scale)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, d) → (B, T, d). cache, mask: see `CausalSelfAttention.forward`."""
@@ -99,11 +109,7 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             for _, sublayer in block.joined():
                 config.residual.init(sublayer, config.stream)
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                p.data.mul_(config.residual_scale)
-            elif name.endswith("c_fc.weight"):
-                p.data.mul_(config.weight_scale)
+            block.scale_weights(config)
 
     @staticmethod
     def _init(module: nn.Module) -> None:

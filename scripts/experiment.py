@@ -85,7 +85,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     has_recipe = any(word.startswith("experiment=") for word in experiment.base)
     by_name = {"experiment": "choose the experiment by its name"} if has_recipe else {}
     refuse_keys(overrides, {**EXPERIMENT_KEYS, **by_name})
-    around = listed(options["around"])
+    around = [value for value in options["around"].split(",") if value]  # two axes may have the same value
     if len(around) != len(experiment.around):
         raise UsageError(
             f"around={options['around']} must have a value for each of {', '.join(experiment.around) or 'no axis'}"

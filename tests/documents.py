@@ -100,11 +100,13 @@ def in_process(words, overrides, monkeypatch):
         assert main([*words[2:], *overrides]) == 0
 
 
+UNSCALED = [f"init.{name}=1" for name in ("attention_scale", "attention_residual_scale", "mlp_residual_scale")]
+UNSCALED += ["scan=2", "models=1"]
 LESS = {  # of every experiment's lists, as little as draws a picture
     "blocks": ["cut=heads_whole", "seeds=1"],
     "collapses": ["model.n_layer=2", "model.skips=false", "mlp=gelu", "seeds=1"],
     "crossing": ["assignment=hetero", "residual=geonorm", "seeds=1"],
-    "exponents": ["init.residual_scale=0.5,1", "init.weight_scale=1", "scan=2", "models=1", "assignments=adamw"],
+    "exponents": [*UNSCALED, "init.weight_scale=1,4", "assignment=adamw", "residual=pre_norm", "assignments=adamw"],
     "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=2", "seeds=1"],
     "geonorm_adamw": ["residual=geonorm", "trials=1", "seeds=1"],
     "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "seeds=1"],

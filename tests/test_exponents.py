@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from model.exponents import (
     closed_form,
@@ -18,6 +19,8 @@ from model.exponents import (
     streams,
 )
 from model.gpt import GPT, GPTConfig
+from model.layer_map import layer_maps
+from model.residual import RESIDUAL_RULES
 from scripts import experiment
 from scripts.analysis.exponents import correlations, initial
 from scripts.analysis.statistics import rank_correlation
@@ -86,6 +89,49 @@ def test_a_model_without_branches_moves_nothing():
     assert derived.angles == pytest.approx([0] * 3) and derived.gradients == pytest.approx([0] * 3)
 
 
+def test_a_linear_block_has_the_exponents_of_its_matrix():
+    """Every block scales what differs between tokens by b, and all by s: λ_a = log b², λ_g = log s²(1 + (T - 1) b²)/T, near collapse."""
+    model, b, s = random_gpt(0).double(), 1.5, 0.7
+    mean = torch.full((TOKENS, TOKENS), 1 / TOKENS, dtype=torch.float64)
+    mixing = s * (mean + b * (torch.eye(TOKENS) - mean))
+    for block in model.transformer.h:
+        block.ln_1, block.ln_2 = LinearJoint(mixing), LinearJoint(torch.eye(TOKENS, dtype=torch.float64))
+    x = near_collapse(model, 64, TOKENS, 1 - 1e-6, torch.Generator().manual_seed(0)).double()
+    seen = measured_exponents(model, x, torch.Generator().manual_seed(0))
+    assert seen.angles == pytest.approx([math.log(b**2)] * 3, abs=1e-4)
+    kept = [(1 + (TOKENS - 1) * b ** (2 * n)) / TOKENS for n in range(4)]
+    expected = [math.log(s**2 * kept[n + 1] / kept[n]) for n in (2, 1, 0)]
+    assert seen.gradients == pytest.approx(expected, abs=0.01)
+
+
+class LinearJoint(nn.Module):
+    """A joint that mixes tokens by a matrix (T, T), whatever its sublayer is."""
+
+    def __init__(self, mixing):
+        super().__init__()
+        self.mixing = mixing
+
+    def forward(self, x, sublayer):
+        return self.mixing @ x
+
+
+def test_initial_scales_scale_what_they_name():
+    x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    settings = {
+        "attention_scale": 9.0,
+        "attention_residual_scale": 3.0,
+        "mlp_residual_scale": 0.25,
+        "residual_scale": 2.0,
+    }
+    plain, scaled = (random_gpt(0, **chosen).transformer.h[0] for chosen in ({}, settings))
+    (q, k, v), (many_q, many_k, same_v) = plain.attn.heads(x), scaled.attn.heads(x)
+    assert torch.allclose(many_q @ many_k.mT, 9 * (q @ k.mT), atol=1e-4) and torch.allclose(v, same_v)
+    assert torch.allclose(scaled.mlp(x), 0.5 * plain.mlp(x)) and torch.equal(
+        scaled.mlp.c_fc.weight, plain.mlp.c_fc.weight
+    )
+    assert torch.allclose(scaled.attn.c_proj.weight, 6 * plain.attn.c_proj.weight)
+
+
 def test_full_strength_is_the_model_itself():
     model = random_gpt(0)
     x = embedded(model, torch.randint(64, (2, TOKENS)))
@@ -152,10 +198,12 @@ def test_measurement_changes_nothing_and_repeats():
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("settings", [{"bias": True}, {"qk_norm": True}, {"head_gate": "token"}])
+@pytest.mark.parametrize("settings", [{"bias": True}, {"qk_norm": True}, {"head_gate": "token"}, {"mlp": "relu2"}])
 def test_where_nothing_was_derived_nothing_is_claimed(settings):
     with pytest.raises(ValueError, match="measure this model instead"):
         closed_form(random_gpt(0, **settings), TOKENS, 0.99, 0.03)
+    with pytest.raises(ValueError, match="measure this model instead"):
+        layer_maps(random_gpt(0, **settings), TOKENS)
 
 
 def test_rank_correlation():
@@ -166,9 +214,37 @@ def test_rank_correlation():
     assert correlations(cells) == pytest.approx({"|λ_a|": 1.0, "|λ_g|": -1.0, "sum": -0.5})
 
 
+def test_scales_and_networks_are_two_grids_around_one_model():
+    def cases(*words):
+        found = experiment.study_of(experiment.load_experiment("exponents"), words)[0].cases()
+        return {(c["init.attention_scale"], c["init.weight_scale"], c["assignment"], c["residual"]) for c in found}
+
+    one = ("init.attention_residual_scale=1", "init.mlp_residual_scale=1")
+    networks = {("1", "1", a, r) for a in ("adamw", "hetero") for r in ("pre_norm", "geonorm")}
+    scales = {(a, w, "adamw", "pre_norm") for a in "19" for w in "14"}
+    words = (
+        "assignment=adamw,hetero",
+        "residual=pre_norm,geonorm",
+        "init.attention_scale=1,9",
+        "init.weight_scale=1,4",
+    )
+    assert cases(*one, *words) == scales | networks
+    words = ("assignment=hetero", "residual=geonorm", "init.attention_scale=9", "init.weight_scale=4")
+    assert cases(*one, *words) == {("9", "4", "adamw", "pre_norm"), ("1", "1", "hetero", "geonorm")}
+    every = experiment.study_of(experiment.load_experiment("exponents"), ())[0].cases()
+    assert len(every) == 3**4 + 6 * len(RESIDUAL_RULES) - 1
+
+
 def test_the_experiment_measures_untrained_models(tiny_data, tmp_path, capsys):
     small = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "micro_batch_size=4"]
-    options = ["models=2", "assignments=adamw,all_stiefel", "scan=3", "global_batch_tokens=128", "workers=0"]
+    options = [
+        "models=2",
+        "assignments=adamw,all_stiefel",
+        "scan=2",
+        "max_steps=2",
+        "global_batch_tokens=128",
+        "workers=0",
+    ]
     places = [f"results={tmp_path}", f"output_dir={tmp_path}/runs"]
     assert experiment.main(["exponents", *tiny_data, *small, *options, *places, "optim=manifold_muon"]) == 0
     facts = json.loads((tmp_path / "table.json").read_text())
@@ -177,19 +253,31 @@ def test_the_experiment_measures_untrained_models(tiny_data, tmp_path, capsys):
     plain, stiefel = facts["exponents"]
     assert stiefel["angle_synthetic"]["mean"] < plain["angle_synthetic"]["mean"] < 0.1
     assert stiefel["gradient_synthetic"]["mean"] > plain["gradient_synthetic"]["mean"]
-    assert len(facts["scan"]["angle"]) == 3 and (tmp_path / "phase.png").stat().st_size > 1000
+    assert plain["angle_paper"]["mean"] < 0.1 and plain["gradient_paper"]["mean"] > 0
+    assert len(facts["scan"]) == 3 and (tmp_path / "phase.png").stat().st_size > 1000
+    assert all(len(plane[f"angle_{way}"]) == 2 for plane in facts["scan"] for way in ("synthetic", "closed", "paper"))
     assert "closed form" in capsys.readouterr().out and not (tmp_path / "loss.png").exists()
 
 
 def test_the_trained_grid_sets_losses_against_exponents(tiny_data, tmp_path):
     small = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "micro_batch_size=4"]
     short = ["max_steps=2", "schedule.warmup_steps=1", "eval_interval=2", "eval_windows=4", "global_batch_tokens=64"]
-    options = ["models=1", "assignments=adamw", "scan=0", f"results={tmp_path}/results", f"output_dir={tmp_path}/runs"]
+    options = [
+        "models=1",
+        "assignments=adamw",
+        "scan=0",
+        "assignment=adamw",
+        "residual=pre_norm",
+        f"results={tmp_path}/results",
+        f"output_dir={tmp_path}/runs",
+    ]
     words = ["exponents", "hydra/launcher=basic", *tiny_data, *small, *short, *options]
-    assert experiment.main([*words, "init.residual_scale=0.25,16", "init.weight_scale=0.25"]) == 0
+    scales = ["init.attention_scale=100", "init.attention_residual_scale=0.25,16", "init.mlp_residual_scale=1"]
+    assert experiment.main([*words, *scales, "init.weight_scale=0.25", "init.residual_scale=2"]) == 0
     facts = json.loads((tmp_path / "results/table.json").read_text())
-    assert len(facts["trained"]) == 2 and all(math.isfinite(cell["loss"]) for cell in facts["trained"])
-    assert [cell["residual_scale"] for cell in facts["trained"]] == [0.25, 16.0] and facts["scan"] == 0
+    assert len(facts["trained"]) == 3 and all(math.isfinite(cell["loss"]) for cell in facts["trained"])
+    written = [(cell["init.attention_residual_scale"], cell["scaled"]) for cell in facts["trained"]]
+    assert sorted(written) == [("0.25", True), ("1", False), ("16", True)] and facts["scan"] == []
     assert set(facts["rank_correlation"]) == {"|λ_a|", "|λ_g|", "sum"}
     assert (tmp_path / "results/loss.png").stat().st_size > 1000
-    assert "Rank correlation of the final loss of 2 trained models" in (tmp_path / "results/table.md").read_text()
+    assert "Rank correlation of the final loss of 3 trained models" in (tmp_path / "results/table.md").read_text()

@@ -9,9 +9,12 @@ from scripts.analysis.statistics import (
     LEVEL,
     POWER,
     Difference,
+    Regression,
     detectable,
     holm,
     power,
+    rank_correlation_p,
+    rank_regression,
     scatter_allowed,
     seeds_needed,
     student_quantile,
@@ -86,3 +89,43 @@ def test_the_deviation_of_a_difference_is_that_of_one_seed():
     assert found.deviation == pytest.approx(1.0) and math.isnan(Difference.of({1: 1.0}, {1: 0.0}).deviation)
     half = student_quantile(0.975, 2) * found.deviation / math.sqrt(3)
     assert found.high - found.mean == pytest.approx(half)
+
+
+def test_a_regression_finds_the_plane_and_foretells_what_it_left_out():
+    rng = random.Random(0)
+    x = {name: [rng.gauss(0, 1) for _ in range(40)] for name in ("a", "b")}
+    plane = [1 + 2 * a - 3 * b for a, b in zip(*x.values())]
+    exact = Regression.of(x, plane)
+    assert exact.explained == pytest.approx(1) and exact.foretold == pytest.approx(1) and exact.error < 1e-9
+    assert exact.slopes["a"] == pytest.approx((2, 2, 2)) and exact.slopes["b"] == pytest.approx((-3, -3, -3))
+    noisy = [y + rng.gauss(0, 1) for y in plane]
+    missed = []
+    for i in range(40):
+        others = {name: [v for j, v in enumerate(values) if j != i] for name, values in x.items()}
+        fit = Regression.of(others, [y for j, y in enumerate(noisy) if j != i])
+        mean = sum(y for j, y in enumerate(noisy) if j != i) / 39
+        centre = {name: sum(values) / 39 for name, values in others.items()}
+        missed.append(noisy[i] - mean - sum(fit.slopes[n][0] * (x[n][i] - centre[n]) for n in x))
+    assert Regression.of(x, noisy).error == pytest.approx(math.sqrt(sum(m * m for m in missed) / 40))
+
+
+def test_the_interval_of_a_slope_holds_it_as_often_as_it_says():
+    rng, x = random.Random(1), {"a": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]}
+    held = 0
+    for _ in range(500):
+        _, low, high = Regression.of(x, [2 * a + rng.gauss(0, 1) for a in x["a"]]).slopes["a"]
+        held += low < 2 < high
+    assert held / 500 == pytest.approx(0.95, abs=0.03)
+
+
+def test_ranks_are_fitted_when_losses_are_not_finite_and_nothing_is_when_nothing_can_be():
+    x = {"a": [0.1, 0.2, 0.3, 5.0, 6.0, 7.0]}
+    fit = rank_regression(x, [1.0, 1.1, 1.2, 9.0, math.inf, math.inf])
+    assert fit.slopes["a"][0] == pytest.approx(34 / 35) and fit.count == 6
+    assert rank_regression(x, [1.0] * 6) is None and rank_regression({"a": [1.0] * 6}, list(range(6))) is None
+    assert Regression.of({"a": [1.0, 2.0, 4.0]}, [1.0, 2.0, 3.0]) is None
+
+
+def test_the_p_of_a_rank_correlation():
+    assert rank_correlation_p(0.6, 10) == pytest.approx(0.0667, abs=1e-4)
+    assert rank_correlation_p(1.0, 5) == 0 and math.isnan(rank_correlation_p(0.5, 2))

@@ -85,6 +85,7 @@ GROUPS = [
     (SHARE, "stability.warning.entropy average.decay"),
     ({"0.5"}, "schedule.decay data.val_fraction"),
     (POSITIVE, "model.logit_scale residual.alpha residual.p init.weight_scale init.residual_scale"),
+    (POSITIVE, "init.attention_residual_scale init.mlp_residual_scale init.attention_scale"),
     (POSITIVE, "optim.muon.rule.alpha transfer.head_factor transfer.storage transfer.base.logit_scale"),
     (POSITIVE, "stability.max_rise data.parts.a"),
     (POSITIVE | OFF, "model.head_cap transfer.base.head_cap attention.scale"),

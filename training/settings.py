@@ -374,6 +374,9 @@ NEWER: dict[str, Any] = {
     "optim.norms": {"others": ["rms", "rms"], "tables": ["wte", "wpe"], "patterns": None},
     "batches": {"order": "replacement", "documents": False},
     "launcher.shard": "ddp",
+    "init.attention_residual_scale": 1.0,
+    "init.mlp_residual_scale": 1.0,
+    "init.attention_scale": 1.0,
 }
 """Settings that older programs did not have: dotted key → the value that does what they did."""
 

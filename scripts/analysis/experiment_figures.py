@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
@@ -269,47 +270,93 @@ def _mean(value: Any) -> float:
     return sum(value) / len(value) if isinstance(value, list) else value
 
 
-def phase_diagram(scan: Mapping[str, Any], path: Path) -> Path:
-    """Draw λ_a and λ_g over weight scale and residual strength. Both panels show both zero lines, measured (solid) and by the closed form (dashed)."""
-    colours, titles = (
-        {"angle": "#111111", "gradient": "#7A1FA2"},
-        {"angle": "λ_a (angle)", "gradient": "λ_g (gradient)"},
-    )
-    places = scan["scales"], scan["strengths"]
-    with picture(path, 9.6, 4.1, grid=False) as figure:
-        for axes, (field, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
-            most = max(abs(v) for row in scan[field] for v in row) or 1.0
-            mesh = axes.pcolormesh(*places, scan[field], cmap="RdBu_r", vmin=-most, vmax=most, shading="nearest")
-            figure.colorbar(mesh, ax=axes, shrink=0.85)
-            for name, colour in colours.items():
-                for key, style in ((name, "solid"), (f"{name}_closed", "dashed")):
-                    values = [v for row in scan[key] for v in row]
-                    if min(values) < 0 < max(values):
-                        axes.contour(*places, scan[key], [0.0], colors=colour, linestyles=style, linewidths=1.6)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.set_xlabel("scale of c_fc (times GPT-2's)")
-            axes.set_title(title, loc="left")
-        figure.axes[0].set_ylabel(f"residual strength α (skip {scan['skip']})")
-        handles = [Line2D([], [], color=c) for c in colours.values()]
-        handles += [Line2D([], [], color="#555555", linestyle=s) for s in ("-", "--")]
-        names = ["λ_a = 0", "λ_g = 0", "measured", "closed form"]
-        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+ZERO_LINES = {"angle": ("λ_a (angle)", "#111111"), "gradient": ("λ_g (gradient)", "#7A1FA2")}
+WAYS: dict[str, tuple[str, Any]] = {
+    "synthetic": ("measured", "solid"),
+    "closed": ("our closed form", "dashed"),
+    "paper": ("the paper's map", "dotted"),
+}
+
+
+def phase_diagram(planes: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw λ_a and λ_g over planes of initial scales, a row each. Both panels show both zero lines: measured, by our closed form for GPT-2,
+    and by the layer map of arXiv 2403.02579, which has no causal mask and a tanh."""
+    with picture(path, 9.6, 0.5 + 3.5 * len(planes), grid=False) as figure:
+        grid = figure.subplots(len(planes), 2, squeeze=False)
+        for row, scan in zip(grid, planes):
+            places, sides = (scan["across"], scan["down"]), (scan["plane"]["across"], scan["plane"]["down"])
+            for axes, (field, (title, _)) in zip(row, ZERO_LINES.items()):
+                measured = scan[f"{field}_synthetic"]
+                most = max(abs(v) for line in measured for v in line) or 1.0
+                mesh = axes.pcolormesh(*places, measured, cmap="RdBu_r", vmin=-most, vmax=most, shading="nearest")
+                figure.colorbar(mesh, ax=axes, shrink=0.85)
+                _zero_lines(axes, scan)
+                for side, scale, where in zip(sides, (axes.set_xscale, axes.set_yscale), (axes.xaxis, axes.yaxis)):
+                    if side["log"]:
+                        scale("log")
+                        where.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.set_xlabel(sides[0]["label"])
+                axes.set_title(title, loc="left")
+            row[0].set_ylabel(sides[1]["label"])
+            fixed = ", ".join(f"{name} {value:g}" for name, value in scan["plane"]["fixed"].items())
+            row[1].set_title(f"{fixed}, skip {scan['skip']}", loc="right", fontsize=7.5, color="#555555")
+        handles = [Line2D([], [], color=colour) for _, colour in ZERO_LINES.values()]
+        handles += [Line2D([], [], color="#555555", linestyle=style) for _, style in WAYS.values()]
+        names = ["λ_a = 0", "λ_g = 0", *(name for name, _ in WAYS.values())]
+        figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
     return path
 
 
-def loss_against_exponents(cells: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Draw the final loss of every trained model over |λ_a| and |λ_g| at its initialisation. A cross is a loss that is not finite."""
-    with picture(path, 8.4, 3.6) as figure:
-        finite = [c["loss"] for c in cells if c["loss"] is not None and math.isfinite(c["loss"])]
-        ceiling = max(finite, default=1.0) * 1.05
-        for axes, (field, name) in zip(figure.subplots(1, 2, sharey=True), (("angle", "|λ_a|"), ("gradient", "|λ_g|"))):
-            for cell in cells:
-                fine = cell["loss"] is not None and math.isfinite(cell["loss"])
-                shade = colormaps["viridis"](0.1 + 0.2 * math.log2(cell["weight_scale"] * 4))
-                height, marker = (cell["loss"], "o") if fine else (ceiling, "x")
-                axes.plot([abs(cell[field])], [height], marker=marker, color=shade, markersize=5)
+def _zero_lines(axes: Axes, scan: Mapping[str, Any]) -> None:
+    for field, (_, colour) in ZERO_LINES.items():
+        for way, (_, style) in WAYS.items():
+            values = scan[f"{field}_{way}"]
+            known = [v for line in values for v in line if math.isfinite(v)]
+            if known and min(known) < 0 < max(known):
+                axes.contour(
+                    scan["across"], scan["down"], values, [0.0], colors=colour, linestyles=style, linewidths=1.6
+                )
+
+
+KIND_STYLES = {  # how a network differs from GPT-2 under AdamW → marker and colour
+    "initial scales": (".", "#999999"),
+    "residual rules": ("o", "#0072B2"),
+    "assignments": ("D", "#D55E00"),
+    "rules and assignments": ("s", "#009E73"),
+}
+
+
+def loss_against_exponents(cells: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the final loss of every trained model over |λ_a| and |λ_g| at its initialisation, and as a colour in the plane of both.
+
+    Markers say how a network differs from GPT-2 under AdamW. A cross is a run that became unstable.
+    """
+    known = [c["loss"] if c["loss"] is not None else math.inf for c in cells]
+    finite = [x for x in known if math.isfinite(x)]
+    low, ceiling = min(finite, default=0.0), max(finite, default=1.0) * 1.05
+    with picture(path, 12.0, 4.2) as figure:
+        panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+        panels[1].sharey(panels[0])
+        norm = Normalize(low, ceiling)
+        for cell, loss in zip(cells, known):
+            marker, colour = KIND_STYLES[cell["kind"]]
+            fine = math.isfinite(loss)
+            style: dict[str, Any] = {"marker": marker if fine else "x", "markersize": 5, "linestyle": ""}
+            for axes, field in zip(panels, ("angle", "gradient")):
+                axes.plot([abs(cell[field])], [loss if fine else ceiling], color=colour, **style)
+            shade = colormaps["viridis"](norm(min(loss, ceiling)))
+            panels[2].plot([cell["angle"]], [cell["gradient"]], color=shade, **style)
+        for axes, name in zip(panels, ("|λ_a|", "|λ_g|")):
+            axes.set_xscale("symlog", linthresh=0.01)
             axes.set_xlabel(name)
-        figure.axes[0].set_ylabel("final validation loss")
-        figure.axes[1].set_title("colour: weight scale, dark is small", loc="right", fontsize=8)
+        panels[0].set_ylabel("final validation loss (nats a token)")
+        for set_scale, draw in ((panels[2].set_xscale, panels[2].axvline), (panels[2].set_yscale, panels[2].axhline)):
+            set_scale("symlog", linthresh=0.1)
+            draw(0.0, **DASHES)
+        panels[2].set_xlabel("λ_a")
+        panels[2].set_ylabel("λ_g")
+        figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[2], label="final validation loss")
+        shown = {kind: style for kind, style in KIND_STYLES.items() if any(c["kind"] == kind for c in cells)}
+        handles = [Line2D([], [], marker=m, color=colour, linestyle="") for m, colour in shown.values()]
+        figure.legend(handles, list(shown), loc="outside lower center", ncols=4, frameon=False)
     return path

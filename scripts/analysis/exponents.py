@@ -1,19 +1,22 @@
-"""The exponents of signal propagation of untrained models, over seeds: by assignment, and over initial scales."""
+"""The exponents of signal propagation of untrained models, over seeds: by assignment, over initial scales, and beside the final loss of
+trained models: does it follow |λ_a|, |λ_g|, or both together, as arXiv 2403.02579 reports?"""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from data.loader import validation_windows
+from model import layer_map
 from model.exponents import SKIPS, Exponents, closed_form, embedded, measured_exponents, near_collapse
 from model.gpt import GPT
-from scripts.analysis.runs import RecordedRun
-from scripts.analysis.statistics import Estimate, rank_correlation
+from scripts.analysis.statistics import Estimate, rank_correlation, rank_correlation_p, rank_regression
+from scripts.analysis.study import Study
 from scripts.analysis.tables import Table
 from scripts.command import UsageError
 from training.build import build
@@ -22,17 +25,73 @@ from training.config import compose
 from training.data import open_data
 
 BATCH = 4  # sequences on which a model is measured
-STRENGTHS, SCALES = (0.1, 0.95), (0.5, 16.0)  # of the phase diagram
 FIRST_SEED = 1337
 EXPONENT_HEADINGS = {
     "assignment": "assignment",
     "angle_synthetic": "λ_a, near collapse",
     "angle_closed": "closed form",
+    "angle_paper": "paper's map",
     "angle_text": "λ_a, text",
     "gradient_synthetic": "λ_g, near collapse",
     "gradient_closed": "closed form",
+    "gradient_paper": "paper's map",
     "gradient_text": "λ_g, text",
 }
+KINDS = ("initial scales", "residual rules", "assignments", "rules and assignments")
+"""How a trained network differs from GPT-2 under AdamW, by `kind_of`."""
+SIZES = {"|λ_a|": "angle", "|λ_g|": "gradient"}
+
+
+# ---- phase diagram ----
+
+STRENGTH = "strength"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of the phase diagram: a setting of the section `init`, or STRENGTH, the α by which both branches are multiplied."""
+
+    name: str
+    label: str
+    low: float
+    high: float
+    log: bool = True
+
+    def values(self, points: int) -> list[float]:
+        """So many values, in equal steps or ratios."""
+        if self.log:
+            return torch.logspace(math.log10(self.low), math.log10(self.high), points, dtype=torch.float64).tolist()
+        return torch.linspace(self.low, self.high, points, dtype=torch.float64).tolist()
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A plane of the phase diagram, and the settings that are the same in all of it."""
+
+    across: Axis
+    down: Axis
+    fixed: Mapping[str, float]
+
+
+_ATTENTION_BRANCH = Axis("attention_residual_scale", "scale of attention's branch", 1 / 32, 8)
+PLANES = (
+    Plane(
+        Axis("weight_scale", "scale of c_fc", 1, 16),
+        Axis(STRENGTH, "strength α of both branches", 0.1, 0.95, log=False),
+        {"attention_residual_scale": 0.25},
+    ),
+    Plane(
+        Axis("mlp_residual_scale", "scale of the MLP's branch", 1 / 16, 16),
+        _ATTENTION_BRANCH,
+        {STRENGTH: 0.7, "weight_scale": 4},
+    ),
+    Plane(
+        Axis("attention_scale", "scale of the product of queries and keys", 10, 3000),
+        _ATTENTION_BRANCH,
+        {STRENGTH: 0.7, "weight_scale": 2},
+    ),
+)
+"""Both zero lines cross each plane at width 64 with 4 layers and the normalised skip. Scales are factors of GPT-2's initial ones."""
 
 
 def initial(cfg: Any, seed: int) -> GPT:
@@ -42,80 +101,135 @@ def initial(cfg: Any, seed: int) -> GPT:
         return build(cfg)[0]
 
 
-def expected(model: GPT, tokens: int, correlation: float, stream: torch.Tensor, **joined: Any) -> Exponents | None:
-    """The exponents of a synthetic stream (B, T, d) by the closed form; None if the model has no closed form."""
+def near_collapse_exponents(model: GPT, seed: int, correlation: float, **joined: Any) -> dict[str, Exponents]:
+    """The exponents of a model near collapse: measured, and where they are derived, by our closed form and by the paper's layer map."""
+    generator, tokens = torch.Generator().manual_seed(seed), model.config.block_size
+    stream = near_collapse(model, BATCH, tokens, correlation, generator)
+    scale = stream.square().mean().sqrt().item()
+    found = {"synthetic": measured_exponents(model, stream, generator, **joined)}
     try:
-        return closed_form(model, tokens, correlation, stream.square().mean().sqrt().item(), **joined)
+        found["closed"] = closed_form(model, tokens, correlation, scale, **joined)
+        found["paper"] = layer_map.exponents_of(layer_map.layer_maps(model, tokens, **joined), scale, correlation)
     except ValueError:
-        return None
-
-
-def estimates(overrides: Sequence[str], models: int, correlation: float) -> dict[str, Estimate]:
-    """λ_a and λ_g on synthetic tokens, on text, and by the closed form, as means over `models` models of a configuration."""
-    cfg, found = compose(overrides), dict[str, list[float]]()
-    check(cfg)
-    text = open_data(cfg).val
-    for seed in range(models):
-        model, generator = initial(cfg, FIRST_SEED + seed), torch.Generator().manual_seed(seed)
-        tokens = model.config.block_size
-        windows = torch.from_numpy(validation_windows(text, tokens, BATCH)[:, :-1].astype("int64"))
-        synthetic = near_collapse(model, BATCH, tokens, correlation, generator)
-        results = {
-            "synthetic": measured_exponents(model, synthetic, generator),
-            "closed": expected(model, tokens, correlation, synthetic),
-            "text": measured_exponents(model, embedded(model, windows), generator),
-        }
-        for name, exponents in results.items():
-            if exponents is not None:
-                found.setdefault(f"angle_{name}", []).append(exponents.angle)
-                found.setdefault(f"gradient_{name}", []).append(exponents.gradient)
-    return {key: Estimate.of(values) for key, values in found.items()}
-
-
-def phase(overrides: Sequence[str], points: int, models: int, correlation: float, skip: str) -> dict[str, Any]:
-    """Both exponents over residual strength (rows) and scale of c_fc (columns), measured and by the closed form."""
-    strengths = torch.linspace(*STRENGTHS, points).tolist()
-    scales = torch.logspace(math.log10(SCALES[0]), math.log10(SCALES[1]), points).tolist()
-    fields: dict[str, list[list[float]]] = {
-        key: [[0.0] * points for _ in strengths] for key in ("angle", "gradient", "angle_closed", "gradient_closed")
-    }
-    for column, scale in enumerate(scales):
-        cfg = compose([*overrides, f"init.weight_scale={scale}"])
-        for row, strength in enumerate(strengths):
-            joined, seen, predicted = {"strength": strength, "skip": skip}, [], []
-            for seed in range(models):
-                model, generator = initial(cfg, seed), torch.Generator().manual_seed(seed)
-                tokens = model.config.block_size
-                stream = near_collapse(model, BATCH, tokens, correlation, generator)
-                seen.append(measured_exponents(model, stream, generator, **joined))
-                predicted.append(expected(model, tokens, correlation, stream, **joined))
-            for kind in ("angle", "gradient"):
-                known = [getattr(e, kind) for e in predicted if e is not None]
-                fields[kind][row][column] = statistics.fmean(getattr(e, kind) for e in seen)
-                fields[f"{kind}_closed"][row][column] = statistics.fmean(known) if known else math.nan
-        print(f"weight scale {scale:.2f} done", flush=True)
-    return {"strengths": strengths, "scales": scales, "skip": skip, **fields}
-
-
-def cells(runs: Sequence[RecordedRun], overrides: Sequence[str], correlation: float) -> list[dict[str, Any]]:
-    """A row for each run: its initial scales, its exponents at initialisation, and its final loss."""
-    found = []
-    for r in runs:
-        settings = [f"{key}={value}" for key, value in r.case.items()]
-        seen = estimates([*overrides, *settings], 2, correlation)
-        scales = {key.partition(".")[2]: float(value) for key, value in r.case.items()}
-        began = {kind: seen[f"{kind}_synthetic"].mean for kind in ("angle", "gradient")}
-        found.append({**scales, **began, "loss": r.final})
+        pass  # nothing is derived for this model
     return found
 
 
-def correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Spearman's ρ of the final loss with |λ_a|, |λ_g| and their sum. A run that diverged counts as the worst."""
+def estimates(overrides: Sequence[str], models: int, correlation: float) -> dict[str, Estimate]:
+    """λ_a and λ_g near collapse and on text, as means over `models` models of a configuration."""
+    cfg, found = compose(overrides), dict[str, list[float]]()
+    check(cfg)
+    windows = validation_windows(open_data(cfg).val, cfg.model.block_size, BATCH)[:, :-1]
+    for seed in range(models):
+        model, generator = initial(cfg, FIRST_SEED + seed), torch.Generator().manual_seed(seed)
+        read = embedded(model, torch.from_numpy(windows.astype("int64")))
+        text = {"text": measured_exponents(model, read, generator)}
+        for name, exponents in {**near_collapse_exponents(model, seed, correlation), **text}.items():
+            found.setdefault(f"angle_{name}", []).append(exponents.angle)
+            found.setdefault(f"gradient_{name}", []).append(exponents.gradient)
+    return {key: Estimate.of(values) for key, values in found.items()}
+
+
+def phase(
+    overrides: Sequence[str], plane: Plane, points: int, models: int, correlation: float, skip: str
+) -> dict[str, Any]:
+    """Both exponents over a plane, as means over `models` models: measured, by our closed form, and by the paper's layer map."""
+    cfg, across, down = compose(overrides), plane.across.values(points), plane.down.values(points)
+    fields: dict[str, list[list[float]]] = {}
+    for y in down:
+        line: dict[str, list[float]] = {}
+        for x in across:
+            settings = {**plane.fixed, plane.across.name: x, plane.down.name: y}
+            joined = {"strength": settings.pop(STRENGTH), "skip": skip}
+            here = replace(cfg, init=replace(cfg.init, **settings))
+            seeds = range(models)
+            found = [near_collapse_exponents(initial(here, FIRST_SEED + s), s, correlation, **joined) for s in seeds]
+            for way in ("synthetic", "closed", "paper"):
+                known = [f[way] for f in found if way in f]
+                line.setdefault(f"angle_{way}", []).append(mean_or_nan([e.angle for e in known]))
+                line.setdefault(f"gradient_{way}", []).append(mean_or_nan([e.gradient for e in known]))
+        for key, values in line.items():
+            fields.setdefault(key, []).append(values)
+        print(f"{plane.down.label} {y:.3g} done", flush=True)
+    return {"plane": asdict(plane), "across": across, "down": down, "skip": skip, **fields}
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """The mean; NaN where nothing is derived."""
+    return statistics.fmean(values) if values else math.nan
+
+
+# ---- trained models ----
+
+
+def cells(study: Study, overrides: Sequence[str], correlation: float) -> list[dict[str, Any]]:
+    """A row for each run: its settings, its exponents at initialisation, and its final loss, infinite if it became unstable.
+
+    scaled: whether its initial scales differ from those of `around`. kind: see KINDS.
+    """
+    found = []
+    for r in study.runs:
+        settings = [f"{key}={value}" for key, value in r.case.items()]
+        seen = estimates([*overrides, *settings], 2, correlation)
+        began = {kind: seen[f"{kind}_synthetic"].mean for kind in ("angle", "gradient")}
+        away = {axis for axis, value in study.around.items() if r.case[axis] != value}
+        kind = KINDS[("residual" in away) + 2 * ("assignment" in away)]
+        marked = {"kind": kind, "scaled": bool(away - {"residual", "assignment"})}
+        found.append({**r.case, **marked, **began, "loss": r.final if r.stable else math.inf})
+    return found
+
+
+def sizes_of(cells: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[float]], list[float]]:
+    """|λ_a| and |λ_g| of each row by name, and the losses; one that is not finite counts as the worst."""
     loss = [x if x is not None and math.isfinite(x) else math.inf for x in (c["loss"] for c in cells)]
-    angle, gradient = ([abs(c[key]) for c in cells] for key in ("angle", "gradient"))
-    both = [a + g for a, g in zip(angle, gradient)]
-    seen = {"|λ_a|": angle, "|λ_g|": gradient, "sum": both}
-    return {name: rank_correlation(values, loss) for name, values in seen.items()}
+    return {name: [abs(c[key]) for c in cells] for name, key in SIZES.items()}, loss
+
+
+def correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Spearman's ρ of the final loss with |λ_a|, |λ_g| and their sum."""
+    sizes, loss = sizes_of(cells)
+    both = [sum(pair) for pair in zip(*sizes.values())]
+    return {name: rank_correlation(values, loss) for name, values in {**sizes, "sum": both}.items()}
+
+
+def fits(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The ranks of the final loss fitted by those of |λ_a|, of |λ_g|, and of both: over all networks, and over two parts of them."""
+    plain = [c for c in cells if c["kind"] == KINDS[0]]
+    parts = {"all": cells, KINDS[0]: plain, KINDS[3]: [c for c in cells if not c["scaled"]]}
+    found = []
+    for name, part in parts.items():
+        sizes, loss = sizes_of(part)
+        for chosen in (["|λ_a|"], ["|λ_g|"], ["|λ_a|", "|λ_g|"]):
+            fit = rank_regression({key: sizes[key] for key in chosen}, loss)
+            if fit is not None:
+                found.append({"networks": name, "by": " and ".join(chosen), **asdict(fit)})
+    return found
+
+
+def foretold(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each assignment with several residual rules: the rank correlations over the rules, and which rule λ_a would choose."""
+    found, unscaled = [], [c for c in cells if not c["scaled"]]
+    for assignment in dict.fromkeys(c["assignment"] for c in unscaled):
+        part = sorted((c for c in unscaled if c["assignment"] == assignment), key=lambda c: abs(c["angle"]))
+        if len(part) < 2:
+            continue
+        sizes, loss = sizes_of(part)
+        rho = {name: rank_correlation(values, loss) for name, values in sizes.items()}
+        found.append(
+            {
+                "assignment": assignment,
+                "rules": len(part),
+                "rho": rho,
+                "p": {name: rank_correlation_p(value, len(part)) for name, value in rho.items()},
+                "nearest": part[0]["residual"],
+                "place": 1 + sum(x < loss[0] for x in loss),
+                "best": part[loss.index(min(loss))]["residual"],
+            }
+        )
+    return found
+
+
+# ---- what is written ----
 
 
 def exponents_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -126,15 +240,72 @@ def exponents_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(list(EXPONENT_HEADINGS.values()), lines, [False, *[True] * len(keys)])
 
 
+def fits_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of `fits`."""
+    headings = ["networks", "number", "loss by", *(f"slope of {name}" for name in SIZES)]
+    lines = [
+        [row["networks"], str(row["count"]), row["by"]]
+        + ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["slopes"][n]) if n in row["slopes"] else "–" for n in SIZES]
+        + [f"{row['explained']:.2f}", f"{row['foretold']:.2f}", f"{row['error']:.1f}"]
+        for row in rows
+    ]
+    caption = "The rank of the final loss, fitted by the ranks of the exponents:"
+    return Table(
+        [*headings, "R²", "R², left out", "error, places"], lines, [False, True, False, *[True] * 5], caption=caption
+    )
+
+
+def foretold_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of `foretold`."""
+    lines = [
+        [row["assignment"], str(row["rules"]), *(f"{row['rho'][n]:+.2f} (p {row['p'][n]:.2f})" for n in SIZES)]
+        + [row["nearest"], str(row["place"]), row["best"]]
+        for row in rows
+    ]
+    headings = ["assignment", "rules", *(f"ρ of loss and {name}" for name in SIZES)]
+    caption = "Whether the exponents foretell which residual rules train well:"
+    return Table(
+        [*headings, "nearest to λ_a = 0", "its place", "lowest loss"],
+        lines,
+        [False, True, True, True, False, True, False],
+        caption=caption,
+    )
+
+
+def networks_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+    """Exponents and final loss of every residual rule with every assignment, by loss."""
+    rows = sorted((c for c in cells if not c["scaled"]), key=lambda c: sizes_of([c])[1][0])
+    lines = [
+        [c["assignment"], c["residual"], f"{c['angle']:+.3f}", f"{c['gradient']:+.3f}", f"{sizes_of([c])[1][0]:.3f}"]
+        for c in rows
+    ]
+    caption = "Residual rules and assignments, with the initial scales of each:"
+    return Table(
+        ["assignment", "residual", "λ_a", "λ_g", "final"], lines, [False, False, True, True, True], caption=caption
+    )
+
+
+def tables(facts: Mapping[str, Any]) -> list[Table]:
+    """The tables of the experiment; those of trained models only if there are any."""
+    trained = [fits_table(facts["fits"]), foretold_table(facts["foretold"]), networks_table(facts["trained"])]
+    return [exponents_table(facts["exponents"]), *(table for table in trained if table.lines)]
+
+
 def exponents_remark(facts: Mapping[str, Any]) -> str:
-    """Sentences below the table: the correlation with the losses of trained models, and what the signs mean."""
+    """Sentences below the tables: the correlation with the losses of trained models, and what the words mean."""
     found = ", ".join(f"{key} {value:+.2f}" for key, value in facts["rank_correlation"].items())
     trained = (
         f"Rank correlation of the final loss of {len(facts['trained'])} trained models with {found}. " if found else ""
     )
+    slopes = (
+        "Slopes: Student's 95% interval. R², left out: each network is foretold by a fit to the others; error: how many places such a "
+        "forecast misses by (root mean square). A run that became unstable has the last place. "
+        if facts["fits"]
+        else ""
+    )
     return (
-        f"{trained}Exponents: mean ± standard error over seeds, per block. λ_a < 0: tokens collapse; λ_g > 0: gradients grow "
-        "towards the first block."
+        f"{trained}{slopes}Exponents: mean ± standard error over seeds, per block. λ_a < 0: tokens collapse; λ_g > 0: gradients grow "
+        "towards the first block. Paper's map: no causal mask, one head, tanh, with the scales of the same weights."
     )
 
 

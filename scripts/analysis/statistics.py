@@ -1,5 +1,5 @@
 """Statistics over seeds and runs: mean ± standard error, paired difference, power, what one seed can say, the significance rule of the
-public optimizer track, rank correlation, and the best learning rate of a curve."""
+public optimizer track, rank correlation, regression, and the best learning rate of a curve."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -198,13 +200,73 @@ def lower_at_equal_steps(ours: Sequence[float], theirs: Sequence[float]) -> bool
 # ---- ranks and rates ----
 
 
+def ranks(values: Sequence[float]) -> list[float]:
+    """The rank of each value, from 1 on; equal values share their mean rank."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's ρ: the correlation of the ranks; equal values share their mean rank."""
-
-    def ranks(values: Sequence[float]) -> list[float]:
-        return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
-
+    """Spearman's ρ: the correlation of the ranks. NaN if all values of one side are equal."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
     return statistics.correlation(ranks(a), ranks(b))
+
+
+def rank_correlation_p(rho: float, count: int) -> float:
+    """The two-sided p of Spearman's ρ of `count` pairs, from Student's t with count - 2 degrees of freedom; NaN for fewer than 3."""
+    if count < 3 or math.isnan(rho):
+        return math.nan
+    t = abs(rho) * math.sqrt((count - 2) / (1 - rho**2)) if abs(rho) < 1 else math.inf
+    return 2 * (1 - student_cdf(t, count - 2))
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A linear fit by least squares, with an intercept.
+
+    slopes: name → (slope, low, high), with Student's 95% interval. explained: R², the share of the variance that the fit explains.
+    foretold: the same when every point is foretold by a fit to all others; it may be below zero. error: the root mean square of the
+    differences from these forecasts, in the units of y.
+    """
+
+    slopes: dict[str, tuple[float, float, float]]
+    explained: float
+    foretold: float
+    error: float
+    count: int
+
+    @classmethod
+    def of(cls, x: Mapping[str, Sequence[float]], y: Sequence[float]) -> Regression | None:
+        """The fit of y by the variables x. None if y is constant, the variables are dependent, or there are fewer than 3 points to spare.
+
+        The forecast of a point that is left out differs from its value by its residual / (1 - its leverage).
+        """
+        matrix, target = np.column_stack([np.ones(len(y)), *x.values()]), np.asarray(y, float)
+        freedom = len(y) - matrix.shape[1]
+        if freedom < 3 or len(set(y)) < 2 or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+            return None
+        inverse = np.linalg.inv(matrix.T @ matrix)
+        fitted = inverse @ matrix.T @ target
+        residual = target - matrix @ fitted
+        left_out = residual / np.maximum(1 - ((matrix @ inverse) * matrix).sum(1), 1e-12)
+        spread = np.sqrt((residual @ residual) / freedom * inverse.diagonal()) * student_quantile(0.975, freedom)
+        slopes = {n: (float(b), float(b - h), float(b + h)) for n, b, h in zip(x, fitted[1:], spread[1:])}
+        squares, total = float(left_out @ left_out), float(((target - target.mean()) ** 2).sum())
+        return cls(
+            slopes,
+            1 - float(residual @ residual) / total,
+            1 - squares / total,
+            math.sqrt(squares / len(y)),
+            len(y),
+        )
+
+
+def rank_regression(x: Mapping[str, Sequence[float]], y: Sequence[float]) -> Regression | None:
+    """The fit of the ranks of y by the ranks of each variable (Conover, Iman, The American Statistician 35, 1981). None: see `Regression.of`.
+
+    It does not depend on the form of a monotonous relation, and an infinite value is just the last. A slope of 1: as many places as x.
+    """
+    return Regression.of({name: ranks(values) for name, values in x.items()}, ranks(y))
 
 
 def best_rate(curve: Mapping[float, Sequence[float]]) -> tuple[float, float, bool]:

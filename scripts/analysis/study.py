@@ -32,7 +32,8 @@ class Experiment:
     hypothesis: the question of the experiment, in a sentence or two. The list of experiments shows the first line.
     base: overrides of train.py for every run, such as ("experiment=crossing",).
     axes: key of train.py → its values, with commas; every combination is a case. Or the name of an axis → name of a value → overrides.
-    around: axes that are varied one at a time, and the value of each while another one is varied.
+    around: axes that are varied one at a time, and the value of each while another one is varied. together: groups of these axes, of
+        which every combination is run while the other axes have their values of `around`.
     search: the settings that are searched in each case before it is run with its seeds; None if there are none.
     extended: an axis of numbers that gets a further value wherever the loss of a seed is lowest at an end; None if there is none.
     seeds: with commas; every case is run with each seed.
@@ -48,6 +49,7 @@ class Experiment:
     base: tuple[str, ...] = ()
     axes: Mapping[str, str | Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     around: Mapping[str, str] = field(default_factory=dict)
+    together: Sequence[Sequence[str]] = ()
     search: Search | None = None
     extended: str | None = None
     seeds: str = "1"
@@ -112,16 +114,21 @@ class Study:
         return {value: runs for value, runs in found.items() if runs}
 
     def cases(self) -> list[dict[str, str]]:
-        """Every combination of the axes' values in which at most one axis of `around` differs from its value there; then the further ones."""
-        extended = {axis: dict.fromkeys([*values, *self._home(axis)]) for axis, values in self.axes.items()}
-        found = []
-        for combination in itertools.product(*extended.values()):
-            case = dict(zip(self.axes, combination))
-            away = [axis for axis, value in self.around.items() if case[axis] != value]
-            wanted = away or [axis for axis, value in self.around.items() if value in self.axes[axis]]
-            if len(away) < 2 and (wanted or not self.around):
-                found.append(case)
-        return [*found, *self.further]
+        """Every combination of the axes' values in which all axes of `around` but one, or one group, have their values there; then the
+        further ones.
+        """
+        grouped = {axis: tuple(group) for group in self.experiment.together for axis in group}
+        varied = dict.fromkeys(grouped.get(axis, (axis,)) for axis in self.around) or {(): None}
+        found: dict[tuple[str, ...], dict[str, str]] = {}
+        for group in varied:
+            values = {
+                axis: [self.around[axis]] if axis in self.around and axis not in group else own
+                for axis, own in self.axes.items()
+            }
+            for combination in itertools.product(*values.values()):
+                found.setdefault(combination, dict(zip(self.axes, combination)))
+        ordered = itertools.product(*(dict.fromkeys([*own, *self._home(axis)]) for axis, own in self.axes.items()))
+        return [*(found[combination] for combination in ordered if combination in found), *self.further]
 
     def _home(self, axis: str) -> list[str]:
         return [self.around[axis]] if axis in self.around else []
