@@ -202,10 +202,10 @@ def require_plain(model: GPT) -> None:
     """
     config = model.config
     switched = config.qk_norm or config.logit_cap or config.head_gate != "none"
-    other_mlp = config.mlp not in ("gelu", "gelu_tanh")
+    other_mlp = config.mlp not in ("gelu", "gelu_tanh", "none")
     if config.residual.rule not in _PLAIN or switched or config.bias or other_mlp or not config.skips:
         raise ValueError(
-            "the closed form is derived for residual=pre_norm, attention=plain, model.mlp=gelu, model.bias=false and skips; measure this "
+            "the closed form is derived for residual=pre_norm, attention=plain, model.mlp=gelu or none, model.bias=false and skips; measure this "
             "model instead"
         )
 

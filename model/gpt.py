@@ -38,8 +38,9 @@ class Block(nn.Module):
         queries_and_keys = self.attn.c_attn.weight[: 2 * self.attn.c_attn.in_features]
         queries_and_keys.mul_(math.sqrt(init.attention_scale))
         self.attn.c_proj.weight.mul_(init.residual_scale * init.attention_residual_scale)
-        self.mlp.c_fc.weight.mul_(init.weight_scale)
-        self.mlp.c_proj.weight.mul_(init.residual_scale * init.mlp_residual_scale)
+        if self.mlp is not None:
+            self.mlp.c_fc.weight.mul_(init.weight_scale)
+            self.mlp.c_proj.weight.mul_(init.residual_scale * init.mlp_residual_scale)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, d) → (B, T, d). cache, mask: see `CausalSelfAttention.forward`."""

@@ -198,15 +198,18 @@ def layer_maps(model: GPT, tokens: int, strength: float = 1.0, skip: str = "one"
         q, k, v = attn.c_attn.weight.detach().double().chunk(3)
         heads = (W.unflatten(0, (attn.n_head, -1)) for W in (q, k))
         product = torch.einsum("hij,hik->hjk", *heads).square().sum((1, 2)).mean().item()
-        hidden = mlp.c_fc.weight
+        spread, back = 1.0, 0.0  # without an MLP, nothing is written back
+        if mlp is not None:
+            spread = math.sqrt(mean_square_gain(mlp.c_fc.weight, mlp.c_fc.weight.size(0)))
+            back = strength * math.sqrt(mean_square_gain(mlp.c_proj.weight, d))
         written = mean_square_gain(v, d) * mean_square_gain(attn.c_proj.weight, d)
         found.append(
             LayerMap(
                 tokens,
                 attn.scale * math.sqrt(product),
                 strength * math.sqrt(written),
-                math.sqrt(mean_square_gain(hidden, hidden.size(0))),
-                strength * math.sqrt(mean_square_gain(mlp.c_proj.weight, d)),
+                spread,
+                back,
                 keep,
             )
         )
