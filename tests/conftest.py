@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest_plugins = ["ledger"]
 ROOT = Path(__file__).resolve().parent.parent
 CLOCK = {"tokens_per_s", "mfu", "time", "train_seconds", "peak_device_bytes"}
 """Fields of records that the clock and the device decide, and that no two runs share."""

@@ -172,7 +172,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 
 
 def test_a_test_that_passed_is_left_out_next_time(pytester_folder):
-    """The ledger of tests/cuda: one line a test, at once."""
+    """The ledger has a line for each test, at once."""
     ledger, run = pytester_folder
     assert run() == 1
     found = {r["test"].rpartition("::")[2]: r for r in map(json.loads, ledger.read_text().splitlines())}
@@ -187,8 +187,8 @@ def test_a_test_that_passed_is_left_out_next_time(pytester_folder):
 
 @pytest.fixture
 def pytester_folder(tmp_path):
-    """A folder with the ledger's conftest and two tests, one of which fails: the ledger, and a function that runs them."""
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "cuda" / "conftest.py").read_text())
+    """A folder with two tests, one of which fails: its ledger, and a function that runs them."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "ledger.py").read_text())
     (tmp_path / "test_two.py").write_text("def test_fine():\n    pass\n\n\ndef test_wrong():\n    assert 1 == 2\n")
     ledger = tmp_path / "ledger.jsonl"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--ledger={ledger}", "."]

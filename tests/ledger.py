@@ -42,7 +42,5 @@ class Ledger:
 
 def pytest_configure(config):
     ledger = _ledger(config)
-    if ledger is not None and not hasattr(
-        config, "workerinput"
-    ):  # a worker of xdist reports to the process that writes
+    if ledger is not None and not hasattr(config, "workerinput"):  # xdist's workers report to the process that writes
         config.pluginmanager.register(Ledger(ledger))
