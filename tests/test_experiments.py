@@ -233,7 +233,7 @@ def test_an_experiment_is_data(name, capsys):
     ("words", "said"),
     [
         (["crosing"], "there is no experiment 'crosing'; did you mean crossing?"),
-        (["zzz"], "choose one of blocks, crossing, exponents"),
+        (["zzz"], "choose one of blocks, collapses, crossing"),
         (["crossing", "seed=1"], "give seeds="),
         (["crossing", "seeds="], "seeds= is empty"),
         (["crossing", "experiment=demo"], "by its name"),

@@ -246,6 +246,6 @@ def test_the_panels_of_the_documented_workspace_are_curves(tiny, tmp_path):
     page = (ROOT / "docs" / "runs.md").read_text()
     table = page.split("| panel of the report | curves |")[1].split("\n\n")[0]
     panels = [found.replace("\\|", "|") for found in re.findall(r"`([^`]+)`", table)]
-    assert len(panels) == 9
+    assert len(panels) == 10
     for panel in panels:
         assert any(re.fullmatch(panel, name) for name in curves), panel
