@@ -39,6 +39,24 @@ def mean_loss(file, **wanted):
     return fmean(r["val_loss_final"] for r in result(file)["rows"] if all(r[key] == wanted[key] for key in wanted))
 
 
+def claims():
+    """Claim → command and outcome, of the table on the front."""
+    lines = FRONT.read_text().split("## Claims of the sources")[1].split("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+    return {claim: (command, outcome) for _, claim, command, outcome in cells}
+
+
+@pytest.mark.parametrize("claim", claims())
+def test_a_claim_has_a_command_and_results(claim):
+    command, outcome = claims()[claim]
+    experiments, files = re.findall(r"`E (\w+)`", command), re.findall(r"`pytest (\S+)`", command)
+    assert experiments or files or command == "`make reproduce`"
+    assert all((ROOT / "scripts" / "experiments" / f"{name}.py").exists() for name in experiments)
+    assert all((ROOT / file).exists() for file in files)
+    there = [(ROOT / "results" / name / "table.md").exists() for name in experiments]
+    assert not any(there) if outcome == "not run yet" else all(there)
+
+
 # ---- the demonstration ----
 
 
