@@ -14,7 +14,7 @@ from scripts.analysis.optima import EXTEND_OPTIONS, further_cases
 from scripts.analysis.runs import RecordedRun, final_losses, read_run
 from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
 from scripts.analysis.statistics import Estimate
-from scripts.analysis.tables import BEST, FINAL, STATUS, Column, Table, footer, make_table, rows_of, write_tables
+from scripts.analysis.tables import ENDS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
 from training.config import compose, directory_name
@@ -287,7 +287,7 @@ class Study:
         remarks = [f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."]
         foot = footer(command, self.runs, *remarks * bool(self.runs), self.experiment.remark(self))
         env = self.runs[0].environment if self.runs else environment()
-        rows = rows_of(self.runs, columns or [BEST, FINAL, STATUS])
+        rows = rows_of(self.runs, columns or ENDS)
         trials = (
             {"trials": [line for found in self.found.items() for line in self._trials(*found)]} if self.found else {}
         )

@@ -42,7 +42,10 @@ class Column:
 
 BEST = Column("val loss, best", "val_loss_best", lambda r: r.best)
 FINAL = Column("final", "val_loss_final", lambda r: r.final)
+HELD_OUT = Column("val loss", "val_loss", lambda r: r.held_out)
 STATUS = Column("status", "status", lambda r: r.status)
+ENDS = [BEST, FINAL, HELD_OUT, STATUS]
+"""What the data of an experiment with tables of its own say of each run."""
 COLUMNS = [
     Column("assignment", "assignment", lambda r: r.assignment),
     Column("attention", "attention", lambda r: r.geometry("attention")),

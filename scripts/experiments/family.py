@@ -4,7 +4,7 @@ from scripts.analysis.contest import REMARK, contest_table, cost_columns, costs,
 from scripts.analysis.experiment_figures import loss_of_trials
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.study import Case, Experiment, Study
-from scripts.analysis.tables import STATUS, Column, Table, case
+from scripts.analysis.tables import HELD_OUT, STATUS, Table, case
 
 MUON = "optim=manifold_muon"
 POINTS = {  # name → overrides, first learning rate, first weight decay; None: no decay acts on a matrix
@@ -34,8 +34,7 @@ def searched(study: Study, case: Case) -> list[Axis]:
 def tables(study: Study) -> list[Table]:
     """A line for each optimizer and horizon."""
     named = [case("steps", "max_steps"), case("optimizer", "optimizer")]
-    loss = Column("val loss", "val_loss", lambda r: r.held_out)
-    return [contest_table(study, [*named, loss, *cost_columns(study, "AdamW"), STATUS], OPPONENTS)]
+    return [contest_table(study, [*named, HELD_OUT, *cost_columns(study, "AdamW"), STATUS], OPPONENTS)]
 
 
 EXPERIMENT = Experiment(

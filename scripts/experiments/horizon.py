@@ -5,7 +5,7 @@ from scripts.analysis.experiment_figures import gap_by_tokens, loss_of_trials
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.statistics import Difference
 from scripts.analysis.study import Case, Experiment, Study
-from scripts.analysis.tables import STATUS, Column, case
+from scripts.analysis.tables import HELD_OUT, STATUS, case
 
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
 OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in ASSIGNMENTS}
@@ -41,7 +41,7 @@ def curves(study: Study) -> dict[str, dict[float, Difference]]:
     return found
 
 
-COLUMNS = [case("steps", "max_steps"), case("arm", "arm"), Column("val loss", "val_loss", lambda r: r.held_out), STATUS]
+COLUMNS = [case("steps", "max_steps"), case("arm", "arm"), HELD_OUT, STATUS]
 EXPERIMENT = Experiment(
     hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?",
     base=("experiment=horizon",),

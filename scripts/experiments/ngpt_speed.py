@@ -5,7 +5,7 @@ from scripts.analysis.figures import draw_scales
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.speed_up import Race, context_table, losses_beyond, speed_table, steps_picture
 from scripts.analysis.study import Case, Experiment, Study
-from scripts.analysis.tables import STATUS, Column, Table, case
+from scripts.analysis.tables import HELD_OUT, STATUS, Table, case
 
 CONTEXT = "model.block_size"
 ARMS = {"GPT": ("model=ngpt_baseline",), "nGPT": ("model=ngpt_demo", "schedule.warmup_steps=0")}
@@ -25,8 +25,7 @@ def shape(study: Study, case: Case) -> list[str]:
 
 def tables(study: Study) -> list[Table]:
     """The speed-up, the losses beyond the context of training, and every case with its best rate."""
-    columns = [case("context", CONTEXT), case("steps", "max_steps"), case("model", "arm")]
-    columns += [Column("val loss", "val_loss", lambda r: r.held_out), STATUS]
+    columns = [case("context", CONTEXT), case("steps", "max_steps"), case("model", "arm"), HELD_OUT, STATUS]
     every = contest_table(study, columns, {"GPT": lambda case: {"arm": "GPT", "max_steps": study.around["max_steps"]}})
     return [speed_table(study, RACE), context_table(study, RACE), every]
 

@@ -6,7 +6,7 @@ from scripts.analysis.runs import RecordedRun
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.stream_figures import turns
 from scripts.analysis.study import Case, Experiment, Study
-from scripts.analysis.tables import STATUS, TURN_COLUMNS, Column, case
+from scripts.analysis.tables import HELD_OUT, STATUS, TURN_COLUMNS, case
 
 FLAT = ("pre_norm", "pre_rms_norm", "post_norm", "deep_norm", "sandwich_norm", "peri_norm")
 SPHERE = ("geonorm_no_norms", "geonorm_with_norms", "proj_sphere", "cayley_sphere", "p_sphere", "ngpt")
@@ -32,8 +32,7 @@ def by_optimizer(study: Study) -> dict[str, dict[str, list[RecordedRun]]]:
     return found
 
 
-LOSS = Column("val loss", "val_loss", lambda r: r.held_out)
-COLUMNS = [case("optimizer", "optimizer"), case("residual", "residual"), LOSS, *TURN_COLUMNS, STATUS]
+COLUMNS = [case("optimizer", "optimizer"), case("residual", "residual"), HELD_OUT, *TURN_COLUMNS, STATUS]
 EXPERIMENT = Experiment(
     hypothesis="Which residual rule is best, each at its own best rate, and how far does each turn the stream? Under AdamW and Muon.",
     base=("experiment=residual_tuned",),
