@@ -11,7 +11,7 @@ from scripts.analysis.study import Case, Study
 from scripts.analysis.tables import Column, Table, make_table
 from scripts.bench_train import RandomTraining
 from scripts.timing import take_turns
-from training.settings import read_sound
+from training.settings import completed, read_sound
 
 REMARK = (
     "Differences are paired by seed, with Student's 95% interval. The search has a seed of its own, which no run of the table has. "
@@ -85,7 +85,7 @@ def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
     """
     trainings = {}
     for runs in reversed(study.groups):
-        cfg = read_sound(runs[0].config)[0]
+        cfg = read_sound(completed(runs[0].config))[0]
         name = ", ".join(runs[0].case[axis] for axis in axes or [next(iter(study.axes))])
         trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
     times = take_turns({name: training.step for name, training in trainings.items()}, repeats=5, warmup=2)
