@@ -14,6 +14,7 @@ from documents import EXPERIMENTS, FORMULAS, FRONT
 from model.gpt import GPT
 from model.residual import RESIDUAL_RULES
 from optim.msign import msign
+from scripts.analysis.statistics import Difference
 from training.build import gpt_config
 from training.config import compose
 
@@ -55,6 +56,36 @@ def test_a_claim_has_a_command_and_results(claim):
     assert all((ROOT / file).exists() for file in files)
     there = [(ROOT / "results" / name / "table.md").exists() for name in experiments]
     assert not any(there) if outcome == "not run yet" else all(there)
+
+
+# ---- the family ----
+
+
+def family_losses(steps):
+    """Optimizer → seed → held-out loss of its stable runs."""
+    found = {}
+    for r in result("family/table.json")["rows"]:
+        if r["max_steps"] == steps and r["status"] == "ok":
+            found.setdefault(r["optimizer"], {})[r["seed"]] = r["val_loss"]
+    return found
+
+
+def test_the_family_is_ordered_as_the_pages_say():
+    short, long = ({name: fmean(seeds.values()) for name, seeds in family_losses(n).items()} for n in ("100", "400"))
+    first, last = (sorted(losses, key=losses.get) for losses in (short, long))
+    assert "SOAP is seventh at 100 steps and first at 400" in text(EXPERIMENTS)
+    assert first.index("SOAP") == 6 and last[:3] == ["SOAP", "NorMuon", "Muon"] and len(last) == 13
+    assert {"NorMuon", "Muon", "DGram"} <= {*first[:4]} & {*last[:4]}
+    assert {name for name in long if long[name] > long["AdamW"]} == {"SGD", "Lion"}
+
+
+def test_no_constraint_beats_muon_as_the_pages_say():
+    for steps in ("100", "400"):
+        found = family_losses(steps)
+        apart = {name: Difference.of(found[name], found["Muon"]) for name in found if name != "Muon"}
+        assert apart["DGram"].low < 0 < apart["DGram"].high
+        assert all(apart[name].low > 0 for name in ("Stiefel", "Hyperball", "spectral sphere", "oblique with gains"))
+        assert (apart["Hetero"].low > 0) == (steps == "100")
 
 
 # ---- the demonstration ----

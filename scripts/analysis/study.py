@@ -286,7 +286,8 @@ class Study:
         minutes = sum(e["train_seconds"] for r in self.runs for e in r.records.get("end", [])) / 60
         remarks = [f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."]
         foot = footer(command, self.runs, *remarks * bool(self.runs), self.experiment.remark(self))
-        env = self.runs[0].environment if self.runs else environment()
+        env = dict(self.runs[0].environment if self.runs else environment())
+        env.pop("command", None)  # of one run, with the paths of its machine
         rows = rows_of(self.runs, columns or ENDS)
         trials = (
             {"trials": [line for found in self.found.items() for line in self._trials(*found)]} if self.found else {}
