@@ -120,6 +120,19 @@ def test_every_command_of_every_stage_is_well_formed(options):
         gpu_check.options_of(["tiny=1"])
 
 
+def settings_of(overrides):
+    """What the race asks of a configuration."""
+    steps = next(int(o.removeprefix("max_steps=")) for o in overrides if o.startswith("max_steps="))
+    return SimpleNamespace(max_steps=steps, global_batch_tokens=128)
+
+
+def pretend_to_train(cfg, directory):
+    """Write what the race reads of a run."""
+    (directory / "checkpoints" / f"step_{cfg.max_steps:08d}").mkdir(parents=True)
+    record = {"kind": "train", "step": cfg.max_steps, "tokens_per_s": float(cfg.global_batch_tokens)}
+    (directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
 def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
     """A clock that trains: every assignment takes a second a step, and three beside."""
     now, trained = [0.0], []
@@ -128,16 +141,10 @@ def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
         begun = max((int(p.name[5:]) for p in directory.glob("checkpoints/step_*")), default=0)
         now[0] += 3 + cfg.max_steps - begun
         trained.append((directory.name, cfg.max_steps))
-        (directory / "checkpoints" / f"step_{cfg.max_steps:08d}").mkdir(parents=True)
-        record = {"kind": "train", "step": cfg.max_steps, "tokens_per_s": float(cfg.global_batch_tokens)}
-        (directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-
-    def compose(overrides):
-        steps = next(int(o.removeprefix("max_steps=")) for o in overrides if o.startswith("max_steps="))
-        return SimpleNamespace(max_steps=steps, global_batch_tokens=128)
+        pretend_to_train(cfg, directory)
 
     monkeypatch.setattr(gpu_runs, "train", train)
-    monkeypatch.setattr(gpu_runs, "compose", compose)
+    monkeypatch.setattr(gpu_runs, "compose", settings_of)
     monkeypatch.setattr(gpu_runs.gc, "collect", lambda: 0)  # a second of a test's heap
     monkeypatch.setattr(gpu_runs.time, "monotonic", lambda: now[0])
     race = gpu_runs.Race(tmp_path, gpu_runs.TINY_RACE_SETTINGS, first=4, most=100, end=200.0)
@@ -155,16 +162,10 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     def train(cfg, directory):
         if directory.name == "hetero" and cfg.max_steps == 4:
             raise RuntimeError("no memory")
-        (directory / "checkpoints" / f"step_{cfg.max_steps:08d}").mkdir(parents=True)
-        record = {"kind": "train", "step": cfg.max_steps, "tokens_per_s": 128.0}
-        (directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-
-    def compose(overrides):
-        steps = next(int(o.removeprefix("max_steps=")) for o in overrides if o.startswith("max_steps="))
-        return SimpleNamespace(max_steps=steps, global_batch_tokens=128)
+        pretend_to_train(cfg, directory)
 
     monkeypatch.setattr(gpu_runs, "train", train)
-    monkeypatch.setattr(gpu_runs, "compose", compose)
+    monkeypatch.setattr(gpu_runs, "compose", settings_of)
     race = gpu_runs.Race(tmp_path, [], first=4, most=10, end=time.monotonic() + 1000)
     race.run()
     assert {name: race.reached(name) for name in gpu_runs.RUNS} == dict.fromkeys(gpu_runs.RUNS, 10) | {"hetero": 0}
