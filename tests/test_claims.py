@@ -79,6 +79,12 @@ def test_the_family_is_ordered_as_the_pages_say():
     assert {name for name in long if long[name] > long["AdamW"]} == {"SGD", "Lion"}
 
 
+def test_the_family_costs_what_the_page_says():
+    costs = result("family/table.json")["costs"]
+    assert 9 < costs["SOAP"]["state_bytes"] / costs["Muon"]["state_bytes"] < 10
+    assert 4 < costs["Shampoo"]["ms_per_step"] / costs["Muon"]["ms_per_step"] < 5
+
+
 def test_no_constraint_beats_muon_as_the_pages_say():
     for steps in ("100", "400"):
         found = family_losses(steps)
