@@ -2,7 +2,8 @@
 
 import json
 import re
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -222,6 +223,23 @@ def test_there_are_eleven_residual_rules():
     assert len(compared) == 10 and set(RESIDUAL_RULES) - compared == {
         "pre_rms_norm"
     }  # the norm of the public optimizer track
+
+
+# ---- collapse ----
+
+
+def test_tokens_become_equal_as_the_page_says():
+    found = result("collapses/table.json")
+    rows = {(r["skips"], r["mlp"], r["n_layer"], r["seed"]): r for r in found["rows"]}
+    assert set(rows) == set(product(("true", "false"), ("gelu", "none"), ("4", "16"), (1, 2)))
+    for (skips, mlp, depth, seed), row in rows.items():
+        if skips == "true":
+            assert row["digits_initial"] < row["digits_trained"] < 0.2
+            assert mlp == "gelu" or 0.05 < row["outside"] < rows["true", "gelu", depth, seed]["outside"]
+        else:
+            assert 2.5 < row["digits_initial"] < 3.6 or depth == "4"
+            assert row["digits_trained"] == 15 or (depth == "4" and row["digits_trained"] > row["digits_initial"])
+            assert found["profiles"][Path(row["directory"]).name]["unmasked"][3] < 1e-14
 
 
 # ---- numbers ----
