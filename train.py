@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
     raise SystemExit(run_command(__doc__))
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +123,7 @@ class Run:
         elif cfg.init_from is not None:
             loss = partial(self.observer.loss, self.model)
             self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
+            self.average = average_of(cfg.average, self.model)  # of the weights that the run starts from
         self.resumed_at = self.step if resumed is not None else None
         # The loss of the current weights; None if it was not computed.
         self.val_loss: float | None = resumed.metric if resumed is not None else None
@@ -166,7 +166,7 @@ class Run:
                 trace.step()
                 if self.step % cfg.log.interval == 0 or self.step == cfg.max_steps:
                     self.read_back(log, *numbers)
-            summary = end_summary(self.stability, self.seconds, self.device)
+            summary = end_summary(self.stability, self.elapsed, self.device)
             own = {"time": self.phase.read(), "state_bytes": self.optimizers.state_bytes()}
             log.write("end", self.step, full_val_loss=self.full_val_loss, **own, **summary)
         finally:
@@ -277,7 +277,7 @@ class Run:
         self.stability.skipped(skipped)
         if skipped and self.stability.unstable_step is None and self.stability.nonfinite(*self.guard.first(self.ranks)):
             self.note_unstable(log)
-        if math.isfinite(loss.item()) and self.stability.train(self.step, loss.item()):
+        if self.stability.train(self.step, loss.item()):
             self.note_unstable(log)
 
     def note_unstable(self, log: RunLog | NoLog) -> None:

@@ -102,11 +102,13 @@ def assign(
     ]
     rows: list[Row] = []
     used: set[str] = set()
+    other_shape: set[str] = set()  # rules that match a parameter that is not a matrix
     contested: dict[str, list[str]] = {}
     for name, shape in shapes.items():
         hits = [pattern for pattern in rules if matches(pattern, name)]
         table = any(matches(pattern, name) for pattern in always_adamw)
         if len(shape) != 2 or table:
+            (used if table else other_shape).update(hits)
             if table and hits:
                 problems.append(
                     f"assignment: '{name}' always belongs to AdamW, but rule '{hits[0]}' claims it; narrow the rule"
@@ -129,7 +131,13 @@ def assign(
         f"rule '{pattern}' puts them on '{rules[pattern]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
         for pattern, names in contested.items()
     ]
-    problems += [f"assignment: rule '{p}' matches no matrix; {_similar(p, shapes)}" for p in rules.keys() - used]
+    problems += [
+        f"assignment: rule '{p}' matches vectors only, which are AdamW's; remove it"
+        if p in other_shape
+        else f"assignment: rule '{p}' matches no matrix; {_similar(p, shapes)}"
+        for p in rules
+        if p not in used
+    ]
     if problems:
         raise AssignmentError(problems)
     return rows
@@ -172,8 +180,8 @@ def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -
     aliases, lines = aliases or {}, [("", "shape", "optimizer", "manifold")]
     alike: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
-        pattern, shape = re.sub(r"\.\d+\.", ".#.", row.name), " x ".join(map(str, row.shape))
-        alike.setdefault((pattern, shape, row.optimizer, row.geometry), []).append(row.name)
+        shape = " x ".join(map(str, row.shape))
+        alike.setdefault((_any_layer(row.name), shape, row.optimizer, row.geometry), []).append(row.name)
     for (_, shape, optimizer, geometry), names in alike.items():
         [name] = folded(names)
         lines.append((name + (f" (= {aliases[names[0]]})" if names[0] in aliases else ""), shape, optimizer, geometry))
@@ -182,11 +190,16 @@ def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -
 
 
 def folded(names: Iterable[str]) -> list[str]:
-    """Names with those of equal layers drawn into one: transformer.h.0-3.attn.c_attn.weight."""
+    """Names with those of equal layers drawn into one: transformer.h.0-3.attn.c_attn.weight. The first number is the layer."""
     layers: dict[str, list[int]] = {}
     for name in names:
-        layers.setdefault(re.sub(r"\.\d+\.", ".#.", name), []).extend(map(int, re.findall(r"\.(\d+)\.", name)[:1]))
-    return [name.replace("#", _ranges(found)) if found else name for name, found in layers.items()]
+        layers.setdefault(_any_layer(name), []).extend(map(int, re.findall(r"\.(\d+)\.", name)[:1]))
+    return [name.replace("#", _ranges(found), 1) if found else name for name, found in layers.items()]
+
+
+def _any_layer(name: str) -> str:
+    """A name with # for the number of its layer, the first number in it: transformer.h.#.attn.c_attn.weight."""
+    return re.sub(r"\.\d+\.", ".#.", name, count=1)
 
 
 def _ranges(layers: list[int]) -> str:

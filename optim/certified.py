@@ -305,9 +305,10 @@ def step(
         T, second = refine(torch.where(scale > 0, scale * T, 0), W, manifold, moving)
         scale = (scale > 0).to(T.dtype)
     shrink = 1 - eta * decay
-    trial = eta * reach(length, W.size(-2), W.size(-1), whole) * scale * T
+    far = eta * reach(length, W.size(-2), W.size(-1), whole)  # 0-d
+    trial = far * scale * T
     if not manifold.constrained:
-        new = manifold.move(W, G, trial, eta * reach(length, W.size(-2), W.size(-1), whole), shrink)
+        new = manifold.move(W, G, trial, far, shrink)
         new = torch.where(moving[:, None, None], new, W)
         return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving), second)
     longest = torch.inf if norm_cap is None else norm_cap

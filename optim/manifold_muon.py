@@ -27,6 +27,12 @@ from .ownership import choose_owners, members_of_buckets, plan_messages
 from .refine import Refine
 from .stack import Bucket, OnHost, Stack, StepRule, row_blocks, state_shapes, whole_shape
 
+RECORDED = ("feas", "norm", "tangency", "fallbacks", "normal_share", "length_share", "size_share", "momentum_top")
+RECORDED += ("momentum_rank", "step_rank")
+"""The fields of a certificate that `ManifoldMuon.certificates` returns, in order."""
+LEAST = ("feas", "momentum_rank", "step_rank")
+"""Of these fields the least of a parameter's blocks is returned, of the others the largest."""
+
 
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The new momentum, and what is stepped along; the old momentum where `keep` (0-d bool) is true, whatever g is."""
@@ -138,12 +144,16 @@ class ManifoldMuon(torch.optim.Optimizer):
                     p.copy_((on * group["radius"]).reshape(p.shape))
 
     @torch.no_grad()
-    def step(self, closure: None = None, *, wait: bool = True) -> None:  # type: ignore[override]  # no closure: a step is one pass
+    def step(self, closure: Callable[[], Any] | None = None, *, wait: bool = True) -> Any:  # type: ignore[override]  # `wait` is ours
         """One update of every matrix. Gradients of the owned ones must all be there; the host waits for nothing of this step.
+
+        closure: as in torch, called first: it computes the gradients and returns the loss, which is then returned.
 
         Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
         what the step was is kept for `certificates`. With `wait` false, the new weights of other ranks are there only after `receive`.
         """
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         highest = self.highest_levels()
         for i in range(len(self.messages)):
             if i < len(self.buckets):
@@ -152,6 +162,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         self._send_levels()
         if wait:
             self.receive()
+        return loss
 
     def highest_levels(self) -> tuple[int, ...]:
         """Of each bucket, the largest level that its last step asked for, on the host; see Stack.highest."""
@@ -225,24 +236,22 @@ class ManifoldMuon(torch.optim.Optimizer):
     def certificates(self) -> dict[str, dict[str, float]]:
         """How good the last step of this rank's matrices was, by name (optim/certificate.py); empty unless it was `watched`.
 
-        Of a matrix in several blocks the least feas and ranks, and the largest of the other numbers. fallbacks: steps so far that were
-        not the ordinary one. Reads back from the device, and lets go of what was kept.
+        Of a matrix in several blocks the least or the largest of each number, see LEAST; NaN if it is NaN for a block. feas is below 0
+        for a step that goes uphill. fallbacks: steps so far that were not the ordinary one. Waits for the device, and frees what was kept.
         """
         found: dict[str, dict[str, float]] = {}
         for bucket in self.buckets:
             if bucket.seen is None:
                 continue
-            certificate = certify(*bucket.seen, bucket.group["manifold"])  # (k,) each
+            values = certify(*bucket.seen, bucket.group["manifold"])._asdict() | {
+                "fallbacks": bucket.state["fallbacks"]
+            }
             bucket.seen = None
-            fields = {"feas": certificate.feas, "norm": -certificate.norm, "tangency": -certificate.tangency}
-            fields["fallbacks"] = -bucket.state["fallbacks"]
-            largest = ("normal_share", "length_share", "size_share", "momentum_top")
-            fields |= {name: -getattr(certificate, name) for name in largest}
-            fields |= {name: getattr(certificate, name) for name in ("momentum_rank", "step_rank")}
-            numbers = {name: values.tolist() for name, values in fields.items()}
+            by_block = {name: values[name].view(-1, bucket.blocks) for name in RECORDED}  # (parameters, blocks) each
+            worst = {name: (v.amin(1) if name in LEAST else v.amax(1)).tolist() for name, v in by_block.items()}
             names = dict(zip(bucket.group["params"], bucket.group["names"]))
             for i, p in enumerate(bucket.params):
-                found[names[p]] = {name: abs(min(values[bucket.rows_of(i)])) for name, values in numbers.items()}
+                found[names[p]] = {name: numbers[i] for name, numbers in worst.items()}
         return found
 
     def _send(self, i: int) -> None:

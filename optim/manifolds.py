@@ -305,7 +305,8 @@ class SpectralBall(Euclidean):
         M = VᵀV - I has the positive part P = (M + M sign(M)) / 2, and V (I + P)^(-1/2) is what is wanted; by the series of the root to
         P⁴, since a step leaves singular values little above 1. An inexact sign where M is near 0 matters as little as M does.
         """
-        M = V.mT @ V - eye_like(V.mT @ V)  # (k, n, n)
+        S = V.mT @ V
+        M = S - eye_like(S)  # (k, n, n)
         P = 0.5 * (M + M @ msign(M, 12, M.dtype, lower=1e-4))
         P = 0.5 * (P + P.mT)
         series = (35 / 128) * P - (5 / 16) * eye_like(P)

@@ -9,6 +9,7 @@ the modular norm (arXiv 2405.14813, 2410.21265) without its masses: all modules 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -66,8 +67,13 @@ class Modular(torch.optim.Optimizer):
             self.state[p] = {"momentum": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: a step is one pass
-        """One update of every parameter that has a gradient; none where `found_inf` (0-d float, 1 for true) is set."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # one signature for both forms
+        """One update of every parameter that has a gradient; none where `found_inf` (0-d float, 1 for true) is set.
+
+        closure: as in torch, called first: it computes the gradients and returns the loss, which is then returned.
+        """
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -81,3 +87,4 @@ class Modular(torch.optim.Optimizer):
                 keep = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=p.device).bool()
                 p.copy_(torch.where(keep, p, new))
                 buf.copy_(torch.where(keep, buf, advanced))
+        return loss

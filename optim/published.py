@@ -113,7 +113,7 @@ class PublishedStep:
         return like(self.retract(stack, MANIFOLDS[manifold]).reshape(tall(W).shape), W).to(W.dtype)
 
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
-        """The step of each stack. Decay is decoupled and, as published, for unconstrained matrices only."""
+        """The step of each stack. Decay is decoupled and, as published, not for manifolds with a Gram condition (but see decay_manifolds)."""
         moved = []
         for s in stacks:
             refused = [name for name, given in (("whole", s.whole), ("refine", s.refine)) if given is not None]

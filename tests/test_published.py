@@ -118,7 +118,7 @@ def test_published_training(run, assignment):
     model.load_state_dict({**weights, "transformer.wte.weight": weights["lm_head.weight"]})
     optimizers = build_optimizers(model, cfg)
     for step, (batch, published) in enumerate(zip(TRAINING["batches"], TRAINING[f"loss/{run}"])):
-        multiplier = lr_multiplier(step, kind="cosine", warmup_steps=5, decay_steps=20, floor=0.1)
+        multiplier = lr_multiplier(step, kind="cosine", warmup_steps=5, decay_steps=20, floor=0.1, decay=0.2)
         assert 6e-4 * multiplier == pytest.approx(TRAINING["lr"][step], rel=1e-12)
         optimizers.set_lr(multiplier)
         windows = torch.from_numpy(batch).long()

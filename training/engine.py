@@ -36,7 +36,7 @@ from training.launch import USER_ERROR
 from training.lock import InUse
 from training.run import end_of
 from training.signals import STOP_SIGNALS, Stopped, StopSignal, exit_on_stop_signals
-from training.sweep import finished, hydra_job, run_job
+from training.sweep import available_cores, finished, hydra_job, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.05
@@ -169,7 +169,7 @@ def run_jobs(jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
         Stopped: a signal came; all workers have saved and ended, or were killed after GRACE_S.
     """
     waiting, running = deque(jobs), list[_Worker]()
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, available_cores() // workers)
     with StopSignal() as stop:
         try:
             while (waiting or running) and not stop.noted:

@@ -26,7 +26,7 @@ def constant(progress: float, floor: float, decay: float) -> float:
 
 
 def wsd(progress: float, floor: float, decay: float) -> float:
-    """Warm-up, stable, decay: 1 until the last `decay` fraction of training, then a straight line to `floor`."""
+    """Warm-up, stable, decay: 1 until the last share `decay` of the steps after warm-up, then a straight line to `floor`."""
     return 1.0 if progress <= 1 - decay else linear((progress - 1 + decay) / decay, floor, decay)
 
 
@@ -56,9 +56,7 @@ def warmup_updates(warmup_steps: float, decay_steps: int) -> int:
     return int(decay_steps * warmup_steps / (warmup_steps + decay_steps))
 
 
-def lr_multiplier(
-    step: int, *, kind: str, warmup_steps: float, decay_steps: int, floor: float, decay: float = 0.2
-) -> float:
+def lr_multiplier(step: int, *, kind: str, warmup_steps: float, decay_steps: int, floor: float, decay: float) -> float:
     """Multiplier of every peak learning rate for the update that follows `step` finished updates.
 
     Args:

@@ -43,11 +43,14 @@ def problems_of_transfer(cfg: Settings) -> list[str]:
         found.append(
             "transfer=nu multiplies optim.adamw.lr, which is 0; give a number above 0, or choose transfer=none"
         )
-    heads = [shape.n_embd / shape.n_head for shape in (transfer.base, model)]
-    if heads[0] != heads[1]:
+    at_base, here = (shape.n_embd / shape.n_head for shape in (transfer.base, model))
+    if at_base != here:
+        heads = model.n_embd / at_base
+        remedy = (
+            f"model.n_head={heads:g}" if heads.is_integer() else f"a model.n_embd that is a multiple of {at_base:g}"
+        )
         found.append(
-            f"transfer=nu keeps the width of a head, {heads[0]:g} at the base and {heads[1]:g} here; "
-            f"choose model.n_head={model.n_embd / heads[0]:g}"
+            f"transfer=nu keeps the width of a head, {at_base:g} at the base and {here:g} here; choose {remedy}"
         )
     return found
 
