@@ -42,8 +42,9 @@ def row(losses, seed=1, width="32"):
         ({"0.01": 1.0, "0.02": 2.0}, ["0.005"]),
         ({"0.01": 3.0, "0.02": 2.0, "0.06": 1.0}, ["0.18"]),
         ({"0.01": math.inf, "0.02": math.inf}, ["0.005"]),
-        ({"0.02": 1.0, "0.04": math.inf, "0.01": 1.5}, []),
-        ({"0.01": 1.0}, ["0.005"]),
+        ({"0.02": 1.0, "0.04": math.inf, "0.01": 1.5}, ["0.0283"]),
+        ({"0.01": 1.0, "0.04": math.inf}, ["0.0025", "0.02"]),
+        ({"0.01": 1.0}, ["0.005", "0.02"]),
     ],
 )
 def test_an_end_asks_for_the_next_value(losses, wanted):
@@ -133,16 +134,20 @@ def test_the_tables_of_a_race():
             runs.append(fake(target, seed, arm="GPT", max_steps="200", **{context: at}))
             for steps, loss in (("50", 3.0), ("100", 2.5), ("200", 2.0)):
                 runs.append(fake(loss, seed, arm="nGPT", max_steps=steps, **{context: at}))
+    runs += [
+        replace(r, config={"seed": 3}) for r in runs[:4]
+    ]  # a third seed at the first context, whose slow run diverges
+    runs[-4] = replace(runs[-4], records={"eval": [{"step": 9, "loss": math.nan}]})
     axes = {"arm": ["GPT", "nGPT"], context: ["256", "1024"], "max_steps": ["50", "100", "200"]}
     costs = {f"{arm}, {at}": {"ms_per_step": ms} for arm, ms in (("GPT", 10.0), ("nGPT", 20.0)) for at in axes[context]}
     beyond = [{**runs[0].case, "multiple": m, "loss": 2.0 + m} for m in (1, 2)]
     found = asked(ngpt_speed.EXPERIMENT, axes, {}, runs, costs=costs, beyond=beyond)
     found.groups = list(found.grouped(*axes).values())
     table = speed_table(found, race)
-    assert table.lines[0][:2] == ["256", "2.250 ± 0.000"] and table.lines[0][5:] == [
-        *("141 ± 0", "1.41 ± 0.00", "10.0", "20.0", "0.71 ± 0.00"),
+    assert table.lines[0][:2] == ["256", "2.250 ± 0.000 (1 of 3 unstable)"] and table.lines[0][5:] == [
+        *("2", "141 ± 0", "1.41 ± 0.00", "10.0", "20.0", "0.71 ± 0.00"),
     ]
-    assert table.lines[1][5:] == ["<50", ">4.00", "10.0", "20.0", ">2.00"]
+    assert table.lines[1][5:] == ["2", "<50", ">4.00", "10.0", "20.0", ">2.00"]
     assert context_table(found, race).lines == [["256", "GPT", "3.000", "4.000", ""]]
     assert [title for title, _ in race.longest(found, "nGPT")] == ["nGPT, context 256", "nGPT, context 1024"]
 

@@ -22,6 +22,8 @@ from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Study
 from scripts.analysis.tables import ATTENTION_COLUMNS, HELD_OUT, Table, case, cell
 
+CASES = [case("setting", "setting"), HELD_OUT, *ATTENTION_COLUMNS[2:]]
+"""The columns of the settings with their own best rate and decay."""
 KINDS = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 4, "mlp.c_proj": 4}
 """The matrices of a layer of GPT-2, and how many times the width d their longer side has; the shorter side has d."""
 NORMAL = {"stiefel": 1, "dgram": -1}
@@ -59,11 +61,10 @@ class Route:
 def why_tables(study: Study, own: Sequence[str], routes: Sequence[Route]) -> list[Table]:
     """The settings that have their own best rate and decay; what the steps of their matrices were made of; and the exchanges of layers."""
     best = replace(study, groups=[runs for runs in study.groups if runs[0].case["setting"] in own])
-    columns = [case("setting", "setting"), HELD_OUT, *ATTENTION_COLUMNS[2:]]
     against: dict[str, Opponent] = {name: partial(dict, setting=name) for name in ("all_stiefel", "hetero")}
     known = losses(study).keys()
     exchanges = [exchange_table(study, route) for route in routes if {route.start, route.end} <= known]
-    return [contest_table(best, columns, against), matrix_table(best), *exchanges]
+    return [contest_table(best, CASES, against), matrix_table(best), *exchanges]
 
 
 # ---- what steps were made of ----

@@ -33,9 +33,11 @@ def by_seed(runs: Sequence[RecordedRun], axis: str) -> dict[int, dict[float, lis
 
 
 def further_cases(runs: Sequence[RecordedRun], axis: str, axes: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """The cases that the runs ask for: where a seed has its lowest loss at an end of the axis, the next value beyond that end.
+    """The cases that the runs ask for, so that the lowest loss of every seed has a finite loss on both sides.
 
-    The factor between values is that of the last two at this end; 2 for a single value. Where every loss is infinite, the values go down.
+    Beyond an end of the axis, the next value is as many times away as the last two there are from each other; 2 times, if there is only
+    one. If the neighbour of the best value was unstable, the next value is their geometric mean. Where every loss is infinite, the values
+    go down.
     """
     rows: dict[tuple[str, ...], list[RecordedRun]] = {}
     for r in runs:
@@ -45,12 +47,23 @@ def further_cases(runs: Sequence[RecordedRun], axis: str, axes: Mapping[str, Seq
         case = {key: row[0].case[key] for key in axes}
         values: set[float] = set()
         for curve in by_seed(row, axis).values():
-            tried = sorted(curve)
-            best = min(tried, key=lambda value: curve[value][0])
-            for end, beside in ((tried[0], tried[:2][-1]), (tried[-1], tried[-2:][0])):
-                if best == end:
-                    values.add(end * end / beside if end != beside else end / 2)
+            values.update(_asked({value: losses[0] for value, losses in curve.items()}))
         found += [{**case, axis: f"{value:.3g}"} for value in sorted(values)]
+    return found
+
+
+def _asked(curve: Mapping[float, float]) -> list[float]:
+    """The values that a curve (value → loss) lacks beside its lowest loss."""
+    tried = sorted(curve)
+    i = min(range(len(tried)), key=lambda i: curve[tried[i]])
+    best, factor, found = tried[i], {-1: 0.5, 1: 2.0}, []
+    if len(tried) > 1:
+        factor = {-1: tried[0] / tried[1], 1: tried[-1] / tried[-2]}
+    for side in (-1, 1) if math.isfinite(curve[best]) else (-1,):
+        if not 0 <= i + side < len(tried):
+            found.append(best * factor[side])
+        elif math.isinf(curve[tried[i + side]]):
+            found.append(math.sqrt(best * tried[i + side]))
     return found
 
 
@@ -75,7 +88,7 @@ def optimum_table(study: Study, rate: str, models: Mapping[str, str], sizes: Map
                 mean = 2 ** statistics.fmean(octave for octave, _, _ in best.values())
                 moved = [best[seed][0] - home[seed][0] for seed in best if seed in home]
                 ends = sum(at_end for _, _, at_end in best.values())
-                mark = f" (an end of the rates with {ends} of {len(best)} seeds)" if ends else ""
+                mark = f" (an end of the stable rates with {ends} of {len(best)} seeds)" if ends else ""
                 loss = Estimate.of([loss for _, loss, _ in best.values()]).text(4)
                 apart = Estimate.of(moved).text(2, "+") if moved else ""
                 lines.append([models[model], word, value, f"{mean:.4f}{mark}", apart, loss])
@@ -86,7 +99,7 @@ def optimum_table(study: Study, rate: str, models: Mapping[str, str], sizes: Map
 def slope_table(study: Study, rate: str, models: Mapping[str, str], sizes: Mapping[str, str]) -> Table:
     """How far the best learning rate moves when a size doubles: the slope of log2(rate) over log2(size), seed by seed.
 
-    A seed is left out of a slope if one of its best rates is at an end of the rates. Arguments: as in `optimum_table`.
+    A seed is left out of a slope if one of its best rates has no stable neighbour on one side. Arguments: as in `optimum_table`.
     """
     lines = []
     first = next(iter(study.axes))
@@ -105,7 +118,7 @@ def slope_table(study: Study, rate: str, models: Mapping[str, str], sizes: Mappi
 
 
 Optima = Mapping[int, tuple[float, float, bool]]
-"""Seed → log2 of its best learning rate, the loss there, and whether it is at an end of the rates."""
+"""Seed → log2 of its best learning rate, the loss there, and whether a side has no stable neighbour."""
 
 
 def seed_slopes(optima: Mapping[str, Optima]) -> dict[int, float]:

@@ -20,7 +20,7 @@ from data.tokenizer import get_tokenizer
 from scripts.analysis.figures import DASHES, OTHER_COLOURS, picture
 from scripts.analysis.runs import RecordedRun, load_model
 from scripts.analysis.statistics import Estimate
-from scripts.analysis.study import Study
+from scripts.analysis.study import Study, loss_cell
 from scripts.analysis.tables import Table
 from scripts.evaluate import measure
 from training.data import open_data, separator_of
@@ -79,7 +79,8 @@ def steps_needed(losses: Mapping[int, float], target: float) -> tuple[float, str
 def speed_table(study: Study, race: Race) -> Table:
     """Final losses, steps to the slow model's final loss, and the speed-up in steps and in time: a line for each context.
 
-    The costs of a step are the study's fact "costs", by arm and context.
+    A seed counts for the speed-up if the slow model was stable and the fast one has it at every length. The costs of a step are the
+    study's fact "costs", by arm and context.
     """
     lines, lengths = [], [int(steps) for steps in study.axes["max_steps"]]
     for context in study.axes[race.context]:
@@ -88,7 +89,11 @@ def speed_table(study: Study, race: Race) -> Table:
             continue
         last = max(slow)
         target, reached = _by_seed(slow[last]), {steps: _by_seed(runs) for steps, runs in fast.items()}
-        seeds = [seed for seed in target if all(seed in found for found in reached.values())]
+        seeds = [
+            seed
+            for seed, loss in target.items()
+            if math.isfinite(loss) and all(seed in found for found in reached.values())
+        ]
         needed = [
             steps_needed({steps: found[seed] for steps, found in reached.items()}, target[seed]) for seed in seeds
         ]
@@ -97,8 +102,9 @@ def speed_table(study: Study, race: Race) -> Table:
         lines.append(
             [
                 context,
-                Estimate.of(list(target.values())).text(3),
-                *(Estimate.of(list(reached[n].values())).text(3) if n in reached else "" for n in lengths),
+                loss_cell(slow[last]),
+                *(loss_cell(fast[n]) if n in fast else "" for n in lengths),
+                str(len(seeds)),
                 _bounded(needed, 0),
                 _bounded(gain, 2),
                 *(f"{value:.1f}" for value in ms),
@@ -110,6 +116,7 @@ def speed_table(study: Study, race: Race) -> Table:
             "context",
             f"{race.slow}'s loss",
             *(f"{race.fast}, {n} steps" for n in lengths),
+            "seeds",
             f"steps for {race.slow}'s loss",
         ),
         *("times fewer", f"ms a step, {race.slow}", race.fast, "times faster"),

@@ -310,12 +310,13 @@ class Study:
 
 
 def loss_cell(runs: Sequence[RecordedRun]) -> str:
-    """The final losses of some runs as the text of a cell: mean ± standard error, and how many runs were unstable."""
+    """The final losses of some runs as the text of a cell: mean ± standard error of the finite ones, and how many runs were unstable."""
     if not runs:
         return "not run"
-    unstable = sum(r.unstable_step is not None for r in runs)
+    finite = [loss for loss in final_losses(runs) if math.isfinite(loss)]
+    unstable = sum(not r.stable for r in runs)
     mark = f" ({unstable} of {len(runs)} unstable)" if unstable else ""
-    return Estimate.of(final_losses(runs)).text(3) + mark
+    return (Estimate.of(finite).text(3) if finite else "") + mark
 
 
 def pivot(study: Study, across: str, heading: str) -> Table:

@@ -7,10 +7,22 @@ from scripts.analysis.statistics import Difference
 from scripts.analysis.study import Case, Experiment, Study
 from scripts.analysis.tables import HELD_OUT, STATUS, case
 
-ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
-OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in ASSIGNMENTS}
-THEIRS = {f"{name}_published": (f"assignment={name}", "optim=paper") for name in ASSIGNMENTS}
-DECAYED = ("adamw", "unconstrained", "all_dgram", "hetero", "hetero_inv", "unconstrained_published")
+NAMES = {
+    "unconstrained": "Unconstrained",
+    "all_stiefel": "All-Stiefel",
+    "all_dgram": "All-DGram",
+    "hetero": "Hetero",
+    "hetero_inv": "Hetero-Inv",
+}
+ADAMW = {
+    "adamw": ("assignment=unconstrained", "optim=adamw")
+}  # for the matrices; everything else is as in the other arms
+OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in NAMES}
+THEIRS = {f"{name}_published": (f"assignment={name}", "optim=paper") for name in NAMES}
+UNDECAYED = (
+    "all_stiefel",
+    *(name for name in THEIRS if name != "unconstrained_published"),
+)  # no decay acts on a matrix
 PUBLISHED = {
     "Hetero": (3.28e9, 3.3544 - 3.3855),
     "All-Stiefel": (3.28e9, 3.3679 - 3.3855),
@@ -18,10 +30,9 @@ PUBLISHED = {
 
 
 def searched(study: Study, case: Case) -> list[Axis]:
-    """Learning rate and weight decay of the matrices. Where no decay acts on a matrix, only the rate."""
-    which, rate = ("adamw", 3e-3) if case["arm"] == "adamw" else ("muon", 0.05)
-    decay = [Axis(f"optim.{which}.weight_decay", 0.1, 4.0)] if case["arm"] in DECAYED else []
-    return [Axis(f"optim.{which}.lr", rate), *decay]
+    """Learning rate and weight decay of the matrices. Embeddings, head and norms have the same AdamW in every case."""
+    rate = Axis("optim.matrices.lr", 3e-3 if case["arm"] in ADAMW else 0.05)
+    return [rate] if case["arm"] in UNDECAYED else [rate, Axis("optim.matrices.weight_decay", 0.1, 4.0)]
 
 
 def baseline(case: Case) -> dict[str, str]:
@@ -37,7 +48,7 @@ def curves(study: Study) -> dict[str, dict[float, Difference]]:
         arm, steps, config = runs[0].case["arm"], runs[0].case["max_steps"], runs[0].config
         if (arm, steps) in apart and arm not in THEIRS:
             tokens = int(steps) * config["global_batch_tokens"]
-            found.setdefault(runs[0].assignment, {})[tokens] = apart[arm, steps]
+            found.setdefault(NAMES.get(arm, "AdamW"), {})[tokens] = apart[arm, steps]
     return found
 
 
@@ -45,7 +56,7 @@ COLUMNS = [case("steps", "max_steps"), case("arm", "arm"), HELD_OUT, STATUS]
 EXPERIMENT = Experiment(
     hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?",
     base=("experiment=horizon",),
-    axes={"arm": {"adamw": ("assignment=adamw",), **OURS, **THEIRS}, "max_steps": "250,1000,4000,16000"},
+    axes={"arm": {**ADAMW, **OURS, **THEIRS}, "max_steps": "250,1000,4000,16000"},
     search=Search(searched, along="max_steps"),
     seeds="1,2,3",
     options={"trials": 6},

@@ -36,7 +36,7 @@ EXPERIMENT = Experiment(
     base=("experiment=ngpt_speed",),
     axes={"arm": ARMS, CONTEXT: "256,1024,4096", "max_steps": "50,100,200"},
     around={"arm": "nGPT", "max_steps": "200"},
-    search=Search(lambda study, case: [Axis("optim.adamw.lr", RATES[case["arm"]])], along="max_steps"),
+    search=Search(lambda study, case: [Axis("optim.adamw.lr", RATES[case["arm"]])]),
     seeds="1,2,3",
     options={"trials": 4, "tokens": 4096},
     derived=shape,

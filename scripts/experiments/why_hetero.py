@@ -1,7 +1,7 @@
 """Why attention and MLP ask for different manifolds."""
 
 from scripts.analysis.contest import REMARK
-from scripts.analysis.hetero import Route, draw_why, measured, sums, why_tables
+from scripts.analysis.hetero import CASES, Route, draw_why, measured, sums, why_tables
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.study import Case, Experiment, Study
 
@@ -45,6 +45,7 @@ EXPERIMENT = Experiment(
     seeds="1,2,3",
     options={"trials": 6},
     workers=1,
+    columns=lambda study: CASES,
     measure=lambda study: {"matrices": measured(study)},
     tables=lambda study: why_tables(study, list(RATES), ROUTES),
     figures={"why.png": lambda study, path: draw_why(study, list(RATES), ROUTES, path)},
