@@ -335,10 +335,10 @@ def test_equally_many_trials_for_each_case_and_runs_at_the_best(tiny_grid, tmp_p
     data = json.loads((tmp_path / "results/table.json").read_text())
     tried = {}
     for trial in data["trials"]:
-        tried.setdefault((trial["arm"], trial["max_steps"]), []).append((trial["val_loss"], trial["optim.muon.lr"]))
+        tried.setdefault((trial["arm"], trial["max_steps"]), []).append((trial["val_loss"], trial["optim.matrices.lr"]))
     assert len(tried) == 4 and {len(found) for found in tried.values()} == {2}
     for row in data["rows"]:
-        assert row["optim.muon.lr"] == min(tried[row["arm"], row["max_steps"]])[1] and row["seed"] == 1
+        assert row["optim.matrices.lr"] == min(tried[row["arm"], row["max_steps"]])[1] and row["seed"] == 1
     first = {key: found[0][1] for key, found in tried.items()}
     assert first["all_stiefel", "2"] == min(tried["all_stiefel", "1"])[1]
     assert experiment.main([*words, "trials=0", f"output_dir={tmp_path}/none"]) == 2

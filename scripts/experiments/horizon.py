@@ -7,26 +7,13 @@ from scripts.analysis.statistics import Difference
 from scripts.analysis.study import Case, Experiment, Study
 from scripts.analysis.tables import HELD_OUT, STATUS, case
 
-NAMES = {
-    "unconstrained": "Unconstrained",
-    "all_stiefel": "All-Stiefel",
-    "all_dgram": "All-DGram",
-    "hetero": "Hetero",
-    "hetero_inv": "Hetero-Inv",
-}
-ADAMW = {
-    "adamw": ("assignment=unconstrained", "optim=adamw")
-}  # for the matrices; everything else is as in the other arms
-OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in NAMES}
-THEIRS = {f"{name}_published": (f"assignment={name}", "optim=paper") for name in NAMES}
-UNDECAYED = (
-    "all_stiefel",
-    *(name for name in THEIRS if name != "unconstrained_published"),
-)  # no decay acts on a matrix
-PUBLISHED = {
-    "Hetero": (3.28e9, 3.3544 - 3.3855),
-    "All-Stiefel": (3.28e9, 3.3679 - 3.3855),
-}  # arXiv 2606.13276, one seed
+ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
+ADAMW = {"adamw": ("assignment=unconstrained", "optim=adamw")}  # on matrices; the rest is as in the other arms
+OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in ASSIGNMENTS}
+THEIRS = {f"{name}_published": (f"assignment={name}", "optim=paper") for name in ASSIGNMENTS}
+UNDECAYED = {"all_stiefel", *THEIRS} - {"unconstrained_published"}  # there no decay acts on a matrix
+# Tokens and difference from Unconstrained in arXiv 2606.13276, one seed:
+PUBLISHED = {"Hetero": (3.28e9, 3.3544 - 3.3855), "All-Stiefel": (3.28e9, 3.3679 - 3.3855)}
 
 
 def searched(study: Study, case: Case) -> list[Axis]:
@@ -48,7 +35,7 @@ def curves(study: Study) -> dict[str, dict[float, Difference]]:
         arm, steps, config = runs[0].case["arm"], runs[0].case["max_steps"], runs[0].config
         if (arm, steps) in apart and arm not in THEIRS:
             tokens = int(steps) * config["global_batch_tokens"]
-            found.setdefault(NAMES.get(arm, "AdamW"), {})[tokens] = apart[arm, steps]
+            found.setdefault("AdamW" if arm in ADAMW else runs[0].assignment, {})[tokens] = apart[arm, steps]
     return found
 
 
