@@ -95,6 +95,55 @@ def test_no_constraint_beats_muon_as_the_pages_say():
         assert (apart["Hetero"].low > 0) == (steps == "100")
 
 
+# ---- why Hetero ----
+
+
+def by_setting(name, key):
+    """Setting → the values of a key of the rows, by seed."""
+    found = {}
+    for r in result(name)["rows"]:
+        found.setdefault(r["setting"], {})[r["seed"]] = r[key]
+    return found
+
+
+def mean_of(*settings):
+    losses = by_setting("why_hetero/table.json", "val_loss")
+    return fmean(loss for setting in settings for loss in losses[setting].values())
+
+
+def mean_of_matrices(setting, matrix, key):
+    lines = result("why_hetero/table.json")["matrices"]
+    return fmean(m[key] for m in lines if (m["setting"], m["matrix"]) == (setting, matrix))
+
+
+def test_the_explanations_of_hetero_stand_or_fall_as_the_page_says():
+    losses = by_setting("why_hetero/table.json", "val_loss")
+
+    def apart(ours, theirs):
+        return Difference.of(losses[ours], losses[theirs])
+
+    level = [("hetero", "all_stiefel"), ("all_dgram", "unconstrained"), ("hetero_inv", "unconstrained")]
+    level += [("c_fc", "mlp_c_proj"), ("mlp_radius_1.5", "hetero")]
+    assert all(apart(*pair).low < 0 < apart(*pair).high for pair in level)
+    lower = [("all_dgram", "hetero"), ("hetero_inv", "hetero"), ("all_dgram", "all_stiefel"), ("mlp_0-1", "mlp_2-3")]
+    lower += [("mlp_radius_2.5", "hetero"), ("mlp_from_unit_length", "hetero"), ("hetero", "nothing")]
+    assert all(apart(*pair).high < 0 for pair in lower)
+    for key, sign in (("largest_logit", 1), ("least_entropy", -1)):
+        seen = by_setting("why_hetero/table.json", key)
+        assert sign * fmean(seen["all_dgram"].values()) > sign * fmean(seen["hetero"].values())
+
+
+def test_the_matrices_of_hetero_are_as_the_page_says():
+    for matrix in ("mlp.c_fc", "mlp.c_proj"):
+        assert mean_of_matrices("hetero", matrix, "length_spread") < 0.125
+        assert 1.7 < mean_of_matrices("hetero", matrix, "length_mean") < 2
+        assert mean_of_matrices("all_stiefel", matrix, "size_share") > 50 / (64 * 256)
+        assert mean_of_matrices("all_dgram", matrix, "normal_share") > 0.9 * mean_of_matrices(
+            "all_stiefel", matrix, "normal_share"
+        )
+    assert 0.45 < mean_of_matrices("hetero", "attn.c_attn", "normal_share") < 0.55
+
+
 # ---- the demonstration ----
 
 
@@ -271,6 +320,7 @@ def test_the_exponents_foretell_what_the_page_says():
 CLAIMS = {  # numbers with decimals in the prose: what they say, and where it is known from
     "0.8": lambda: GPT(gpt_config(compose())).parameter_count() / 1e6,
     "0.5": lambda: yaml.safe_load((ROOT / "configs" / "config.yaml").read_text())["stability"]["max_rise"],
+    "0.05": lambda: mean_of("all_stiefel", "hetero") - mean_of("all_dgram", "hetero_inv"),
     "2.386": lambda: mean_loss("crossing/table.json", assignment="unconstrained", residual="geonorm"),
     "2.433": lambda: mean_loss("crossing/table.json", assignment="unconstrained", residual="pre_norm"),
     "2.431": lambda: mean_loss("crossing/table.json", assignment="all_dgram", residual="geonorm"),
