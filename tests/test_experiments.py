@@ -461,7 +461,12 @@ TOLD = {  # what its table says
     "residual_tuned": ["| muon | geonorm_with_norms |", "residual_scale 1", "minus pre_norm", "turn, end"],
     "solver_sweep": ["| Hetero | manifold_muon |", "Best against best", "ours − published"],
     "stream_dtype": ["| float32 | bfloat16 |", "changes the final loss by"],
-    "why_hetero": ["| hetero | mlp.c_fc | dgram |", "From nothing to hetero", "alone make up", "minus all_stiefel"],
+    "why_hetero": [
+        "| hetero | mlp.c_fc | dgram |",
+        "From nothing to hetero",
+        "of the two gains alone",
+        "minus all_stiefel",
+    ],
 }
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from scripts import experiment
-from scripts.analysis.hetero import minus, share
 from scripts.analysis.search import Axis, Found
 from scripts.analysis.statistics import Difference, student_cdf, student_quantile
 
@@ -64,15 +63,3 @@ def test_a_case_that_takes_the_best_settings_of_another_has_no_trials():
     jobs = asked.jobs(Path("out"))
     assert len(jobs) == 6 and {case["optim.muon.lr"] for case, _ in jobs} == {"0.05"}
     assert all("optim.muon.lr=0.05" in job.overrides and "lr=0.05" in job.directory.name for _, job in jobs)
-
-
-def test_a_share_of_a_gap_and_its_error():
-    gap = minus({1: 2.4, 2: 2.5, 3: 2.6, 9: 0.0}, {1: 2.3, 2: 2.3, 3: 2.3})
-    assert gap == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3})
-    exact = share({seed: 0.25 * nats for seed, nats in gap.items()}, gap)
-    assert (exact.mean, exact.error) == (pytest.approx(0.25), pytest.approx(0, abs=1e-12))
-    found = share({1: 0.1, 2: 0.1, 3: 0.1}, gap)  # the rest of each seed: .05, 0, -.05
-    assert found.mean == pytest.approx(0.5) and found.error == pytest.approx(0.05 / math.sqrt(3) / 0.2)
-    alone = share({1: 0.05}, {1: 0.1})
-    assert alone.mean == pytest.approx(0.5) and math.isnan(alone.error)
-    assert math.isnan(share({1: 0.05}, {1: 0.0}).mean)

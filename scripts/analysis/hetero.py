@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -24,6 +25,8 @@ from scripts.analysis.tables import ATTENTION_COLUMNS, HELD_OUT, Table, case, ce
 
 CASES = [case("setting", "setting"), HELD_OUT, *ATTENTION_COLUMNS[2:]]
 """The columns of the settings with their own best rate and decay."""
+GAIN_STYLES: list[dict[str, Any]] = [{"marker": "o", "color": "#555555"}, {"marker": "s", "color": "#0072B2"}]
+"""How the gain of a group alone, and that of a group exchanged last, are drawn."""
 KINDS = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 4, "mlp.c_proj": 4}
 """The matrices of a layer of GPT-2, and how many times the width d their longer side has; the shorter side has d."""
 NORMAL = {"stiefel": 1, "dgram": -1}
@@ -45,26 +48,41 @@ COLUMNS = {  # key → heading, digits
 
 
 @dataclass(frozen=True)
-class Route:
-    """An exchange of groups of layers: from the setting `start` to the setting `end`, at the same learning rate and decay.
+class Exchange:
+    """A group of matrices that is exchanged: its name, the setting in which it alone is, and the one in which the rest of its pair is."""
 
-    pairs: two settings each, in which one of two groups is exchanged; both groups together make `end`. beside: further settings that are
-    compared with both ends.
+    group: str
+    alone: str
+    others: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """Exchanges of groups of layers between the settings `start` and `end`, all at the same learning rate and decay.
+
+    pairs: both groups of a pair together make `end`. controls: setting → what it is, in words; they are compared with both ends.
     """
 
     start: str
     end: str
-    pairs: Sequence[tuple[str, str]]
-    beside: Sequence[str] = ()
+    pairs: Sequence[tuple[Exchange, Exchange]]
+    controls: Mapping[str, str]
+
+
+def pairs(*groups: Mapping[str, str]) -> list[tuple[Exchange, Exchange]]:
+    """The exchanges of some pairs, each given as two groups → the setting in which a group is exchanged alone."""
+    both = [tuple(pair.items()) for pair in groups]
+    return [(Exchange(a, one, other), Exchange(b, other, one)) for (a, one), (b, other) in both]
 
 
 def why_tables(study: Study, own: Sequence[str], routes: Sequence[Route]) -> list[Table]:
     """The settings that have their own best rate and decay; what the steps of their matrices were made of; and the exchanges of layers."""
     best = replace(study, groups=[runs for runs in study.groups if runs[0].case["setting"] in own])
     against: dict[str, Opponent] = {name: partial(dict, setting=name) for name in ("all_stiefel", "hetero")}
-    known = losses(study).keys()
-    exchanges = [exchange_table(study, route) for route in routes if {route.start, route.end} <= known]
-    return [contest_table(best, CASES, against), matrix_table(best), *exchanges]
+    known = [route for route in routes if {route.start, route.end} <= losses(study).keys()]
+    exchanges = [exchange_table(study, route) for route in known]
+    controls = [control_table(study, route) for route in known if route.controls]
+    return [contest_table(best, CASES, against), matrix_table(best), *exchanges, *controls]
 
 
 # ---- what steps were made of ----
@@ -141,7 +159,11 @@ def matrix_table(study: Study) -> Table:
 # ---- which layers the difference comes from ----
 
 
-def losses(study: Study) -> dict[str, dict[int, float]]:
+Losses = Mapping[str, Mapping[int, float]]
+"""Setting → seed → loss at the end."""
+
+
+def losses(study: Study) -> Losses:
     """Setting → seed → loss at the end, of the settings of which every run was stable, and of the seeds that all of them have."""
     stable = {setting: runs for (setting,), runs in study.grouped("setting").items() if all(r.stable for r in runs)}
     known = {
@@ -154,70 +176,77 @@ def losses(study: Study) -> dict[str, dict[int, float]]:
     }
 
 
-def share(part: Mapping[int, float], whole: Mapping[int, float]) -> Estimate:
-    """The mean of the parts (seed → nats) over the mean of the wholes, and its standard error to first order (delta method)."""
-    seeds = [seed for seed in part if seed in whole]
-    mean = statistics.fmean(whole[seed] for seed in seeds)
-    ratio = statistics.fmean(part[seed] for seed in seeds) / mean if mean else math.nan
-    left = Estimate.of([part[seed] - ratio * whole[seed] for seed in seeds])
-    return Estimate(ratio, left.error / abs(mean) if mean else math.nan, left.count)
+def gains(found: Losses, route: Route) -> dict[str, tuple[Difference | None, Difference | None]]:
+    """Group → what its exchange gains alone, and when it comes last; None if a loss is not known."""
+    exchanges = [exchange for pair in route.pairs for exchange in pair]
+    return {e.group: (_fall(found, route.start, e.alone), _fall(found, e.others, route.end)) for e in exchanges}
 
 
-def minus(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
-    """The difference of two losses, seed by seed."""
-    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+def _fall(found: Losses, before: str, after: str) -> Difference | None:
+    """The loss before an exchange minus the loss after it."""
+    return Difference.of(found[before], found[after]) if {before, after} <= found.keys() else None
 
 
 def exchange_table(study: Study, route: Route) -> Table:
-    """A line for each setting of a route, whose ends must be there: loss, difference from both ends, and its group's share of the gap.
-
-    The share of a group that is exchanged last is what is left when the other group of its pair has been exchanged.
-    """
-    found, lines = losses(study), []
-    partner = {a: b for pair in route.pairs for a, b in (pair, pair[::-1])}
-    start, end = found[route.start], found[route.end]
-    gap = minus(start, end)
-    for name in (route.start, *partner, route.end, *route.beside):
-        if name in found:
-            text = Estimate.of(list(found[name].values())).text(4)
-            apart = [Difference.of(found[name], one).text() if one is not found[name] else "" for one in (start, end)]
-            inner, last = name not in (route.start, route.end), found.get(partner.get(name, ""))
-            first = share(minus(start, found[name]), gap).text(2) if inner else ""
-            lines.append([name, text, *apart, first, share(minus(last, end), gap).text(2) if last else ""])
-    headings = [
-        "on DGram",
-        "val loss",
-        f"minus {route.start}",
-        f"minus {route.end}",
-        "share of the gap",
-        "share if exchanged last",
+    """A line for each group of a route, whose ends must be there: what its exchange gains."""
+    found = losses(study)
+    whole = Difference.of(found[route.start], found[route.end])
+    lines = [
+        [group, *("" if gain is None else gain.text() for gain in both)]
+        for group, both in gains(found, route).items()
+        if any(both)
     ]
+    caption = (
+        f"From {route.start} to {route.end}, {_at_the_best(study, whole.count)}. A gain is the loss before the exchange minus the loss "
+        f"after it, in nats, with an interval that is not adjusted for their number. The whole exchange gains {whole.text()}:"
+    )
+    return Table(["group on DGram", "gain alone", "gain when exchanged last"], lines, [False, True, True], caption)
+
+
+def control_table(study: Study, route: Route) -> Table:
+    """A line for each control of a route, whose ends must be there: what it is, its loss, and the difference from both ends."""
+    found, ends = losses(study), (route.start, route.end)
+    lines = [
+        [name, words, Estimate.of(list(found[name].values())).text(4)]
+        + [Difference.of(found[name], found[end]).text() for end in ends]
+        for name, words in route.controls.items()
+        if name in found
+    ]
+    headings = ["setting", "what it is", "val loss", *(f"minus {end}" for end in ends)]
+    caption = f"Controls, {_at_the_best(study, len(found[route.start]))}:"
+    return Table(headings, lines, [False, False, True, True, True], caption)
+
+
+def _at_the_best(study: Study, seeds: int) -> str:
     settings = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in study.found["hetero",].best.items())
-    caption = f"From {route.start} to {route.end}, all at the best settings of hetero ({settings}):"
-    return Table(headings, lines, [False, *[True] * 5], caption)
+    return f"at the best settings of hetero ({settings}), {seeds} seed{'s' * (seeds > 1)}"
 
 
 def sums(study: Study, routes: Sequence[Route]) -> str:
-    """A sentence for each pair of groups: how far their shares add up."""
+    """A sentence for each route on how far the gains of its pairs add up; empty if no pair is known."""
     found, sentences = losses(study), []
     for route in routes:
+        apart = []
         for a, b in route.pairs:
-            if {route.start, route.end, a, b} <= found.keys():
-                start, gap = found[route.start], minus(found[route.start], found[route.end])
-                alone = {seed: 2 * start[seed] - found[a][seed] - found[b][seed] for seed in gap}
-                sentences.append(
-                    f"{a} and {b} alone make up {share(alone, gap).text(2)} of the gap from {route.start} to {route.end}."
-                )
-    return " ".join(["Shares that add up to 1 do not interact.", *sentences] if sentences else [])
+            if {route.start, route.end, a.alone, b.alone} <= found.keys():
+                start, end, one, other = (found[name] for name in (route.start, route.end, a.alone, b.alone))
+                left = Difference.of(*({s: x[s] + y[s] for s in x} for x, y in ((start, end), (one, other))))
+                apart.append(f"{a.group} and {b.group} {left.text()}")
+        if apart:
+            sentences.append(
+                f"The sum of the two gains alone, minus the gain of the whole exchange from {route.start} to {route.end} (0 if the "
+                f"groups do not interact): {'; '.join(apart)} nats."
+            )
+    return " ".join(sentences)
 
 
 # ---- the picture ----
 
 
 def draw_why(study: Study, own: Sequence[str], routes: Sequence[Route], path: Path) -> Path:
-    """Draw the measures over training, a column for each kind of matrix and a line for each assignment; below, the exchanges.
+    """Draw the measures over training, a column for each kind of matrix and a line for each assignment; below, the exchanges and controls.
 
-    A thin line is a layer, a thick one the mean over layers, both means over seeds.
+    A thick line is the mean over layers; in the first row, a thin line is a layer. Both are means over seeds.
     """
     groups = [runs for runs in study.groups if runs[0].case["setting"] in own]
     rows: list[tuple[str, str, bool]] = [
@@ -262,24 +291,31 @@ def _measure(axes: Axes, runs: Sequence[RecordedRun], kind: str, field: str) -> 
     axes.plot(steps, [statistics.fmean(values) for values in layers], color=colour, linewidth=1.8)
 
 
-def _draw_routes(figure: FigureBase, found: Mapping[str, Mapping[int, float]], routes: Sequence[Route]) -> None:
-    """The losses of the settings of each route minus that of its start, with 95% intervals, one below the other."""
-    for axes, route in zip(figure.subplots(1, len(routes), squeeze=False).flat, routes):
-        names = [route.start, *(name for pair in route.pairs for name in pair), route.end, *route.beside]
-        known = [name for name in names if name in found and {route.start, route.end} <= found.keys()]
-        axes.axvline(0.0, **DASHES)
-        for i, name in enumerate(known):
-            if name != route.start:
-                d = Difference.of(found[name], found[route.start])
-                axes.errorbar(
-                    [d.mean],
-                    [i],
-                    xerr=[0.0 if math.isnan(d.low) else d.mean - d.low],
-                    marker="o",
-                    capsize=3,
-                    color="#555555",
-                )
-        axes.set_yticks(range(len(known)), known)
-        axes.invert_yaxis()
-        axes.set_xlabel(f"loss minus that of {route.start} (nats a token)")
-        axes.set_title("on DGram:", loc="left")
+def _draw_routes(figure: FigureBase, found: Losses, routes: Sequence[Route]) -> None:
+    """Panels side by side: the gains of the groups of each route and of the whole; then the controls of each route that has some."""
+    lines: dict[str, dict[str, tuple[Difference | None, ...]]] = {}
+    for route in routes:
+        whole = (_fall(found, route.start, route.end),)
+        lines[f"from {route.start}, on DGram:"] = {**(gains(found, route) if any(whole) else {}), "all together": whole}
+    for route in routes:
+        known = {fill(words, 20): (_fall(found, route.start, name),) for name, words in route.controls.items()}
+        lines |= {f"from {route.start} to a control:": known} if known else {}
+    for axes, (title, shown) in zip(figure.subplots(1, len(lines), squeeze=False).flat, lines.items()):
+        _draw_gains(axes, shown)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("gain (nats a token)")
+    handles = [Line2D([], [], linestyle="", **style) for style in GAIN_STYLES]
+    names = ["alone", "exchanged last, after the rest of its pair"]
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+
+
+def _draw_gains(axes: Axes, lines: Mapping[str, Sequence[Difference | None]]) -> None:
+    """The gains of each line and their 95% intervals, from the top. A single seed has no interval."""
+    axes.axvline(0.0, **DASHES)
+    for i, known in enumerate(lines.values()):
+        for gain, style, shift in zip(known, GAIN_STYLES, (-0.12, 0.12)):
+            if gain is not None:
+                half = 0.0 if math.isnan(gain.low) else gain.mean - gain.low
+                axes.errorbar([gain.mean], [i + shift], xerr=[half], capsize=3, **style)
+    axes.set_yticks(range(len(lines)), list(lines))
+    axes.set_ylim(len(lines) - 0.5, -0.5)

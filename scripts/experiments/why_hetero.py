@@ -1,7 +1,7 @@
 """Why attention and MLP ask for different manifolds."""
 
 from scripts.analysis.contest import REMARK
-from scripts.analysis.hetero import CASES, Route, draw_why, measured, sums, why_tables
+from scripts.analysis.hetero import CASES, Route, draw_why, measured, pairs, sums, why_tables
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.study import Case, Experiment, Study
 
@@ -20,15 +20,22 @@ RULES = {  # what is on DGram, the rest on Stiefel; all at the best settings of 
     "all": "attn: dgram, mlp: dgram",
 }
 EXCHANGES = {name: ("assignment=custom", f"assignment.rules={{{rules}}}") for name, rules in RULES.items()}
-CONTROLS = {  # Stiefel at sizes that DGram reaches; and DGram that starts with columns of unit length, as Stiefel does
+CONTROLS = {
     "mlp_radius_1.5": ("assignment=all_stiefel", "optim.muon.radius={mlp: 1.5}"),
     "mlp_radius_2.5": ("assignment=all_stiefel", "optim.muon.radius={mlp: 2.5}"),
     "mlp_from_unit_length": ("assignment=hetero", "init.weight_scale=3.125", "init.residual_scale=8.839"),
 }
-ROUTES = [
-    Route("nothing", "hetero", (("c_fc", "mlp_c_proj"), ("mlp_0-1", "mlp_2-3")), tuple(CONTROLS)),
-    Route("hetero", "all", (("mlp_and_c_attn", "mlp_and_attn_c_proj"), ("mlp_and_attn_0-1", "mlp_and_attn_2-3"))),
-]
+WORDS = {  # what the controls are: Stiefel at sizes that DGram reaches, and DGram from the lengths at which Stiefel starts
+    "mlp_radius_1.5": "all on Stiefel, MLP of radius 1.5",
+    "mlp_radius_2.5": "all on Stiefel, MLP of radius 2.5",
+    "mlp_from_unit_length": "Hetero, columns of the MLP start at length 1",
+}
+MLP = pairs({"mlp.c_fc": "c_fc", "mlp.c_proj": "mlp_c_proj"}, {"h.0-1.mlp": "mlp_0-1", "h.2-3.mlp": "mlp_2-3"})
+ATTENTION = pairs(
+    {"attn.c_attn": "mlp_and_c_attn", "attn.c_proj": "mlp_and_attn_c_proj"},
+    {"h.0-1.attn": "mlp_and_attn_0-1", "h.2-3.attn": "mlp_and_attn_2-3"},
+)
+ROUTES = [Route("nothing", "hetero", MLP, WORDS), Route("hetero", "all", ATTENTION, {})]
 
 
 def searched(study: Study, case: Case) -> list[Axis]:

@@ -1,0 +1,71 @@
+"""What the steps of each kind of matrix were made of, and what exchanges of layers gain."""
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+from scripts import experiment
+from scripts.analysis.hetero import control_table, exchange_table, sums
+from scripts.analysis.runs import RecordedRun
+from scripts.analysis.search import Axis, Found
+from scripts.experiments.why_hetero import ROUTES
+
+
+def fake(setting, loss, seed=1):
+    """A stable run of a setting."""
+    return RecordedRun(
+        Path("nowhere"), {"seed": seed}, {"eval": [{"step": 9, "loss": loss}]}, {}, {}, {"setting": setting}
+    )
+
+
+def asked(losses):
+    """A study of why_hetero with such losses, a list over seeds for each setting."""
+    found = experiment.study_of(experiment.load_experiment("why_hetero"), ["setting=" + ",".join(losses)])[0]
+    found.found["hetero",] = Found([Axis("optim.muon.lr", 0.1)], tried={(Fraction(-1),): 2.0})
+    return replace(found, groups=[[fake(s, loss, 1 + i) for i, loss in enumerate(all_)] for s, all_ in losses.items()])
+
+
+# ---- exchanges ----
+
+LOSSES = {  # the whole exchange gains .1, .2 and .3; c_fc alone all of it, mlp_c_proj alone half of it, so .05, .1 and .15 too much
+    "nothing": [2.4, 2.5, 2.6],
+    "hetero": [2.3, 2.3, 2.3],
+    "c_fc": [2.3, 2.3, 2.3],
+    "mlp_c_proj": [2.35, 2.4, 2.45],
+    "mlp_0-1": [2.5, 2.6, 2.7],
+    "mlp_radius_1.5": [2.2, 2.3, 2.4],
+}
+
+
+def test_what_an_exchange_gains_alone_and_last():
+    table = exchange_table(asked(LOSSES), ROUTES[0])
+    assert "From nothing to hetero, at the best settings of hetero (lr 0.05), 3 seeds." in table.caption
+    assert table.caption.endswith("gains +0.200 [-0.048, +0.448]:")  # 0.1 · 4.3027 / √3 = 0.248
+    assert table.lines == [
+        ["mlp.c_fc", "+0.200 [-0.048, +0.448]", "+0.100 [-0.024, +0.224]"],
+        ["mlp.c_proj", "+0.100 [-0.024, +0.224]", "+0.000 [+0.000, +0.000]"],
+        ["h.0-1.mlp", "-0.100 [-0.100, -0.100]", ""],
+        ["h.2-3.mlp", "", "+0.300 [+0.052, +0.548]"],
+    ]
+
+
+def test_how_far_the_gains_of_a_pair_add_up():
+    said = sums(asked(LOSSES), ROUTES)
+    assert said.endswith("(0 if the groups do not interact): mlp.c_fc and mlp.c_proj +0.100 [-0.024, +0.224] nats.")
+    assert said.count("from nothing to hetero") == 1 and "from hetero to all" not in said
+    assert sums(asked({name: LOSSES[name] for name in ("nothing", "hetero", "c_fc")}), ROUTES) == ""
+
+
+def test_controls_say_what_they_are():
+    lines = control_table(asked(LOSSES), ROUTES[0]).lines
+    words = ["mlp_radius_1.5", "all on Stiefel, MLP of radius 1.5", "2.3000 ± 0.0577"]
+    assert lines == [[*words, "-0.200 [-0.200, -0.200]", "+0.000 [-0.248, +0.248]"]]
+
+
+def test_a_setting_with_an_unstable_run_has_no_gain():
+    found = asked(LOSSES)
+    found.groups[2][0].records["event"] = [{"step": 5, "event": "unstable"}]
+    assert exchange_table(found, ROUTES[0]).lines[:2] == [
+        ["mlp.c_fc", "", "+0.100 [-0.024, +0.224]"],
+        ["mlp.c_proj", "+0.100 [-0.024, +0.224]", ""],
+    ]
