@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, OTHER_COLOURS, picture
 from scripts.analysis.runs import RecordedRun, at, final_losses
@@ -103,15 +103,19 @@ def loss_of_trials(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float
                     axes.plot(*best, marker="o", color=colours[label], markersize=6)
             losses = [loss for trials in curves.values() for _, loss in trials if math.isfinite(loss)]
             if losses:
-                low = min(losses)
-                axes.set_ylim(low - 0.03, min(max(losses), low + 0.6) + 0.03)
+                lowest_loss = min(losses)
+                axes.set_ylim(lowest_loss - 0.03, min(max(losses), lowest_loss + 0.6) + 0.03)
             axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+            axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(title, loc="left")
             axes.set_xlabel("learning rate of the matrices")
         figure.axes[0].set_ylabel("validation loss (nats a token)")
         handles = [Line2D([], [], color=colours[label], linewidth=2) for label in labels]
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=7.5
+            handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=7.5
         )
     return path
 
