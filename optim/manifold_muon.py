@@ -27,8 +27,10 @@ from .ownership import choose_owners, members_of_buckets, plan_messages
 from .refine import Refine
 from .stack import Bucket, OnHost, Stack, StepRule, row_blocks, state_shapes, whole_shape
 
-RECORDED = ("feas", "norm", "tangency", "fallbacks", "normal_share", "length_share", "size_share", "momentum_top")
-RECORDED += ("momentum_rank", "step_rank")
+RECORDED = (
+    *("feas", "norm", "tangency", "fallbacks", "normal_share", "length_share", "size_share"),
+    *("momentum_top", "momentum_rank", "step_rank"),
+)
 """The fields of a certificate that `ManifoldMuon.certificates` returns, in order."""
 LEAST = ("feas", "momentum_rank", "step_rank")
 """Of these fields the least of a parameter's blocks is returned, of the others the largest."""
