@@ -127,7 +127,6 @@ class Run:
         self.resumed_at = self.step if resumed is not None else None
         # The loss of the current weights; None if it was not computed.
         self.val_loss: float | None = resumed.metric if resumed is not None else None
-        self.full_val_loss: float | None = None
         if ranks.is_main:
             cut = cut_windows(cfg, len(self.observer.held_out), len(self.observer.probe_windows))
             remarks = [*shortened(cfg, ranks.world), *cut, *resumption(resumed, cfg, notes)]
@@ -168,7 +167,7 @@ class Run:
                     self.read_back(log, *numbers)
             summary = end_summary(self.stability, self.elapsed, self.device)
             own = {"time": self.phase.read(), "state_bytes": self.optimizers.state_bytes()}
-            log.write("end", self.step, full_val_loss=self.full_val_loss, **own, **summary)
+            log.write("end", self.step, **own, **summary)
         finally:
             trace.close()
             batches.close()
@@ -245,7 +244,7 @@ class Run:
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
         if self.finished and self.cfg.full_eval:
-            self.full_val_loss = self.observer.evaluate_split(log, self.step, self.placement)
+            self.observer.evaluate_split(log, self.step, self.placement)
 
     @as_phase("checkpoint")
     def save(self, log: RunLog | NoLog) -> None:
