@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Prefetcher
-from training.attention import Choice, choose
+from training.attention import Backend, choose
 from training.average import average_of
 from training.batch import micro_batch_size
 from training.build import build
@@ -72,9 +72,9 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "") -> floa
     check(cfg, world_size())
     ranks = Ranks.init(cfg)
     try:
-        with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as claim:
-            run = Run(ranks, cfg, claim, label)
-            if not (run.finished and ranks.from_main(end_of, claim)):
+        with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as folder:
+            run = Run(ranks, cfg, folder, label)
+            if not (run.finished and ranks.from_main(end_of, folder)):
                 if stop.requested(ranks):
                     stop.end(ranks, run.step)
                 run.train(stop)
@@ -98,7 +98,7 @@ class Run:
         windows = cfg.global_batch_tokens // cfg.model.block_size
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
-        kept = None if resumed is None else Choice(resumed.state.get("attention"), dtype)
+        kept = None if resumed is None else Backend(resumed.state.get("attention"), dtype)
         self.attention = ranks.from_main(choose, cfg, self.device, self.micro_batch, kept)
 
         torch.manual_seed(cfg.seed)

@@ -36,10 +36,10 @@ LEAST = ("feas", "momentum_rank", "step_rank")
 """Of these fields the least of a parameter's blocks is returned, of the others the largest."""
 
 
-def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The new momentum, and what is stepped along; the old momentum where `keep` (0-d bool) is true, whatever g is."""
-    g = torch.where(keep, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
-    advanced = torch.where(keep, momentum, torch.add(g, momentum, alpha=factor))
+def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """The new momentum, and what is stepped along; the old momentum where `skip` (0-d bool) is true, whatever g is."""
+    g = torch.where(skip, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
+    advanced = torch.where(skip, momentum, torch.add(g, momentum, alpha=factor))
     return advanced, torch.add(g, advanced, alpha=factor) if nesterov else advanced
 
 
@@ -205,8 +205,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         torch._foreach_copy_(bucket.params, targets)  # one launch for all
         bucket.state["level"].copy_(moved.level)
         bucket.state["fallbacks"].add_(moved.fallback)
-        if moved.second is not None:
-            bucket.state["row_squares"].copy_(moved.second)
+        if moved.row_squares is not None:
+            bucket.state["row_squares"].copy_(moved.row_squares)
         bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
 
     def _advance(self, bucket: Bucket, highest: int) -> Stack:
@@ -217,21 +217,21 @@ class ManifoldMuon(torch.optim.Optimizer):
                 f"{len(without)} matrices have no gradient, the first of shape {tuple(without[0].shape)}; a step needs all of them: give "
                 "matrices that are not always used to AdamW, or leave them out with requires_grad_(False)"
             )
-        keep = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
+        skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
         g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
         advanced, G = (self.compiled_advance if g.is_cuda else advance)(
-            g, momentum, group["momentum"], group["nesterov"], keep
+            g, momentum, group["momentum"], group["nesterov"], skip
         )
         momentum.copy_(advanced)  # in place: the parameters' state are views of it
         W, level = bucket.stack(bucket.params), bucket.state["level"]
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
-            squares = bucket.state.get("row_squares")
-            refine = Refine(g if group["cautious"] else None, squares, group["row_beta"] or 0.0, bucket.wide)
+            row_squares = bucket.state.get("row_squares")
+            refine = Refine(g if group["cautious"] else None, row_squares, group["row_beta"] or 0.0, bucket.wide)
         eta, decay = group["lr"], group["weight_decay"]
         if (radius := group["radius"]) != 1:  # the step of W / R, whose length is eta / R, at the same decay
             W, eta, decay = W / radius, eta / radius, decay * radius
-        common = (group["manifold"], eta, decay, keep, level, highest)
+        common = (group["manifold"], eta, decay, skip, level, highest)
         whole = whole_shape(bucket.params[0], group) or None
         return Stack(W, G, *common, whole, refine)  # type: ignore[arg-type]  # of two numbers
 
