@@ -118,8 +118,9 @@ class Run:
         notes: list[str] = []
         self.origin: dict[str, Any] = {}  # a record of the weights that were not drawn here
         if resumed is not None:
-            parts = (self.model, self.optimizers, self.stability, self.guard, self.average)
-            self.step, self.seconds, notes = restore(resumed, cfg, *parts, ranks.rank)
+            self.step, self.seconds, notes = restore(
+                resumed, cfg, self.model, self.optimizers, self.stability, self.guard, self.average, rank=ranks.rank
+            )
         elif cfg.init_from is not None:
             loss = partial(self.observer.loss, self.model)
             self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
@@ -140,8 +141,10 @@ class Run:
     def train(self, stop: StopSignal) -> None:
         """The loop: once in a while measure, save, and read numbers from the device; always make a step."""
         cfg, ranks = self.cfg, self.ranks
-        about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None, self.label
-        log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
+        log: RunLog | NoLog = NoLog()
+        if ranks.is_main:
+            resumed = self.resumed_at is not None
+            log = open_log(cfg, self.directory, self.optimizers, step=self.step, resumed=resumed, label=self.label)
         self.placement = place(self.model, self.optimizers, ranks, cfg)
         if self.origin:
             log.write("init_from", self.step, **self.origin)
@@ -251,10 +254,19 @@ class Run:
         """Save a checkpoint. A run resumed from it has exactly the records that are written so far."""
         self.observer.spectra.write(log)
         log.sync()
-        rng = self.ranks.gather_objects(rng_state())
-        guard = self.guard.state_dict(self.ranks)
-        parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, guard, self.average)
-        state = state_of(*parts, self.step, self.elapsed, rng, self.attention.backend)
+        state = state_of(
+            cfg=self.cfg,
+            data=self.data,
+            model=self.model,
+            optimizers=self.optimizers,
+            stability=self.stability,
+            guard=self.guard.state_dict(self.ranks),
+            average=self.average,
+            step=self.step,
+            seconds=self.elapsed,
+            rng=self.ranks.gather_objects(rng_state()),
+            attention=self.attention.backend,
+        )
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
         self.placement.save(folder, self.step, state, keep, metric)
 
