@@ -83,7 +83,7 @@ class Products:
         return S + torch.diag_embed(X.square().sum(-2) - diagonal(S)), high
 
     def times_near_identity(self, X: Tensor, rounded: Tensor, Y: Tensor) -> Tensor:
-        """X (I + Y) float32 for float32 X, the same rounded, and small Y (k, n, n); of Y only what is off the diagonal is rounded."""
+        """X (I + Y) in float32, for float32 X, X rounded to `dtype` (`rounded`), and small Y (k, n, n). Only Y off its diagonal is rounded."""
         if not self.short:
             return torch.baddbmm(X, X, Y)
         on = diagonal(Y)
@@ -335,7 +335,10 @@ def su_step(
 
 
 def inverse_sqrt_increment(E: Tensor, rounded: Tensor, mm: Products) -> Tensor:
-    """(I + E)^(-1/2) - I (k, n, n) float32 for small symmetric E, and the same rounded, to second order: the error is 5/16·‖E‖³. One product."""
+    """(I + E)^(-1/2) - I (k, n, n) float32 for small symmetric E, to second order: the error is 5/16·‖E‖³. One product.
+
+    From E (float32) and E rounded to the precision of the products (`rounded`).
+    """
     return 0.375 * mm.in_float32(rounded, rounded) - 0.5 * E
 
 

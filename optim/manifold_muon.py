@@ -50,19 +50,20 @@ class ManifoldMuon(torch.optim.Optimizer):
         groups: parameter groups: dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS); any of the settings below
             may be given per group, and "blocks" (1): into how many matrices the rows of each parameter are cut, and "names" of the
             parameters, for `certificates`, and "radius" R (1), for manifolds of fixed size: W / R is on the manifold.
-        block_length: "each": every block's step has length lr; "whole": the parameter's step is as long, in root mean square, as it
-            would be without the cut.
-        cautious, row_beta: see optim/refine.py.
         rule: the step rule, called once for each bucket. Its `init` brings the weights onto their manifold here, at construction, by
             the whole parameter on every rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
         momentum, nesterov: buf = momentum·buf + g;  G = g + momentum·buf with Nesterov, else buf.
         weight_decay: decoupled, passed to the rule, which decides whether it applies.
+        block_length: "each": every block's step has length lr; "whole": the parameter's step is as long, in root mean square, as it
+            would be without the cut.
+        cautious, row_beta: see optim/refine.py.
 
     Work is shared over the ranks of the default process group, if there is one. `owners` says which rank owns a parameter.
 
     Raises:
-        ValueError: a parameter is not a matrix or cannot be cut into its blocks, or a manifold is unknown.
+        ValueError: a parameter is not a matrix or cannot be cut into its blocks, a group has no matrices, a manifold is unknown, or a
+            radius does not fit it.
     """
 
     def __init__(
@@ -111,6 +112,8 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     @staticmethod
     def _check(group: dict[str, Any]) -> None:
+        if not group["params"]:
+            raise ValueError("a parameter group has no matrices; leave it out")
         if group.get("manifold") not in MANIFOLDS:
             raise ValueError(f"unknown manifold {group.get('manifold')!r}; choose one of {', '.join(MANIFOLDS)}")
         if not (group["radius"] > 0 and (group["radius"] == 1 or MANIFOLDS[group["manifold"]].sized)):
@@ -153,6 +156,9 @@ class ManifoldMuon(torch.optim.Optimizer):
 
         Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
         what the step was is kept for `certificates`. With `wait` false, the new weights of other ranks are there only after `receive`.
+
+        Raises:
+            RuntimeError: a matrix that this rank owns has no gradient.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()

@@ -31,7 +31,7 @@ _BEFORE, _TOGETHER, _TIMES = 2, 5, 4
 class Backend:
     """The backend, None for torch's own choice, and the dtype of the queries for which it is used.
 
-    seconds: of forward and backward with each backend that was measured; None: it does not accept them.
+    seconds: of forward and backward with each backend that was measured; None for a backend that refused this shape.
     """
 
     backend: str | None
