@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Prefetcher
-from training.attention import Choice, choose
+from training.attention import Backend, choose
 from training.average import average_of
 from training.batch import micro_batch_size
 from training.build import build
@@ -72,9 +72,9 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "") -> floa
     check(cfg, world_size())
     ranks = Ranks.init(cfg)
     try:
-        with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as claim:
-            run = Run(ranks, cfg, claim, label)
-            if not (run.finished and ranks.from_main(end_of, claim)):
+        with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as folder:
+            run = Run(ranks, cfg, folder, label)
+            if not (run.finished and ranks.from_main(end_of, folder)):
                 if stop.requested(ranks):
                     stop.end(ranks, run.step)
                 run.train(stop)
@@ -98,7 +98,7 @@ class Run:
         windows = cfg.global_batch_tokens // cfg.model.block_size
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
-        kept = None if resumed is None else Choice(resumed.state.get("attention"), dtype)
+        kept = None if resumed is None else Backend(resumed.state.get("attention"), dtype)
         self.attention = ranks.from_main(choose, cfg, self.device, self.micro_batch, kept)
 
         torch.manual_seed(cfg.seed)
@@ -118,8 +118,9 @@ class Run:
         notes: list[str] = []
         self.origin: dict[str, Any] = {}  # a record of the weights that were not drawn here
         if resumed is not None:
-            parts = (self.model, self.optimizers, self.stability, self.guard, self.average)
-            self.step, self.seconds, notes = restore(resumed, cfg, *parts, ranks.rank)
+            self.step, self.seconds, notes = restore(
+                resumed, cfg, self.model, self.optimizers, self.stability, self.guard, self.average, rank=ranks.rank
+            )
         elif cfg.init_from is not None:
             loss = partial(self.observer.loss, self.model)
             self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
@@ -127,7 +128,6 @@ class Run:
         self.resumed_at = self.step if resumed is not None else None
         # The loss of the current weights; None if it was not computed.
         self.val_loss: float | None = resumed.metric if resumed is not None else None
-        self.full_val_loss: float | None = None
         if ranks.is_main:
             cut = cut_windows(cfg, len(self.observer.held_out), len(self.observer.probe_windows))
             remarks = [*shortened(cfg, ranks.world), *cut, *resumption(resumed, cfg, notes)]
@@ -141,8 +141,10 @@ class Run:
     def train(self, stop: StopSignal) -> None:
         """The loop: once in a while measure, save, and read numbers from the device; always make a step."""
         cfg, ranks = self.cfg, self.ranks
-        about = cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None, self.label
-        log: RunLog | NoLog = open_log(*about) if ranks.is_main else NoLog()
+        log: RunLog | NoLog = NoLog()
+        if ranks.is_main:
+            resumed = self.resumed_at is not None
+            log = open_log(cfg, self.directory, self.optimizers, step=self.step, resumed=resumed, label=self.label)
         self.placement = place(self.model, self.optimizers, ranks, cfg)
         if self.origin:
             log.write("init_from", self.step, **self.origin)
@@ -168,7 +170,7 @@ class Run:
                     self.read_back(log, *numbers)
             summary = end_summary(self.stability, self.elapsed, self.device)
             own = {"time": self.phase.read(), "state_bytes": self.optimizers.state_bytes()}
-            log.write("end", self.step, full_val_loss=self.full_val_loss, **own, **summary)
+            log.write("end", self.step, **own, **summary)
         finally:
             trace.close()
             batches.close()
@@ -245,17 +247,26 @@ class Run:
         if self.stability.validation(self.step, self.val_loss):
             self.note_unstable(log)
         if self.finished and self.cfg.full_eval:
-            self.full_val_loss = self.observer.evaluate_split(log, self.step, self.placement)
+            self.observer.evaluate_split(log, self.step, self.placement)
 
     @as_phase("checkpoint")
     def save(self, log: RunLog | NoLog) -> None:
         """Save a checkpoint. A run resumed from it has exactly the records that are written so far."""
         self.observer.spectra.write(log)
         log.sync()
-        rng = self.ranks.gather_objects(rng_state())
-        guard = self.guard.state_dict(self.ranks)
-        parts = (self.cfg, self.data, self.model, self.optimizers, self.stability, guard, self.average)
-        state = state_of(*parts, self.step, self.elapsed, rng, self.attention.backend)
+        state = state_of(
+            cfg=self.cfg,
+            data=self.data,
+            model=self.model,
+            optimizers=self.optimizers,
+            stability=self.stability,
+            guard=self.guard.state_dict(self.ranks),
+            average=self.average,
+            step=self.step,
+            seconds=self.elapsed,
+            rng=self.ranks.gather_objects(rng_state()),
+            attention=self.attention.backend,
+        )
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
         self.placement.save(folder, self.step, state, keep, metric)
 

@@ -178,7 +178,11 @@ class GPT(nn.Module):
         return W if self.s_z is None else W * self.s_z().unsqueeze(1)
 
     def embed(self, x: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) int64 → the stream (B, T, d) before the first block. positions: (B, T) int64; None for those from `start` on."""
+        """Token ids (B, T) int64 → the stream (B, T, d) before the first block. positions: (B, T) int64; None for those from `start` on.
+
+        Raises:
+            ValueError: the tokens reach beyond `block_size`.
+        """
         stop = start + x.size(1)
         if self.config.block_size < stop:
             raise ValueError(f"a sequence of {stop} tokens exceeds model.block_size={self.config.block_size}; crop it")

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from model.attention import causal_logits
 from model.collapse import depth, mixing_dimensions, outside_span, recovery
+from model.spectra import rounded
 from model.turns import Turns
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def probe(model: GPT, x: Tensor) -> dict[str, Any]:
     stacked = {key: torch.stack([record[key] for record in attention]) for key in attention[0]}  # (L, H) each
     stacked |= qk_norms(torch.stack([block.attn.c_attn.weight for block in blocks]).float(), model.config.n_head)
     stacked |= {key: torch.stack([record[key] for record in streams]) for key in streams[0]}  # (L + 1,)
-    record = {key: _rounded(value.tolist()) for key, value in stacked.items()}
-    stream = {key: _rounded(value) for key, value in turns.record().items()}
+    record = {key: rounded(value.tolist()) for key, value in stacked.items()}
+    stream = {key: rounded(value) for key, value in turns.record().items()}
     return {**record, "stream": stream, **probe_summary(stacked)}
 
 
@@ -72,7 +73,7 @@ def probe_summary(stacked: dict[str, Tensor]) -> dict[str, float]:
         "greatest_head_saturation": saturated.max(),
         "least_recovery": stacked["recovery"].min(),
     }
-    return {key: _rounded(value.item()) for key, value in numbers.items()}
+    return {key: rounded(value.item()) for key, value in numbers.items()}
 
 
 @contextmanager
@@ -203,8 +204,3 @@ def product_norm(Q: Tensor, K: Tensor) -> Tensor:
     Qx = Q @ x
     squared = (Qx.mT @ K @ Qx) / (x.mT @ Qx).clamp_min(torch.finfo(power.dtype).tiny)
     return squared.clamp_min(0).sqrt()[..., 0, 0]
-
-
-def _rounded(value: Any) -> Any:
-    """Rounded to six significant digits, about the precision of float32."""
-    return [_rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")

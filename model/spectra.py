@@ -57,7 +57,7 @@ class Measured:
         if self.residual is not None:
             columns["residual"] = self.residual
         read = {name: values.tolist() for name, values in columns.items()}
-        return [{name: _rounded(values[i]) for name, values in read.items()} for i in range(len(self.gram))]
+        return [{name: rounded(values[i]) for name, values in read.items()} for i in range(len(self.gram))]
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -82,8 +82,9 @@ def spectrum(W: Tensor, residual: Residual | None = None, blocks: int = 1) -> di
     return _measure(W.unsqueeze(0), residual, blocks).records()[0]
 
 
-def _rounded(value: Any) -> Any:
-    return [_rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
+def rounded(value: Any) -> Any:
+    """A number, or lists of numbers, rounded to six significant digits, about the precision of float32."""
+    return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
 class Spectra:

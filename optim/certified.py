@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .frame import Frame, frame_of
-from .iterators import Iterator
+from .iterators import Iteration
 from .linalg import (
     Products,
     cap_fit,
@@ -125,13 +125,13 @@ def multiplier(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products)
     GG = mm(G.mT, G)  # (k, n, n)
 
     def gram_of_X(cL: Tensor) -> Tensor:
-        return GG + 2 * symmetric_sum(mm(cL.mT, C + frame.gram(cL, mm)))
+        return GG + 2 * symmetric_sum(mm(cL.mT, C + frame.times_gram(cL, mm)))
 
     S = gram_of_X(cL)
     coefficients = sign_coefficients(effort.su_steps, effort.su_lower)
     for _ in range(effort.su):
         Z = gram_stage(over(S, frobenius(S)).to(mm.dtype), coefficients, mm)  # (k, n, n) ≈ (XᵀX)^(-1/2), up to a factor
-        H = frame.tangency(mm(C + 2 * frame.gram(cL, mm), Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
+        H = frame.tangency(mm(C + 2 * frame.times_gram(cL, mm), Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
         metric = partial(frame.metric, mm=mm)
         dL = su_step(frame.manifold.project, metric, H, Z, frame.d, effort.conjugate_gradients, mm)
         cL = (cL + effort.relaxation * frame.c * dL).to(mm.dtype)
@@ -236,9 +236,9 @@ def polish(
 def retract(
     V: Tensor, manifold: Manifold, shrink: Tensor, longest: float, level: Tensor, rounds: int, mm: Products
 ) -> tuple[Tensor, Tensor]:
-    """A point of the manifold near the trial point V (k, m, n), and ‖E‖₂ (k,), how far V was from it, infinite if nothing came of it.
+    """A point of the manifold near the trial point V (k, m, n), and ‖E‖₂ (k,), how far V was from it.
 
-    Free lengths of columns become length·shrink, at most `longest`. rounds: 1; 2, of which the second is for matrices of level (k,) 1 and
+    The distance is infinite where the increment M is not finite. Free lengths of columns become length·shrink, at most `longest`. rounds: 1; 2, of which the second is for matrices of level (k,) 1 and
     more; 0: an exact retraction, and a round for the lengths.
     """
     new, M, E = polish(V, manifold, shrink, longest, mm)
@@ -272,7 +272,7 @@ def step(
     G: Tensor,
     eta: Tensor,
     level: Tensor,
-    keep: Tensor,
+    skip: Tensor,
     manifold: Manifold,
     effort: Effort,
     mm: Products,
@@ -289,7 +289,7 @@ def step(
     Args:
         eta: 0-d learning rate on the device: the length of the step in spectral norm, times LENGTHS[length].
         level: (k,) what the last step of each matrix asked for, see Moved.level. rounds: as far as any of them needs, see `retract`.
-        keep: 0-d bool, on the device: where true nothing moves, whatever G is.
+        skip: 0-d bool, on the device: where true nothing moves, whatever G is.
         decay: decoupled, per unit of eta, of weights without a Gram condition (but see their `move`) and of free lengths of columns;
             norm_cap: no free length grows longer.
         whole: the shape of the parameter of which the matrices are blocks, if its step is to be as long as without the cut, see `reach`.
@@ -299,10 +299,10 @@ def step(
         Moved. Where there is nothing to step along, or V did not land, the weight is kept bitwise.
     """
     T, scale = direction_and_length(W, G, manifold, effort, mm)
-    moving = (scale.flatten() > 0) & ~keep
-    second = None
+    moving = (scale.flatten() > 0) & ~skip
+    row_squares = None
     if refine is not None:
-        T, second = refine(torch.where(scale > 0, scale * T, 0), W, manifold, moving)
+        T, row_squares = refine(torch.where(scale > 0, scale * T, 0), W, manifold, moving)
         scale = (scale > 0).to(T.dtype)
     shrink = 1 - eta * decay
     far = eta * reach(length, W.size(-2), W.size(-1), whole)  # 0-d
@@ -310,7 +310,7 @@ def step(
     if not manifold.constrained:
         new = manifold.move(W, G, trial, far, shrink)
         new = torch.where(moving[:, None, None], new, W)
-        return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving), second)
+        return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving), row_squares)
     longest = torch.inf if norm_cap is None else norm_cap
     new, distance = retract(W - trial, manifold, shrink, longest, level, rounds, mm)
     landed = distance <= torch.where(level >= 1, LANDS[1], LANDS[0]) if rounds else distance < torch.inf
@@ -321,7 +321,7 @@ def step(
         scale,
         torch.where(moving, wanted, level),
         moving & ~landed if rounds else moving,
-        second,
+        row_squares,
     )
 
 
@@ -352,7 +352,7 @@ class CertifiedStep:
         length: str = "spectral",
         norm_cap: float | None = None,
         compile: bool | None = None,
-        iterator: Iterator | None = None,
+        iterator: Iteration | None = None,
     ) -> None:
         for manifold in MANIFOLDS.values():
             effort_of(manifold, quality)
@@ -388,7 +388,7 @@ class CertifiedStep:
         """The step of a stack, each matrix at its level."""
         W, level, manifold = stack.W, stack.level, MANIFOLDS[stack.manifold]
         effort = replace(effort_of(manifold, self.quality), iterator=self.iterator)
-        given = (W, stack.G, stack.eta, level, stack.keep, manifold, effort)
+        given = (W, stack.G, stack.eta, level, stack.skip, manifold, effort)
         settings = {"decay": stack.weight_decay, "whole": stack.whole, "refine": stack.refine, **self.settings}
         call = self.compiled_step if (W.is_cuda if self.compile is None else self.compile) else step
         with torch.no_grad(), exact_sums(W.device):

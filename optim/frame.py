@@ -26,7 +26,7 @@ class Frame(NamedTuple):
         """diag(WᵀW) as (k, n)."""
         return self.c.squeeze(-1).square()
 
-    def gram(self, cL: Tensor, mm: Products) -> Tensor:
+    def times_gram(self, cL: Tensor, mm: Products) -> Tensor:
         """UᵀU cL (k, n, n)."""
         return cL if self.D is None else mm(self.D, cL)
 

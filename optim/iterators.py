@@ -227,7 +227,7 @@ def widened(coefficients: Sequence[Quintic], safety: float) -> tuple[Quintic, ..
 
 
 @dataclass(frozen=True)
-class Iterator:
+class Iteration:
     """A list of coefficients as it is used.
 
     band: the least and the largest value of its composed map on [LOWER, 1]. margin: the Frobenius norm of a matrix is multiplied by this
@@ -277,26 +277,26 @@ _YOU_JIACHENG_6 = (  # in units of 1/1024
 
 ITERATORS = {
     # Keller Jordan, Muon (kellerjordan.github.io/posts/muon)
-    "jordan": Iterator(((3.4445, -4.7750, 2.0315),) * 5, (0.470, 1.203), margin=1.0),
+    "jordan": Iteration(((3.4445, -4.7750, 2.0315),) * 5, (0.470, 1.203), margin=1.0),
     # YouJiacheng's lists of five and of six, as in the public speedrun (github.com/KellerJordan/modded-nanogpt)
-    "you_jiacheng": Iterator(_YOU_JIACHENG, (0.474, 1.146), margin=1.0),
-    "you_jiacheng_6": Iterator(
+    "you_jiacheng": Iteration(_YOU_JIACHENG, (0.474, 1.146), margin=1.0),
+    "you_jiacheng_6": Iteration(
         tuple((a / 1024, b / 1024, c / 1024) for a, b, c in _YOU_JIACHENG_6), (0.866, 1.0), margin=1.0
     ),
     # Amsel, Persson, Musco, Gower, arXiv 2505.16932
-    "polar_express": Iterator(polar_express_coefficients(5), (0.845, 1.125)),
-    # Grishina, Smirnov, Rakhuba, arXiv 2506.10935, as in NVIDIA's Emerging-Optimizers; only for float32: see `Iterator.require`
-    "cans": Iterator(_CANS, (0.884, 1.120)),
+    "polar_express": Iteration(polar_express_coefficients(5), (0.845, 1.125)),
+    # Grishina, Smirnov, Rakhuba, arXiv 2506.10935, as in NVIDIA's Emerging-Optimizers; only for float32: see `Iteration.require`
+    "cans": Iteration(_CANS, (0.884, 1.120)),
     # the Taylor quintic of 1/√y at 1; as many steps as leave 1e-3 within 2% of 1
-    "newton_schulz": Iterator(((15 / 8, -10 / 8, 3 / 8),) * 12, (0.980, 1.001)),
+    "newton_schulz": Iteration(((15 / 8, -10 / 8, 3 / 8),) * 12, (0.980, 1.001)),
     # twelve times one quintic with the fixed points 0, 1 and √2, as in the speedrun's optimizer track
-    "aurora": Iterator(((2.0, -1.5, 0.5),) * 12, (0.999, 1.001)),
+    "aurora": Iteration(((2.0, -1.5, 0.5),) * 12, (0.999, 1.001)),
 }
 """The published lists by name, each as long as its users have it. `polar_express_coefficients` makes others."""
 
 
-def iterator(chosen: str | Sequence[Quintic]) -> Iterator:
-    """The iterator of a name in ITERATORS, or of a list of coefficients.
+def iterator(chosen: str | Sequence[Quintic]) -> Iteration:
+    """The iteration of a name in ITERATORS, or of a list of coefficients.
 
     Raises:
         IteratorError: an unknown name, or a list that is `unsound`.
@@ -308,4 +308,4 @@ def iterator(chosen: str | Sequence[Quintic]) -> Iterator:
     coefficients = tuple((float(a), float(b), float(c)) for a, b, c in chosen)
     if reason := unsound(coefficients):
         raise IteratorError(f"this list of coefficients is no iterator: {reason}")
-    return Iterator(coefficients, band(coefficients))
+    return Iteration(coefficients, band(coefficients))

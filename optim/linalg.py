@@ -58,7 +58,7 @@ class Products:
             return torch.baddbmm(C, X, Y, beta=beta, alpha=alpha)
         return torch.baddbmm(C.float(), X.float(), Y.float(), beta=beta, alpha=alpha).to(self.dtype)
 
-    def wide(self, X: Tensor, Y: Tensor) -> Tensor:
+    def in_float32(self, X: Tensor, Y: Tensor) -> Tensor:
         """X @ Y in float32, as it was summed."""
         X, Y = X.to(self.dtype), Y.to(self.dtype)
         if not self.short:
@@ -78,16 +78,16 @@ class Products:
         if not self.short:
             return X.mT @ X, X
         high = X.to(self.dtype)  # the first 11 bits of every entry
-        cross = self.wide(high.mT, (X - high) * LOW_BITS) / LOW_BITS  # (k, n, n)
-        S = self.wide(high.mT, high) + cross + cross.mT
+        cross = self.in_float32(high.mT, (X - high) * LOW_BITS) / LOW_BITS  # (k, n, n)
+        S = self.in_float32(high.mT, high) + cross + cross.mT
         return S + torch.diag_embed(X.square().sum(-2) - diagonal(S)), high
 
     def times_near_identity(self, X: Tensor, rounded: Tensor, Y: Tensor) -> Tensor:
-        """X (I + Y) float32 for float32 X, the same rounded, and small Y (k, n, n); of Y only what is off the diagonal is rounded."""
+        """X (I + Y) in float32, for float32 X, X rounded to `dtype` (`rounded`), and small Y (k, n, n). Only Y off its diagonal is rounded."""
         if not self.short:
             return torch.baddbmm(X, X, Y)
         on = diagonal(Y)
-        return X + X * on[:, None, :] + self.wide(rounded, Y - torch.diag_embed(on))
+        return X + X * on[:, None, :] + self.in_float32(rounded, Y - torch.diag_embed(on))
 
 
 def products_for(device: torch.device, precision: str | None = None) -> Products:
@@ -335,8 +335,11 @@ def su_step(
 
 
 def inverse_sqrt_increment(E: Tensor, rounded: Tensor, mm: Products) -> Tensor:
-    """(I + E)^(-1/2) - I (k, n, n) float32 for small symmetric E, and the same rounded, to second order: the error is 5/16·‖E‖³. One product."""
-    return 0.375 * mm.wide(rounded, rounded) - 0.5 * E
+    """(I + E)^(-1/2) - I (k, n, n) float32 for small symmetric E, to second order: the error is 5/16·‖E‖³. One product.
+
+    From E (float32) and E rounded to the precision of the products (`rounded`).
+    """
+    return 0.375 * mm.in_float32(rounded, rounded) - 0.5 * E
 
 
 def cap_fit(degree: int, from_: float, like: Tensor, nodes: int = 48) -> tuple[Tensor, Tensor]:

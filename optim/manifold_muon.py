@@ -27,17 +27,19 @@ from .ownership import choose_owners, members_of_buckets, plan_messages
 from .refine import Refine
 from .stack import Bucket, OnHost, Stack, StepRule, row_blocks, state_shapes, whole_shape
 
-RECORDED = ("feas", "norm", "tangency", "fallbacks", "normal_share", "length_share", "size_share", "momentum_top")
-RECORDED += ("momentum_rank", "step_rank")
+RECORDED = (
+    *("feas", "norm", "tangency", "fallbacks", "normal_share", "length_share", "size_share"),
+    *("momentum_top", "momentum_rank", "step_rank"),
+)
 """The fields of a certificate that `ManifoldMuon.certificates` returns, in order."""
 LEAST = ("feas", "momentum_rank", "step_rank")
 """Of these fields the least of a parameter's blocks is returned, of the others the largest."""
 
 
-def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The new momentum, and what is stepped along; the old momentum where `keep` (0-d bool) is true, whatever g is."""
-    g = torch.where(keep, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
-    advanced = torch.where(keep, momentum, torch.add(g, momentum, alpha=factor))
+def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """The new momentum, and what is stepped along; the old momentum where `skip` (0-d bool) is true, whatever g is."""
+    g = torch.where(skip, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
+    advanced = torch.where(skip, momentum, torch.add(g, momentum, alpha=factor))
     return advanced, torch.add(g, advanced, alpha=factor) if nesterov else advanced
 
 
@@ -48,19 +50,20 @@ class ManifoldMuon(torch.optim.Optimizer):
         groups: parameter groups: dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS); any of the settings below
             may be given per group, and "blocks" (1): into how many matrices the rows of each parameter are cut, and "names" of the
             parameters, for `certificates`, and "radius" R (1), for manifolds of fixed size: W / R is on the manifold.
-        block_length: "each": every block's step has length lr; "whole": the parameter's step is as long, in root mean square, as it
-            would be without the cut.
-        cautious, row_beta: see optim/refine.py.
         rule: the step rule, called once for each bucket. Its `init` brings the weights onto their manifold here, at construction, by
             the whole parameter on every rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
         momentum, nesterov: buf = momentum·buf + g;  G = g + momentum·buf with Nesterov, else buf.
         weight_decay: decoupled, passed to the rule, which decides whether it applies.
+        block_length: "each": every block's step has length lr; "whole": the parameter's step is as long, in root mean square, as it
+            would be without the cut.
+        cautious, row_beta: see optim/refine.py.
 
     Work is shared over the ranks of the default process group, if there is one. `owners` says which rank owns a parameter.
 
     Raises:
-        ValueError: a parameter is not a matrix or cannot be cut into its blocks, or a manifold is unknown.
+        ValueError: a parameter is not a matrix or cannot be cut into its blocks, a group has no matrices, a manifold is unknown, or a
+            radius does not fit it.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     @staticmethod
     def _check(group: dict[str, Any]) -> None:
+        if not group["params"]:
+            raise ValueError("a parameter group has no matrices; leave it out")
         if group.get("manifold") not in MANIFOLDS:
             raise ValueError(f"unknown manifold {group.get('manifold')!r}; choose one of {', '.join(MANIFOLDS)}")
         if not (group["radius"] > 0 and (group["radius"] == 1 or MANIFOLDS[group["manifold"]].sized)):
@@ -151,6 +156,9 @@ class ManifoldMuon(torch.optim.Optimizer):
 
         Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
         what the step was is kept for `certificates`. With `wait` false, the new weights of other ranks are there only after `receive`.
+
+        Raises:
+            RuntimeError: a matrix that this rank owns has no gradient.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
@@ -203,8 +211,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         torch._foreach_copy_(bucket.params, targets)  # one launch for all
         bucket.state["level"].copy_(moved.level)
         bucket.state["fallbacks"].add_(moved.fallback)
-        if moved.second is not None:
-            bucket.state["row_squares"].copy_(moved.second)
+        if moved.row_squares is not None:
+            bucket.state["row_squares"].copy_(moved.row_squares)
         bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
 
     def _advance(self, bucket: Bucket, highest: int) -> Stack:
@@ -215,21 +223,21 @@ class ManifoldMuon(torch.optim.Optimizer):
                 f"{len(without)} matrices have no gradient, the first of shape {tuple(without[0].shape)}; a step needs all of them: give "
                 "matrices that are not always used to AdamW, or leave them out with requires_grad_(False)"
             )
-        keep = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
+        skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
         g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
         advanced, G = (self.compiled_advance if g.is_cuda else advance)(
-            g, momentum, group["momentum"], group["nesterov"], keep
+            g, momentum, group["momentum"], group["nesterov"], skip
         )
         momentum.copy_(advanced)  # in place: the parameters' state are views of it
         W, level = bucket.stack(bucket.params), bucket.state["level"]
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
-            squares = bucket.state.get("row_squares")
-            refine = Refine(g if group["cautious"] else None, squares, group["row_beta"] or 0.0, bucket.wide)
+            row_squares = bucket.state.get("row_squares")
+            refine = Refine(g if group["cautious"] else None, row_squares, group["row_beta"] or 0.0, bucket.wide)
         eta, decay = group["lr"], group["weight_decay"]
         if (radius := group["radius"]) != 1:  # the step of W / R, whose length is eta / R, at the same decay
             W, eta, decay = W / radius, eta / radius, decay * radius
-        common = (group["manifold"], eta, decay, keep, level, highest)
+        common = (group["manifold"], eta, decay, skip, level, highest)
         whole = whole_shape(bucket.params[0], group) or None
         return Stack(W, G, *common, whole, refine)  # type: ignore[arg-type]  # of two numbers
 

@@ -32,7 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .iterators import Iterator
+from .iterators import Iteration
 from .linalg import column_norms, diagonal, eye_like, ratio, top_pair
 from .msign import msign
 
@@ -87,7 +87,7 @@ class Effort:
     relaxation: float = 1.0
     stages: tuple[int, ...] = (2, 3)
     lower: float = 3e-3
-    iterator: Iterator | None = None
+    iterator: Iteration | None = None
     caps: int = 1
     cap_degree: int = 2
     cap_relaxation: float = 1.4

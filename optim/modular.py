@@ -84,7 +84,7 @@ class Modular(torch.optim.Optimizer):
                 with exact_sums(p.device):
                     d = as_operator(self.norms[p].steepest(as_operator(G, group["input"])), group["input"])
                 new = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * d.to(p.dtype)
-                keep = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=p.device).bool()
-                p.copy_(torch.where(keep, p, new))
-                buf.copy_(torch.where(keep, buf, advanced))
+                skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=p.device).bool()
+                p.copy_(torch.where(skip, p, new))
+                buf.copy_(torch.where(skip, buf, advanced))
         return loss

@@ -35,7 +35,7 @@ def iterate(X: Tensor, coefficients: Sequence[Quintic], margin: float, dtype: to
 
     Args:
         X: (..., m, n), any float dtype. Zero stays zero.
-        coefficients, margin: as in `optim.iterators.Iterator`.
+        coefficients, margin: as in `optim.iterators.Iteration`.
         dtype: arithmetic of the iteration.
 
     Returns:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .iterators import Iterator
+from .iterators import Iteration
 from .manifolds import MANIFOLDS, Manifold, Polar, like, tall
 from .msign import iterate, msign
 from .stack import Moved, Stack
@@ -80,7 +80,7 @@ class PublishedStep:
     msign_dtype: torch.dtype
     decay_manifolds: bool = False
     retraction: str = "sorted_svd"
-    iterator: Iterator | None = None
+    iterator: Iteration | None = None
 
     def __post_init__(self) -> None:
         if self.retraction not in RETRACTIONS:
@@ -121,7 +121,7 @@ class PublishedStep:
                 raise ValueError(f"the published step has no {' and no '.join(refused)}; take the certified step")
             W, A = self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay)
             ones, no = W.new_ones(len(W), 1, 1), torch.zeros_like(s.level, dtype=torch.bool)
-            moved.append(Moved(torch.where(s.keep, s.W, W), A, ones, s.level, no))
+            moved.append(Moved(torch.where(s.skip, s.W, W), A, ones, s.level, no))
         return moved
 
     def update(

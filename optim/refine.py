@@ -21,30 +21,30 @@ class Refine(NamedTuple):
     """The refinements of one stack.
 
     gradient: (k, m, n) of this step, tall, without momentum, for the cautious mask; None: no mask.
-    squares: (k, rows) float32, mean square of each row of the directions so far; None: rows are not normalised. beta: its decay.
+    row_squares: (k, rows) float32, mean square of each row of the directions so far; None: rows are not normalised. beta: its decay.
     wide: whether rows of the parameter are columns of the stack.
     """
 
     gradient: Tensor | None
-    squares: Tensor | None
+    row_squares: Tensor | None
     beta: float
     wide: bool
 
     def __call__(self, T: Tensor, W: Tensor, manifold: Manifold, moving: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The refined direction (k, m, n) float32 of T at W, and the new `squares`; unchanged where `moving` (k,) is false.
+        """The refined direction (k, m, n) float32 of T at W, and the new `row_squares`; unchanged where `moving` (k,) is false.
 
         Rows (NorMuon, arXiv 2510.05491): T_i ← T_i / √s_i with s ← beta·s + (1 - beta)·mean of squares of row i.
         Mask (cautious optimizers, arXiv 2411.16085): entries whose sign is against the gradient's become 0; the source then divides by the
         share that is left, here ‖T‖_F is kept. [ours]
         """
         T = T.float()
-        size, squares = frobenius(T), self.squares
-        if squares is not None:
+        size, row_squares = frobenius(T), self.row_squares
+        if row_squares is not None:
             rows = T.square().mean(-2 if self.wide else -1)  # (k, rows)
-            squares = torch.where(moving[:, None], self.beta * squares + (1 - self.beta) * rows, squares)
-            T = T / (squares.sqrt() + FLOOR).unsqueeze(-2 if self.wide else -1)
+            row_squares = torch.where(moving[:, None], self.beta * row_squares + (1 - self.beta) * rows, row_squares)
+            T = T / (row_squares.sqrt() + FLOOR).unsqueeze(-2 if self.wide else -1)
         if self.gradient is not None:
             T = torch.where(T * self.gradient > 0, T, 0)
         if manifold.constrained or manifold.problem(W, T)[2].constrained:
             T = manifold.tangent(W, T)
-        return over(T, frobenius(T)) * size, squares
+        return over(T, frobenius(T)) * size, row_squares

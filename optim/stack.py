@@ -18,7 +18,7 @@ class Stack(NamedTuple):
 
     W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
     eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
-    keep: 0-d bool on W's device; where true, nothing moves.
+    skip: 0-d bool on W's device; where true, nothing moves.
     level: (k,) float32, what the last step of each matrix asked for, 0, 1 or 2; highest: the largest, on the host.
     whole: the tall shape of the parameter of which these are blocks, if its step is to be as long as without the cut.
     refine: what is done to the directions before they are taken.
@@ -29,7 +29,7 @@ class Stack(NamedTuple):
     manifold: str
     eta: Tensor
     weight_decay: float
-    keep: Tensor
+    skip: Tensor
     level: Tensor
     highest: int
     whole: tuple[int, int] | None = None
@@ -41,7 +41,7 @@ class Moved(NamedTuple):
 
     W: new weights (k, m, n). T, scale: the direction that was taken is scale·T, T (k, m, n) of any float dtype and scale (k, 1, 1), 0 where
     none was. level: (k,) float32, what the next step of each matrix is to take. fallback: (k,) bool, whether this step was not the
-    ordinary one, or kept the weight. second: the new mean squares of rows, where the stack's `refine` keeps them.
+    ordinary one, or kept the weight. row_squares: the new mean squares of rows, where the stack's `refine` keeps them.
     """
 
     W: Tensor
@@ -49,7 +49,7 @@ class Moved(NamedTuple):
     scale: Tensor
     level: Tensor
     fallback: Tensor
-    second: Tensor | None = None
+    row_squares: Tensor | None = None
 
     @property
     def direction(self) -> Tensor:

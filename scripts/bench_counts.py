@@ -42,7 +42,7 @@ class _OnDevice(Products):
     def add(self, C: Tensor, beta: float, X: Tensor, Y: Tensor, alpha: float = 1.0) -> Tensor:
         return torch.baddbmm(*(Z.to(self.dtype) for Z in (C, X, Y)), beta=beta, alpha=alpha)
 
-    def wide(self, X: Tensor, Y: Tensor) -> Tensor:
+    def in_float32(self, X: Tensor, Y: Tensor) -> Tensor:
         return self(X, Y).float()
 
 
@@ -63,10 +63,10 @@ def fused(k: int, m: int, n: int, manifold: str, quality: str) -> tuple[int, int
                 found[1] += node.get_read_write_buffers_sizes()
         raise _Counted
 
-    def one(W: Tensor, G: Tensor, eta: Tensor, level: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+    def one(W: Tensor, G: Tensor, eta: Tensor, level: Tensor, skip: Tensor) -> tuple[Tensor, ...]:
         M = MANIFOLDS[manifold]
         return tuple(
-            x for x in step(W, G, eta, level, keep, M, effort_of(M, quality), _OnDevice(), decay=0.1) if x is not None
+            x for x in step(W, G, eta, level, skip, M, effort_of(M, quality), _OnDevice(), decay=0.1) if x is not None
         )
 
     linalg._cap_fit.cache_clear()  # it may hold tensors with storage

@@ -22,7 +22,7 @@ import torch
 from optim.iterators import (
     CUSHION,
     LOWER,
-    Iterator,
+    Iteration,
     IteratorError,
     Quintic,
     band,
@@ -119,7 +119,7 @@ def describe(coefficients: list[Quintic], lower: float, upper: float) -> str:
         return "\n".join([*lines, f"not usable   {reason}"])
     for dtype in (torch.bfloat16, torch.float16):
         try:
-            Iterator(tuple(coefficients), (low, high)).require(dtype)
+            Iteration(tuple(coefficients), (low, high)).require(dtype)
         except IteratorError as error:
             lines.append(f"rounding     {error}")
             break

@@ -33,7 +33,7 @@ from model.convert import NotGPT2, known_settings, to_hf, to_nanogpt
 from model.gpt import GPT
 from scripts.analysis.runs import load_model, require_text
 from scripts.command import UsageError, parse, refuse, run
-from training.tensor_file import SETTINGS, write_tensors
+from training.safetensors_file import SETTINGS, write_tensors
 
 EXPORT_OPTIONS = {"to": "nanogpt", "weights": "last"}
 

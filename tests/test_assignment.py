@@ -66,6 +66,7 @@ def test_hetero_gives_every_parameter_to_one_optimizer():
         ({"attn": "steifel", "mlp": "dgram"}, ["asks for 'steifel'", "stiefel"]),
         ({"attn": "stiefel", "mlp": "dgram", "atn": "dgram"}, ["'atn' matches no matrix; did you mean 'attn'?"]),
         ({"attn": "stiefel", "mlp": "dgram", "wte": "stiefel"}, ["'transformer.wte.weight' always belongs to AdamW"]),
+        ({"attn|mlp": "dgram", "ln_1": "stiefel"}, ["'ln_1' matches vectors only, which are AdamW's; remove it"]),
     ],
 )
 def test_mistakes_name_the_parameter_and_the_remedy(rules, complaints):
@@ -89,6 +90,12 @@ def test_table_folds_equal_layers():
     assert any("h.2-3.mlp.c_fc" in line and "oblique" in line for line in table.splitlines())
     assert "transformer.wte.weight (= lm_head)" in table
     assert len(table.splitlines()) == 1 + 1 + 1 + 2 + 2 + 2
+
+
+def test_table_folds_the_first_number_of_a_name_only():
+    shapes = {f"model.h.{layer}.experts.{expert}.weight": (8, 4) for layer in range(3) for expert in range(2)}
+    _, *lines = parameter_table(assign(shapes, {"experts": "stiefel"}, [])).splitlines()
+    assert [line.split()[0] for line in lines] == [f"model.h.0-2.experts.{expert}.weight" for expert in range(2)]
 
 
 def tiny(assignment, *overrides):

@@ -11,7 +11,7 @@ import train as module
 from model.gpt import GPT
 from train import train
 from training import attention, checkpoint
-from training.attention import Choice, choose
+from training.attention import Backend, choose
 from training.build import gpt_config
 from training.config import compose
 from training.log import read_records
@@ -50,7 +50,7 @@ def test_the_fastest_that_is_not_refused_is_chosen(monkeypatch):
     monkeypatch.setattr(attention, "refusal", lambda name, *_: "too wide" if name == "cudnn" else None)
     monkeypatch.setattr(attention, "_seconds", lambda name, *_: seconds[name])
     found = choose(settings("dtype=bfloat16"), CUDA, 3)
-    assert found == Choice("flash", torch.bfloat16, {"flash": 2.0, "cudnn": None, "efficient": 3.0})
+    assert found == Backend("flash", torch.bfloat16, {"flash": 2.0, "cudnn": None, "efficient": 3.0})
     assert "flash 2e+03 ms, cudnn refused" in found.record()["message"]
     monkeypatch.setattr(attention, "refusal", lambda name, *_: "too wide")
     attention.measured.cache_clear()
@@ -61,7 +61,7 @@ def test_the_fastest_that_is_not_refused_is_chosen(monkeypatch):
 def test_there_is_nothing_to_choose_on_a_cpu_and_where_attention_is_explicit():
     """And so nothing is measured, which would fail here."""
     for cfg, device in ((settings(), CPU), (settings("attention=soft_cap"), CUDA)):
-        assert choose(cfg, device, 3) == Choice(None, torch.float32)
+        assert choose(cfg, device, 3) == Backend(None, torch.float32)
 
 
 def test_backends_are_measured_as_they_are():
@@ -73,7 +73,7 @@ def test_backends_are_measured_as_they_are():
 def test_a_refused_backend_names_a_remedy():
     with pytest.raises(ConfigError, match=r"the backend cudnn does not accept .* use attention_backend=auto"):
         choose(settings("attention_backend=cudnn"), CPU, 2)
-    kept = Choice("cudnn", torch.float32)
+    kept = Backend("cudnn", torch.float32)
     with pytest.raises(ConfigError, match="continue it where it began, or with allow_changes=true"):
         choose(settings(), CPU, 2, kept)
     assert choose(settings("allow_changes=true"), CPU, 2, kept).backend is None
@@ -81,7 +81,7 @@ def test_a_refused_backend_names_a_remedy():
 
 def test_a_resumed_run_keeps_the_backend(tiny, tmp_path, monkeypatch):
     """It is measured once, and the two halves are bitwise one run."""
-    chosen = Choice("math", torch.float32, {"flash": 2.0, "math": 1.0})
+    chosen = Backend("math", torch.float32, {"flash": 2.0, "math": 1.0})
     common = [o for o in tiny if not o.startswith("output_dir=")] + ["max_steps=10"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     monkeypatch.setattr(module, "choose", lambda *_: chosen)

@@ -94,8 +94,8 @@ def test_a_checkpoint_of_an_older_program_is_resumed(tiny, tmp_path, monkeypatch
     """It lacks the settings of today; the run goes on as if nothing had changed."""
     import train as module
 
-    def older(*args):
-        state = state_of(*args)
+    def older(**parts):
+        state = state_of(**parts)
         for key in ("average", "capture", "profile"):
             state["config"].pop(key)
         for key in ("stream_dtype", "skips"):

@@ -16,7 +16,7 @@ from scripts.analysis.runs import load_model
 from train import train
 from training.config import compose
 from training.init_from import read_weights
-from training.tensor_file import read_tensors, write_tensors
+from training.safetensors_file import read_tensors, write_tensors
 
 SHAPE = {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16}
 GPT2S = {

@@ -153,12 +153,14 @@ def test_a_run_starts_from_a_run_on_its_manifolds(run, tiny_data, tmp_path, caps
         f"output_dir={tmp_path}/run",
         f"init_from={source}",
         "max_steps=1",
+        "average=ema",
     ]
     train(compose(more))
     [record] = read_records(tmp_path / "run", "init_from")
     first = next(iter(read_records(tmp_path / "run", "eval")))
     last = [r["loss"] for r in read_records(source, "eval")][-1]
     assert record["loss_before"] == pytest.approx(last, abs=1e-6) and first["loss"] == record["loss"]
+    assert first["average_loss"] == first["loss"]
     # The source is on the same manifolds already, so hardly anything moves.
     assert all(by < 1e-5 for by in record["moved"].values())
     printed = capsys.readouterr().out

@@ -26,11 +26,11 @@ def of_condition(k, m, n, condition, seed=0):
 def test_products_round_their_operands_and_nothing_else(precision):
     X, Y, mm = random(2, 40, 30), random(2, 30, 20, seed=1), Products(precision)
     exact = X.double() @ Y.double()
-    error = ((mm.wide(X, Y) - exact).norm() / exact.norm()).item()
+    error = ((mm.in_float32(X, Y) - exact).norm() / exact.norm()).item()
     assert 0.05 * EPS[precision] < error < 2 * EPS[precision]
     rounded = X.to(mm.dtype).double() @ Y.to(mm.dtype).double()  # what is left is float32's sum
-    assert (mm.wide(X, Y) - rounded).norm() < 1e-6 * exact.norm()
-    assert mm(X, Y).dtype == mm.dtype and torch.equal(mm(X, Y), mm.wide(X, Y).to(mm.dtype))
+    assert (mm.in_float32(X, Y) - rounded).norm() < 1e-6 * exact.norm()
+    assert mm(X, Y).dtype == mm.dtype and torch.equal(mm(X, Y), mm.in_float32(X, Y).to(mm.dtype))
     C = random(2, 40, 20, seed=2).to(mm.dtype)
     sum_of_both = (0.5 * C.double() - 2 * rounded).to(mm.dtype)  # rounded once
     torch.testing.assert_close(mm.add(C, 0.5, X, Y, alpha=-2.0), sum_of_both, rtol=2 * EPS[precision], atol=1e-5)

@@ -165,7 +165,7 @@ def test_damage_in_the_middle_is_named_and_kept_and_the_run_goes_on(tmp_path, da
     assert "line 3 is not a record" in caplog.text and str(path) in caplog.text
     assert path.read_bytes() == damaged, "a reader changes nothing"
     caplog.clear()
-    RunLog(tmp_path, resume_step=2).close()
+    RunLog(tmp_path, keep_until=2).close()
     assert "line 3 is not a record" in caplog.text and DAMAGED_FILE in caplog.text
     assert (tmp_path / DAMAGED_FILE).read_bytes() == damage
     caplog.clear()
@@ -175,28 +175,28 @@ def test_damage_in_the_middle_is_named_and_kept_and_the_run_goes_on(tmp_path, da
 def test_an_earlier_start_is_moved_aside_never_erased(tmp_path, caplog):
     first = write_run(tmp_path, 5).read_bytes()
     for start in (1, 2):
-        log = RunLog(tmp_path, resume_step=-1)
+        log = RunLog(tmp_path, fresh=True)
         assert list(read_records(tmp_path)) == [] and f"kept in {METRICS_FILE}.{start}.old" in caplog.text
         log.write("train", start, loss=1.0)
         log.close()
     assert (tmp_path / f"{METRICS_FILE}.1.old").read_bytes() == first
     assert [r["step"] for r in read_records(tmp_path / f"{METRICS_FILE}.2.old")] == [1]
     (tmp_path / METRICS_FILE).write_bytes(b"")
-    RunLog(tmp_path, resume_step=-1).close()
+    RunLog(tmp_path, fresh=True).close()
     assert sorted(os.listdir(tmp_path)) == [METRICS_FILE, f"{METRICS_FILE}.1.old", f"{METRICS_FILE}.2.old"]
 
 
-@pytest.mark.parametrize("resume_step", [-1, 0, 4, 5, 12, 20, 99])
-def test_resuming_leaves_one_curve(tmp_path, resume_step):
+@pytest.mark.parametrize("keep_until", [-1, 0, 4, 5, 12, 20, 99])
+def test_resuming_leaves_one_curve(tmp_path, keep_until):
     """A run killed after step 20 and resumed from an earlier checkpoint reads like one that was never interrupted."""
-    straight, moved = write_run(tmp_path / "straight", 25).read_bytes(), [f"{METRICS_FILE}.1.old"] * (resume_step < 0)
+    straight, moved = write_run(tmp_path / "straight", 25).read_bytes(), [f"{METRICS_FILE}.1.old"] * (keep_until < 0)
     path = write_run(tmp_path / "resumed", 20)
     path.write_bytes(path.read_bytes() + b'{"kind": "train", "st')
-    log = RunLog(tmp_path / "resumed", resume_step=resume_step)
-    assert all(record["step"] <= resume_step for record in read_records(path))
-    if resume_step < 0:
+    log = RunLog(tmp_path / "resumed", keep_until=keep_until, fresh=keep_until < 0)
+    assert all(record["step"] <= keep_until for record in read_records(path))
+    if keep_until < 0:
         log.write("eval", 0, loss=10.0)
-    for step in range(max(min(resume_step, 20), 0) + 1, 26):
+    for step in range(max(min(keep_until, 20), 0) + 1, 26):
         log.write("train", step, loss=1.0 / step)
         if step % 5 == 0:
             log.write("eval", step, loss=2.0 / step)
@@ -215,7 +215,7 @@ def test_a_truncation_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, name, killed)
-            RunLog(tmp_path, resume_step=3)
+            RunLog(tmp_path, keep_until=3)
         assert path.read_bytes() == whole
 
 

@@ -48,7 +48,7 @@ def test_momentum_decay_and_a_skipped_step():
         [{"params": [p], "input": "rms", "output": "rms"}], lr=0.1, momentum=0.5, nesterov=False, weight_decay=1.0
     )
     p.grad = torch.tensor([1.0, 1.0, -1.0])
-    optimizer.step()
+    assert optimizer.step(lambda: "the closure's loss") == "the closure's loss"
     assert torch.allclose(p, torch.tensor([0.9 - 0.1, -1.8 - 0.1, 2.7 + 0.1]))
     kept, state = p.detach().clone(), optimizer.state[p]["momentum"].clone()
     optimizer.found_inf = torch.ones(())

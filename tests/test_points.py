@@ -1,5 +1,6 @@
 """Points of the map of optimizers: sets of matrices that no Gram projector describes, refined directions, and steps of blocks as long as the whole."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,37 @@ def test_the_mean_squares_are_saved_and_a_skipped_step_leaves_them():
     steps_of(params, first, 1)
     assert all(torch.equal(first.state[p]["row_squares"], old) for p, old in zip(params, kept))
     assert "row_squares" not in optimizer_of(parameters((24, 9))).state_dict()["state"][0]
+
+
+def test_a_certificate_tells_a_step_uphill_and_nan_of_any_block():
+    params = parameters((12, 4), (12, 4))
+    optimizer = optimizer_of(params, blocks=2)
+    optimizer.watched = True
+    steps_of(params, optimizer, 1)
+    [bucket] = optimizer.buckets
+    W, G, T = bucket.seen
+    assert all(seen["feas"] > 0 for seen in optimizer.certificates().values())
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0])[:, None, None]  # of four blocks, two of each parameter
+    bucket.seen = W, torch.where(torch.arange(4)[:, None, None] == 3, torch.nan, G), signs * T
+    uphill, broken = optimizer.certificates().values()
+    assert uphill["feas"] < 0 and math.isnan(broken["feas"]) and math.isnan(broken["momentum_top"])
+
+
+def test_a_step_calls_its_closure_and_returns_its_loss():
+    [p] = params = parameters((12, 4))
+    optimizer, before = optimizer_of(params), p.detach().clone()
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == before.square().sum().item() and not torch.equal(p, before)
+
+
+def test_a_group_without_matrices_is_refused():
+    with pytest.raises(ValueError, match="a parameter group has no matrices; leave it out"):
+        optimizer_of([])
 
 
 # ---- blocks ----

@@ -21,7 +21,7 @@ from scripts import report
 from scripts.analysis import figures, thin
 from scripts.analysis.page.details import at_paper_scale
 from scripts.analysis.runs import RecordedRun, find_runs
-from scripts.analysis.tables import about, different, grouped, settings_columns
+from scripts.analysis.tables import about, different, footer, grouped, settings_columns
 from training.config import compose
 from training.log import METRICS_FILE, RunLog
 
@@ -149,6 +149,13 @@ def test_the_papers_losses_stand_at_its_scale_only():
     assert at_paper_scale(run()) and at_paper_scale(run("assignment=hetero", "max_steps=60000"))
     for smaller in ("max_steps=10000", "model=gpt2_350m", "data=books", "global_batch_tokens=4096"):
         assert not at_paper_scale(run(smaller))
+
+
+def test_settings_of_muon_stand_below_runs_with_muon_only():
+    adamw, hetero = (RecordedRun("run", configuration(name), {}, {}, {}) for name in ("adamw", "hetero"))
+    assert "Muon" not in footer("x", [adamw]) and "step rule" not in footer("x", [adamw])
+    for runs in ([hetero], [adamw, hetero]):
+        assert "step rule `certified`, peak learning rate of Muon" in footer("x", runs)
 
 
 def test_a_setting_that_follows_from_a_choice_has_no_column():

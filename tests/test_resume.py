@@ -378,7 +378,7 @@ def test_the_first_failure_is_remembered_over_a_stop(tiny, tmp_path, monkeypatch
     assert state_of(tmp_path / "run")["step"] == 8 and not records(tmp_path / "run", "event")
     train(replace(cfg, resume="auto"))
     [event] = records(tmp_path / "run", "event")
-    assert event["step"] == 7 and "the gradient of transformer.wte.weight is not finite on rank 0" in event["message"]
+    assert event["step"] == 7 and event["message"] == "the gradient of transformer.wte.weight is not finite"
     assert records(tmp_path / "run", "train")[-1]["skipped_updates"] == 1
 
 
@@ -390,7 +390,7 @@ def test_the_guard_tells_its_first_failure_after_a_resume():
     guard.check(4, one, one, torch.tensor([math.nan, 1.0]))
     later.load_state_dict(guard.state_dict(alone))
     later.check(9, one, one, torch.tensor([math.nan, 1.0]))
-    assert later.count == 3 and later.first(alone) == guard.first(alone) == (3, "the gradient of b", 0)
+    assert later.count == 3 and later.first(alone) == guard.first(alone) == (3, "the gradient of b", None)
 
 
 # ---- files that a run does not write by itself ----

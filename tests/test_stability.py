@@ -47,11 +47,13 @@ def test_a_loss_that_is_not_finite(observe, loss):
     assert math.isfinite(stability.best) or observe == "train"
 
 
-def test_a_gradient_that_is_not_finite_names_tensor_and_rank():
+def test_what_is_not_finite_is_named_with_its_rank_if_it_has_one():
     stability = make()
-    assert stability.nonfinite(7, "gradient of h.0.attn.c_attn.weight", rank=3)
-    assert stability.unstable_step == 7
-    assert "h.0.attn.c_attn.weight" in stability.reason and "rank 3" in stability.reason
+    assert stability.nonfinite(7, "the loss", rank=3)
+    assert stability.unstable_step == 7 and stability.reason == "the loss is not finite on rank 3"
+    of_all = make()
+    assert of_all.nonfinite(7, "the gradient of h.0.attn.c_attn.weight")
+    assert of_all.reason == "the gradient of h.0.attn.c_attn.weight is not finite"
 
 
 def test_the_validation_loss_may_rise_by_max_rise_and_no_more():

@@ -146,13 +146,14 @@ PROBED = ("probe.interval=1", "eval_interval=1", "stability.warning.horizon=10",
 
 def test_a_run_driven_to_failure_is_warned_of_first_and_stopped(tiny, tmp_path):
     ending = ("max_steps=60", "schedule=constant", "stability.on_unstable=stop", "stability.max_rise=0.3")
-    overrides = [*tiny, *PLANTED, *PROBED, *ending]
+    overrides = [*tiny, *PLANTED, *PROBED, *ending, "log.interval=100"]
     train(compose(overrides))
     events = {e["event"]: e for e in read_records(tmp_path / "run", "event")}
     assert events["warning"]["step"] < events["unstable"]["step"]
     assert events["unstable"]["lead"] == events["unstable"]["step"] - events["warning"]["step"]
     [end] = read_records(tmp_path / "run", "end")
     assert end["step"] <= events["unstable"]["step"] + 1 < 60 and end["warning_lead"] == events["unstable"]["lead"]
+    assert end["train_seconds"] > 0 and not list(read_records(tmp_path / "run", "train"))  # it ends between two records
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     train(compose([*overrides, "resume=auto"]))
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before

@@ -70,7 +70,7 @@ def test_it_reads_on_and_starts_again_when_a_run_was_resumed(tmp_path):
     job = watch.Watched(directory)
     job.update()
     assert (job.step, job.train) == (20, 3.0)
-    log = RunLog(directory, resume_step=10)
+    log = RunLog(directory, keep_until=10)
     with (directory / "metrics.jsonl").open("ab") as file:
         file.write(json.dumps({"kind": "train", "step": 11, "loss": 1.0, "tokens_per_s": 1.0}).encode()[:-5])
     job.update()

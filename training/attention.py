@@ -28,10 +28,10 @@ _BEFORE, _TOGETHER, _TIMES = 2, 5, 4
 
 
 @dataclass(frozen=True)
-class Choice:
+class Backend:
     """The backend, None for torch's own choice, and the dtype of the queries for which it is used.
 
-    seconds: of forward and backward with each backend that was measured; None: it does not accept them.
+    seconds: of forward and backward with each backend that was measured; None for a backend that refused this shape.
     """
 
     backend: str | None
@@ -45,8 +45,8 @@ class Choice:
         return {"backend": self.backend, "seconds": self.seconds, "message": message}
 
 
-def choose(cfg: Settings, device: torch.device, micro_batch: int, kept: Choice | None = None) -> Choice:
-    """The backend for the attention of a run in training; `kept`: the choice of the run that is resumed.
+def choose(cfg: Settings, device: torch.device, micro_batch: int, kept: Backend | None = None) -> Backend:
+    """The backend for the attention of a run in training; `kept`: that of the run that is resumed.
 
     It is measured with `attention_backend=auto` on CUDA. There is nothing to choose on a CPU, and where attention is explicit or masked.
 
@@ -66,24 +66,24 @@ def choose(cfg: Settings, device: torch.device, micro_batch: int, kept: Choice |
     if asked == "auto":
         explicit = cfg.attention.logit_cap is not None or cfg.batches.documents
         nothing = device.type != "cuda" or explicit
-        return Choice(None, dtype) if nothing else measured(shape, dtype, model.dropout, device)
+        return Backend(None, dtype) if nothing else measured(shape, dtype, model.dropout, device)
     why = None if asked is None else refusal(asked, shape, dtype, model.dropout, device)
     if why is not None and kept is not None and cfg.allow_changes:
         return choose(cfg, device, micro_batch)
     if why is not None:
         raise ConfigError([f"the backend {asked} does not accept the attention of this run here ({why}); {remedy}"])
-    return Choice(asked, dtype)
+    return Backend(asked, dtype)
 
 
 @cache  # the runs of one process share the choice, and so their compiled programs
-def measured(shape: tuple[int, int, int, int], dtype: torch.dtype, dropout: float, device: torch.device) -> Choice:
+def measured(shape: tuple[int, int, int, int], dtype: torch.dtype, dropout: float, device: torch.device) -> Backend:
     """The backend that is fastest for the shape (B, T, H, w)."""
     seconds: dict[str, float | None] = {}
     for name in MEASURED:
         refused = refusal(name, shape, dtype, dropout, device)
         seconds[name] = None if refused is not None else _seconds(name, shape, dtype, dropout, device)
     accepted = {name: s for name, s in seconds.items() if s is not None}
-    return Choice(min(accepted, key=accepted.__getitem__, default=None), dtype, seconds)
+    return Backend(min(accepted, key=accepted.__getitem__, default=None), dtype, seconds)
 
 
 def refusal(name: str, shape: tuple[int, ...], dtype: torch.dtype, dropout: float, device: torch.device) -> str | None:

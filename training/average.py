@@ -98,8 +98,8 @@ class Ema(Average):
 class Window(Average):
     """The mean over at least `length`, and fewer than twice as many, of the last updates.
 
-    It is the mean of the last whole block of `length` updates and of the block that has begun; so two copies of the weights are kept, not
-    `length`.
+    It is the mean of the last whole block and of the block that has begun; so two copies of the weights are kept, not `length`. A block is
+    `length` updates; refused ones take a place in it and no part in the mean.
     """
 
     copies = 2

@@ -6,8 +6,8 @@ from __future__ import annotations
 def micro_batch_size(windows: int, wanted: int) -> int:
     """Windows of a micro-batch, for a rank that has `windows` windows in an update; at most `wanted`.
 
-    The largest divisor of `windows` that is possible, if it is at least half of the largest possible size: all micro-batches then have
-    one shape. Otherwise the largest possible size, and the last micro-batch is smaller.
+    The largest divisor of `windows` up to `wanted`, if it is at least half of min(windows, wanted): then all micro-batches have one shape.
+    Otherwise min(windows, wanted), and the last micro-batch is smaller.
 
     >>> micro_batch_size(8, 64), micro_batch_size(12, 5), micro_batch_size(7, 4)
     (8, 4, 4)

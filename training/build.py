@@ -25,6 +25,7 @@ from optim.stack import StepRule
 from training import library
 from training.capture import CudaGraphs
 from training.groups import (
+    Groups,
     adamw_groups,
     at_radius,
     given_to_library,
@@ -43,7 +44,7 @@ def build(cfg: Settings, device: torch.device | str = "cpu") -> tuple[GPT, Optim
     """The model of a configuration, with weights drawn from torch's global generator, and its optimizers.
 
     Raises:
-        AssignmentError: see `build_optimizers`.
+        AssignmentError, LookupError: see `build_optimizers`.
     """
     model = GPT(gpt_config(cfg)).to(device)
     optimizers = build_optimizers(model, transferred(cfg), model.unit_vectors())
@@ -92,9 +93,6 @@ def rehearse(
     except AssignmentError as error:
         problems += error.problems
     return rows, problems
-
-
-Groups = list[tuple[list[str], dict[str, Any]]]
 
 
 def _shared_out(rows: list[Row], optim: Optim) -> tuple[list[Row], Groups, Groups]:

@@ -5,7 +5,7 @@ the metric, and the size and sha256 of the state. It is written under a hidden n
 a final name is always complete, even if the process is killed. Every byte is verified before it is used.
 
 The state is one file: the caller gathers it on rank 0 (a few GB at GPT-2 sizes). A sharded model is not gathered: its tensors are in the
-folder ``tensors``, written by all ranks (training/tensor_files.py), and the manifest has the size and sha256 of every file. Both kinds
+folder ``tensors``, written by all ranks (training/sharded_tensors.py), and the manifest has the size and sha256 of every file. Both kinds
 load on any number of ranks. They are read with ``weights_only=True``, which never executes code. The checksums detect damage;
 ``weights_only`` protects against forged files. Only one run at a time may write into a directory; any number may read.
 """
@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 import torch
 
 from training.files import remedy, sync
-from training.tensor_files import TENSORS, join, read_tensors, sha256, split, write_tensors
+from training.sharded_tensors import TENSORS, join, read_tensors, sha256, split, write_tensors
 
 if TYPE_CHECKING:
     from training.ranks import Ranks

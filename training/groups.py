@@ -13,12 +13,15 @@ from optim.manifolds import MANIFOLDS
 from optim.modular import norm_of
 from training.settings import AdamW, Library, Muon, Norms
 
+Groups = list[tuple[list[str], dict[str, Any]]]
+"""Parameter groups: names of parameters, and what they share."""
 
-def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, Any]]]:
+
+def muon_groups(rows: list[Row], muon: Muon) -> Groups:
     """ManifoldMuon's parameter groups: names of the matrices that share a manifold, a learning rate and a cut into blocks.
 
     Raises:
-        AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or a factor is not positive.
+        AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or the step rule does not know an option.
     """
     mine = [row.name for row in rows if row.manifold]
     scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale")
@@ -39,9 +42,7 @@ def muon_groups(rows: list[Row], muon: Muon) -> list[tuple[list[str], dict[str, 
         if not row.manifold:
             continue
         scale, cut = scales[row.name], blocks[row.name]
-        if not scale >= 0:
-            problems.append(f"optim.muon.lr_scale of '{row.name}' is {scale}; give a factor, at least 0")
-        if not (isinstance(cut, int) and cut > 0 and row.shape[0] % cut == 0):
+        if row.shape[0] % cut:
             problems.append(
                 f"optim.muon.blocks of '{row.name}' is {cut}; give a whole number that divides its {row.shape[0]} rows"
             )
@@ -93,7 +94,7 @@ def norm_pairs(shapes: Mapping[str, tuple[int, ...]], norms: Norms) -> dict[str,
     return pairs
 
 
-def modular_groups(rows: list[Row], norms: Norms) -> tuple[list[Row], list[tuple[list[str], dict[str, Any]]]]:
+def modular_groups(rows: list[Row], norms: Norms) -> tuple[list[Row], Groups]:
     """The rows, all given to Modular, and its parameter groups: names of the parameters that share their norms.
 
     Raises:
@@ -139,7 +140,7 @@ def given_to_library(rows: list[Row], name: str) -> list[Row]:
     return [replace(row, optimizer=name) if row.manifold else row for row in rows]
 
 
-def library_groups(rows: list[Row], library: Library) -> list[tuple[list[str], dict[str, Any]]]:
+def library_groups(rows: list[Row], library: Library) -> Groups:
     """The parameter groups of a library's optimizer: names of the matrices that share a learning rate.
 
     Raises:
@@ -152,7 +153,7 @@ def library_groups(rows: list[Row], library: Library) -> list[tuple[list[str], d
     return [(names, {"lr": library.lr * scale}) for scale, names in groups.items()]
 
 
-def adamw_groups(rows: list[Row], adamw: AdamW) -> list[tuple[list[str], dict[str, Any]]]:
+def adamw_groups(rows: list[Row], adamw: AdamW) -> Groups:
     """AdamW's parameter groups: names of the parameters that share a weight decay (vectors have none) and a learning rate.
 
     Raises:

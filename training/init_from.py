@@ -23,8 +23,8 @@ from training.checkpoint import load_newest
 from training.optimizers import Optimizers
 from training.ranks import Ranks
 from training.resume import check_parts, foreign
+from training.safetensors_file import SETTINGS, is_tensor_file, read_tensors
 from training.settings import read_sound
-from training.tensor_file import SETTINGS, is_tensor_file, read_tensors
 from training.validate import ConfigError
 
 _HF_CONFIG, _HF_WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")

@@ -56,18 +56,20 @@ class RunLog:
     """Appends records to ``directory/metrics.jsonl`` and passes each to the sinks.
 
     When ``write`` returns, the operating system has the record, so it is not lost if the process is killed. Opening the log removes an
-    incomplete last line and moves damaged lines to ``metrics.jsonl.damaged``. With ``resume_step=s``, it also removes the records of
-    steps after s: the run is resumed from the checkpoint of step s, and all records of step s were written before that
-    checkpoint. With -1 the run starts at step 0: records of an earlier start are moved to ``metrics.jsonl.<n>.old``.
+    incomplete last line and moves damaged lines to ``metrics.jsonl.damaged``. With ``keep_until=s``, it also removes the records of
+    steps after s: the run is resumed from the checkpoint of step s, and all records of step s were written before that checkpoint.
+    With ``fresh`` the run starts at step 0, and the log is empty: records of an earlier start are moved to ``metrics.jsonl.<n>.old``.
     """
 
-    def __init__(self, directory: str | Path, sinks: Iterable[Sink] = (), resume_step: int | None = None):
+    def __init__(
+        self, directory: str | Path, sinks: Iterable[Sink] = (), *, keep_until: int | None = None, fresh: bool = False
+    ) -> None:
         self.path = Path(directory) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step == -1:
+        if fresh:
             _set_aside(self.path)
         elif self.path.exists():
-            _rewrite(self.path, resume_step)
+            _rewrite(self.path, keep_until)
         self._sinks = list(sinks)
         self._file = self.path.open("ab", buffering=0)
 

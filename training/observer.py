@@ -72,12 +72,11 @@ class Observer:
         return loss
 
     @as_phase("eval")
-    def evaluate_split(self, log: RunLog | NoLog, step: int, placement: Placement) -> float:
-        """Record the loss on the whole validation split, and return it."""
+    def evaluate_split(self, log: RunLog | NoLog, step: int, placement: Placement) -> None:
+        """Record the loss on the whole validation split."""
         windows = validation_windows(self.val, self.cfg.model.block_size)
         loss = self.loss(placement.evaluated, windows)
         log.write("full_eval", step, loss=loss, tokens=windows[:, 1:].size)
-        return loss
 
     @as_phase("spectra")
     def write_spectra(self, log: RunLog | NoLog, step: int, placement: Placement, wait: bool) -> None:

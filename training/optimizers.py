@@ -147,7 +147,10 @@ class Optimizers:
                         }
 
     def state_bytes(self) -> dict[str, float]:
-        """Bytes of state for each parameter whose state this rank holds, by the name of the optimizer; 0 before there is state."""
+        """Bytes of state for each number in the parameters (8 for AdamW) whose state this rank holds, by the name of the optimizer.
+
+        0 before there is state.
+        """
         found = {}
         for name, optimizer in self.named.items():
             held = sum(t.numel() * t.element_size() for t in tensors_of(optimizer.state))

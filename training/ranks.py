@@ -128,10 +128,6 @@ class Ranks:
         """The largest of the ranks' whole numbers."""
         return self.largest(value)[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is true on any rank."""
-        return bool(self.max(int(flag)))
-
     def barrier(self) -> None:
         """Wait until every rank has called this."""
         self.max(0)

@@ -116,9 +116,9 @@ class Stability:
             )
         return False
 
-    def nonfinite(self, step: int, what: str, rank: int = 0) -> bool:
-        """Observe that ``what``, a loss or a gradient, was not finite on ``rank``."""
-        return self._mark(step, f"{what} is not finite on rank {rank}")
+    def nonfinite(self, step: int, what: str, rank: int | None = None) -> bool:
+        """Observe that ``what``, a loss or a gradient, was not finite; on ``rank``, or None for what is of all ranks."""
+        return self._mark(step, f"{what} is not finite" + ("" if rank is None else f" on rank {rank}"))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and strings, with that of the early warning; without the thresholds."""

@@ -50,7 +50,7 @@ def open_log(
     )
     name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
     progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
-    return RunLog(directory, [wandb, progress], resume_step=step if resumed else -1)
+    return RunLog(directory, [wandb, progress], keep_until=step if resumed else None, fresh=not resumed)
 
 
 def print_start(cfg: Settings, directory: Path, model: GPT, optimizers: Optimizers, remarks: list[str]) -> None:

@@ -108,10 +108,10 @@ class FiniteGuard:
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = names
-        self._before: tuple[int, str, int] | None = None  # the first failure, if it was before a resume
+        self._before: tuple[int, str, int | None] | None = None  # the first failure, if it was before a resume
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
-        self._losses = torch.zeros(2, device=device)
+        self._loss_here = torch.zeros((), device=device)
         self._norms = torch.zeros(len(names), device=device)
 
     def check(self, step: int, loss_here: Tensor, loss: Tensor, norms: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class FiniteGuard:
         first = bad & (self._count == 0)
         self._count += bad
         self._step = torch.where(first, step, self._step)
-        self._losses = torch.where(first, torch.stack([loss_here, loss]), self._losses)
+        self._loss_here = torch.where(first, loss_here, self._loss_here)
         self._norms = torch.where(first, norms, self._norms)
         return bad
 
@@ -129,17 +129,20 @@ class FiniteGuard:
         """Number of skipped updates; waits for the device."""
         return int(self._count)
 
-    def first(self, ranks: Ranks) -> tuple[int, str, int]:
-        """Step of the first skipped update, what was not finite, and on which rank. All ranks must call."""
+    def first(self, ranks: Ranks) -> tuple[int, str, int | None]:
+        """Step of the first skipped update, what was not finite, and on which rank; None for a gradient, which is a mean over the ranks.
+
+        All ranks must call.
+        """
         if self._before is not None:
             return self._before
-        here, mean = self._losses.tolist()
+        here = self._loss_here.item()
         broken = [rank for rank, fine in enumerate(ranks.gather_objects(math.isfinite(here))) if not fine]
         if broken:
             return int(self._step), "the loss", broken[0]
         bad = (~self._norms.isfinite()).tolist()
         what = next((f"the gradient of {name}" for name, flag in zip(self.names, bad) if flag), "the loss")
-        return int(self._step), what, ranks.rank if math.isfinite(mean) else 0
+        return int(self._step), what, None
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
         """The number of skipped updates, and the result of `first`. All ranks must call."""
@@ -150,4 +153,4 @@ class FiniteGuard:
         self._count.fill_(state["count"])
         if state["first"] is not None:
             step, what, rank = state["first"]
-            self._before = (int(step), str(what), int(rank))
+            self._before = (int(step), str(what), None if rank is None else int(rank))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optim.assignment import ADAMW
 from scripts.analysis.runs import RecordedRun, at, setting
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
@@ -238,15 +239,18 @@ def report_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
 
 
 def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
-    """The text below a table: command, settings and machine. A setting in which the runs differ is left out."""
+    """The text below a table: command, settings and machine. A setting in which the runs differ is left out, as is Muon's without Muon."""
 
     searched = any(setting(r.config, "optim.matrices.lr") for r in runs)  # then it stands for that of Muon
+    muon = not searched and any(
+        choice != ADAMW for r in runs for choice in (at(r.config, "assignment.rules") or {}).values()
+    )
     parts = [
         f"{len(runs)} runs" if runs else "",
         *_scale(runs),
         _shared(runs, "data `{}` ({} tokens)", "data.name", "data.tokenizer"),
-        "" if searched else _shared(runs, "step rule `{}`", "optim.muon.rule.kind"),
-        "" if searched else _shared(runs, "peak learning rate of Muon {:g}", "optim.muon.lr"),
+        _shared(runs, "step rule `{}`", "optim.muon.rule.kind") if muon else "",
+        _shared(runs, "peak learning rate of Muon {:g}", "optim.muon.lr") if muon else "",
         _shared(runs, "peak learning rate of AdamW {:g}", "optim.adamw.lr"),
         _shared(runs, "seed {:g}", "seed"),
     ]

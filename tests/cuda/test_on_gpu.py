@@ -187,14 +187,14 @@ def test_a_step_can_be_captured_in_a_graph(manifold):
     """Captured once, replayed with other gradients, another learning rate, another level and a skip: what the eager step does."""
     M = MANIFOLDS[manifold]
     W, G = M.retract(torch.randn(4, 512, 128, device="cuda")), torch.randn(4, 512, 128, device="cuda")
-    eta, keep, level = (
+    eta, skip, level = (
         torch.tensor(0.02, device="cuda"),
         torch.tensor(False, device="cuda"),
         torch.zeros(4, device="cuda"),
     )
 
     def once():
-        return step(W, G, eta, level, keep, M, M.efforts["default"], Products("float16"), rounds=2, decay=0.1)
+        return step(W, G, eta, level, skip, M, M.efforts["default"], Products("float16"), rounds=2, decay=0.1)
 
     stream = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(stream):
@@ -210,6 +210,6 @@ def test_a_step_can_be_captured_in_a_graph(manifold):
     graph.replay()
     with torch.no_grad():
         torch.testing.assert_close(captured.W, once().W, rtol=0, atol=1e-5)
-    keep.fill_(True)
+    skip.fill_(True)
     graph.replay()
     assert torch.equal(captured.W, W)

@@ -16,8 +16,8 @@ from training.checks import check
 from training.config import compose
 from training.placement import place
 from training.ranks import Ranks
+from training.sharded_tensors import read_tensors
 from training.step import clip
-from training.tensor_files import read_tensors
 from training.validate import ConfigError
 
 # Every rank computes its windows at once and the clip does not act, so all sums are DDP's. Five evaluation windows: three turns.
