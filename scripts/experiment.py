@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.analysis.study import Experiment, Study
-from scripts.command import ROOT, UsageError, listed, parse, refuse_keys, run
+from scripts.command import ROOT, UsageError, listed, parse, refuse, refuse_keys, run
 from training.command import refusal
 from training.overrides import hint
+from training.validate import problems_of_directory
 
 EXPERIMENT_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
     "seed": "give seeds=",
@@ -100,6 +101,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
         options={key: options[key] for key in experiment.all_options},
         overrides=overrides,
     )
+    study.refuse_decided()
     return study, {key: options[key] for key in own}, launcher
 
 
@@ -117,8 +119,10 @@ def work(arguments: list[str]) -> int:
     study, own, launcher = study_of(load_experiment(name), rest)
     if launcher and (refused := refusal(launcher)):
         raise UsageError(refused)
-    failures = study.run(Path(own["output_dir"] or f"outputs/{name}"), own["workers"], launcher)
+    output_dir = Path(own["output_dir"] or f"outputs/{name}")
     results = Path(own["results"] or ROOT / "results" / name)
+    refuse([*problems_of_directory(output_dir), *problems_of_directory(results, "results")])
+    failures = study.run(output_dir, own["workers"], launcher)
     print("\n" + study.write(results, shlex.join(["python", "scripts/experiment.py", *arguments])))
     for directory, reason in failures.items():
         print(f"failed: {directory}: {reason}", file=sys.stderr)
