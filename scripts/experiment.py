@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.analysis.optima import EXTEND_OPTIONS
+from scripts.analysis.search import SEARCH_OPTIONS
 from scripts.analysis.study import Experiment, Study
 from scripts.command import ROOT, UsageError, listed, parse, refuse, refuse_keys, run
 from training.command import refusal
@@ -77,6 +79,16 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     own = {"workers": experiment.workers, "output_dir": "", "results": ""}
     lists = {"seeds": experiment.seeds, "around": ",".join(experiment.around.values())}
     words, options = parse(arguments, {**axes, **lists, **own, **experiment.all_options})
+    refuse(
+        [
+            f"{word} has no effect: this experiment {why}"
+            for word in words
+            for keys, why in ((SEARCH_OPTIONS, "searches nothing"), (EXTEND_OPTIONS, "extends no axis"))
+            if word.partition("=")[0] in keys
+        ]
+    )
+    if options["workers"] < 0:
+        raise UsageError(f"workers={options['workers']} is below 0; 0 trains nothing and makes the table")
     launcher = [word for word in words if word.startswith(("hydra/launcher=", "hydra.launcher."))]
     if launcher and not launcher[0].startswith("hydra/launcher="):
         raise UsageError(

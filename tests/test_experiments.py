@@ -540,4 +540,4 @@ def test_an_experiment_writes_its_table_and_pictures_and_keeps_what_is_done(name
 def test_where_no_run_has_ended_there_is_no_table(tmp_path, capsys):
     places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
     assert experiment.main(["crossing", "workers=0", *places]) == 2
-    assert "no run came to its end" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert f"no run in {tmp_path}/runs came to its end" in capsys.readouterr().err and list(tmp_path.iterdir()) == []

@@ -42,6 +42,13 @@ def read(cfg: Mapping[str, Any]) -> Settings:
     settings, found = read_sound(_with_vocabulary(cfg))
     if found:
         unsound = {problem.key.partition(".")[0] for problem in found}
+        wrong = {problem.key for problem in found}
+        if "max_steps" in wrong:  # schedule.decay_steps refers to it
+            found = [
+                p
+                for p in found
+                if p.key != "schedule.decay_steps" or cfg["schedule"].get("decay_steps") != cfg.get("max_steps")
+            ]
         raise ConfigError([*_lines(found), *_problems_of_relations(settings, None, unsound)])
     return settings
 

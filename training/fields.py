@@ -347,8 +347,11 @@ class Variant(Kind):
             return [self.refusal(key, value)]
         name = value.get(self.by, MISSING)
         unknown = Choice(self.types).problems(_dotted(key, self.by), name)
-        found = unknown or Section(self.types[name], name).wrong(key, value)
-        if any(p.missing for p in found) and any(other not in Section(self.types[name]).kinds for other in value):
+        if unknown:
+            return unknown
+        section = Section(self.types[name], name)
+        found = section.wrong(key, value)
+        if any(p.missing for p in found) and any(other not in section.kinds for other in value):
             group = key.partition(".")[0]
             return [
                 Problem(

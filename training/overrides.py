@@ -103,8 +103,9 @@ def problems_of_words(
 
 def hint(word: str, names: Collection[str]) -> str:
     """What was meant by a wrong word, or else all that there is, as the end of a sentence."""
-    near = get_close_matches(str(word)[:100], list(names), 1)
-    return f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(names)}"
+    begun = [name for name in names if name.startswith(f"{word}_")]
+    near = begun[:_MOST_HINTS] or get_close_matches(str(word)[:100], list(names), 1)
+    return f"; did you mean {_either(near)}?" if near else f"; choose one of {', '.join(names)}"
 
 
 # ---- one word ----

@@ -243,6 +243,8 @@ class Study:
             failures |= self._train(more, groups, parent, workers, launcher)
         order = {tuple(case.values()): i for i, case in enumerate(self.cases())}
         self.groups = [groups[key] for key in sorted(groups, key=order.__getitem__)]
+        if not self.groups and not self.experiment.untrained and workers == 0 and not launcher:
+            raise UsageError(f"workers=0 trains nothing, and no run in {parent} came to its end, so there is no table")
         if not self.groups and not self.experiment.untrained:
             raise UsageError("no run came to its end, so there is no table; the lines above tell the reason")
         self.facts = self.experiment.measure(self)
