@@ -95,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not files:
         print(__doc__, file=sys.stderr)
         return 2
+    if missing := [file for file in files if not Path(file).exists()]:
+        print("\n".join(f"there is no file {file}; name text files" for file in missing), file=sys.stderr)
+        return 2
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         for workers in (0, *(n for n in (1, 2, 4, 8, 16) if n <= cores)):

@@ -89,7 +89,7 @@ class Init:
 @cache
 def _gpt2() -> dict[str, Any]:
     """The settings of GPT-2 124M in configs/."""
-    files = ("model/gpt2", "model/gpt2_124m", "attention/plain", "residual/pre_norm", "config")
+    files = ("model/_gpt2", "model/gpt2_124m", "attention/plain", "residual/pre_norm", "config")
     parts, shape, attention, residual, config = (yaml.safe_load((CONFIGS / f"{f}.yaml").read_text()) for f in files)
     del shape["defaults"]
     return {**parts, **shape, **attention, **config["init"], "residual": residual_rule(residual)}

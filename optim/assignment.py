@@ -11,7 +11,7 @@ wherever it fits on whole components; a component may be a glob (`c_*`, `*`), al
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -103,6 +103,8 @@ def assign(
     rows: list[Row] = []
     used: set[str] = set()
     other_shape: set[str] = set()  # rules that match a parameter that is not a matrix
+    claimed: dict[str, list[str]] = {}  # rule → tables
+    unclear: dict[tuple[str, ...], list[str]] = {}  # none or several rules → matrices
     contested: dict[str, list[str]] = {}
     for name, shape in shapes.items():
         hits = [pattern for pattern in rules if matches(pattern, name)]
@@ -110,15 +112,12 @@ def assign(
         if len(shape) != 2 or table:
             (used if table else other_shape).update(hits)
             if table and hits:
-                problems.append(
-                    f"assignment: '{name}' always belongs to AdamW, but rule '{hits[0]}' claims it; narrow the rule"
-                )
+                claimed.setdefault(hits[0], []).append(name)
             rows.append(Row(name, tuple(shape), "AdamW", None, ruled=False, unit=unit.get(name)))
             continue
         used.update(hits)
         if len(hits) != 1:
-            several = f"several rules ({', '.join(map(repr, hits))}); keep one of them"
-            problems.append(f"assignment: '{name}' is matched by {several if hits else 'no rule; add one for it'}")
+            unclear.setdefault(tuple(hits), []).append(name)
             continue
         choice = rules[hits[0]]
         if name in unit and choice in choices and choice not in _BESIDE_UNIT_LENGTH:
@@ -127,52 +126,96 @@ def assign(
         alone = None if choice == "oblique" else unit.get(name)
         rows.append(Row(name, tuple(shape), "ManifoldMuon" if manifold else "AdamW", manifold, ruled=True, unit=alone))
     problems += [
+        f"assignment: rule '{rule}' claims {listed(names)}, which is always AdamW's (optim.always_adamw); narrow the rule"
+        for rule, names in claimed.items()
+    ]
+    problems += [f"assignment: {_unclear(hits, names)}" for hits, names in unclear.items()]
+    problems += [
         f"assignment: '{names[0]}' and {len(names) - 1} more would have two owners: the model keeps their vectors at unit length, and "
         f"rule '{pattern}' puts them on '{rules[pattern]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
         for pattern, names in contested.items()
     ]
+    unused = [pattern for pattern in rules if pattern not in used]
     problems += [
         f"assignment: rule '{p}' matches vectors only, which are AdamW's; remove it"
         if p in other_shape
-        else f"assignment: rule '{p}' matches no matrix; {_similar(p, shapes)}"
-        for p in rules
-        if p not in used
+        else f"assignment: rule '{p}' matches no matrix; {_meant(p, rules, unused, unclear.get((), []))}"
+        for p in unused
     ]
     if problems:
         raise AssignmentError(problems)
     return rows
 
 
-def _similar(pattern: str, names: Collection[str]) -> str:
-    """A component of the names that is spelled like the pattern's last one; if there is none, a name."""
-    components = {c for name in names for c in name.split(".")}
-    near = get_close_matches(pattern.split(".")[-1], components, 1)
-    return f"did you mean '{near[0]}'?" if near else f"names look like '{next(iter(names), '')}'"
+def _unclear(hits: Sequence[str], names: Sequence[str]) -> str:
+    """The sentence about matrices that several rules match, or none."""
+    if hits:
+        return f"several rules ({', '.join(map(repr, hits))}) match {listed(names)}; keep one of them"
+    parts = names[0].split(".")
+    example = next(part for part in [*parts[-2::-1], *parts] if not part.isdigit())
+    return f"no rule matches {listed(names)}; add one, such as {example}: adamw"
 
 
-def by_pattern(names: Iterable[str], values: Mapping[str, Any], default: Any, key: str) -> dict[str, Any]:
+def _meant(pattern: str, rules: Mapping[str, str], unused: Collection[str], left: Iterable[str]) -> str:
+    """What to do about a rule that matches no matrix: a similar part of the names that are left without a rule, or the other rules alone."""
+    components = {component for name in left for component in name.split(".")}
+    if near := get_close_matches(pattern.split(".")[-1], components, 1):
+        return f"did you mean '{near[0]}'?"
+    rest = {known: choice for known, choice in rules.items() if known not in unused}
+    if not rest or not all(re.fullmatch(r"[\w.-]+", known) for known in rest):
+        return "remove it"
+    return f"remove it: assignment=custom 'assignment.rules={{{', '.join(f'{k}: {v}' for k, v in rest.items())}}}'"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Up to three names in quotes, those of equal layers as one, and how many more there are."""
+    quoted = [f"'{name}'" for name in folded(names)]
+    more = f" and {len(quoted) - 3} more" if len(quoted) > 3 else ""
+    return ", ".join(quoted[:3]) + more
+
+
+def by_pattern(
+    names: Iterable[str],
+    values: Mapping[str, Any],
+    default: Any,
+    key: str,
+    owners: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The value of every parameter of one optimizer, by name: that of the pattern it matches, or the default.
 
-    `key` is what the caller calls the mapping, for messages.
+    `key` is what the caller calls the mapping, and `owners` are all parameters and the names of their optimizers; both for messages.
 
     Raises:
         AssignmentError: a parameter is matched by several patterns, or a pattern matches none.
     """
-    hits = {name: [pattern for pattern in values if matches(pattern, name)] for name in names}
+    hits = {name: tuple(pattern for pattern in values if matches(pattern, name)) for name in names}
+    several: dict[tuple[str, ...], list[str]] = {}
+    for name, found in hits.items():
+        if len(found) > 1:
+            several.setdefault(found, []).append(name)
     problems = [
-        f"{key}: '{name}' is matched by several patterns ({', '.join(map(repr, found))}); keep one of them"
-        for name, found in hits.items()
-        if len(found) > 1
+        f"{key}: several patterns ({', '.join(map(repr, found))}) match {listed(them)}; keep one of them"
+        for found, them in several.items()
     ]
     used = {pattern for found in hits.values() for pattern in found}
     problems += [
-        f"{key}: pattern '{pattern}' matches no matrix or vector of this optimizer; see the table of parameters for names"
+        f"{key}: pattern '{pattern}' matches no matrix or vector of this optimizer; {_elsewhere(pattern, hits, owners or {})}"
         for pattern in values
         if pattern not in used
     ]
     if problems:
         raise AssignmentError(problems)
     return {name: values[found[0]] if found else default for name, found in hits.items()}
+
+
+def _elsewhere(pattern: str, names: Collection[str], owners: Mapping[str, str]) -> str:
+    """Why a pattern matches none of an optimizer's names, and the remedy."""
+    owner = next((owner for name, owner in owners.items() if name not in names and matches(pattern, name)), None)
+    if owner is not None:
+        return f"'{pattern}' belongs to {owner} here; remove the pattern, or give the matrices another optimizer"
+    if not names:
+        return "it has none here; remove the pattern"
+    return f"it has {listed(names)}; a weight that is tied to another one has the name of the first"
 
 
 def parameter_table(rows: list[Row], aliases: Mapping[str, str] | None = None) -> str:

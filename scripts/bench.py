@@ -46,7 +46,7 @@ from scripts.bench_ceilings import ceiling_rows
 from scripts.bench_residual import residual_rows
 from scripts.bench_scaling import memory_rows, scaling_rows
 from scripts.bench_train import probe_rows, profile_rows, training_rows
-from scripts.command import ROOT, UsageError, as_code, parse, run
+from scripts.command import ROOT, UsageError, as_code, parse, refuse, run
 from scripts.timing import NOT_MEASURED, Rows, device, device_folder, median, take_turns
 from training.build import build_optimizers
 from training.config import compose
@@ -240,6 +240,7 @@ def work(arguments: list[str]) -> int:
     others, options = parse(arguments, {**numbers, **texts, **lists})
     if len(others) == 1 and others[0] not in BENCHES:
         raise UsageError(f"there is no benchmark '{others[0]}'{hint(others[0], BENCHES)}")
+    refuse([f"{word.partition('=')[0]}= is no option" for word in others if "=" in word])
     if len(others) != 1:
         raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")
     [name] = others

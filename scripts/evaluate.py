@@ -126,6 +126,8 @@ def data_of(cfg: Settings, folder: str) -> Dataset:
     path, wanted = Path(folder), cfg.data.tokenizer
     if not (path / MANIFEST).exists() and any(path.glob("*.bin")):
         return bin_of(path, tokenizer=wanted, vocab_size=cfg.data.vocabulary()).open()
+    if path.is_dir() and not (path / MANIFEST).exists():
+        raise UsageError(f"data={folder} holds no prepared data; name a folder that data.prepare wrote")
     dataset = open_dataset(folder)
     if dataset.tokenizer != wanted:
         raise UsageError(
@@ -156,6 +158,11 @@ def problems_of(others: list[str], options: dict[str, Any]) -> list[str]:
     found += [f"{key}={options[key]} is below 0; 0 means all" for key in ("windows", "limit") if options[key] < 0]
     if options["split"] not in ("val", "train"):
         found.append(f"split={options['split']} is no split; split is val or train")
+    found += [
+        f"{key}= is for tasks; name some with tasks="
+        for key in ("limit", "task_folder")
+        if options[key] and not options["tasks"]
+    ]
     if options["tasks"] and find_spec("lm_eval") is None:
         found.append("tasks= needs lm-eval, which is not installed; get it with: pip install -e '.[eval]'")
     return found

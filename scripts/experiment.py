@@ -30,10 +30,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.analysis.optima import EXTEND_OPTIONS
+from scripts.analysis.search import SEARCH_OPTIONS
 from scripts.analysis.study import Experiment, Study
-from scripts.command import ROOT, UsageError, listed, parse, refuse_keys, run
+from scripts.command import ROOT, UsageError, listed, parse, refuse, refuse_keys, run
 from training.command import refusal
 from training.overrides import hint
+from training.validate import problems_of_directory
 
 EXPERIMENT_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
     "seed": "give seeds=",
@@ -76,6 +79,16 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     own = {"workers": experiment.workers, "output_dir": "", "results": ""}
     lists = {"seeds": experiment.seeds, "around": ",".join(experiment.around.values())}
     words, options = parse(arguments, {**axes, **lists, **own, **experiment.all_options})
+    refuse(
+        [
+            f"{word} has no effect: this experiment {why}"
+            for word in words
+            for keys, why in ((SEARCH_OPTIONS, "searches nothing"), (EXTEND_OPTIONS, "extends no axis"))
+            if word.partition("=")[0] in keys
+        ]
+    )
+    if options["workers"] < 0:
+        raise UsageError(f"workers={options['workers']} is below 0; 0 trains nothing and makes the table")
     launcher = [word for word in words if word.startswith(("hydra/launcher=", "hydra.launcher."))]
     if launcher and not launcher[0].startswith("hydra/launcher="):
         raise UsageError(
@@ -100,6 +113,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
         options={key: options[key] for key in experiment.all_options},
         overrides=overrides,
     )
+    study.refuse_decided()
     return study, {key: options[key] for key in own}, launcher
 
 
@@ -117,8 +131,10 @@ def work(arguments: list[str]) -> int:
     study, own, launcher = study_of(load_experiment(name), rest)
     if launcher and (refused := refusal(launcher)):
         raise UsageError(refused)
-    failures = study.run(Path(own["output_dir"] or f"outputs/{name}"), own["workers"], launcher)
+    output_dir = Path(own["output_dir"] or f"outputs/{name}")
     results = Path(own["results"] or ROOT / "results" / name)
+    refuse([*problems_of_directory(output_dir), *problems_of_directory(results, "results")])
+    failures = study.run(output_dir, own["workers"], launcher)
     print("\n" + study.write(results, shlex.join(["python", "scripts/experiment.py", *arguments])))
     for directory, reason in failures.items():
         print(f"failed: {directory}: {reason}", file=sys.stderr)

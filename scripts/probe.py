@@ -46,10 +46,11 @@ from scripts.analysis.experiment_figures import probe_curves
 from scripts.analysis.figures import sign
 from scripts.analysis.runs import model_of, read_run
 from scripts.analysis.tables import Table
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, parse, refuse, run
 from training.checkpoint import load
 from training.data import open_data
 from training.settings import completed, read_sound
+from training.validate import problems_of_directory
 
 LAYER_HEADINGS = [
     *("layer", "logit", "p99.9", "entropy", "least", "saturated", "jacobian"),
@@ -105,6 +106,8 @@ def work(arguments: list[str]) -> int:
     if len(others) != 1 or options["windows"] < 1:
         raise UsageError("name one run and, if you like, windows= (at least 1) and figures=; see --help")
     directory = Path(others[0])
+    if options["figures"]:
+        refuse(problems_of_directory(Path(options["figures"]), "figures"))
     for step, model, config in checkpoints(directory):
         windows = validation_windows(
             open_data(read_sound(completed(config))[0]).val, config["model"]["block_size"], options["windows"]

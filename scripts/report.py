@@ -33,7 +33,9 @@ NO_LIBRARY = "no page: it needs bokeh; install it with: pip install bokeh"
 def work(arguments: list[str]) -> int:
     """Print the table, write the page, and draw the pictures if figures= is given; or serve the page."""
     places, options = parse(arguments, OPTIONS)
-    if not places or options["live"] not in ("true", "false"):
+    if options["live"] not in ("true", "false"):
+        raise UsageError(f"live={options['live']} must be true or false")
+    if not places:
         raise UsageError("name runs or directories of runs, such as outputs/sweep; see --help")
     command = " ".join(["python scripts/report.py", *arguments])
     if options["live"] == "true":

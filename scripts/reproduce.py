@@ -46,13 +46,14 @@ from scripts.analysis.tables import (
     rows_of,
     write_tables,
 )
-from scripts.command import ROOT, UsageError, listed, parse, refuse_keys, run
+from scripts.command import ROOT, UsageError, listed, parse, refuse, refuse_keys, run
 from training.checks import check
 from training.config import compose
 from training.data import open_data
 from training.engine import Job, run_here
 from training.log import METRICS_FILE
 from training.sweep import available_cores, finished
+from training.validate import problems_of_directory
 
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
 SCALE_SETTINGS = {"demo": ["logger.mode=disabled"]}
@@ -109,6 +110,8 @@ def make_plan(arguments: Sequence[str]) -> Plan:
             f"--accept is for a table with nothing but a scale and a step rule; leave out {', '.join(others)}"
         )
     directory = Path(options["output_dir"] or f"outputs/reproduce/{name}")
+    results = Path(options["results"] or directory)
+    refuse([*problems_of_directory(directory), *problems_of_directory(results, "results")])
     jobs, configurations = {}, []
     seeds = listed(options["seeds"])
     for seed, assignment in itertools.product(seeds or [""], ASSIGNMENTS):
@@ -121,7 +124,6 @@ def make_plan(arguments: Sequence[str]) -> Plan:
         check(cfg)
         finished(cfg, job.directory, "give another output_dir=")
     open_data(configurations[0])
-    results = Path(options["results"] or directory)
     return Plan(scale, overrides, None if others else name, results, jobs, "--accept" in words, options["seeds"])
 
 

@@ -13,6 +13,7 @@ tokens as fit into the window (block_size); beyond it, every token has a new pos
 from __future__ import annotations
 
 import codecs
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -99,9 +100,12 @@ def work(arguments: list[str]) -> int:
     wrong = {
         f"name one run and, if you like, {', '.join(f'{k}=' for k in SAMPLE_OPTIONS)}; see --help": len(others) != 1,
         f"tokens={options['tokens']} must be at least 1": options["tokens"] < 1,
-        f"temperature={options['temperature']} must be at least 0": not options["temperature"] >= 0,
+        f"temperature={options['temperature']} must be a number of at least 0": not 0
+        <= options["temperature"]
+        < math.inf,
         f"top_k={options['top_k']} must be at least 0; 0 draws from the whole vocabulary": options["top_k"] < 0,
         f"top_p={options['top_p']} must be above 0 and at most 1": not 0 < options["top_p"] <= 1,
+        f"seed={options['seed']} must be at least 0 and below 2^63": not 0 <= options["seed"] < 2**63,
         f"speed={options['speed']} must be true or false": options["speed"] not in ("true", "false"),
     }
     refuse([problem for problem, holds in wrong.items() if holds])

@@ -194,6 +194,8 @@ def work(arguments: list[str]) -> int:
         )
     if not 0 < options["interval_s"] < math.inf:
         raise UsageError(f"interval_s={options['interval_s']} is no time to wait; give seconds above 0, such as 2")
+    if not options["stalled_s"] > 0:
+        raise UsageError(f"stalled_s={options['stalled_s']} is no time without news; give seconds above 0, such as 300")
     sweep, stalled_s = Path(others[0]), options["stalled_s"]
     if not sweep.is_dir():
         raise UsageError(f"there is no directory {sweep}; name a sweep's, such as outputs/sweep")

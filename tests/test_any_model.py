@@ -114,7 +114,7 @@ def test_what_belongs_to_whom():
     ("rules", "more", "reason"),
     [
         ({"lstm": "stifel"}, {"adamw_for": ["head"]}, "choose one of"),
-        ({"lstm": "stiefel"}, {}, "'head.weight' is matched by no rule"),
+        ({"lstm": "stiefel"}, {}, "no rule matches 'head.weight'"),
         ({"*": "stiefel"}, {"adamw_for": ["hed"]}, "adamw_for: pattern 'hed' matches no parameter"),
         ({"*": "adamw"}, {}, "no matrix has a manifold; use torch.optim.AdamW"),
         ({"*": "stiefel"}, {"blocks": {"lstm": 5}}, "blocks: 5 do not divide the 64 rows of 'lstm.weight_ih_l0'"),

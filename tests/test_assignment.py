@@ -6,7 +6,9 @@ import torch
 from model.gpt import GPT, GPTConfig
 from optim.assignment import AssignmentError, assign, matches, parameter_table
 from training.build import build_optimizers
+from training.checks import check
 from training.config import compose
+from training.validate import ConfigError
 
 TABLES = ["wte|wpe|lm_head"]
 SHAPES = {
@@ -58,14 +60,27 @@ def test_hetero_gives_every_parameter_to_one_optimizer():
 @pytest.mark.parametrize(
     ("rules", "complaints"),
     [
-        ({"attn": "stiefel"}, ["'transformer.h.0.mlp.c_fc.weight' is matched by no rule"]),
+        (
+            {"attn": "stiefel"},
+            ["no rule matches 'transformer.h.0-3.mlp.c_fc.weight', ", "add one, such as c_fc: adamw"],
+        ),
         (
             {"attn": "stiefel", "mlp": "dgram", "c_attn": "dgram"},
-            ["h.0.attn.c_attn.weight' is matched by several", "'c_attn'"],
+            ["several rules ('attn', 'c_attn') match 'transformer.h.0-3.attn.c_attn.weight'; keep one"],
         ),
         ({"attn": "steifel", "mlp": "dgram"}, ["asks for 'steifel'", "stiefel"]),
-        ({"attn": "stiefel", "mlp": "dgram", "atn": "dgram"}, ["'atn' matches no matrix; did you mean 'attn'?"]),
-        ({"attn": "stiefel", "mlp": "dgram", "wte": "stiefel"}, ["'transformer.wte.weight' always belongs to AdamW"]),
+        (
+            {"attn": "stiefel", "mlp": "dgram", "atn": "dgram"},
+            ["'atn' matches no matrix; remove it: assignment=custom"],
+        ),
+        (
+            {"atn": "stiefel", "mlp": "dgram", "h.9.mlp": "dgram"},
+            ["'atn' matches no matrix; did you mean 'attn'?", "'h.9.mlp' matches no matrix; remove it"],
+        ),
+        (
+            {"attn": "stiefel", "mlp": "dgram", "wte": "stiefel"},
+            ["claims 'transformer.wte.weight', which is always AdamW's"],
+        ),
         ({"attn|mlp": "dgram", "ln_1": "stiefel"}, ["'ln_1' matches vectors only, which are AdamW's; remove it"]),
     ],
 )
@@ -79,7 +94,29 @@ def test_mistakes_name_the_parameter_and_the_remedy(rules, complaints):
 def test_all_mistakes_come_at_once():
     with pytest.raises(AssignmentError) as caught:
         assign(SHAPES, {"attn": "steifel", "nothing": "dgram"}, TABLES)
-    assert len(caught.value.problems) == 2 + 8  # a manifold, a rule, and eight unmatched MLP matrices
+    assert len(caught.value.problems) == 2 + 1  # a manifold, a rule, and the MLP matrices without one
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["assignment=custom"], ["no rule matches 'transformer.h.0-3.attn.c_attn.weight'", "and 1 more; add one"]),
+        (["optim.muon.blocks={c_attn: 5}"], ["blocks of 'transformer.h.0-3.attn.c_attn.weight' is 5; give a whole"]),
+        (["optim.muon.radius={mlp: 2}"], ["c_proj.weight' on 'dgram' is 2; give a number above 0"]),
+        (["optim.adamw.lr_scale={lm_head: 0.5}"], ["tied to another one has the name of the first"]),
+        (["assignment=adamw", "optim.muon.radius={mlp: 2}"], ["'mlp' belongs to AdamW here; remove the pattern"]),
+        (["assignment=unconstrained", "optim.adamw.lr_scale={mlp: 2}"], ["'mlp' belongs to ManifoldMuon here"]),
+        (
+            ["model.mlp=none"],
+            ["'mlp' matches no matrix; remove it: assignment=custom 'assignment.rules={attn: stiefel}'"],
+        ),
+        (["optim.always_adamw=[attn, wte, wpe]"], ["rule 'attn' claims 'transformer.h.0-3.attn", "optim.always_adamw"]),
+    ],
+)
+def test_a_mistake_is_one_line_for_all_layers(overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        check(compose(overrides))
+    assert len(caught.value.problems) == 1 and all(part in str(caught.value) for part in said), caught.value
 
 
 def test_table_folds_equal_layers():

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from data import bench as data_bench
+from scripts import bench, evaluate, experiment, probe, report, reproduce, sample, watch
 from scripts.command import UsageError, parse
 from training.config import CONFIGS, compose, directory_name
 from training.help import help_text
@@ -109,3 +111,31 @@ def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
     assert both == "optim.adamw.lr=1,optim.muon.lr=2"
     rules = "assignment.rules={attn: stiefel, mlp: dgram},seed=1"
     assert directory_name(rules, "assignment.rules seed").startswith("rules={attn: stiefel"[:6])
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (sample.main, ["run", "temperature=inf"], "temperature=inf must be a number of at least 0"),
+        (sample.main, ["run", "seed=-1"], "seed=-1 must be at least 0 and below 2^63"),
+        (sample.main, ["run", f"seed={10**23}"], "and below 2^63"),
+        (probe.main, ["run", "figures=/dev/null"], "figures=/dev/null cannot be used, because /dev/null is a file"),
+        (reproduce.main, ["results=/dev/null/x"], "results=/dev/null/x cannot be used, because /dev/null is a file"),
+        (
+            evaluate.main,
+            ["run", "limit=5", "task_folder=x"],
+            "limit= is for tasks; name some with tasks=\ntask_folder=",
+        ),
+        (report.main, ["run", "live=maybe"], "live=maybe must be true or false"),
+        (bench.main, ["optimizer", "foo=3"], "foo= is no option"),
+        (watch.main, ["run", "stalled_s=-5"], "stalled_s=-5.0 is no time without news"),
+        (experiment.main, ["crossing", "trials=3"], "trials=3 has no effect: this experiment searches nothing"),
+        (experiment.main, ["crossing", "workers=-1"], "workers=-1 is below 0"),
+        (data_bench.main, ["/nowhere"], "there is no file /nowhere"),
+    ],
+)
+def test_a_mistake_is_one_message_before_anything_is_read(main, words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert said in err and "Traceback" not in err and not out and not list(tmp_path.iterdir())

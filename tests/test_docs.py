@@ -166,7 +166,8 @@ def check_cluster_sweep(words, tiny):
 def test_an_experiment_runs_and_writes_its_results(words, tiny_data, tmp_path, monkeypatch):
     without_workers(monkeypatch)
     places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
-    in_process(words, [*TINY_MODEL[:1], *TINY_RUN, *tiny_data, *LESS[words[2]], *places], monkeypatch)
+    tiny = [word for word in TINY_RUN if not word.startswith("schedule.warmup_steps=")]  # some experiments decide it
+    in_process(words, [*TINY_MODEL[:1], *tiny, *tiny_data, *LESS[words[2]], *places], monkeypatch)
     written = {path.suffix for path in (tmp_path / "results").iterdir()}
     assert written == {".md", ".json", ".png"}
 

@@ -271,6 +271,10 @@ def test_a_name_is_downloaded_and_a_failure_names_the_remedy(tmp_path, monkeypat
     with pytest.raises(ConfigError, match=r"cannot be had from huggingface\.co .*download the folder elsewhere"):
         located("gpt2")
     assert located(str(tmp_path / "hf")) == tmp_path / "hf"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # a misspelt path is no name
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="init_from=hf/frist: there is no such file"):
+        located("hf/frist")
 
 
 def test_nanogpt_without_arguments_is_known_by_its_tensors(tmp_path):

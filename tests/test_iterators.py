@@ -215,7 +215,7 @@ def test_without_a_setting_nothing_changes():
 
 def test_a_wrong_iterator_is_refused_with_its_reason():
     for value, reason in (
-        ("jordn", "did you mean jordan"),
+        ("jordn", "choose one of jordan"),
         ("[[3.4445, -8.775, 2.0315]]", "loses a sign"),
         ("[[1, 2]]", "a list of triples"),
         ("[]", "no polynomials"),

@@ -237,7 +237,7 @@ def test_blocks_put_every_head_on_the_manifold_by_itself():
         ),
         (["init.weight_scale=0"], "init.weight_scale is 0; give a number above 0"),
         (["optim.muon.lr_scale={attention: 0.5}"], "'attention' matches no matrix"),
-        (["optim.muon.lr_scale={attn: 0.5, c_attn: 0.2}"], "matched by several patterns"),
+        (["optim.muon.lr_scale={attn: 0.5, c_attn: 0.2}"], "several patterns ('attn', 'c_attn') match"),
         (["optim.muon.blocks={c_attn: 7}"], "whole number that divides its 384 rows"),
         (["stability.on_unstable=halt"], "on_unstable is 'halt'; choose mark or stop"),
         (["stability.warning.probes=1"], "warning.probes is 1; give a whole number of at least 3"),

@@ -379,7 +379,7 @@ def load_newest(directory: str | Path) -> Loaded | None:
         reasons = "".join(f"\n  {reason}" for _, reason in skipped)
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {directory} can be used; "
-            f"restore one from a copy, or choose another output_dir to start over:{reasons}"
+            f"restore one from a copy; to train again from the start, choose another output_dir:{reasons}"
         )
     return None
 

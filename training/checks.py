@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from data.shards import DataError
 from model.gpt import GPT
 from training.build import gpt_config, rehearse
 from training.checkpoint import CheckpointError
-from training.fields import Section
+from training.fields import Problem, Section
 from training.limits import MachineError
 from training.run import problems_of_names
 from training.settings import Data, Settings, read_sound
@@ -42,8 +42,29 @@ def read(cfg: Mapping[str, Any]) -> Settings:
     settings, found = read_sound(_with_vocabulary(cfg))
     if found:
         unsound = {problem.key.partition(".")[0] for problem in found}
-        raise ConfigError([*map(str, found), *_problems_of_relations(settings, None, unsound)])
+        wrong = {problem.key for problem in found}
+        if "max_steps" in wrong:  # schedule.decay_steps refers to it
+            found = [
+                p
+                for p in found
+                if p.key != "schedule.decay_steps" or cfg["schedule"].get("decay_steps") != cfg.get("max_steps")
+            ]
+        raise ConfigError([*_lines(found), *_problems_of_relations(settings, None, unsound)])
     return settings
+
+
+def _lines(found: Iterable[Problem]) -> list[str]:
+    """The messages. Missing settings of the model are one, and others may be those of an experiment."""
+    lines, shape = [], []
+    for problem in found:
+        section = problem.key.partition(".")[0]
+        if problem.missing and section == "model":
+            shape.append(problem.key)
+        else:
+            experiment = ", or choose an experiment" if problem.missing and section not in ("data", "optim") else ""
+            lines.append(f"{problem}{experiment}")
+    missing = f"{', '.join(shape)} {'is' if len(shape) == 1 else 'are'} missing; choose a whole model, such as model=gpt2_124m"
+    return [*([missing] if shape else []), *lines]
 
 
 def _with_vocabulary(cfg: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -59,7 +59,8 @@ def run_command(about: str) -> int:
     except REFUSALS as error:
         if not composed:
             return _refuse(refused([word for word in words if not word.startswith("-")], error, sweep))
-        print(error, file=sys.stderr)  # a job of a sweep has failed
+        first = str(error).partition("\n")[0]
+        print(f"not every job of the sweep ended; the first that failed: {first}", file=sys.stderr)
         return 1
     return 0
 

@@ -32,16 +32,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 MISSING = "???"  # OmegaConf's mark of a missing value
 MOST = 10**15  # the largest allowed number
+_SIMILAR = 0.75  # difflib's ratio of two names of which one may be meant by the other
 # words that are booleans in YAML 1.1, but text here
 YAML_WORDS = {"no": False, "off": False, "n": False, "yes": True, "on": True, "y": True}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A message about the wrong value at a dotted key, with a remedy."""
+    """A message about the wrong value at a dotted key, with a remedy; `missing` if there is no value."""
 
     key: str
     message: str
+    missing: bool = False
 
     def __str__(self) -> str:
         return self.message
@@ -58,6 +60,11 @@ class Kind:
         """What to give instead of a wrong value."""
         raise NotImplementedError
 
+    @property
+    def example(self) -> str:
+        """A value in a message."""
+        return "<value>"
+
     def fits(self, value: Any) -> bool:
         """Whether a value is in the set."""
         return not self.wrong("", value)
@@ -69,7 +76,7 @@ class Kind:
     def problems(self, key: str, value: Any) -> list[Problem]:
         """All problems of the value at a dotted key."""
         if isinstance(value, str) and value == MISSING:
-            return [Problem(key, f"{key} is missing; give it, or choose an experiment")]
+            return [Problem(key, f"{key} is missing; give {key}={self.example}", missing=True)]
         return self.wrong(key, value)
 
     def wrong(self, key: str, value: Any) -> list[Problem]:
@@ -148,7 +155,7 @@ class Choice(Kind):
         meant = YAML_WORDS.get(value.lower()) if isinstance(value, str) else None
         if meant is not None and self.fits(meant):
             return f" ({value} is text here; write {shown(meant)})"
-        return _did_you_mean(value, [choice for choice in self.choices if isinstance(choice, str)])
+        return ""
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,10 @@ class PathText(Text):
 
     longest: int = 3500
     part: int = 255  # the longest name that file systems allow, in bytes
+
+    @property
+    def example(self) -> str:
+        return "<path>"
 
     @property
     def remedy(self) -> str:
@@ -236,6 +247,10 @@ class Patterns(Kind):
     """A mapping from patterns of names to values of one kind."""
 
     kind: Kind
+
+    @property
+    def example(self) -> str:
+        return "{...}"
 
     @property
     def remedy(self) -> str:
@@ -299,7 +314,8 @@ class Section(Kind):
         found, of = [], f" of {self.owner}" if self.owner else ""
         for name in value:
             if name not in self.kinds:
-                hint = _did_you_mean(name, self.kinds) or "; remove it"
+                near = get_close_matches(str(name)[:100], list(self.kinds), 1, _SIMILAR)
+                hint = f"; did you mean {near[0]}?" if near else "; remove it"
                 found.append(Problem(_dotted(key, name), f"{_dotted(key, name)} is no setting{of}{hint}"))
         for name, kind in self.kinds.items():
             found += kind.problems(_dotted(key, name), value.get(name, MISSING))
@@ -331,7 +347,20 @@ class Variant(Kind):
             return [self.refusal(key, value)]
         name = value.get(self.by, MISSING)
         unknown = Choice(self.types).problems(_dotted(key, self.by), name)
-        return unknown or Section(self.types[name], name).wrong(key, value)
+        if unknown:
+            return unknown
+        section = Section(self.types[name], name)
+        found = section.wrong(key, value)
+        if any(p.missing for p in found) and any(other not in section.kinds for other in value):
+            group = key.partition(".")[0]
+            return [
+                Problem(
+                    _dotted(key, self.by),
+                    f"{key}.{self.by} is '{name}', but {key} has the settings of another {self.by}; choose all of them with {group}=, "
+                    f"of which python train.py {group}= --help lists the choices",
+                )
+            ]
+        return found
 
     def read(self, value: Any) -> Any:
         return Section(self.types[value[self.by]]).read(value)
@@ -404,8 +433,3 @@ def shown(value: Any) -> str:
 
 def _dotted(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
-
-
-def _did_you_mean(value: Any, choices: Collection[str]) -> str:
-    near = get_close_matches(str(value)[:100], list(choices), 1)
-    return f"; did you mean {near[0]}?" if near else ""

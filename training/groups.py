@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
-from optim.assignment import AssignmentError, Row, by_pattern, folded, matches
+from optim.assignment import AssignmentError, Row, by_pattern, folded, listed, matches
 from optim.manifolds import MANIFOLDS
 from optim.modular import norm_of
 from training.settings import AdamW, Library, Muon, Norms
 
 Groups = list[tuple[list[str], dict[str, Any]]]
 """Parameter groups: names of parameters, and what they share."""
+
+
+def owners(rows: list[Row]) -> dict[str, str]:
+    """The name of each parameter's optimizer."""
+    return {row.name: row.optimizer for row in rows}
 
 
 def muon_groups(rows: list[Row], muon: Muon) -> Groups:
@@ -24,8 +29,9 @@ def muon_groups(rows: list[Row], muon: Muon) -> Groups:
         AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or the step rule does not know an option.
     """
     mine = [row.name for row in rows if row.manifold]
-    scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale")
-    blocks = by_pattern(mine, muon.blocks or {}, 1, "optim.muon.blocks")
+    scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale", owners(rows))
+    blocks = by_pattern(mine, muon.blocks or {}, 1, "optim.muon.blocks", owners(rows))
+    undivided: dict[tuple[int, int], list[str]] = {}  # by blocks and rows
     groups: dict[tuple, list[str]] = {}  # by manifold, factor of the rate, blocks, radius
     options = {
         "block_length": muon.block_length != "each",
@@ -43,10 +49,12 @@ def muon_groups(rows: list[Row], muon: Muon) -> Groups:
             continue
         scale, cut = scales[row.name], blocks[row.name]
         if row.shape[0] % cut:
-            problems.append(
-                f"optim.muon.blocks of '{row.name}' is {cut}; give a whole number that divides its {row.shape[0]} rows"
-            )
+            undivided.setdefault((cut, row.shape[0]), []).append(row.name)
         groups.setdefault((row.manifold, scale, cut, row.radius), []).append(row.name)
+    problems += [
+        f"optim.muon.blocks of {listed(names)} is {cut}; give a whole number that divides its {height} rows"
+        for (cut, height), names in undivided.items()
+    ]
     if problems:
         raise AssignmentError(problems)
     return [
@@ -61,15 +69,21 @@ def at_radius(rows: list[Row], muon: Muon) -> list[Row]:
     Raises:
         AssignmentError: see `by_pattern`; or a radius that is 0, or one for a manifold without a fixed size.
     """
-    radii = by_pattern([row.name for row in rows if row.manifold], muon.radius or {}, 1.0, "optim.muon.radius")
-    wrong = [
-        f"optim.muon.radius of '{row.name}' on '{row.manifold}' is {radii[row.name]:g}; give a number above 0, or 1 for a set of matrices "
-        f"without a fixed size; these have one: {', '.join(name for name, manifold in MANIFOLDS.items() if manifold.sized)}"
-        for row in rows
-        if row.manifold and radii[row.name] != 1 and not (radii[row.name] > 0 and MANIFOLDS[row.manifold].sized)
-    ]
+    mine = [row for row in rows if row.manifold]
+    radii = by_pattern([row.name for row in mine], muon.radius or {}, 1.0, "optim.muon.radius", owners(rows))
+    wrong: dict[tuple[str, float], list[str]] = {}  # by manifold and radius
+    for row in mine:
+        radius = radii[row.name]
+        if row.manifold and radius != 1 and not (radius > 0 and MANIFOLDS[row.manifold].sized):
+            wrong.setdefault((row.manifold, radius), []).append(row.name)
     if wrong:
-        raise AssignmentError(wrong)
+        raise AssignmentError(
+            [
+                f"optim.muon.radius of {listed(names)} on '{manifold}' is {radius:g}; give a number above 0, or 1 for a set of matrices "
+                f"without a fixed size; these have one: {', '.join(name for name, own in MANIFOLDS.items() if own.sized)}"
+                for (manifold, radius), names in wrong.items()
+            ]
+        )
     return [replace(row, radius=float(radii.get(row.name, 1.0))) for row in rows]
 
 
@@ -148,7 +162,7 @@ def library_groups(rows: list[Row], library: Library) -> Groups:
     """
     groups: dict[float, list[str]] = {}
     mine = [row.name for row in rows if row.manifold]
-    for name, scale in by_pattern(mine, library.lr_scale or {}, 1.0, "optim.library.lr_scale").items():
+    for name, scale in by_pattern(mine, library.lr_scale or {}, 1.0, "optim.library.lr_scale", owners(rows)).items():
         groups.setdefault(scale, []).append(name)
     return [(names, {"lr": library.lr * scale}) for scale, names in groups.items()]
 
@@ -161,7 +175,7 @@ def adamw_groups(rows: list[Row], adamw: AdamW) -> Groups:
     """
     mine = {row.name: row for row in rows if row.optimizer == "AdamW"}
     groups: dict[tuple[float, float], list[str]] = {}
-    for name, scale in by_pattern(mine, adamw.lr_scale or {}, 1.0, "optim.adamw.lr_scale").items():
+    for name, scale in by_pattern(mine, adamw.lr_scale or {}, 1.0, "optim.adamw.lr_scale", owners(rows)).items():
         decay = adamw.weight_decay if len(mine[name].shape) >= 2 else 0.0
         groups.setdefault((decay, adamw.lr * scale), []).append(name)
     return [(names, {"weight_decay": decay, "lr": lr}) for (decay, lr), names in groups.items()]

@@ -7,6 +7,7 @@ and the validation loss before and after: fine-tuning on a manifold begins with 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,8 @@ def located(source: str) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):  # no name of huggingface.co
+    here = "/" in source and path.parent.is_dir()  # a misspelt path, such as outputs/frist
+    if here or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):  # no name of huggingface.co
         raise ConfigError([f"init_from={source}: there is no such file; {_REMEDY}"])
     try:
         from huggingface_hub import hf_hub_download
@@ -106,6 +108,7 @@ def located(source: str) -> Path:
         raise ConfigError(
             [f"init_from={source}: there is no such file; {_REMEDY}, for which: pip install huggingface_hub"]
         ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every attempt
     try:
         folder = Path(hf_hub_download(source, _HF_CONFIG)).parent
         try:

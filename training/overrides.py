@@ -103,8 +103,9 @@ def problems_of_words(
 
 def hint(word: str, names: Collection[str]) -> str:
     """What was meant by a wrong word, or else all that there is, as the end of a sentence."""
-    near = get_close_matches(str(word)[:100], list(names), 1)
-    return f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(names)}"
+    begun = [name for name in names if name.startswith(f"{word}_")]
+    near = begun[:_MOST_HINTS] or get_close_matches(str(word)[:100], list(names), 1)
+    return f"; did you mean {_either(near)}?" if near else f"; choose one of {', '.join(names)}"
 
 
 # ---- one word ----
@@ -137,14 +138,15 @@ def _errors_of_each(words: Sequence[str], groups: Sequence[str], configs: Path) 
 def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: Path) -> str:
     """The sentence about a name that is no setting: almost the same names, other choices of its group that have it, or similar last parts."""
     names = list(_dotted(config))
-    near = get_close_matches(name, names, 1, 0.85)
-    if not near and (choices := _choices_with(name, groups, configs)):
-        return f"{name} is no setting here; it belongs to {' and '.join(choices[:_MOST_HINTS])}"
     last = name.rpartition(".")[2]
     parts = {known: known.rpartition(".")[2] for known in names}
+    alike = [known for known, part in parts.items() if get_close_matches(last, [part], 1)]
+    near = get_close_matches(name, alike, 1, 0.85)
+    if not near and (choices := _choices_with(name, groups, configs)):
+        return f"{name} is no setting here; it belongs to {' and '.join(choices[:_MOST_HINTS])}"
     near = near or [known for known, part in parts.items() if part == last]
     near = near or [known for known, part in parts.items() if part.startswith(f"{last}_")]
-    near = near or get_close_matches(name, names, 1, 0.7)
+    near = near or get_close_matches(name, alike, 1, 0.7)
     near = near or [known for known, part in parts.items() if part in get_close_matches(last, parts.values(), 1, 0.75)]
     meant = f"did you mean {_either(near[:_MOST_HINTS])}?" if near else "python train.py --help lists the settings"
     return f"{name} is no setting; {meant}"

@@ -125,9 +125,11 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
     if loaded.state["data"] != data:
         changed.append(f"data: the shards in {cfg.data.dir} are not the data of the run")
     if changed:
+        same_data = loaded.state["data"] == data
+        go_on = ", or add allow_changes=true to go on under the new settings" if same_data else ""
         raise CheckpointError(
             f"{loaded.path} belongs to another run, so it is not resumed; go back to its settings, or start a new run with "
-            "resume=never and another output_dir:" + "".join(f"\n  - {c}" for c in changed)
+            f"resume=never and another output_dir{go_on}:" + "".join(f"\n  - {c}" for c in changed)
         )
     return loaded
 

@@ -110,7 +110,7 @@ class AdamW:
 
     lr: NotNegative
     betas: tuple[Share, Share]
-    eps: NotNegative
+    eps: Positive
     weight_decay: NotNegative
     lr_scale: Factors
 

@@ -86,9 +86,11 @@ def hydra_job(config: Any, jobs: int | None = None) -> float:
     try:
         return run_job(partial(train, label=label), lambda: read(resolved(config)), directory)
     except Exception as error:
-        print(f"{directory} failed: {error}", file=sys.stderr, flush=True)
+        # the other jobs do write, so without the first line of a ConfigError
+        why = "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
+        print(f"{directory} failed: {why}", file=sys.stderr, flush=True)
         if isinstance(error, (*USER_ERRORS, RankFailed)):
-            raise CompactHydraException(str(error)) from None  # Hydra prints it without a traceback
+            raise CompactHydraException(why) from None  # Hydra prints it without a traceback
         raise
 
 

@@ -76,16 +76,16 @@ def problems_of_backend(cfg: Settings) -> list[str]:
     ]
 
 
-def problems_of_directory(directory: Path) -> list[str]:
-    """Problems of creating or writing to the directory of a run."""
+def problems_of_directory(directory: Path, key: str = "output_dir") -> list[str]:
+    """Problems of creating or writing to a directory, which `key` gives."""
     try:
         there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     except OSError as error:
-        return [f"output_dir={directory} cannot be used ({error.strerror}); choose another"]
+        return [f"{key}={directory} cannot be used ({error.strerror}); choose another"]
     if not there.is_dir():
-        return [f"output_dir={directory} cannot be used, because {there} is a file; choose another"]
+        return [f"{key}={directory} cannot be used, because {there} is a file; choose another"]
     if not os.access(there, os.W_OK | os.X_OK):
-        return [f"output_dir={directory} cannot be used, because {there} cannot be written to; choose another"]
+        return [f"{key}={directory} cannot be used, because {there} cannot be written to; choose another"]
     return []
 
 

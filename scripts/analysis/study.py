@@ -15,11 +15,12 @@ from scripts.analysis.runs import RecordedRun, final_losses, read_run
 from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
 from scripts.analysis.statistics import Estimate
 from scripts.analysis.tables import ENDS, Column, Table, footer, make_table, rows_of, write_tables
-from scripts.command import UsageError
+from scripts.command import UsageError, refuse
 from training.checks import check
-from training.config import compose, directory_name
+from training.config import CONFIGS, compose, compose_plain, directory_name
 from training.engine import Job, run_all
 from training.run import environment
+from training.validate import ConfigError
 
 Case = Mapping[str, str]
 """One value for each axis."""
@@ -139,16 +140,59 @@ class Study:
         Raises:
             UsageError: an axis with named values has no such value.
         """
-        found = []
-        for axis, value in case.items():
-            named = self.experiment.axes[axis]
-            if isinstance(named, str):
-                found.append(f"{axis}={value}")
-            elif value in named:
-                found += named[value]
-            else:
-                raise UsageError(f"there is no {axis} '{value}'; choose from {', '.join(named)}")
+        found = [word for axis, value in case.items() for word in self._of_axis(axis, value)]
         return [*found, *self.experiment.derived(self, case)]
+
+    def _of_axis(self, axis: str, value: str) -> Sequence[str]:
+        named = self.experiment.axes[axis]
+        if isinstance(named, str):
+            return [f"{axis}={value}"]
+        if value not in named:
+            raise UsageError(f"there is no {axis} '{value}'; choose from {', '.join(named)}")
+        return named[value]
+
+    def refuse_decided(self) -> None:
+        """Refuse overrides of what the cases decide: an override comes last, so all cases would have it, whatever the table calls them.
+
+        Raises:
+            UsageError: there is one. The message lists all. Or an axis with named values has no such value.
+        """
+        decided, problems = self._decided(), []
+        for override in self.overrides:
+            key = _key(override)
+            nearest = sorted(decided, key=lambda known: known != key)
+            if known := next((k for k in nearest if self._decides(k, key)), None):
+                problems.append(f"{override} cannot be given here: {decided[known]}")
+        refuse(problems)
+
+    def _decided(self) -> dict[str, str]:
+        """Key of train.py that the cases decide → what to do instead. A derived key is decided if it has several values."""
+        found: dict[str, str] = {}
+        derived: dict[str, set[str]] = {}
+        cases, search = self.cases(), self.experiment.search
+        for case in cases:
+            for axis, value in case.items():
+                why = f"the axis `{axis}` decides it; give {axis}="
+                found |= {_key(word): why for word in self._of_axis(axis, value)}
+            for word in self.experiment.derived(self, case):
+                derived.setdefault(_key(word), set()).add(word)
+            if search and (searched := self._searched(case)) in cases:
+                found |= {axis.key: "the experiment searches it" for axis in search.axes(self, searched)}
+        return {key: "the experiment computes it for each case" for key, own in derived.items() if len(own) > 1} | found
+
+    def _decides(self, decided: str, key: str) -> bool:
+        """Whether an override of a key changes what a decided key stands for.
+
+        The choice of a group does not change a decided setting in it, as Hydra reads choices first. A setting in a decided group is
+        decided if its choices differ in it.
+        """
+        if key == decided or (decided.startswith(f"{key}.") and not (CONFIGS / key).is_dir()):
+            return True
+        if not key.startswith(f"{decided}."):
+            return False
+        choices = {tuple(w for w in self.settings(case) if _key(w) == decided) for case in self.cases()}
+        values = [_at(compose_plain([*self.experiment.base, *words]), key) for words in choices]
+        return len({repr(value) for value in values if value is not None}) > 1
 
     def job(self, parent: Path, case: Case, seed: str, settings: Sequence[str], searched: Case) -> Job:
         """The run of a case with a seed. searched: key → value of the settings that were searched."""
@@ -160,10 +204,10 @@ class Study:
         """Each case (of those given, or of all) and its job, seed after seed, so that an interrupted experiment has complete seeds.
 
         The settings that are searched have their best values; before the search, those at which it starts. A case whose search
-        found nothing has no job. Nothing is written.
+        found nothing has no job. Nothing is written or checked.
 
         Raises:
-            UsageError, ConfigError: a configuration is wrong.
+            UsageError: an axis with named values has no such value.
         """
         ready = []
         for case in self.cases() if cases is None else cases:
@@ -171,21 +215,19 @@ class Study:
             found = self.found.get(tuple(searched.values())) or self._new_search(searched)
             if found.tried or tuple(searched.values()) not in self.found:
                 ready.append((case, self.settings(case), found.best))
-        jobs = [
+        return [
             ({**case, **best}, self.job(parent, case, seed, own, best))
             for seed in self.seeds
             for case, own, best in ready
         ]
-        for _, job in jobs[: len(ready)]:  # one seed is enough for a check
-            check(compose(job.overrides))
-        return jobs
 
     def run(self, parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
-        """Run what has not ended, read the runs, and measure. Returns directory → reason, for the runs that failed.
+        """Check all, run what has not ended, read the runs, and measure. Returns directory → reason, for the runs that failed.
 
         Raises:
-            UsageError: no run has ended, and the experiment has no table without runs.
+            UsageError, ConfigError: something is wrong, and nothing was run; or no run has ended, and the experiment has no table without runs.
         """
+        self.check_all()
         failures: dict[Path, str] = {}
         groups: dict[tuple[str, ...], list[RecordedRun]] = {}
         for cases in self._stages():
@@ -201,10 +243,46 @@ class Study:
             failures |= self._train(more, groups, parent, workers, launcher)
         order = {tuple(case.values()): i for i, case in enumerate(self.cases())}
         self.groups = [groups[key] for key in sorted(groups, key=order.__getitem__)]
+        if not self.groups and not self.experiment.untrained and workers == 0 and not launcher:
+            raise UsageError(f"workers=0 trains nothing, and no run in {parent} came to its end, so there is no table")
         if not self.groups and not self.experiment.untrained:
             raise UsageError("no run came to its end, so there is no table; the lines above tell the reason")
         self.facts = self.experiment.measure(self)
         return failures
+
+    def check_all(self) -> None:
+        """Check each case, with the values at which its search starts, and each seed.
+
+        Raises:
+            UsageError, ConfigError: something is wrong. The ConfigError lists problems until one comes again.
+        """
+        cases, seeds, problems = self.cases(), self.seeds, dict[str, None]()
+        if self.experiment.search:
+            self._check_search()
+            seeds = [*seeds, str(self.options["search_seed"])]
+        wanted = [*((case, seeds[0]) for case in cases), *((cases[0], seed) for seed in seeds[1:])]
+        for case, seed in wanted:  # a seed changes nothing else
+            start = self._new_search(self._searched(case)).best
+            try:
+                check(compose(self.job(Path(), case, seed, self.settings(case), start).overrides))
+            except ConfigError as error:
+                if problems.keys() >= {*error.problems}:
+                    break  # it is wrong in every case, and each takes a second
+                problems |= dict.fromkeys(error.problems)
+        if problems:
+            raise ConfigError(problems)
+
+    def _check_search(self) -> None:
+        trials, seed, cases = self.options["trials"], str(self.options["search_seed"]), self.cases()
+        if trials < 1:
+            raise UsageError(f"trials={trials} is too few; give at least 1")
+        if seed in self.seeds:
+            raise UsageError(f"seeds= has the seed of the trials, {seed}; leave it out, or give another search_seed=")
+        for case in cases:
+            if (searched := self._searched(case)) not in cases:
+                raise UsageError(
+                    f"{', '.join(case.values())} takes the best settings of {', '.join(searched.values())}; add that to the values"
+                )
 
     def _train(
         self,
@@ -233,28 +311,19 @@ class Study:
     def _search(self, cases: Sequence[Case], parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
         """Run the trials of some cases, a trial of each at a time. Returns directory → reason, for those that failed; such a search ends."""
         failures: dict[Path, str] = {}
-        trials = self.options["trials"]
-        if trials < 1:
-            raise UsageError(f"trials={trials} is too few; give at least 1")
         going = {}
         for case in cases:
             key, searched = tuple(case.values()), self._searched(case)
-            if searched not in cases:
-                raise UsageError(
-                    f"{', '.join(key)} takes the best settings of {', '.join(searched.values())}; add that to the values"
-                )
             if case == searched:
                 self.found[key] = self._new_search(case)
                 going[key] = case, self.settings(case)
-        for _ in range(trials):
+        for _ in range(self.options["trials"]):
             points = {key: self.found[key].next_point() for key in going}
             jobs = {}
             for key, (case, own) in going.items():
                 searched = self.found[key].values(points[key])
                 judged = [*own, "full_eval=false"]  # a trial is judged by the windows
                 jobs[key] = self.job(parent / "trials", case, str(self.options["search_seed"]), judged, searched)
-            for job in jobs.values():
-                check(compose(job.overrides))
             failures |= run_all(list(jobs.values()), workers, launcher)
             for key, job in jobs.items():
                 if not job.ended:
@@ -304,6 +373,17 @@ class Study:
     def _trials(self, key: Sequence[str], found: Found) -> list[dict[str, Any]]:
         """The trials of a case as data, in their order."""
         return [{**dict(zip(self.axes, key)), **found.values(p), "val_loss": loss} for p, loss in found.tried.items()]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _at(cfg: Any, key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
+    for name in key.split("."):
+        cfg = cfg.get(name) if isinstance(cfg, Mapping) else None
+    return cfg
 
 
 # ---- tables of experiments ----
