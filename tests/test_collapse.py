@@ -6,15 +6,23 @@ All numbers are float64. Tokens are rows; n tokens of width d are X (n, d).
 
 import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from data.loader import validation_windows
+from data.shards import Split
 from model.collapse import ambiguous_dimensions, mixing_dimensions, null_space, outside_span
 from model.gpt import GPT, GPTConfig
 from model.probes import head_mixing, new_directions
+from scripts.analysis import collapses
+from scripts.analysis.runs import RecordedRun
 from scripts.probe import layer_table
+from training.config import compose
 
 N, D = 10, 16
 
@@ -327,3 +335,34 @@ def test_the_gates_of_a_model_take_away_its_mixing_once_they_differ(kind):
     with torch.no_grad():
         made.transformer.h[0].attn.head_gate.weight.normal_()
     assert (head_mixing(made, x) > 0).all() and head_mixing(made, x, known_gates=True).tolist() == [[0, 0]]
+
+
+def test_a_profile_tells_the_mask_and_training_apart(monkeypatch, tmp_path):
+    """Uniform attention alone makes all tokens equal in one block without a mask; the first token of a window stays itself with one."""
+    settings = {
+        "block_size": 8,
+        "vocab_size": 32,
+        "n_layer": 2,
+        "n_head": 1,
+        "n_embd": D,
+        "mlp": "none",
+        "skips": False,
+    }
+    start, trained = GPT(GPTConfig(**settings)), GPT(GPTConfig(**{**settings, "skips": True}))
+    with torch.no_grad():
+        for block in start.transformer.h:
+            block.attn.c_attn.weight[: 2 * D].zero_()  # queries and keys
+    np.random.default_rng(0).integers(32, size=100).astype(np.uint16).tofile(tmp_path / "text")
+    config, val = compose(["data=stdlib"]).plain(), Split(tmp_path, (SimpleNamespace(file="text", tokens=100),))
+    config["model"] = {**config["model"], "block_size": 8}
+    monkeypatch.setattr(collapses, "load_model", lambda directory: (trained, config, None))
+    monkeypatch.setattr(collapses, "open_data", lambda cfg: SimpleNamespace(val=val))
+    monkeypatch.setattr(collapses, "initial", lambda cfg, seed: start)
+    found = collapses.profile(RecordedRun(Path("nowhere"), config, {}, {}, {}))
+    assert found["unmasked"][-1] < 1e-14 < 0.1 < found["initial"][-1]
+    assert found["unmasked"][0] == found["initial"][0] != found["trained"][0]
+    x = torch.from_numpy(validation_windows(val, 8, collapses.WINDOWS)[:, :-1].astype("int64"))
+    assert found["trained"] == collapses.distances(trained, x)
+    assert (
+        found["outside_initial"] == new_directions(start, x)[-1] and found["outside"] == new_directions(trained, x)[-1]
+    )

@@ -22,7 +22,7 @@ from model.gpt import GPT, GPTConfig
 from model.layer_map import layer_maps
 from model.residual import RESIDUAL_RULES
 from scripts import experiment
-from scripts.analysis.exponents import correlations, initial
+from scripts.analysis.exponents import correlations, fits, foretold, foretold_table, initial
 from scripts.analysis.statistics import rank_correlation
 from training.build import build_optimizers, gpt_config
 from training.config import compose
@@ -212,6 +212,58 @@ def test_rank_correlation():
     assert rank_correlation([1, 1, 2], [5, 5, 9]) == pytest.approx(1)
     cells = [{"angle": a, "gradient": g, "loss": x} for a, g, x in [(-0.1, 3, 1.0), (0.5, 2, 2.0), (-2, 1, math.nan)]]
     assert correlations(cells) == pytest.approx({"|λ_a|": 1.0, "|λ_g|": -1.0, "sum": -0.5})
+
+
+def row(assignment, residual, angle, loss, gradient=0.0, scaled=False):
+    other_rule, other_assignment = residual != "pre_norm", assignment != "adamw"
+    found = {"assignment": assignment, "residual": residual, "angle": angle, "gradient": gradient, "loss": loss}
+    return {**found, "scaled": scaled, "other_rule": other_rule, "other_assignment": other_assignment}
+
+
+RULES = ("pre_norm", "ngpt", "post_norm", "geonorm")
+
+
+def test_which_rules_the_exponents_foretell():
+    """Under AdamW the losses rise with |λ_a|, under Hetero they fall; a scaled model and the rule that writes nothing do not count."""
+    cells = [row("adamw", rule, (-1) ** i * 0.1 * (i + 1), 2.0 + i, gradient=5.0 - i) for i, rule in enumerate(RULES)]
+    cells += [row("hetero", rule, 0.1 * (i + 1), 9.0 - i, gradient=float(i % 2)) for i, rule in enumerate(RULES[:3])]
+    cells += [row("adamw", "pre_rms_norm", 0.0, 99.0), row("adamw", "pre_norm", 9.0, 0.0, scaled=True)]
+    cells += [row("all_dgram", "pre_norm", 1.0, 1.0)]  # one rule foretells nothing
+    adamw, hetero = foretold(cells)
+    assert (adamw["rules"], adamw["nearest"], adamw["place"], adamw["best"]) == (4, "pre_norm", 1, "pre_norm")
+    assert (hetero["rules"], hetero["nearest"], hetero["place"], hetero["best"]) == (3, "pre_norm", 3, "post_norm")
+    assert adamw["rho"] == pytest.approx({"|λ_a|": 1.0, "|λ_g|": -1.0}) and hetero["rho"]["|λ_a|"] == pytest.approx(-1)
+    assert hetero["rho"]["|λ_g|"] == pytest.approx(0)
+    assert adamw["p"] == pytest.approx({"|λ_a|": 2 / 24, "|λ_g|": 2 / 24})
+    assert hetero["p"] == pytest.approx({"|λ_a|": 2 / 6, "|λ_g|": 1.0})
+    assert adamw["p_holm"] == pytest.approx({"|λ_a|": 4 / 12, "|λ_g|": 4 / 12})
+    assert hetero["p_holm"] == pytest.approx({"|λ_a|": 4 / 6, "|λ_g|": 1.0})
+    assert foretold_table([hetero]).lines[0] == [
+        "hetero",
+        "3",
+        "-1.00 (p 0.67)",
+        "+0.00 (p 1.00)",
+        "pre_norm",
+        "3",
+        "post_norm",
+    ]
+
+
+def test_the_parts_of_the_fits():
+    cells = [row("adamw", "pre_norm", 0.1 * i, 2.0 + i, scaled=i > 0) for i in range(5)]
+    cells += [
+        row(a, r, 0.5 * i, 9.0 - i)
+        for a in ("adamw", "hetero")
+        for i, r in enumerate(RULES)
+        if a + r != "adamwpre_norm"
+    ]
+    assert {r["networks"]: r["count"] for r in fits([{**c, "gradient": 1.0} for c in cells])} == {
+        "all": 12,
+        "initial scales": 5,
+        "rules and assignments": 8,
+    }
+    by_scale = next(r for r in fits(cells) if r["networks"] == "initial scales")
+    assert by_scale["by"] == "|λ_a|" and by_scale["slopes"]["|λ_a|"][0] == pytest.approx(1)
 
 
 def test_scales_and_networks_are_two_grids_around_one_model():

@@ -4,8 +4,12 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import pytest
+import torch
+
+from optim.certificate import certify
 from scripts import experiment
-from scripts.analysis.hetero import control_table, exchange_table, sums
+from scripts.analysis.hetero import KINDS, by_chance, control_table, exchange_table, matrix_table, measured, sums
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.search import Axis, Found
 from scripts.experiments.why_hetero import ROUTES
@@ -69,3 +73,52 @@ def test_a_setting_with_an_unstable_run_has_no_gain():
         ["mlp.c_fc", "", "+0.100 [-0.024, +0.224]"],
         ["mlp.c_proj", "+0.100 [-0.024, +0.224]", ""],
     ]
+
+
+# ---- what steps were made of ----
+
+WIDTH = 16
+
+
+def on_the_manifold(manifold, rows, count):
+    """Random points (count, rows, WIDTH) in float64: orthonormal columns, for DGram of other lengths."""
+    W = torch.linalg.qr(torch.randn(count, rows, WIDTH, dtype=torch.float64)).Q
+    return W * (0.5 + torch.rand(count, 1, WIDTH, dtype=torch.float64)) if manifold == "dgram" else W
+
+
+@pytest.mark.parametrize("kind", ["attn.c_proj", "attn.c_attn", "mlp.c_fc"])
+@pytest.mark.parametrize("manifold", ["stiefel", "dgram"])
+def test_the_shares_of_a_random_momentum_are_those_by_chance(kind, manifold):
+    torch.manual_seed(0)
+    W = on_the_manifold(manifold, KINDS[kind] * WIDTH, 100)
+    found = certify(W, torch.randn_like(W), W, manifold)
+    assert by_chance("normal_share", manifold, kind, WIDTH) == pytest.approx(found.normal_share.mean().item(), rel=0.02)
+    assert by_chance("length_share", manifold, kind, WIDTH) == pytest.approx(found.length_share.mean().item(), rel=0.1)
+    assert by_chance("size_share", manifold, kind, WIDTH) == pytest.approx(found.size_share.mean().item(), rel=0.4)
+    assert (
+        by_chance("normal_share", "euclidean", kind, WIDTH) is None and by_chance("feas", manifold, kind, WIDTH) is None
+    )
+
+
+def test_the_table_of_matrices_has_means_over_layers_and_training_and_ends():
+    """Normal shares .1, .3 in one layer and .5, .7 in the other; lengths count at the last step only."""
+    rules = {"attn": "stiefel", "h.0.mlp": "dgram", "h.1.mlp": "stiefel"}
+    certificates = [
+        {"step": step, "name": f"h.{layer}.mlp.c_fc.weight", "normal_share": share + 0.2 * layer, "step_rank": 5.0}
+        for step, layer, share in ((1, 0, 0.1), (1, 1, 0.3), (2, 0, 0.3), (2, 1, 0.5))
+    ]
+    spectra = [{"step": s, "name": "h.0.mlp.c_fc.weight", "length_mean": x} for s, x in ((1, 9.0), (2, 1.5))]
+    config = {"seed": 1, "model": {"n_layer": 2, "n_embd": 10}, "assignment": {"rules": rules}}
+    run = replace(fake("hetero", 2.0), config=config)
+    run.records.update(certificate=certificates, spectra=spectra)
+    found = asked({"hetero": [2.0]})
+    found.groups = [[run]]
+    found.facts["matrices"] = measured(found)
+    table = matrix_table(found)
+    line = dict(zip(table.headings, next(line for line in table.lines if line[1] == "mlp.c_fc")))
+    assert line["manifold"] == "dgram+stiefel" and line["of the step"] == "5.0" and line["length of columns"] == "1.50"
+    assert line["normal share (by chance)"] == "0.40"  # two manifolds have no one chance
+    config["assignment"]["rules"] = {"mlp": "stiefel"}
+    found.facts["matrices"] = measured(found)
+    line = next(line for line in matrix_table(found).lines if line[1] == "mlp.c_fc")
+    assert line[2:4] == ["stiefel", "0.40 (0.14)"]  # 11 / 80

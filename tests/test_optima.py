@@ -3,14 +3,19 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from scripts.analysis import optima, study
+from data.shards import Split
+from model.gpt import GPT, GPTConfig
+from scripts.analysis import optima, speed_up, study
 from scripts.analysis.optima import further_cases, optimum_table, seed_slopes, slope_table
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.speed_up import Race, context_table, speed_table, steps_needed
 from scripts.experiments import lr_transfer, ngpt_speed
+from training.config import compose
 from training.engine import Job
 
 RATE, WIDTH = "optim.adamw.lr", "model.n_embd"
@@ -150,6 +155,39 @@ def test_the_tables_of_a_race():
     assert table.lines[1][5:] == ["2", "<50", ">4.00", "10.0", "20.0", ">2.00"]
     assert context_table(found, race).lines == [["256", "GPT", "3.000", "4.000", ""]]
     assert [title for title, _ in race.longest(found, "nGPT")] == ["nGPT, context 256", "nGPT, context 1024"]
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_all_lengths_of_windows_have_the_same_targets(monkeypatch, tmp_path, rope):
+    model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=8, rope=rope))
+    config = compose(["data=stdlib", "global_batch_tokens=16", "micro_batch_size=1"]).plain()
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "text")
+    text, read = Split(tmp_path, (SimpleNamespace(file="text", tokens=1000),)), {}
+
+    def measure(model, windows, token_bytes):
+        assert windows.shape[1] == model.config.block_size + 1
+        assert (np.diff(windows.astype(int)) == 1).all()  # each is a piece of the text
+        read[windows.shape[1] - 1] = np.sort(windows[:, 1:], axis=None)
+        return SimpleNamespace(loss=float(windows.shape[1] - 1))
+
+    monkeypatch.setattr(speed_up, "load_model", lambda directory: (model, config, None))
+    monkeypatch.setattr(speed_up, "open_data", lambda cfg: SimpleNamespace(val=text))
+    monkeypatch.setattr(speed_up, "separator_of", lambda cfg, dataset: None)
+    monkeypatch.setattr(speed_up, "measure", measure)
+    context = ngpt_speed.CONTEXT
+    runs = [
+        fake(2.0, seed, arm="nGPT", max_steps=steps, **{context: "4"}) for seed in (1, 2) for steps in ("50", "100")
+    ]
+    axes = {"arm": ["GPT", "nGPT"], context: ["4"], "max_steps": ["50", "100"]}
+    found = asked(ngpt_speed.EXPERIMENT, axes, {}, runs)
+    lines = speed_up.losses_beyond(found, Race("GPT", "nGPT", context))
+    lengths = [4, 8, 16] if rope else [4]
+    assert [line["loss"] for line in lines] == 2 * lengths and [line["seed"] for line in lines[:: len(lengths)]] == [
+        1,
+        2,
+    ]
+    assert {line["max_steps"] for line in lines} == {"100"} and list(read) == lengths
+    assert all(np.array_equal(read[4], targets) and len(set(targets)) == 256 for targets in read.values())
 
 
 def test_losses_by_rate_of_an_unstable_run_are_infinite():

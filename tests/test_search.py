@@ -54,6 +54,10 @@ def test_students_distribution_and_paired_differences():
     found = Difference.of({1: 2.0, 2: 2.2, 3: 2.1, 4: 9.0}, {3: 2.0, 2: 2.1, 1: 1.8})
     assert (found.count, found.mean) == (3, pytest.approx(0.4 / 3)) and found.low < 0 < found.high
     assert found.p == pytest.approx(0.0572, abs=1e-4)  # t = 4 with two degrees of freedom
+    assert (
+        Difference.of({1: 2.0, 2: 3.0}, {1: 2.0, 2: 3.0}).p == 1
+        and Difference.of({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0}).p == 0
+    )
     assert Difference.of({1: 2.0}, {1: 1.5}).text() == "+0.500" and math.isnan(Difference.of({1: 2.0}, {1: 1.5}).p)
 
 

@@ -128,4 +128,7 @@ def test_ranks_are_fitted_when_losses_are_not_finite_and_nothing_is_when_nothing
 
 def test_the_p_of_a_rank_correlation():
     assert rank_correlation_p(0.6, 10) == pytest.approx(0.0667, abs=1e-4)
-    assert rank_correlation_p(1.0, 5) == 0 and math.isnan(rank_correlation_p(0.5, 2))
+    assert (
+        rank_correlation_p(1.0, 5) == rank_correlation_p(-1.0, 5) == pytest.approx(2 / 120)
+    )  # of 5! orders, two have |ρ| = 1
+    assert math.isnan(rank_correlation_p(0.5, 2))

@@ -15,7 +15,7 @@ from data.loader import validation_windows
 from model import layer_map
 from model.exponents import SKIPS, Exponents, closed_form, embedded, measured_exponents, near_collapse
 from model.gpt import GPT
-from scripts.analysis.statistics import Estimate, rank_correlation, rank_correlation_p, rank_regression
+from scripts.analysis.statistics import Estimate, holm, rank_correlation, rank_correlation_p, rank_regression
 from scripts.analysis.study import Study
 from scripts.analysis.tables import Table
 from scripts.command import UsageError
@@ -37,8 +37,15 @@ EXPONENT_HEADINGS = {
     "gradient_paper": "paper's map",
     "gradient_text": "λ_g, text",
 }
-KINDS = ("initial scales", "residual rules", "assignments", "rules and assignments")
-"""How a trained network differs from GPT-2 under AdamW, by `kind_of`."""
+KINDS = {  # other rule, other assignment
+    (False, False): "initial scales",
+    (True, False): "residual rules",
+    (False, True): "assignments",
+    (True, True): "rules and assignments",
+}
+"""How a trained network differs from GPT-2 under AdamW, for the picture."""
+WRITES_NOTHING = "pre_rms_norm"
+"""The residual rule whose sublayers write zero at initialisation: its exponents are 0 whatever the assignment is."""
 SIZES = {"|λ_a|": "angle", "|λ_g|": "gradient"}
 
 
@@ -165,7 +172,8 @@ def mean_or_nan(values: Sequence[float]) -> float:
 def cells(study: Study, overrides: Sequence[str], correlation: float) -> list[dict[str, Any]]:
     """A row for each run: its settings, its exponents at initialisation, and its final loss, infinite if it became unstable.
 
-    scaled: whether its initial scales differ from those of `around`. kind: see KINDS.
+    scaled, other_rule, other_assignment: whether its initial scales, residual rule or assignment differ from those of `around`.
+    kind: see KINDS.
     """
     found = []
     for r in study.runs:
@@ -173,8 +181,9 @@ def cells(study: Study, overrides: Sequence[str], correlation: float) -> list[di
         seen = estimates([*overrides, *settings], 2, correlation)
         began = {kind: seen[f"{kind}_synthetic"].mean for kind in ("angle", "gradient")}
         away = {axis for axis, value in study.around.items() if r.case[axis] != value}
-        kind = KINDS[("residual" in away) + 2 * ("assignment" in away)]
-        marked = {"kind": kind, "scaled": bool(away - {"residual", "assignment"})}
+        rule, assignment = "residual" in away, "assignment" in away
+        marked = {"other_rule": rule, "other_assignment": assignment, "kind": KINDS[rule, assignment]}
+        marked["scaled"] = bool(away - {"residual", "assignment"})
         found.append({**r.case, **marked, **began, "loss": r.final if r.stable else math.inf})
     return found
 
@@ -194,8 +203,11 @@ def correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def fits(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The ranks of the final loss fitted by those of |λ_a|, of |λ_g|, and of both: over all networks, and over two parts of them."""
-    plain = [c for c in cells if c["kind"] == KINDS[0]]
-    parts = {"all": cells, KINDS[0]: plain, KINDS[3]: [c for c in cells if not c["scaled"]]}
+    parts = {
+        "all": cells,
+        "initial scales": [c for c in cells if not (c["other_rule"] or c["other_assignment"])],
+        "rules and assignments": [c for c in cells if not c["scaled"]],
+    }
     found = []
     for name, part in parts.items():
         sizes, loss = sizes_of(part)
@@ -207,8 +219,12 @@ def fits(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def foretold(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each assignment with several residual rules: the rank correlations over the rules, and which rule λ_a would choose."""
-    found, unscaled = [], [c for c in cells if not c["scaled"]]
+    """For each assignment with several residual rules: the rank correlations over the rules, and which rule λ_a would choose.
+
+    WRITES_NOTHING is left out. p: of each correlation by itself. p_holm: adjusted by Holm for all correlations that are returned.
+    """
+    found: list[dict[str, Any]] = []
+    unscaled = [c for c in cells if not c["scaled"] and c["residual"] != WRITES_NOTHING]
     for assignment in dict.fromkeys(c["assignment"] for c in unscaled):
         part = sorted((c for c in unscaled if c["assignment"] == assignment), key=lambda c: abs(c["angle"]))
         if len(part) < 2:
@@ -226,7 +242,8 @@ def foretold(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "best": part[loss.index(min(loss))]["residual"],
             }
         )
-    return found
+    adjusted = iter(holm([p for row in found for p in row["p"].values()]))
+    return [{**row, "p_holm": {name: next(adjusted) for name in row["p"]}} for row in found]
 
 
 # ---- what is written ----
@@ -258,12 +275,12 @@ def fits_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def foretold_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table of `foretold`."""
     lines = [
-        [row["assignment"], str(row["rules"]), *(f"{row['rho'][n]:+.2f} (p {row['p'][n]:.2f})" for n in SIZES)]
+        [row["assignment"], str(row["rules"]), *(f"{row['rho'][n]:+.2f} (p {row['p_holm'][n]:.2f})" for n in SIZES)]
         + [row["nearest"], str(row["place"]), row["best"]]
         for row in rows
     ]
     headings = ["assignment", "rules", *(f"ρ of loss and {name}" for name in SIZES)]
-    caption = "Whether the exponents foretell which residual rules train well:"
+    caption = "Whether the exponents foretell which residual rules train well; p is adjusted for all correlations of the table (Holm):"
     return Table(
         [*headings, "nearest to λ_a = 0", "its place", "lowest loss"],
         lines,
@@ -303,8 +320,14 @@ def exponents_remark(facts: Mapping[str, Any]) -> str:
         if facts["fits"]
         else ""
     )
+    left_out = (
+        f"Of the rules that are foretold, {WRITES_NOTHING} is left out: its sublayers write zero at first, so its exponents are 0 by "
+        "construction. "
+        if facts["foretold"]
+        else ""
+    )
     return (
-        f"{trained}{slopes}Exponents: mean ± standard error over seeds, per block. λ_a < 0: tokens collapse; λ_g > 0: gradients grow "
+        f"{trained}{slopes}{left_out}Exponents: mean ± standard error over seeds, per block. λ_a < 0: tokens collapse; λ_g > 0: gradients grow "
         "towards the first block. Paper's map: no causal mask, one head, tanh, with the scales of the same weights."
     )
 

@@ -293,7 +293,7 @@ def _measure(axes: Axes, runs: Sequence[RecordedRun], kind: str, field: str) -> 
 
 def _draw_routes(figure: FigureBase, found: Losses, routes: Sequence[Route]) -> None:
     """Panels side by side: the gains of the groups of each route and of the whole; then the controls of each route that has some."""
-    lines: dict[str, dict[str, tuple[Difference | None, ...]]] = {}
+    lines: dict[str, Mapping[str, Sequence[Difference | None]]] = {}
     for route in routes:
         whole = (_fall(found, route.start, route.end),)
         lines[f"from {route.start}, on DGram:"] = {**(gains(found, route) if any(whole) else {}), "all together": whole}

@@ -53,7 +53,7 @@ class Difference:
         found = Estimate.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
         freedom = found.count - 1
         half = student_quantile(0.975, freedom) * found.error if freedom else math.nan
-        t = abs(found.mean) / found.error if found.error else math.inf
+        t = abs(found.mean) / found.error if found.error else (math.inf if found.mean else 0.0)
         p = math.nan if math.isnan(found.error) else 2 * (1 - student_cdf(t, freedom))
         return cls(found.mean, found.error, found.count, found.mean - half, found.mean + half, p)
 
@@ -213,11 +213,14 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def rank_correlation_p(rho: float, count: int) -> float:
-    """The two-sided p of Spearman's ρ of `count` pairs, from Student's t with count - 2 degrees of freedom; NaN for fewer than 3."""
+    """The two-sided p of Spearman's ρ of `count` pairs, from Student's t with count - 2 degrees of freedom; NaN for fewer than 3.
+
+    It is never below 2/count!, the share of all orders in which |ρ| is 1.
+    """
     if count < 3 or math.isnan(rho):
         return math.nan
     t = abs(rho) * math.sqrt((count - 2) / (1 - rho**2)) if abs(rho) < 1 else math.inf
-    return 2 * (1 - student_cdf(t, count - 2))
+    return max(2 * (1 - student_cdf(t, count - 2)), 2 / math.factorial(count))
 
 
 @dataclass(frozen=True)

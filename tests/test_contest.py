@@ -1,0 +1,67 @@
+"""Contests: cases that were searched, and their differences from the case that each is compared with."""
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from scripts import experiment
+from scripts.analysis.contest import contest_table
+from scripts.analysis.runs import RecordedRun
+from scripts.analysis.search import Axis, Found
+from scripts.analysis.statistics import Difference
+from scripts.experiments import horizon
+
+LOSSES = {
+    "adamw": 2.0,
+    "unconstrained": 2.5,
+    "all_stiefel": 2.6,
+    "unconstrained_published": 3.0,
+    "hetero_published": 2.7,
+}
+
+
+def fake(arm, steps, loss, seed):
+    config = {"seed": seed, "assignment": {"name": arm.title()}, "global_batch_tokens": 1000}
+    records = {"eval": [{"step": int(steps), "loss": loss}], "end": [{"step": int(steps)}]}
+    return RecordedRun(Path("nowhere"), config, records, {}, {}, {"arm": arm, "max_steps": steps})
+
+
+@pytest.fixture
+def contest():
+    """Two seeds, the second .2 worse in all cases; with four times the steps all losses are 1 lower."""
+    words = ["arm=" + ",".join(LOSSES), "max_steps=250,1000"]
+    found = experiment.study_of(experiment.load_experiment("horizon"), words)[0]
+    for arm in LOSSES:
+        for steps in ("250", "1000"):
+            axes = [Axis("optim.matrices.lr", 0.05)]
+            found.found[arm, steps] = Found(axes, tried={(Fraction(i),): abs(i + 0.5) for i in (0, -1)})
+    losses = {(arm, steps): loss - (steps == "1000") for arm, loss in LOSSES.items() for steps in ("250", "1000")}
+    groups = [[fake(*key, loss + 0.2 * seed, seed) for seed in (1, 2)] for key, loss in losses.items()]
+    return replace(found, groups=groups)
+
+
+def test_each_arm_is_compared_with_unconstrained_under_its_own_step_rule(contest):
+    table = contest_table(contest, horizon.COLUMNS, {"Unconstrained": horizon.baseline})
+    found = {tuple(line[:2]): dict(zip(table.headings, line)) for line in table.lines}
+    apart = {arm: found["250", arm]["minus Unconstrained"].split(" ")[0] for arm in LOSSES}
+    ours = {"adamw": "-0.500", "unconstrained": "", "all_stiefel": "+0.100"}
+    assert apart == ours | {"unconstrained_published": "", "hetero_published": "-0.300"}
+    line = found["1000", "all_stiefel"]
+    assert line["minus Unconstrained"] == "+0.100 [+0.100, +0.100]" and line["seeds"] == "2"
+    assert line["val loss"] == "1.9000 ± 0.1000" and line["best settings"] == "lr 0.05 (edge)"
+
+
+def test_the_curves_are_those_of_adamw_and_our_step_rule(contest):
+    found = horizon.curves(contest)
+    assert found.keys() == {"AdamW", "All_Stiefel"}
+    assert {tokens: d.mean for tokens, d in found["AdamW"].items()} == pytest.approx({250e3: -0.5, 1e6: -0.5})
+    assert all(isinstance(d, Difference) and d.count == 2 for d in found["All_Stiefel"].values())
+
+
+def test_an_arm_with_an_unstable_run_has_no_difference(contest):
+    for runs in contest.groups:
+        if runs[0].case == {"arm": "unconstrained", "max_steps": "250"}:
+            runs[0].records["event"] = [{"step": 5, "event": "unstable"}]
+    assert list(horizon.curves(contest)["All_Stiefel"]) == [1_000_000]
