@@ -264,6 +264,37 @@ def test_two_runs_of_the_retractions_became_unstable_and_a_smaller_first_step_he
         )
 
 
+def apart_by(name, key, theirs, **wanted):
+    """Difference of the losses of each case from those of another, by the value of an axis."""
+    losses = {}
+    for r in result(f"{name}/table.json")["rows"]:
+        if all(r[k] == value for k, value in wanted.items()):
+            losses.setdefault(r[key], {})[r["seed"]] = r["val_loss"]
+    return {case: Difference.of(found, losses[theirs]) for case, found in losses.items() if case != theirs}
+
+
+def test_the_residual_rules_at_their_best_are_ordered_as_the_page_says():
+    muon, adamw = (apart_by("residual_tuned", "residual", "pre_norm", optimizer=name) for name in ("muon", "adamw"))
+    lower = {"geonorm_with_norms", "deep_norm", "peri_norm", "post_norm"}
+    assert {rule for rule, d in muon.items() if d.high < 0} == lower
+    assert muon["ngpt"].mean < muon["post_norm"].mean and 0 < muon["ngpt"].high < 0.005
+    assert {rule for rule, d in muon.items() if d.low > 0} == {"sandwich_norm"}
+    assert min(muon, key=lambda rule: muon[rule].mean) == "geonorm_with_norms"
+    assert {rule for rule, d in adamw.items() if not d.low < 0 < d.high} == {"post_norm"} and adamw["post_norm"].low > 0
+    below = {"geonorm_no_norms", "geonorm_with_norms", "peri_norm", "ngpt", "cayley_sphere", "p_sphere"}
+    assert {rule for rule, d in adamw.items() if d.mean < 0} == below
+    scatter = [fmean(d.error for d in found.values()) for found in (adamw, muon)]
+    assert scatter[0] > 10 * scatter[1]
+
+
+def test_geonorm_under_adamw_needs_what_the_page_says():
+    plain, pre_norm = (apart_by("geonorm_adamw", "residual", rule) for rule in ("geonorm", "pre_norm"))
+    assert {arm for arm, d in plain.items() if d.high < 0} == {"start", "warmup"}
+    assert pre_norm["start"].mean < 0 < pre_norm["start_no_decay"].mean
+    assert all(plain[arm].low < 0 < plain[arm].high for arm in ("fast_angle", "fixed_angle", "fixed_offset", "gains"))
+    assert abs(pre_norm["pre_norm_start"].mean) < pre_norm["pre_norm_start"].error
+
+
 def test_there_are_eleven_residual_rules():
     assert (
         "eleven rules" in text(FRONT) and "ten of the eleven rules" in text(EXPERIMENTS) and len(RESIDUAL_RULES) == 11
