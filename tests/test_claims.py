@@ -281,6 +281,13 @@ def test_the_residual_rules_at_their_best_are_ordered_as_the_page_says():
     assert {rule for rule, d in muon.items() if d.low > 0} == {"sandwich_norm"}
     assert min(muon, key=lambda rule: muon[rule].mean) == "geonorm_with_norms"
     assert {rule for rule, d in adamw.items() if not d.low < 0 < d.high} == {"post_norm"} and adamw["post_norm"].low > 0
+    norms = {
+        name: apart_by("residual_tuned", "residual", "geonorm_with_norms", optimizer=name) for name in ("muon", "adamw")
+    }
+    assert all(d[rule].low > 0 for d in norms.values() for rule in ("post_norm", "sandwich_norm"))
+    assert all(d["deep_norm"].low < 0 < d["deep_norm"].high for d in norms.values())
+    assert all(norms["muon"][rule].low > 0 for rule in ("proj_sphere", "cayley_sphere", "p_sphere"))
+    assert min(adamw, key=lambda rule: adamw[rule].mean) == "cayley_sphere"
     below = {"geonorm_no_norms", "geonorm_with_norms", "peri_norm", "ngpt", "cayley_sphere", "p_sphere"}
     assert {rule for rule, d in adamw.items() if d.mean < 0} == below
     scatter = [fmean(d.error for d in found.values()) for found in (adamw, muon)]
