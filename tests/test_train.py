@@ -177,7 +177,7 @@ BAD = [
         "global_batch_tokens=100 is not a multiple of block_size 16; use global_batch_tokens=96 or 112",
     ),
     (["model.n_head=3"], "model.n_embd=16 is not divisible by model.n_head=3"),
-    (["assignment=custom", "assignment.rules={attn: stiefel}"], "no rule matches 'transformer.h.0-3.mlp.c_fc.weight'"),
+    (["assignment=custom", "assignment.rules={attn: stiefel}"], "no rule matches 'transformer.h.0"),
     (["assignment=custom", "assignment.rules={attn: steifel, mlp: dgram}"], "choose one of euclidean, stiefel"),
     (["seed=-1", "device=gpu"], "device is 'gpu'"),
     (["schedule.kind=cosin"], "schedule.kind is 'cosin'"),
