@@ -65,8 +65,9 @@ class Turns:
         turn_attn, turn_mlp: (L,) the angle, in radians, by which each sublayer turned the stream. path: the sum of all. net: the angle
         between the stream before the first block and after the last one.
         step_attn, step_mlp: (L,) the turn over t, where t is the length of the tangential part of the sublayer's output over the length
-        that sublayers expect of the stream (`Stream.radius`). Under GeoNorm this is scale/D(l), as long as the angle is not clamped and
-        the offset is 0; under pre-norm it falls as the stream grows. NaN where the outputs are 0.
+        that sublayers expect of the stream (`Stream.radius`). Under GeoNorm with embedding=normalize this is scale/D(l), as long as the
+        angle is not clamped and the offset is 0; with embedding=none it is that times the expected length over the token's own, about 35
+        for GPT-2's embedding. Under pre-norm it falls as the stream grows. NaN where the outputs are 0.
         size: (2L + 1,) root mean square of the stream, before the first block and after each sublayer.
         """
         path = torch.stack(self._steps)  # (2L, 3)

@@ -224,7 +224,7 @@ RULES = ("pre_norm", "ngpt", "post_norm", "geonorm")
 
 
 def test_which_rules_the_exponents_foretell():
-    """Under AdamW the losses rise with |λ_a|, under Hetero they fall; a scaled model and the rule that writes nothing do not count."""
+    """Under AdamW the losses rise with |λ_a|, under Hetero they fall; a scaled model and one that writes nothing do not count."""
     cells = [row("adamw", rule, (-1) ** i * 0.1 * (i + 1), 2.0 + i, gradient=5.0 - i) for i, rule in enumerate(RULES)]
     cells += [row("hetero", rule, 0.1 * (i + 1), 9.0 - i, gradient=float(i % 2)) for i, rule in enumerate(RULES[:3])]
     cells += [row("adamw", "pre_rms_norm", 0.0, 99.0), row("adamw", "pre_norm", 9.0, 0.0, scaled=True)]

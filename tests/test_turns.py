@@ -1,6 +1,7 @@
 """Turns of the stream: the angle against planted ones, every rule against its formula, and pre-norm as a rule on the sphere."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from test_residual import RULES, SPHERE, rule_of
 
 from model.gpt import GPT, GPTConfig
 from model.probes import probe
+from model.residual import PreNormJoint, Stream
 from model.turns import angle_between, tangent_length
 from optim.geonorm import DECAYS, retraction_angle, rotate
+from scripts.analysis.stream_figures import has_scheduled_steps
 
 LAYERS, WIDTH = 3, 16
 SHAPE = {"block_size": 8, "vocab_size": 32, "n_layer": LAYERS, "n_head": 2, "n_embd": WIDTH}
@@ -68,14 +71,41 @@ def test_the_step_of_a_retraction_falls_where_it_saturates():
         assert seen["step_mlp"] == pytest.approx([step] * LAYERS, abs=1e-3)
 
 
-def test_first_turns_on_the_sphere_are_those_of_pre_norm_once_c_proj_grows_as_the_embedding_did():
-    """GPT-2's embedding, 0.02·√2 with positions, is scaled to 1 on the sphere; c_proj is not, unless `init.residual_scale` does it."""
+def test_the_step_of_geonorm_without_a_normalized_embedding_is_longer_by_what_its_tokens_are_shorter():
+    model, short = gpt("geonorm_with_norms"), 0.02
+    with torch.no_grad():
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wte.weight.copy_(short * F.normalize(model.transformer.wte.weight, dim=-1) * math.sqrt(WIDTH))
+        for block in model.transformer.h:  # so small that no angle is clamped
+            block.attn.c_proj.weight.mul_(1e-3)
+            block.mlp.c_proj.weight.mul_(1e-3)
+    expected = [DECAYS["harmonic"](layer, LAYERS) / short for layer in range(LAYERS)]
+    seen = turns_of(model)
+    assert seen["step_attn"] == pytest.approx(expected, rel=1e-3) and seen["step_mlp"] == pytest.approx(
+        expected, rel=1e-3
+    )
+
+
+def test_only_steps_that_are_scheduled_are_drawn_beside_the_schedule():
+    rules = (*RULES, "geonorm_with_norms")
+    shown = {name: has_scheduled_steps({"residual": asdict(rule_of(name))}) for name in rules}
+    assert {rule for rule, scheduled in shown.items() if scheduled} == {"geonorm"}
+
+
+@pytest.mark.parametrize(("rule", "decay"), [("proj_sphere", "none"), ("geonorm", "harmonic")])
+def test_first_turns_on_the_sphere_are_those_of_pre_norm_once_c_proj_grows_as_the_embedding_did(rule, decay):
+    """GPT-2's embedding, 0.02·√2 with positions, is scaled to 1 on the sphere; c_proj is not, unless `init.residual_scale` does it.
+
+    GeoNorm turns D(l) times less than the projection in both cases."""
     found = {}
-    for rule, scale in (("pre_norm", 1.0), ("proj_sphere", 1.0), ("proj_sphere", 1 / (0.02 * math.sqrt(2)))):
+    for name, scale in (("pre_norm", 1.0), (rule, 1.0), (rule, 1 / (0.02 * math.sqrt(2)))):
         torch.manual_seed(0)
-        found[rule, scale > 1] = turns_of(gpt(rule, residual_scale=scale))["path"]
-    assert found["proj_sphere", False] < 0.05 * found["pre_norm", False]
-    assert found["proj_sphere", True] == pytest.approx(found["pre_norm", False], rel=0.15)
+        seen = turns_of(gpt(name, residual_scale=scale))
+        found[name, scale > 1] = torch.tensor([seen["turn_attn"], seen["turn_mlp"]])  # (2, L)
+    decays = torch.tensor([DECAYS[decay](layer, LAYERS) for layer in range(LAYERS)])
+    assert (found[rule, False] < 0.05 * decays * found["pre_norm", False]).all()
+    assert torch.allclose(found[rule, True], decays * found["pre_norm", False], rtol=0.3)
+    assert (found[rule, True] / decays).sum().item() == pytest.approx(found["pre_norm", False].sum().item(), rel=0.15)
 
 
 def test_the_turn_of_ngpt_is_that_of_its_interpolation():
@@ -122,11 +152,18 @@ def test_pre_norm_is_the_projection_with_a_step_that_shrinks_as_the_stream_grows
 
 
 def test_the_implicit_decay_is_that_of_geonorms_schedules_in_two_limits():
-    """Outputs as long as the embedding: orthogonal to the stream they give 1/√(l+1), along it 1/(l+1)."""
+    """Outputs as long as the embedding, 1: across the stream they give the step 1/√(l+1), along it 1/(l+2), l counting sublayers from 0."""
     basis = torch.eye(8, dtype=torch.float64)
+    joint = PreNormJoint(Stream(8, 4, False, math.sqrt(8), True)).double()
     across, along = basis[0], basis[0]
-    for layer in range(1, 8):
-        across, along = across + basis[layer], along + along / along.norm() + 1e-6 * basis[layer]
-        # The step before this output, times the length of the embedding, 1.
-        assert 1 / across.norm().item() == pytest.approx(DECAYS["sqrt"](layer, 8))
-        assert 1 / along.norm().item() == pytest.approx(DECAYS["harmonic"](layer, 8))
+    for sublayer in range(7):
+        for x, share, decay in (
+            (across, 1.0, DECAYS["sqrt"](sublayer, 8)),
+            (along, 1e-4, DECAYS["harmonic"](sublayer + 1, 8)),
+        ):
+            g = math.sqrt(1 - share**2) * x / x.norm() + share * basis[sublayer + 1]  # of length 1
+            with torch.no_grad():
+                y = joint(x, lambda _, g=g: g)
+            alpha = angle_between(x, y).tan() / tangent_length(x, g)
+            assert alpha.item() == pytest.approx(decay, rel=1e-6)
+            across, along = (y, along) if share == 1 else (across, y)

@@ -44,8 +44,6 @@ KINDS = {  # other rule, other assignment
     (True, True): "rules and assignments",
 }
 """How a trained network differs from GPT-2 under AdamW, for the picture."""
-WRITES_NOTHING = "pre_rms_norm"
-"""The residual rule whose sublayers write zero at initialisation: its exponents are 0 whatever the assignment is."""
 SIZES = {"|λ_a|": "angle", "|λ_g|": "gradient"}
 
 
@@ -221,10 +219,11 @@ def fits(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def foretold(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each assignment with several residual rules: the rank correlations over the rules, and which rule λ_a would choose.
 
-    WRITES_NOTHING is left out. p: of each correlation by itself. p_holm: adjusted by Holm for all correlations that are returned.
+    A network whose sublayers write zero has λ_a = λ_g = 0 by construction and is left out: under pre_rms_norm c_proj is zero, unless the
+    assignment brings it onto Stiefel. p: of each correlation by itself. p_holm: adjusted by Holm for all correlations that are returned.
     """
     found: list[dict[str, Any]] = []
-    unscaled = [c for c in cells if not c["scaled"] and c["residual"] != WRITES_NOTHING]
+    unscaled = [c for c in cells if not c["scaled"] and (c["angle"] or c["gradient"])]
     for assignment in dict.fromkeys(c["assignment"] for c in unscaled):
         part = sorted((c for c in unscaled if c["assignment"] == assignment), key=lambda c: abs(c["angle"]))
         if len(part) < 2:
@@ -321,8 +320,8 @@ def exponents_remark(facts: Mapping[str, Any]) -> str:
         else ""
     )
     left_out = (
-        f"Of the rules that are foretold, {WRITES_NOTHING} is left out: its sublayers write zero at first, so its exponents are 0 by "
-        "construction. "
+        "No rule is foretold whose sublayers write zero at first: its exponents are 0 by construction (pre_rms_norm, unless c_proj is on "
+        "Stiefel). "
         if facts["foretold"]
         else ""
     )

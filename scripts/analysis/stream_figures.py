@@ -18,9 +18,6 @@ from scripts.analysis.runs import RecordedRun, at
 Rules = Mapping[str, Sequence[RecordedRun]]
 """Label of a curve → its runs, one a seed."""
 
-STEPPED = ("pre_norm", "geonorm")
-"""The rules of which the last panel shows the steps."""
-
 TITLES = ("turn at the start", "turn at the end", "all turns together", "step of each sublayer at the end")
 
 
@@ -29,7 +26,7 @@ def turns(rows: Mapping[str, Rules], path: Path) -> Path:
 
     From left to right: the angle (radians) by which each sublayer turns the stream, at the first and at the last probe; the sum of all
     over training; and the step, the turn over the length of the output's tangential part (`model.turns`). The last panel shows pre-norm, whose
-    step falls with depth because the stream grows, and GeoNorm, beside the factors that its `residual.decay` schedules.
+    step falls with depth because the stream grows, and GeoNorm with a normalized embedding, beside the factors of its `residual.decay`.
     """
     labels = list(dict.fromkeys(label for rules in rows.values() for label in rules))
     colours = dict(zip(labels, colormaps["tab20"].colors * 2))  # type: ignore[attr-defined]
@@ -40,8 +37,11 @@ def turns(rows: Mapping[str, Rules], path: Path) -> Path:
             for label, runs in rules.items():
                 probed = [found for r in runs if (found := [p for p in r.records.get("probe", []) if "stream" in p])]
                 if probed:
-                    _rule(row, probed, colours[label], at(runs[0].config, "residual.rule") in STEPPED)
-                    _schedule(row[3], runs[0])
+                    scheduled = has_scheduled_steps(runs[0].config)
+                    stepped = scheduled or at(runs[0].config, "residual.rule") == "pre_norm"
+                    _rule(row, probed, colours[label], stepped)
+                    if scheduled:
+                        _schedule(row[3], runs[0])
         for axes, title in zip(grid[0], TITLES):
             axes.set_title(title, loc="left")
         for axes, word in zip(grid[-1], ("sublayer", "sublayer", "step", "sublayer")):
@@ -56,6 +56,11 @@ def turns(rows: Mapping[str, Rules], path: Path) -> Path:
         names = [*labels, "1/D(l), the scheduled decay"]
         figure.legend(handles, names, loc="outside lower center", ncols=min(7, len(names)), frameon=False)
     return path
+
+
+def has_scheduled_steps(config: Mapping[str, Any]) -> bool:
+    """Whether the step of a run's rule is scale/D(l): under GeoNorm, if every token of the stream has the length that sublayers expect."""
+    return at(config, "residual.rule") == "geonorm" and at(config, "residual.embedding") == "normalize"
 
 
 def _rule(
@@ -85,6 +90,5 @@ def _mean(series: Sequence[Sequence[float]]) -> list[float]:
 
 def _schedule(axes: Axes, run: RecordedRun) -> None:
     """Draw the factors over depth that a run of GeoNorm schedules."""
-    if at(run.config, "residual.rule") == "geonorm":
-        decay, layers = DECAYS[at(run.config, "residual.decay")], run.config["model"]["n_layer"]
-        axes.plot(range(2 * layers), [decay(i // 2, layers) for i in range(2 * layers)], **DASHES)
+    decay, layers = DECAYS[at(run.config, "residual.decay")], run.config["model"]["n_layer"]
+    axes.plot(range(2 * layers), [decay(i // 2, layers) for i in range(2 * layers)], **DASHES)
