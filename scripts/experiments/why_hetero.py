@@ -20,16 +20,16 @@ RULES = {  # what is on DGram, the rest on Stiefel; all at the best settings of 
     "all": "attn: dgram, mlp: dgram",
 }
 EXCHANGES = {name: ("assignment=custom", f"assignment.rules={{{rules}}}") for name, rules in RULES.items()}
-CONTROLS = {
-    "mlp_radius_1.5": ("assignment=all_stiefel", "optim.muon.radius={mlp: 1.5}"),
-    "mlp_radius_2.5": ("assignment=all_stiefel", "optim.muon.radius={mlp: 2.5}"),
-    "mlp_from_unit_length": ("assignment=hetero", "init.weight_scale=3.125", "init.residual_scale=8.839"),
+CONTROLS = {  # what they are, and how: Stiefel at sizes that DGram reaches, and DGram from the lengths at which Stiefel starts
+    "mlp_radius_1.5": ("all on Stiefel, MLP of radius 1.5", "assignment=all_stiefel", "optim.muon.radius={mlp: 1.5}"),
+    "mlp_radius_2.5": ("all on Stiefel, MLP of radius 2.5", "assignment=all_stiefel", "optim.muon.radius={mlp: 2.5}"),
+    "mlp_from_unit_length": (
+        *("Hetero, columns of the MLP start at length 1", "assignment=hetero"),
+        *("init.weight_scale=3.125", "init.residual_scale=8.839"),
+    ),
 }
-WORDS = {  # what the controls are: Stiefel at sizes that DGram reaches, and DGram from the lengths at which Stiefel starts
-    "mlp_radius_1.5": "all on Stiefel, MLP of radius 1.5",
-    "mlp_radius_2.5": "all on Stiefel, MLP of radius 2.5",
-    "mlp_from_unit_length": "Hetero, columns of the MLP start at length 1",
-}
+WORDS = {name: words for name, (words, *_) in CONTROLS.items()}
+SETTINGS = {**EXCHANGES, **{name: tuple(overrides) for name, (_, *overrides) in CONTROLS.items()}}
 MLP = pairs({"mlp.c_fc": "c_fc", "mlp.c_proj": "mlp_c_proj"}, {"h.0-1.mlp": "mlp_0-1", "h.2-3.mlp": "mlp_2-3"})
 ATTENTION = pairs(
     {"attn.c_attn": "mlp_and_c_attn", "attn.c_proj": "mlp_and_attn_c_proj"},
@@ -47,7 +47,7 @@ def searched(study: Study, case: Case) -> list[Axis]:
 EXPERIMENT = Experiment(
     hypothesis="Why do attention and MLP ask for different manifolds, and which layers make the difference of the losses?",
     base=("experiment=why_hetero",),
-    axes={"setting": {**{name: (f"assignment={name}",) for name in RATES}, **EXCHANGES, **CONTROLS}},
+    axes={"setting": {**{name: (f"assignment={name}",) for name in RATES}, **SETTINGS}},
     search=Search(searched, of=lambda case: case if case["setting"] in RATES else {"setting": "hetero"}),
     seeds="1,2,3",
     options={"trials": 6},
