@@ -81,8 +81,8 @@ def why_tables(study: Study, own: Sequence[str], routes: Sequence[Route]) -> lis
     against: dict[str, Opponent] = {name: partial(dict, setting=name) for name in ("all_stiefel", "hetero")}
     known = [route for route in routes if {route.start, route.end} <= losses(study).keys()]
     exchanges = [exchange_table(study, route) for route in known]
-    controls = [control_table(study, route) for route in known if route.controls]
-    return [contest_table(best, CASES, against), matrix_table(best), *exchanges, *controls]
+    controls = [control_table(study, route) for route in known]
+    return [contest_table(best, CASES, against), matrix_table(best), *exchanges, *(t for t in controls if t.lines)]
 
 
 # ---- what steps were made of ----
