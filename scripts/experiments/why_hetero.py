@@ -21,13 +21,11 @@ RULES = {  # what is on DGram, the rest on Stiefel; all at the best settings of 
     "all": "attn: dgram, mlp: dgram",
 }
 EXCHANGES = {name: ("assignment=custom", f"assignment.rules={{{rules}}}") for name, rules in RULES.items()}
+UNIT_LENGTH = ("init.weight_scale=3.125", "init.residual_scale=8.839")  # at width 64
 CONTROLS = {  # what they are, and how: Stiefel at sizes that DGram reaches, and DGram from the lengths at which Stiefel starts
     "mlp_radius_1.5": ("all on Stiefel, MLP of radius 1.5", "assignment=all_stiefel", "optim.muon.radius={mlp: 1.5}"),
     "mlp_radius_2.5": ("all on Stiefel, MLP of radius 2.5", "assignment=all_stiefel", "optim.muon.radius={mlp: 2.5}"),
-    "mlp_from_unit_length": (
-        *("Hetero, columns of the MLP start at length 1", "assignment=hetero"),
-        *("init.weight_scale=3.125", "init.residual_scale=8.839"),
-    ),
+    "mlp_from_unit_length": ("Hetero, columns of the MLP start at length 1", "assignment=hetero", *UNIT_LENGTH),
 }
 WORDS = {name: words for name, (words, *_) in CONTROLS.items()}
 SETTINGS = {**EXCHANGES, **{name: tuple(overrides) for name, (_, *overrides) in CONTROLS.items()}}
