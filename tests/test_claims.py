@@ -1,6 +1,7 @@
 """What README.md and docs/ claim is what results/ shows."""
 
 import json
+import math
 import re
 from itertools import groupby, pairwise, product
 from pathlib import Path
@@ -15,7 +16,8 @@ from documents import EXPERIMENTS, FORMULAS, FRONT
 from model.gpt import GPT
 from model.residual import RESIDUAL_RULES
 from optim.msign import msign
-from scripts.analysis.statistics import Difference
+from scripts.analysis.optima import seed_slopes
+from scripts.analysis.statistics import Difference, best_rate
 from training.build import gpt_config
 from training.config import compose
 
@@ -350,6 +352,48 @@ def test_the_exponents_foretell_what_the_page_says():
     assert near["all_stiefel"][0] < 10 * near["all_dgram"][0] and near["all_stiefel"][1] > 10 * near["all_dgram"][1]
     assert near["all_dgram"] == pytest.approx(near["adamw"], abs=0.01)
     assert abs(near["hetero_inv"][0]) < 0.05 and near["hetero_inv"][1] == max(gradient for _, gradient in near.values())
+
+
+# ---- the best learning rate ----
+
+
+def rate_slopes(arm, axis):
+    """How far the best rate of an arm moves as an axis doubles: the difference from 0 over the seeds, in octaves."""
+    base = {"model.n_embd": "64", "model.n_layer": "4", "max_steps": "200"}
+    optima = {}
+    curves = {}
+    for r in result("lr_transfer/table.json")["rows"]:
+        if r["arm"] == arm and all(r[key] == value for key, value in base.items() if key != axis):
+            curves.setdefault(r[axis], {}).setdefault(r["seed"], {})[float(r["optim.adamw.lr"])] = [r["val_loss_final"]]
+    for size, seeds in curves.items():
+        found = {seed: best_rate(curve) for seed, curve in seeds.items()}
+        optima[size] = {seed: (math.log2(rate), loss, at_end) for seed, (rate, loss, at_end) in found.items()}
+    slopes = seed_slopes(optima)
+    assert len(slopes) == 3  # no best rate at an end
+    return Difference.of(slopes, dict.fromkeys(slopes, 0.0)), {
+        size: fmean(o[1] for o in f.values()) for size, f in optima.items()
+    }
+
+
+def test_the_best_rates_move_as_the_page_says():
+    assert "by more than half an octave" in text(EXPERIMENTS) and "four fifths of an octave" in text(EXPERIMENTS)
+    slopes = {
+        (arm, axis): rate_slopes(arm, axis)
+        for arm in ("gpt", "ngpt", "nugpt")
+        for axis in ("model.n_embd", "model.n_layer", "max_steps")
+    }
+    moved = {key: slope.mean for key, (slope, _) in slopes.items() if not slope.low < 0 < slope.high}
+    assert set(moved) == {
+        ("gpt", "model.n_embd"),
+        ("ngpt", "model.n_embd"),
+        ("ngpt", "max_steps"),
+        ("nugpt", "max_steps"),
+    }
+    assert max(moved["gpt", "model.n_embd"], moved["ngpt", "model.n_embd"]) < -0.5
+    assert moved["ngpt", "max_steps"] == pytest.approx(-0.8, abs=0.05)
+    assert moved["nugpt", "max_steps"] == pytest.approx(-0.33, abs=0.05)
+    for axis, size in (("model.n_embd", "128"), ("max_steps", "400")):
+        assert slopes["nugpt", axis][1][size] < slopes["ngpt", axis][1][size]
 
 
 # ---- numbers ----

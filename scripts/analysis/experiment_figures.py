@@ -73,15 +73,21 @@ def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rat
                         means, errors = ([getattr(e, field) for e in points.values()] for field in ("mean", "error"))
                         axes.errorbar(list(points), means, errors, color=shade, marker=".", capsize=2, label=label)
                         axes.plot(*best_rate(curve)[:2], marker="o", color=shade, markersize=5)
-                every = sorted({rate for curve in curves.values() for rate in curve})
-                axes.set_xscale("log")
-                axes.set_xticks(every, [f"{rate:g}" for rate in every])
-                axes.minorticks_off()
+                _rate_axis(axes, rates)
                 axes.set_title(title, loc="left")
                 axes.legend(frameon=False, fontsize=7)
-                axes.set_xlabel(rates)
             row[0].set_ylabel("validation loss (nats a token)")
     return path
+
+
+def _rate_axis(axes: Axes, words: str) -> None:
+    """Make the horizontal axis of a finished drawing one of learning rates: logarithmic, with plain numbers that do not overlap."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(words)
 
 
 def loss_of_trials(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path) -> Path:
@@ -105,13 +111,8 @@ def loss_of_trials(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float
             if losses:
                 lowest_loss = min(losses)
                 axes.set_ylim(lowest_loss - 0.03, min(max(losses), lowest_loss + 0.6) + 0.03)
-            axes.set_xscale("log")
-            low, high = axes.get_xlim()
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
-            axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            _rate_axis(axes, "learning rate of the matrices")
             axes.set_title(title, loc="left")
-            axes.set_xlabel("learning rate of the matrices")
         figure.axes[0].set_ylabel("validation loss (nats a token)")
         handles = [Line2D([], [], color=colours[label], linewidth=2) for label in labels]
         figure.legend(
