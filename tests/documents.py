@@ -1,6 +1,7 @@
 """The Markdown files: their code blocks, headings and links; and how a test runs a command that stands in one of them."""
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from conftest import ROOT
@@ -132,3 +134,35 @@ def without_workers(monkeypatch):
         return {outcome.job.directory: outcome.failure for outcome in outcomes if outcome.failure}
 
     monkeypatch.setattr(study, "run_all", run_all)
+
+
+# ---- results ----
+
+
+def text(file):
+    """A file in one line."""
+    return " ".join(file.read_text().split())
+
+
+def result(name):
+    """The data of a file of results/."""
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+def by_setting(name, key):
+    """Setting → the values of a key of the rows, by seed."""
+    found = {}
+    for r in result(name)["rows"]:
+        found.setdefault(r["setting"], {})[r["seed"]] = r[key]
+    return found
+
+
+def mean_of(*settings):
+    """The mean loss of all runs of some settings of why_hetero."""
+    losses = by_setting("why_hetero/table.json", "val_loss")
+    return fmean(loss for setting in settings for loss in losses[setting].values())
+
+
+def mean_loss(file, **wanted):
+    """The mean final loss of the rows of a file of results/ that have these values."""
+    return fmean(r["val_loss_final"] for r in result(file)["rows"] if all(r[key] == wanted[key] for key in wanted))

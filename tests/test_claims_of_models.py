@@ -1,0 +1,237 @@
+"""What README.md and docs/ claim of residual rules, initial scales, collapse, nGPT and Hetero is what results/ shows."""
+
+import math
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from documents import EXPERIMENTS, FRONT, by_setting, mean_loss, result, text
+
+from model.residual import RESIDUAL_RULES
+from scripts.analysis.optima import seed_slopes
+from scripts.analysis.speed_up import steps_needed
+from scripts.analysis.statistics import Difference, best_rate
+
+# ---- why Hetero ----
+
+
+def mean_of_matrices(setting, matrix, key):
+    lines = result("why_hetero/table.json")["matrices"]
+    return fmean(m[key] for m in lines if (m["setting"], m["matrix"]) == (setting, matrix))
+
+
+def test_the_explanations_of_hetero_stand_or_fall_as_the_page_says():
+    losses = by_setting("why_hetero/table.json", "val_loss")
+
+    def apart(ours, theirs):
+        return Difference.of(losses[ours], losses[theirs])
+
+    level = [("hetero", "all_stiefel"), ("all_dgram", "unconstrained"), ("hetero_inv", "unconstrained")]
+    level += [("c_fc", "mlp_c_proj"), ("mlp_radius_1.5", "hetero")]
+    assert all(apart(*pair).low < 0 < apart(*pair).high for pair in level)
+    lower = [("all_dgram", "hetero"), ("hetero_inv", "hetero"), ("all_dgram", "all_stiefel"), ("mlp_0-1", "mlp_2-3")]
+    lower += [("mlp_radius_2.5", "hetero"), ("mlp_from_unit_length", "hetero"), ("hetero", "nothing")]
+    assert all(apart(*pair).high < 0 for pair in lower)
+    for key, sign in (("largest_logit", 1), ("least_entropy", -1)):
+        seen = by_setting("why_hetero/table.json", key)
+        assert sign * fmean(seen["all_dgram"].values()) > sign * fmean(seen["hetero"].values())
+
+
+def test_the_matrices_of_hetero_are_as_the_page_says():
+    for matrix in ("mlp.c_fc", "mlp.c_proj"):
+        assert mean_of_matrices("hetero", matrix, "length_spread") < 0.125
+        assert 1.7 < mean_of_matrices("hetero", matrix, "length_mean") < 2
+        assert mean_of_matrices("all_stiefel", matrix, "size_share") > 50 / (64 * 256)
+        assert mean_of_matrices("all_dgram", matrix, "normal_share") > 0.9 * mean_of_matrices(
+            "all_stiefel", matrix, "normal_share"
+        )
+    assert 0.45 < mean_of_matrices("hetero", "attn.c_attn", "normal_share") < 0.55
+
+
+# ---- streams ----
+
+
+def test_geonorm_beats_pre_norm_with_three_assignments_of_four_under_muon():
+    assert "GeoNorm beats pre-norm with three of the four assignments" in text(EXPERIMENTS)
+    wins = [
+        mean_loss("crossing/table.json", assignment=a, residual="geonorm")
+        < mean_loss("crossing/table.json", assignment=a, residual="pre_norm")
+        for a in ("unconstrained", "all_stiefel", "all_dgram", "hetero")
+    ]
+    assert wins == [True, True, False, True]
+
+
+def test_two_runs_of_the_retractions_became_unstable_and_a_smaller_first_step_helps():
+    assert "two of their runs became unstable" in text(EXPERIMENTS)
+    rows = result("residual_rules/table.json")["rows"]
+    assert [r["residual"] for r in rows if r["unstable_step"] is not None] == ["cayley_sphere", "p_sphere"]
+    for rule in ("proj_sphere", "cayley_sphere", "p_sphere"):
+        assert mean_loss("residual_alpha/table.json", residual=rule) < mean_loss(
+            "residual_rules/table.json", residual=rule
+        )
+
+
+def apart_by(name, key, theirs, **wanted):
+    """Difference of the losses of each case from those of another, by the value of an axis."""
+    losses = {}
+    for r in result(f"{name}/table.json")["rows"]:
+        if all(r[k] == value for k, value in wanted.items()):
+            losses.setdefault(r[key], {})[r["seed"]] = r["val_loss"]
+    return {case: Difference.of(found, losses[theirs]) for case, found in losses.items() if case != theirs}
+
+
+def test_the_residual_rules_at_their_best_are_ordered_as_the_page_says():
+    muon, adamw = (apart_by("residual_tuned", "residual", "pre_norm", optimizer=name) for name in ("muon", "adamw"))
+    lower = {"geonorm_with_norms", "deep_norm", "peri_norm", "post_norm"}
+    assert {rule for rule, d in muon.items() if d.high < 0} == lower
+    assert muon["ngpt"].mean < muon["post_norm"].mean and 0 < muon["ngpt"].high < 0.005
+    assert {rule for rule, d in muon.items() if d.low > 0} == {"sandwich_norm"}
+    assert min(muon, key=lambda rule: muon[rule].mean) == "geonorm_with_norms"
+    assert {rule for rule, d in adamw.items() if not d.low < 0 < d.high} == {"post_norm"} and adamw["post_norm"].low > 0
+    norms = {
+        name: apart_by("residual_tuned", "residual", "geonorm_with_norms", optimizer=name) for name in ("muon", "adamw")
+    }
+    assert all(d[rule].low > 0 for d in norms.values() for rule in ("post_norm", "sandwich_norm"))
+    assert all(d["deep_norm"].low < 0 < d["deep_norm"].high for d in norms.values())
+    assert all(norms["muon"][rule].low > 0 for rule in ("proj_sphere", "cayley_sphere", "p_sphere"))
+    assert min(adamw, key=lambda rule: adamw[rule].mean) == "cayley_sphere"
+    below = {"geonorm_no_norms", "geonorm_with_norms", "peri_norm", "ngpt", "cayley_sphere", "p_sphere"}
+    assert {rule for rule, d in adamw.items() if d.mean < 0} == below
+    scatter = [fmean(d.error for d in found.values()) for found in (adamw, muon)]
+    assert scatter[0] > 10 * scatter[1]
+
+
+def test_geonorm_under_adamw_needs_what_the_page_says():
+    plain, pre_norm = (apart_by("geonorm_adamw", "residual", rule) for rule in ("geonorm", "pre_norm"))
+    assert {arm for arm, d in plain.items() if d.high < 0} == {"start", "warmup"}
+    assert pre_norm["start"].mean < 0 < pre_norm["start_no_decay"].mean
+    assert all(plain[arm].low < 0 < plain[arm].high for arm in ("fast_angle", "fixed_angle", "fixed_offset", "gains"))
+    assert abs(pre_norm["pre_norm_start"].mean) < pre_norm["pre_norm_start"].error
+
+
+def test_there_are_eleven_residual_rules():
+    assert (
+        "eleven rules" in text(FRONT) and "ten of the eleven rules" in text(EXPERIMENTS) and len(RESIDUAL_RULES) == 11
+    )
+    compared = {r["residual"] for r in result("residual_rules/table.json")["rows"]}
+    assert len(compared) == 10 and set(RESIDUAL_RULES) - compared == {
+        "pre_rms_norm"
+    }  # the norm of the public optimizer track
+
+
+# ---- collapse ----
+
+
+def test_tokens_become_equal_as_the_page_says():
+    found = result("collapses/table.json")
+    rows = {(r["skips"], r["mlp"], r["n_layer"], r["seed"]): r for r in found["rows"]}
+    assert set(rows) == set(product(("true", "false"), ("gelu", "none"), ("4", "16"), (1, 2)))
+    for (skips, mlp, depth, seed), row in rows.items():
+        if skips == "true":
+            assert row["digits_initial"] < row["digits_trained"] < 0.2
+            assert mlp == "gelu" or 0.05 < row["outside"] < rows["true", "gelu", depth, seed]["outside"]
+        else:
+            assert 2.5 < row["digits_initial"] < 3.6 or depth == "4"
+            assert row["digits_trained"] == 15 or (depth == "4" and row["digits_trained"] > row["digits_initial"])
+            assert found["profiles"][Path(row["directory"]).name]["unmasked"][3] < 1e-14
+
+
+# ---- exponents ----
+
+
+def test_the_exponents_foretell_what_the_page_says():
+    found = result("exponents/table.json")
+    scales, across = (
+        {f["by"]: f for f in found["fits"] if f["networks"] == part}
+        for part in ("initial scales", "rules and assignments")
+    )
+    both = scales.pop("|λ_a| and |λ_g|")
+    assert all(low > 0 for _, low, _ in both["slopes"].values()) and f"{both['foretold']:.0%}" == "13%"
+    assert all(0 < f["foretold"] < both["foretold"] for f in scales.values())
+    assert all(f["foretold"] < 0 for f in across.values())
+    assert all(f["nearest"] != f["best"] for f in found["foretold"]) and len(found["foretold"]) == 6
+    assert sum(f["best"] == "peri_norm" for f in found["foretold"] if f["assignment"] != "adamw") > 2
+    near = {
+        e["assignment"]: (e["angle_synthetic"]["mean"], e["gradient_synthetic"]["mean"]) for e in found["exponents"]
+    }
+    assert near["all_stiefel"][0] < 10 * near["all_dgram"][0] and near["all_stiefel"][1] > 10 * near["all_dgram"][1]
+    assert near["all_dgram"] == pytest.approx(near["adamw"], abs=0.01)
+    assert abs(near["hetero_inv"][0]) < 0.05 and near["hetero_inv"][1] == max(gradient for _, gradient in near.values())
+
+
+# ---- the best learning rate ----
+
+
+def rate_slopes(arm, axis):
+    """How far the best rate of an arm moves as an axis doubles: the difference from 0 over the seeds, in octaves."""
+    base = {"model.n_embd": "64", "model.n_layer": "4", "max_steps": "200"}
+    optima = {}
+    curves = {}
+    for r in result("lr_transfer/table.json")["rows"]:
+        if r["arm"] == arm and all(r[key] == value for key, value in base.items() if key != axis):
+            curves.setdefault(r[axis], {}).setdefault(r["seed"], {})[float(r["optim.adamw.lr"])] = [r["val_loss_final"]]
+    for size, seeds in curves.items():
+        found = {seed: best_rate(curve) for seed, curve in seeds.items()}
+        optima[size] = {seed: (math.log2(rate), loss, at_end) for seed, (rate, loss, at_end) in found.items()}
+    slopes = seed_slopes(optima)
+    assert len(slopes) == 3  # no best rate at an end
+    return Difference.of(slopes, dict.fromkeys(slopes, 0.0)), {
+        size: fmean(o[1] for o in f.values()) for size, f in optima.items()
+    }
+
+
+def test_the_best_rates_move_as_the_page_says():
+    assert "by more than half an octave" in text(EXPERIMENTS) and "four fifths of an octave" in text(EXPERIMENTS)
+    slopes = {
+        (arm, axis): rate_slopes(arm, axis)
+        for arm in ("gpt", "ngpt", "nugpt")
+        for axis in ("model.n_embd", "model.n_layer", "max_steps")
+    }
+    moved = {key: slope.mean for key, (slope, _) in slopes.items() if not slope.low < 0 < slope.high}
+    assert set(moved) == {
+        ("gpt", "model.n_embd"),
+        ("ngpt", "model.n_embd"),
+        ("ngpt", "max_steps"),
+        ("nugpt", "max_steps"),
+    }
+    assert max(moved["gpt", "model.n_embd"], moved["ngpt", "model.n_embd"]) < -0.5
+    assert moved["ngpt", "max_steps"] == pytest.approx(-0.8, abs=0.05)
+    assert moved["nugpt", "max_steps"] == pytest.approx(-0.33, abs=0.05)
+    for axis, size in (("model.n_embd", "128"), ("max_steps", "400")):
+        assert slopes["nugpt", axis][1][size] < slopes["ngpt", axis][1][size]
+
+
+# ---- nGPT's speed ----
+
+
+def test_ngpt_needs_the_steps_that_the_page_says():
+    data, losses = result("ngpt_speed/table.json"), {}
+    for r in data["rows"]:
+        losses.setdefault((r["model.block_size"], r["seed"]), {})[r["arm"], int(r["max_steps"])] = r["val_loss"]
+    needed = {}
+    for (context, _), found in losses.items():
+        reached = {steps: loss for (arm, steps), loss in found.items() if arm == "nGPT"}
+        needed.setdefault(context, []).append(steps_needed(reached, found["GPT", 200]))
+    assert f"{fmean(steps for steps, _ in needed['256']):.0f}" == "130" and not any(mark for _, mark in needed["256"])
+    assert [f"{mark}{steps:.0f}" for steps, mark in needed["1024"]] == ["108", ">200", "135"]
+    assert needed["4096"] == [(50.0, "<")] * 3
+    cost = {
+        context: data["costs"][f"nGPT, {context}"]["ms_per_step"] / data["costs"][f"GPT, {context}"]["ms_per_step"]
+        for context in needed
+    }
+    assert max(cost.values()) < 1 + 1 / 8.5
+
+
+def test_both_models_read_longer_contexts_as_the_page_says():
+    beyond = {}
+    for row in result("ngpt_speed/table.json")["beyond"]:
+        beyond.setdefault((row["model.block_size"], row["multiple"]), {}).setdefault(row["arm"], []).append(row["loss"])
+    mean = {key: {arm: fmean(found) for arm, found in arms.items()} for key, arms in beyond.items()}
+    assert len(mean) == 9 and all(arms["nGPT"] < arms["GPT"] for arms in mean.values())
+    rise = {
+        (context, arm): mean[context, 4][arm] - mean[context, 1][arm]
+        for context in ("256", "4096")
+        for arm in ("GPT", "nGPT")
+    }
+    assert rise["256", "nGPT"] > rise["256", "GPT"] > 0.05 and max(rise["4096", arm] for arm in ("GPT", "nGPT")) < 0.01
