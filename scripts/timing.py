@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import random
 import re
 import statistics
@@ -93,8 +92,8 @@ def peak_bytes(call: Callable[[], object], own: Iterable[Tensor]) -> int | None:
     """The peak memory of a call: the tensors that it works on (`own`), and what it allocates while it runs.
 
     Memory that the process holds for other purposes is not counted, so that each row of a table has its own peak. CUDA's allocator counts
-    it; on a CPU the kernel does, as the resident memory of the process (Linux only; None elsewhere). There the call is made three times,
-    and the largest peak is taken: the kernel may reclaim idle pages of the process meanwhile, which makes a peak look smaller, never larger.
+    it; on a CPU the kernel does, as the resident memory of the process (Linux only; None elsewhere). There, memory that the process has freed
+    but still holds is not counted, so measure in a process that did little before.
     """
     resident = sum(t.numel() * t.element_size() for t in own)
     if torch.cuda.is_available():
@@ -104,26 +103,14 @@ def peak_bytes(call: Callable[[], object], own: Iterable[Tensor]) -> int | None:
         call()
         torch.cuda.synchronize()
         return resident + torch.cuda.max_memory_allocated() - before
-    if not _resets_peak():
-        return None
-    growths = []
-    for _ in range(3):
-        _resets_peak()
-        before = _status("VmRSS")
-        call()
-        growths.append(_status("VmHWM") - before)
-    return resident + max(0, *growths)
-
-
-def _resets_peak() -> bool:
-    """Whether the kernel counts the peak of this process's memory anew from here."""
     try:
-        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system; used again, it would not be counted
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except (OSError, AttributeError):
-        return False
-    return True
+        return None
+    before = _status("VmRSS")
+    call()
+    return resident + max(0, _status("VmHWM") - before)
 
 
 def _status(key: str) -> int:

@@ -175,7 +175,7 @@ def test_files_of_another_checkpoint_are_detected(two):
 def test_only_damaged_ones_left_is_an_error_not_a_fresh_start(two):
     for path in (two, two.parent / "step_00000010"):
         (path / STATE_FILE).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"none of the 2 .*start over") as error:
+    with pytest.raises(CheckpointError, match=r"none of the 2 .*restore one from a copy") as error:
         load_newest(two.parent)
     assert "step_00000010" in str(error.value) and "step_00000020" in str(error.value)
 

@@ -171,7 +171,9 @@ def test_the_two_ports_of_geonorm_have_names(norms):
     gains = [name for name in names if name.endswith(("norm.weight", "ln_f.weight"))]
     assert len(gains) == (0 if norms == "no" else 2 * TINY["n_layer"] + 1)
     for other in ("pre_norm", "ngpt"):
-        with pytest.raises(ConfigError, match=rf"residual\.decay is no setting of {other}; remove it"):
+        with pytest.raises(
+            ConfigError, match=rf"residual\.rule is '{other}', but residual has the settings of another rule"
+        ):
             check(compose([f"residual=geonorm_{norms}_norms", f"residual.rule={other}"]))
 
 
