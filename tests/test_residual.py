@@ -170,10 +170,10 @@ def test_the_two_ports_of_geonorm_have_names(norms):
         assert (h.norm(dim=-1) < 3 * before).all()
     gains = [name for name in names if name.endswith(("norm.weight", "ln_f.weight"))]
     assert len(gains) == (0 if norms == "no" else 2 * TINY["n_layer"] + 1)
-    for other in ("pre_norm", "ngpt"):
-        with pytest.raises(
-            ConfigError, match=rf"residual\.rule is '{other}', but residual has the settings of another rule"
-        ):
+    wrong = {"pre_norm": "residual.decay is no setting of pre_norm; remove it"}
+    wrong["ngpt"] = "residual.rule is 'ngpt', but residual has the settings of another rule"
+    for other, message in wrong.items():
+        with pytest.raises(ConfigError, match=message):
             check(compose([f"residual=geonorm_{norms}_norms", f"residual.rule={other}"]))
 
 
