@@ -1,0 +1,90 @@
+"""What the runs of a case amount to: steps to a loss, best rates, means and errors, the best against the best, the verdict."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scripts import experiment
+from scripts.analysis.runs import RecordedRun
+from scripts.analysis.statistics import Estimate, best_rate
+from scripts.analysis.study import best_of, pivot
+from scripts.experiments import crossing, mechanism
+
+
+def fake(assignment="hetero", seed=1, losses=((0, 5.0), (10, 3.0), (20, 2.0)), unstable=None, **case):
+    """A run with such evaluations."""
+    found = {"eval": [{"step": s, "loss": x} for s, x in losses], "end": [{"step": losses[-1][0]}]}
+    if unstable is not None:
+        found["event"] = [{"step": unstable, "event": "unstable"}]
+    config = {"assignment": {"name": assignment}, "residual": {"rule": "geonorm"}, "seed": seed}
+    return RecordedRun(Path("nowhere"), config, found, {}, {}, {"assignment": assignment, **case})
+
+
+def study(name, *arguments):
+    """A study as the command line asks for it."""
+    return experiment.study_of(experiment.load_experiment(name), arguments)[0]
+
+
+def test_steps_to_a_target_loss():
+    assert fake().steps_to(4.0) == pytest.approx(5)
+    assert fake().steps_to(2.5) == pytest.approx(15)
+    assert fake().steps_to(5.5) == 0 and fake().steps_to(1.0) is None
+
+
+def test_the_target_is_one_that_every_stable_case_reaches():
+    groups = [
+        [fake(), fake(losses=((0, 5.0), (10, 2.111)))],
+        [fake(losses=((0, 5.0), (10, 4.9)), unstable=10)],
+        [fake(losses=((0, 5.0), (10, math.nan)))],
+    ]
+    asked = replace(study("crossing"), groups=groups)
+    target = crossing.target(asked)["target"]
+    assert target == pytest.approx(2.12)
+    assert all(r.steps_to(target) is not None for r in groups[0])
+    assert [all(r.stable for r in group) for group in groups] == [True, False, False]
+    assert crossing.target(replace(asked, groups=groups[1:2]))["target"] == math.inf
+    assert crossing.target(study("crossing", "target=3.5"))["target"] == 3.5
+
+
+def test_optimum_of_a_parabola_is_exact():
+    curve = {r: [3 + math.log(r / 0.013) ** 2] for r in (0.004, 0.01, 0.02, 0.05)}
+    rate, loss, at_end = best_rate(curve)
+    assert rate == pytest.approx(0.013) and loss == pytest.approx(3) and not at_end
+    assert best_rate({0.1: [2.0], 0.2: [1.0]}) == (0.2, 1.0, True)
+    assert best_rate({0.1: [2.0], 0.2: [1.0], 0.3: [math.inf]}) == (0.2, 1.0, True)
+
+
+def test_means_and_errors():
+    assert Estimate.of([2.0, 2.3, 2.6]).text(2) == "2.30 ± 0.17" and Estimate.of([2.0]).text(3) == "2.000"
+    assert Estimate.of([1.0, math.inf]).text(1) == "inf ± nan" and Estimate.of([0.5]).text(2, "+") == "+0.50"
+
+
+def test_best_is_compared_with_best_among_the_stable():
+    rate = "optim.muon.lr"
+    losses = {("0.01", 1): 2.0, ("0.01", 2): 2.2, ("0.02", 1): 1.9, ("0.02", 2): 1.9}
+    runs = [
+        fake(
+            "hetero", seed, ((0, 5.0), (9, loss)), 5 if (lr, seed) == ("0.02", 2) else None, optim="paper", **{rate: lr}
+        )
+        for (lr, seed), loss in losses.items()
+    ]
+    asked = replace(study("solver_sweep", f"{rate}=0.01,0.02,0.05"), groups=[runs[:2], runs[2:]])
+    assert best_of(asked, rate, assignment="hetero", optim="paper")[0] == "0.01"
+    assert best_of(asked, rate, assignment="hetero", optim="manifold_muon") is None
+    table = pivot(asked, rate, "lr")
+    assert table.headings == ["assignment", "optim", "lr 0.01", "lr 0.02", "lr 0.05"]
+    assert table.lines == [["hetero", "paper", "2.100 ± 0.100", "1.900 ± 0.000 (1 of 2 unstable)", "not run"]]
+
+
+def test_the_verdict_names_what_restored_attention():
+    asked = study("mechanism", "assignment=hetero", "remedy=none,qk_norm,decay,norm_cap")
+    shares = {"none": [0.5], "qk_norm": [0.01, 0.02], "decay": [0.01, 0.3], "norm_cap": [0.01]}
+    asked.groups = [
+        [replace(fake(remedy=name), records={"probe": [{"greatest_saturation": x}]}) for x in found]
+        for name, found in shares.items()
+    ]
+    asked.groups[-1][0].records["event"] = [{"step": 5, "event": "unstable"}]
+    said = mechanism.verdict(asked)
+    assert "hetero: attention was restored by qk_norm; not, or not with every seed, by decay, norm_cap." in said
