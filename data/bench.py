@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not files:
         print(__doc__, file=sys.stderr)
         return 2
-    if missing := [file for file in files if not Path(file).exists()]:
+    if missing := [file for file in files if not Path(file).is_file()]:
         print("\n".join(f"there is no file {file}; name text files" for file in missing), file=sys.stderr)
         return 2
     cores = len(os.sched_getaffinity(0))

@@ -238,8 +238,8 @@ def retract(
 ) -> tuple[Tensor, Tensor]:
     """A point of the manifold near the trial point V (k, m, n), and ‖E‖₂ (k,), how far V was from it.
 
-    The distance is infinite where the increment M is not finite. Free lengths of columns become length·shrink, at most `longest`. rounds: 1; 2, of which the second is for matrices of level (k,) 1 and
-    more; 0: an exact retraction, and a round for the lengths.
+    The distance is infinite where the increment M is not finite. Free lengths of columns become length·shrink, at most `longest`.
+    rounds: 1; 2, of which the second is for matrices of level (k,) 1 and more; 0: an exact retraction, and a round for the lengths.
     """
     new, M, E = polish(V, manifold, shrink, longest, mm)
     if rounds == 0:

@@ -109,8 +109,8 @@ def loss_of_trials(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float
                     axes.plot(*best, marker="o", color=colours[label], markersize=6)
             losses = [loss for trials in curves.values() for _, loss in trials if math.isfinite(loss)]
             if losses:
-                lowest_loss = min(losses)
-                axes.set_ylim(lowest_loss - 0.03, min(max(losses), lowest_loss + 0.6) + 0.03)
+                low = min(losses)
+                axes.set_ylim(low - 0.03, min(max(losses), low + 0.6) + 0.03)
             _rate_axis(axes, "learning rate of the matrices")
             axes.set_title(title, loc="left")
         figure.axes[0].set_ylabel("validation loss (nats a token)")

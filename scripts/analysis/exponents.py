@@ -320,8 +320,8 @@ def exponents_remark(facts: Mapping[str, Any]) -> str:
         else ""
     )
     left_out = (
-        "No rule is foretold whose sublayers write zero at first: its exponents are 0 by construction (pre_rms_norm, unless c_proj is on "
-        "Stiefel). "
+        "pre_rms_norm is left out where its c_proj starts at zero, which it does unless it is on Stiefel: both exponents are then 0 by "
+        "construction. "
         if facts["foretold"]
         else ""
     )

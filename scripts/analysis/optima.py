@@ -35,9 +35,8 @@ def by_seed(runs: Sequence[RecordedRun], axis: str) -> dict[int, dict[float, lis
 def further_cases(runs: Sequence[RecordedRun], axis: str, axes: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """The cases that the runs ask for, so that the lowest loss of every seed has a finite loss on both sides.
 
-    Beyond an end of the axis, the next value is as many times away as the last two there are from each other; 2 times, if there is only
-    one. If the neighbour of the best value was unstable, the next value is their geometric mean. Where every loss is infinite, the values
-    go down.
+    At an end of the axis, the next value continues with the ratio of the last two values there; a single value has the ratio 2. If the
+    neighbour of the best value was unstable, the next value is their geometric mean. Where every loss is infinite, the values go down.
     """
     rows: dict[tuple[str, ...], list[RecordedRun]] = {}
     for r in runs:
