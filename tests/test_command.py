@@ -14,7 +14,7 @@ from scripts import bench, evaluate, experiment, probe, report, reproduce, sampl
 from scripts.command import UsageError, parse
 from training.config import CONFIGS, compose, directory_name
 from training.help import help_text
-from training.overrides import group_choices, number_of_jobs, problems_of_words, swept_keys
+from training.overrides import group_choices, jobs_of, problems_of_words, swept_keys
 from training.validate import ConfigError
 
 SLOW = ["torch._dynamo", "torch._inductor", "pandas", "matplotlib", "datasets", "wandb", "hydra"]
@@ -99,8 +99,10 @@ def test_options_of_scripts_are_not_misspelt():
 
 def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
     words = ["-m", "max_steps=9", "seed=1,2", "optim.muon.lr=range(1,4)", "residual=glob(*)"]
-    assert number_of_jobs(words[:-1]) == 6 and swept_keys(words) == ["seed", "optim.muon.lr", "residual"]
-    assert number_of_jobs(["optim.muon.lr=interval(0,1)"]) is None
+    assert swept_keys(words) == ["seed", "optim.muon.lr", "residual"]
+    assert jobs_of(words) is jobs_of(["optim.muon.lr=interval(0,1)"]) is None
+    jobs = jobs_of([*words[:-1], "hydra.job.chdir=false"])
+    assert jobs[1] == ("seed=1,optim.muon.lr=2", ["max_steps=9", "seed=1", "optim.muon.lr=2"]) and len(jobs) == 6
     job = "max_steps=9,model.n_embd=16,optim.muon.lr=0.1,seed=1"
     assert directory_name("optim.muon.lr=0.1,seed=1", "optim.muon.lr seed") == "lr=0.1,seed=1"
     named = directory_name(job, "optim.muon.lr seed")

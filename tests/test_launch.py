@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from harness import TORCHRUN, finish, records, start_ranks, train_in_process
 
 from training import launch
 from training.checkpoint import load_newest
-from training.command import refusal
+from training.command import refusal, wrong_jobs
 from training.config import compose, directory_name
+from training.overrides import jobs_of
 from training.ranks import LostRanks, Ranks
 from training.signals import Stopped, StopSignal
 from training.sweep import plan_job
@@ -235,10 +237,33 @@ def test_directory_names():
     assert all("/" not in name and len(name.encode()) <= 255 for name in names)
 
 
+def test_a_sweep_with_a_wrong_job_is_refused_before_the_first_job(tiny, tmp_path, train_here):
+    words = ["-m", *tiny[:-1], "assignment=adamw", "sweep.name=mine", "eval_windows=-2"]
+    done = train_here(*words, "max_steps=5,-1", "seed=1,2", "assignment=adamw,heteroo")
+    assert done.returncode == 2 and "assignment has no choice heteroo; did you mean hetero?" in done.stderr
+    done = train_here(*words, "max_steps=5,-1", "seed=1,2", "optim.adamw.lr=0.1,0.2")
+    assert done.returncode == 2 and done.stderr.splitlines()[1:] == [
+        "  - eval_windows is -2; give a whole number of at least 1",
+        "  - max_steps is -1; give a whole number of at least 1 "
+        "(in 4 of 8 jobs; the first is max_steps=-1,seed=1,optim.adamw.lr=0.1)",
+    ]
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_jobs_of_a_cluster_are_checked_without_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["device=cuda,cpu", "max_steps=9"]
+    [problem] = wrong_jobs(words, jobs_of(words)).problems
+    assert problem.startswith("device=cuda, but") and problem.endswith("(in device=cuda)")
+    words.append("hydra/launcher=submitit_slurm")
+    assert wrong_jobs(words, jobs_of(words)) is None
+
+
 def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fails(tiny, tmp_path, train_here):
-    words = ["-m", *tiny[:-1], "assignment=adamw", "max_steps=-1,10", "sweep.name=mine"]
+    missing = tmp_path / "none.safetensors"
+    words = ["-m", *tiny[:-1], "assignment=adamw", f"init_from={missing},null", "max_steps=10", "sweep.name=mine"]
     first = train_here(*words)
-    assert first.returncode == 1 and first.stderr.count("failed: max_steps is -1") == 2
+    assert first.returncode == 1 and len(re.findall(f"failed: .*{missing}", first.stderr)) == 2
     assert "nothing was written" not in first.stderr
     jobs = {yaml.safe_load(p.read_text())["max_steps"]: p.parent for p in tmp_path.glob("outputs/mine/*/config.yaml")}
     assert list(jobs) == [10] and not list(tmp_path.rglob(".hydra"))

@@ -17,7 +17,8 @@ from hydra.types import RunMode
 
 from training.config import CONFIGS, refused, resolved
 from training.help import help_text
-from training.overrides import REFUSALS, number_of_jobs, parsed, swept_keys
+from training.overrides import REFUSALS, jobs_of, parsed, problems_of_words, swept_keys
+from training.validate import ConfigError
 
 EXTRAS = (
     ("hydra/launcher=submitit", "hydra_submitit_launcher", "slurm"),
@@ -38,11 +39,14 @@ def run_command(about: str) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
         print(help_text(about, words))
         return 0
+    sweep = bool(SWEEP_FLAGS & set(words))
+    jobs = jobs_of(words) if sweep else None
     if (why := refusal(words)) is not None:
         return _refuse(why)
+    if jobs is not None and "--cfg" not in words and (wrong := wrong_jobs(words, jobs)) is not None:
+        return _refuse(wrong)
     # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
-    sweep = bool(SWEEP_FLAGS & set(words))
     if sweep and (keys := swept_keys(words)):
         sys.argv.append(f"hydra.sweep.subdir='${{directory_name:${{hydra.job.override_dirname}},{' '.join(keys)}}}'")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; otherwise it prints the first one
@@ -52,7 +56,7 @@ def run_command(about: str) -> int:
     def run(config: Any) -> float:
         nonlocal composed
         composed = True
-        return _job(config, number_of_jobs(words) if sweep else None)
+        return _job(config, len(jobs) if jobs is not None else None)
 
     try:
         run()
@@ -122,6 +126,21 @@ def refusal(arguments: Sequence[str]) -> str | None:
     return "a sweep cannot run under torchrun, since each of its jobs starts its own ranks; use: " + shlex.join(
         ["python", "train.py", "-m", f"launcher.nproc={nproc}", *wanted]
     )
+
+
+def wrong_jobs(words: Sequence[str], jobs: Sequence[tuple[str, list[str]]]) -> Exception | None:
+    """Why some jobs of a sweep cannot run; None if all can. Nothing is written. On a cluster, the machine is not checked."""
+    from training.checks import USER_ERRORS
+    from training.sweep import check_jobs
+
+    plain = [word for word in words if not word.startswith(("-", "hydra"))]
+    try:
+        if problems := problems_of_words(plain, sweep=True)[0]:  # they concern all jobs
+            raise refused(plain, ConfigError(problems), sweep=True)
+        check_jobs(jobs, here=not any(word.startswith("hydra/launcher=") for word in words))
+    except USER_ERRORS as error:
+        return error
+    return None
 
 
 def _is_installed(plugin: str) -> bool:

@@ -5,7 +5,7 @@ Hydra stops at the first word that it does not know, and does not say what else 
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -53,12 +53,20 @@ def swept_keys(words: Sequence[str]) -> list[str]:
     return [override.key_or_group for override in parsed(words) if override.is_sweep_override()]
 
 
-def number_of_jobs(words: Sequence[str]) -> int | None:
-    """The number of jobs of a sweep over all combinations; None if its sweeper chooses the values."""
-    swept = [override for override in parsed(words) if override.is_sweep_override()]
-    if any(word.startswith("hydra/sweeper") for word in words) or not all(map(_values, swept)):
+def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
+    """The jobs of a sweep over all combinations, in their order: the swept words of each, with commas, and all its overrides.
+
+    None if the sweeper chooses the values. Words about Hydra itself are left out.
+    """
+    plain = [(str(o.input_line), o) for o in parsed(words) if not o.key_or_group.startswith("hydra")]
+    swept = {word: _values(override) for word, override in plain if override.is_sweep_override()}
+    if any(word.startswith("hydra/sweeper") for word in words) or not all(swept.values()):
         return None
-    return math.prod(len(_values(override)) for override in swept)
+    jobs = []
+    for values in itertools.product(*swept.values()):
+        own = {word: f"{word.partition('=')[0]}={value}" for word, value in zip(swept, values)}
+        jobs.append((",".join(own.values()), [own.get(word, word) for word, _ in plain]))
+    return jobs
 
 
 def problems_of_words(

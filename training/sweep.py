@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from training.checks import USER_ERRORS, check, read
-from training.config import resolved
+from training.config import compose, resolved
 from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
@@ -68,6 +68,36 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
     finally:
         with suppress(OSError, InUse):
             add_cost(directory, time.perf_counter() - started)
+
+
+def check_jobs(jobs: Sequence[tuple[str, Sequence[str]]], here: bool) -> None:
+    """Check the configuration of every job before the first one is run.
+
+    Args:
+        jobs: for each, what distinguishes it, and its overrides of train.py.
+        here: whether the jobs run on this machine; if not, only the values are checked.
+
+    Raises:
+        ConfigError: some are wrong. It lists each problem once, with the first job that has it if others do not.
+    """
+    found: dict[str, list[str]] = {}
+    for name, overrides in jobs:
+        try:
+            cfg = compose(overrides)
+            if here:
+                check(cfg)
+        except ConfigError as error:
+            for problem in error.problems:
+                found.setdefault(problem, []).append(name)
+    if found:
+        raise ConfigError(problem + _where(names, len(jobs)) for problem, names in found.items())
+
+
+def _where(names: Sequence[str], jobs: int) -> str:
+    """Which jobs of a sweep have a problem, as the end of a line; nothing if all have it."""
+    if len(names) == jobs:
+        return ""
+    return f" (in {names[0]})" if len(names) == 1 else f" (in {len(names)} of {jobs} jobs; the first is {names[0]})"
 
 
 def hydra_job(config: Any, jobs: int | None = None) -> float:
