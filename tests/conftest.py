@@ -12,6 +12,9 @@ pytest_plugins = ["ledger"]
 ROOT = Path(__file__).resolve().parent.parent
 CLOCK = {"tokens_per_s", "mfu", "time", "train_seconds", "peak_device_bytes"}
 """Fields of records that the clock and the device decide, and that no two runs share."""
+HERE = "hydra/launcher=basic"
+"""Runs the jobs of an experiment in this process: to start workers takes longer than tiny runs."""
+SMALL = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "schedule.warmup_steps=1"]
 
 # The fastest thread count for the tiny matrices of the tests, also in the processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +38,16 @@ def tiny_data(tmp_path_factory):
     overrides = ["data=text", *files, f"data.dir={folder}/prepared", "data.tokenizer=bytes"]
     prepare(compose(overrides).data, progress=False)
     return overrides
+
+
+@pytest.fixture(scope="session")
+def tiny_grid(tiny_data):
+    """Overrides of the runs of an experiment that read little."""
+    return [
+        *tiny_data,
+        *("model.block_size=16", "global_batch_tokens=64", "micro_batch_size=4", "eval_interval=2", "eval_windows=4"),
+        *("log.interval=1", "checkpoint.interval=2", "device=cpu"),
+    ]
 
 
 @pytest.fixture
