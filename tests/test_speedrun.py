@@ -8,7 +8,7 @@ from conftest import ROOT
 from data.in_order import InOrder, first_windows
 from data.shards import DataError
 from scripts import speedrun_log
-from scripts.analysis.statistics import lower_at_equal_steps, significance, stopping_step
+from scripts.analysis.statistics import significance, stopping_step
 from train import train
 from training.config import compose
 
@@ -48,7 +48,6 @@ def test_the_rule_is_the_published_one():
     assert significance([3.28 - 3.0902 * 0.0013])[1] == pytest.approx(0.001, rel=1e-3)
     curves = [{100: 3.29, 125: 3.279, 150: 3.277}, {100: 3.29, 125: 3.27, 150: 3.277, 175: 3.2}]
     assert stopping_step(curves) == 125 and stopping_step([{1: 4.0}]) is None
-    assert lower_at_equal_steps([3.27] * 2, [3.28] * 2) and not lower_at_equal_steps([3.278] * 2, [3.28] * 2)
 
 
 def test_the_architecture_has_the_baselines_size():

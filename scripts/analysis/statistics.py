@@ -191,12 +191,6 @@ def stopping_step(curves: Sequence[Mapping[int, float]], target: float = TARGET)
     return next((step for step in sorted(shared) if significance([c[step] for c in curves], target)[0]), None)
 
 
-def lower_at_equal_steps(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether our mean is lower by the track's pairwise rule: the difference / √(1/n₁ + 1/n₂) ≥ MARGIN, at the same number of steps."""
-    lead = sum(theirs) / len(theirs) - sum(ours) / len(ours)
-    return lead / math.sqrt(1 / len(ours) + 1 / len(theirs)) >= MARGIN * (1 - 1e-9)
-
-
 # ---- ranks and rates ----
 
 
