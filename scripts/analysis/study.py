@@ -115,24 +115,18 @@ class Study:
         return {value: runs for value, runs in found.items() if runs}
 
     def cases(self) -> list[dict[str, str]]:
-        """Every combination of the axes' values in which all axes of `around` but one, or one group, have their values there; then the
-        further ones.
-        """
-        grouped = {axis: tuple(group) for group in self.experiment.together for axis in group}
-        varied = dict.fromkeys(grouped.get(axis, (axis,)) for axis in self.around) or {(): None}
-        found: dict[tuple[str, ...], dict[str, str]] = {}
-        for group in varied:
-            values = {
-                axis: [self.around[axis]] if axis in self.around and axis not in group else own
-                for axis, own in self.axes.items()
-            }
-            for combination in itertools.product(*values.values()):
-                found.setdefault(combination, dict(zip(self.axes, combination)))
-        ordered = itertools.product(*(dict.fromkeys([*own, *self._home(axis)]) for axis, own in self.axes.items()))
-        return [*(found[combination] for combination in ordered if combination in found), *self.further]
+        """The combinations of the axes' values in which at most one axis of `around`, or one group, is varied; then the further ones."""
+        together = self.experiment.together
+        alone = [(axis,) for axis in self.around if not any(axis in group for group in together)]
+        groups = [*together, *alone] or [()]
+        values = [dict.fromkeys([*own, self.around.get(axis, own[0])]) for axis, own in self.axes.items()]
+        every = (dict(zip(self.axes, combination)) for combination in itertools.product(*values))
+        return [*(case for case in every if any(self._varies(case, group) for group in groups)), *self.further]
 
-    def _home(self, axis: str) -> list[str]:
-        return [self.around[axis]] if axis in self.around else []
+    def _varies(self, case: Case, group: Sequence[str]) -> bool:
+        """Whether the axes of `around` that are not in a group have their values of `around`, and all others have one of their own."""
+        free = {axis: axis in group or axis not in self.around for axis in case}
+        return all(v in self.axes[axis] if free[axis] else v == self.around[axis] for axis, v in case.items())
 
     def settings(self, case: Case) -> list[str]:
         """The overrides of a case.
