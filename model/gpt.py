@@ -172,6 +172,11 @@ class GPT(nn.Module):
         clips = self.config.qk_clip and self.config.qk_clip_on == "weights"
         return [name for name, _ in self.named_parameters() if name.endswith("c_attn.weight")] if clips else []
 
+    def zero_names(self) -> list[str]:
+        """Matrices that are zero at the start."""
+        zero = self.config.residual.writes_zero
+        return [name for name, _ in self.named_parameters() if name.endswith("c_proj.weight")] if zero else []
+
     def head_weight(self) -> Tensor:
         """The matrix (V, d) of the logits: the weight of the head, times s_z if there is one."""
         W = self.lm_head.weight

@@ -57,9 +57,11 @@ class ResidualRule:
 
     rule: its name in RESIDUAL_RULES.
     needs_skips: why the rule has no form without skips (model.skips=false), as "which ..."; empty if its joints know that form.
+    writes_zero: whether `init` makes every c_proj zero.
     """
 
     needs_skips: ClassVar[str] = "has no form without skips"
+    writes_zero: ClassVar[bool] = False
 
     rule: str
 
@@ -109,6 +111,7 @@ class PreRMSNorm(ResidualRule):
     (github.com/KellerJordan/modded-nanogpt, records/track_3_optimization)."""
 
     needs_skips = "starts with sublayers that write zero"
+    writes_zero = True
 
     def entry(self, stream: Stream) -> nn.Module:
         return nn.RMSNorm(stream.width)

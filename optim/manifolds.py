@@ -32,8 +32,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .iterators import Iteration
-from .linalg import column_norms, diagonal, eye_like, ratio, top_pair
+from .iterators import Iteration, polar_express_coefficients
+from .linalg import Products, column_norms, diagonal, eye_like, frobenius, gram_stage, ratio, top_pair
 from .msign import msign
 
 Polar = Callable[[Tensor], Tensor]
@@ -66,6 +66,15 @@ def polar(X: Tensor) -> Tensor:
         return msign(X, 16, X.dtype, lower=1e-6)
     U, _, Vh = torch.linalg.svd(X, full_matrices=False)
     return U @ Vh
+
+
+def spectral_norm(W: Tensor) -> Tensor:
+    """‖W‖₂ (..., 1, 1) of W (..., m, n), in W's dtype, float32 at least.
+
+    By SVD on a CPU; on a GPU, where that takes tenths of a second and makes the host wait, by `top_pair`.
+    """
+    W = W if W.dtype == torch.float64 else W.float()
+    return top_pair(tall(W))[1] if W.is_cuda else torch.linalg.matrix_norm(W, 2, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class Manifold:
     constrained: ClassVar[bool] = True  # P is not zero
     sized: ClassVar[bool] = True  # its matrices have a fixed size, which a radius R scales: W / R is on the manifold
     free_lengths: ClassVar[bool] = False  # lengths of columns are free: weight decay and a cap act on them
+    leaves_zero: ClassVar[bool] = True  # a step moves a zero matrix
     efforts: ClassVar[Mapping[str, Effort]] = {"default": Effort(), "high": Effort(caps=2, cap_degree=4)}
 
     def project(self, S: Tensor) -> Tensor:
@@ -140,10 +150,10 @@ class Manifold:
         return self.retract(W, polar)
 
     def residual(self, W: Tensor) -> Tensor:
-        """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F."""
+        """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F; 0 for zero W, which has no such ratio."""
         T = tall(W if W.dtype == torch.float64 else W.float())
         gram = T.mT @ T
-        return torch.linalg.matrix_norm(self.defect(gram)) / torch.linalg.matrix_norm(gram)
+        return ratio(torch.linalg.matrix_norm(self.defect(gram)), torch.linalg.matrix_norm(gram))
 
     def tangency(self, W: Tensor, A: Tensor) -> Tensor:
         """H = P(WᵀA + AᵀW) (..., n, n), zero exactly when A is tangent at W."""
@@ -276,6 +286,10 @@ class Hyperball(Manifold):
         return ratio(W, torch.linalg.matrix_norm(W, keepdim=True)) * W.size(-1) ** 0.5
 
 
+_ROOT = polar_express_coefficients(6, lower=0.05, safety=1.0)
+"""For the inverse root of the spectral ball, whose products are float32 and need no margin: within 2e-8 of 1 on [.05, 1]."""
+
+
 class SpectralBall(Euclidean):
     """‖W‖₂ ≤ 1: no singular value above 1. The step is Muon's, then singular values above 1 become 1: projected steepest descent.
 
@@ -286,11 +300,11 @@ class SpectralBall(Euclidean):
     sized = True
 
     def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
-        """The nearest point of the ball, to 35/128·e⁴ relative to the excess e = ‖V‖₂² - 1 of the trial point V, see `_cap`."""
+        """The nearest point of the ball, to a few 1e-6; see `_cap`."""
         return self._cap(super().move(W, G, trial, eta, shrink))
 
     def residual(self, W: Tensor) -> Tensor:
-        return (torch.linalg.matrix_norm(W if W.dtype == torch.float64 else W.float(), 2) - 1).clamp_min(0)
+        return (spectral_norm(W)[..., 0, 0] - 1).clamp_min(0)
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
         """The nearest point, by eigenvalues of WᵀW in float64, since a GPU takes tenths of a second for an SVD."""
@@ -302,17 +316,16 @@ class SpectralBall(Euclidean):
     def _cap(V: Tensor) -> Tensor:
         """V (k, m, n) float32 with singular values σ above 1 brought to 1 and the others left where they are.
 
-        M = VᵀV - I has the positive part P = (M + M sign(M)) / 2, and V (I + P)^(-1/2) is what is wanted; by the series of the root to
-        P⁴, since a step leaves singular values little above 1. An inexact sign where M is near 0 matters as little as M does.
+        M = VᵀV - I has the positive part P = (M + M sign(M)) / 2, and V (I + P)^(-1/2) is what is wanted: Polar Express for the singular
+        values of (I + P)^(1/2), for any excess up to ‖P‖_F = 400. An inexact sign where M is near 0 matters as little as M does.
         """
         S = V.mT @ V
         M = S - eye_like(S)  # (k, n, n)
         P = 0.5 * (M + M @ msign(M, 12, M.dtype, lower=1e-4))
         P = 0.5 * (P + P.mT)
-        series = (35 / 128) * P - (5 / 16) * eye_like(P)
-        for coefficient in (3 / 8, -1 / 2):
-            series = series @ P + coefficient * eye_like(P)
-        return V + V @ (series @ P)
+        size = 1 + frobenius(P)  # at least ‖I + P‖₂
+        root = gram_stage((eye_like(P) + P) / size, _ROOT, Products("float32"))  # size^(1/2)·(I + P)^(-1/2)
+        return V @ (root / size.sqrt())
 
 
 class SpectralSphere(Euclidean):
@@ -341,21 +354,23 @@ class SpectralSphere(Euclidean):
         return like(hyperball.tangent(N, tall(A)), W)
 
     def residual(self, W: Tensor) -> Tensor:
-        return (torch.linalg.matrix_norm(W if W.dtype == torch.float64 else W.float(), 2) - 1).abs()
+        return (spectral_norm(W)[..., 0, 0] - 1).abs()
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
-        return ratio(W, torch.linalg.matrix_norm(W, 2, keepdim=True))
+        return ratio(W, spectral_norm(W))
 
 
 class ObliqueGain(Euclidean):
     """W = U diag(c) with unit columns U and a free gain c of each: U steps on oblique, c by itself. Every matrix is a point.
 
-    U ← columns of U - eta·T at unit length, where T is oblique's direction at U along G·diag(c);  c ← c (shrink - eta·sign(UᵀG)_jj).
+    U ← columns of U - eta·T at unit length, where T is oblique's direction at U along G·diag(c);
+    c ← c·shrink·exp(-eta·sign(UᵀG)_jj): a gradient of random sign leaves it where it is, on average of log c. A zero column stays zero.
     Source: Muown (arXiv 2605.10797) and AngularMuown (arXiv 2606.23637), for which c belongs to the rows of a weight and moves by Adam.
     Ours: the columns of the tall form, as in oblique, and a step of c that keeps no state, relative to c.
     """
 
     name = "oblique_gain"
+    leaves_zero = False
 
     def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:
         c = column_norms(W)  # (k, 1, n)
@@ -365,7 +380,7 @@ class ObliqueGain(Euclidean):
         c = column_norms(W)
         V = ratio(W, c) - trial
         radial = (W * G).sum(-2, keepdim=True).sign()  # (k, 1, n)
-        return ratio(V, column_norms(V)) * (c * (shrink - eta * radial))
+        return ratio(V, column_norms(V)) * (c * shrink * torch.exp(-eta * radial))
 
     def tangent(self, W: Tensor, A: Tensor) -> Tensor:
         return like(MANIFOLDS["oblique"].tangent(ratio(tall(W), column_norms(tall(W))), tall(A)), W)

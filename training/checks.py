@@ -9,13 +9,14 @@ import torch
 
 from data.shards import DataError
 from model.gpt import GPT
+from optim.manifolds import MANIFOLDS
 from training.build import gpt_config, rehearse
 from training.checkpoint import CheckpointError
 from training.fields import Problem, Section
 from training.limits import MachineError
 from training.run import problems_of_names
 from training.settings import Data, Settings, read_sound
-from training.transfer import problems_of_transfer
+from training.transfer import problems_of_transfer, transferred
 from training.validate import (
     ConfigError,
     problems_of_backend,
@@ -116,13 +117,21 @@ def problems_of_model(cfg: Settings) -> list[str]:
         return found
     with torch.device("meta"):
         model = GPT(shape)
-    rows, refused = rehearse({name: tuple(p.shape) for name, p in model.named_parameters()}, cfg, model.unit_vectors())
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    rows, refused = rehearse(shapes, transferred(cfg), model.unit_vectors())
     clipped = model.clipped_names()
     held = [row.name for row in rows if row.name in clipped and row.manifold not in (None, "euclidean")]
     if held:
         refused.append(
             f"attention.qk_clip_on=weights would take {len(held)} matrices such as '{held[0]}' off their manifold; "
             "use attention.qk_clip_on=gain"
+        )
+    zero = model.zero_names()
+    stuck = [row for row in rows if row.name in zero and row.manifold and not MANIFOLDS[row.manifold].leaves_zero]
+    if stuck:
+        refused.append(
+            f"'{stuck[0].name}' starts at zero with residual={cfg.residual.rule}, and no step on {stuck[0].manifold} leaves zero; "
+            "give such matrices another manifold, or choose another residual"
         )
     return refused
 
