@@ -25,7 +25,7 @@ def expected(kind, weights):
         accepted = [w for w in weights if w is not None]
         shares = [0.8 ** (len(accepted) - 1 - i) for i in range(len(accepted))]
     else:
-        whole = (len(weights) - 1) // 3 * 3
+        whole = len(weights) // 3 * 3
         accepted = [w for w in weights[max(0, whole - 3) :] if w is not None]
         shares = [1.0] * len(accepted)
     return sum(s * w.double() for s, w in zip(shares, accepted)) / sum(shares)

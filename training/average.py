@@ -109,14 +109,14 @@ class Window(Average):
         self.length = settings.length
 
     def update(self, skip: Tensor) -> None:
-        if self.position == self.length:  # a block begins
+        self.position += 1
+        self.counts[1] += ~skip
+        self._take_in(1, 1 / self.counts[1].clamp_min(1), skip)
+        if self.position >= self.length:  # the block is whole, and the next one begins
             self.means.reverse()
             self.counts.reverse()
             self.counts[1].zero_()
             self.position = 0
-        self.position += 1
-        self.counts[1] += ~skip
-        self._take_in(1, 1 / self.counts[1].clamp_min(1), skip)
 
     def mean(self) -> list[Tensor]:
         before, now = self.counts
