@@ -353,6 +353,18 @@ def test_nugpt_multipliers():
     assert torch.allclose(model.transformer.h[0].ln_1.alpha(), torch.tensor(0.0125))
 
 
+def test_a_factor_of_the_user_multiplies_that_of_the_transfer():
+    wider = [*NU, "model.n_embd=256", "model.n_head=8"]
+    plain, halved = (compose([*wider, *own]) for own in ([], ["optim.adamw.lr_scale={wte: 0.5, s_qk: 2}"]))
+    check(halved)
+    rates = [transferred(cfg).optim.adamw.lr_scale for cfg in (plain, halved)]
+    assert rates[1] == pytest.approx({**rates[0], "wte": 0.5 * rates[0]["wte"], "s_qk": 2})
+    [before, after] = (next(c.after for c in changes(cfg) if c.group == "input embedding") for cfg in (plain, halved))
+    assert after == pytest.approx(before / 2)
+    with pytest.raises(ConfigError, match="c_attn"):
+        check(compose([*wider, "optim.adamw.lr_scale={c_attn: 2}"]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

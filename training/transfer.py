@@ -58,6 +58,7 @@ def problems_of_transfer(cfg: Settings) -> list[str]:
 def changes(cfg: Settings) -> list[Change]:
     """Every setting that the transfer changes, in the order of the paper's table; empty without transfer.
 
+    A factor of optim.adamw.lr_scale for one of its groups multiplies that of the transfer.
     m_width, m_depth and m_steps are the ratios of width, depth and number of steps of this run to those of the base.
     """
     t, model, residual = cfg.transfer, cfg.model, cfg.residual
@@ -65,6 +66,7 @@ def changes(cfg: Settings) -> list[Change]:
         return []
     width, depth = model.n_embd / t.base.n_embd, model.n_layer / t.base.n_layer
     steps, lr = cfg.max_steps / t.base_steps, cfg.optim.adamw.lr
+    given = cfg.optim.adamw.lr_scale or {}
 
     def scaled(group: str, key: str, value: float, ratio: str, of: float, power: float) -> Change:
         return Change(group, key, value, value * of**power, f"{ratio}^{power:.3g}, {ratio} = {of:g}")
@@ -72,6 +74,7 @@ def changes(cfg: Settings) -> list[Change]:
     overall = scaled("every learning rate", "optim.adamw.lr", lr, "m_steps", steps, t.horizon)
 
     def rate(group: str, name: str, power: float, factor: float = 1.0) -> Change:
+        factor *= given.get(RATE_GROUPS[name], 1.0)
         change = scaled(group, _SCALES + RATE_GROUPS[name], overall.after * factor, "m_width", width, power)
         return replace(change, before=lr, why=change.why if factor == 1 else f"{factor:g} {change.why}")
 
@@ -98,7 +101,7 @@ def transferred(cfg: Settings) -> Settings:
         return {key.removeprefix(section): value for key, value in after.items() if key.startswith(section)}
 
     lr, given = after["optim.adamw.lr"], cfg.optim.adamw.lr_scale or {}
-    scales = {**{pattern: rate / lr for pattern, rate in of(_SCALES).items()}, **given}
+    scales = {**given, **{pattern: rate / lr for pattern, rate in of(_SCALES).items()}}
     return replace(
         cfg,
         optim=replace(cfg.optim, adamw=replace(cfg.optim.adamw, lr=lr, lr_scale=scales)),
