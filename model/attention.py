@@ -36,25 +36,30 @@ def computed_by(backend: str | None) -> AbstractContextManager[object]:
     return nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
 
 
-def causal_logits(q: Tensor, k: Tensor, cap: float | None = None, scale: float | None = None) -> Tensor:
+def causal_logits(
+    q: Tensor, k: Tensor, cap: float | None = None, scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
     """scale·q·k for q (B, H, T, w), k (B, H, S, w) as float32 (B, H, T, S), -inf for keys after the query; the last of both is the same token.
 
+    mask: (B, 1, T, S) bool, what each query attends to instead; None for all keys up to its own.
     scale: None for 1/√w.  cap: unless None, every logit z becomes cap·tanh(z/cap) (soft cap; Gemma 2, arXiv 2408.00118).
     """
     z = cast(q @ k.mT, torch.float32) * (q.size(-1) ** -0.5 if scale is None else scale)
     if cap:
         z = cap * torch.tanh(z / cap)
-    future = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1 + z.size(-1) - z.size(-2))
-    return z.masked_fill(future, -torch.inf)
+    hidden = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1 + z.size(-1) - z.size(-2))
+    return z.masked_fill(hidden if mask is None else ~mask, -torch.inf)
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, dropout: float, scale: float | None = None) -> Tensor:
-    """Causal attention with soft-capped logits, (B, H, T, w) → (B, H, T, w).
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, cap: float, dropout: float, scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Attention with soft-capped logits, (B, H, T, w) → (B, H, T, w), causal without a mask; see `causal_logits`.
 
     Fused kernels do not support it, so all B·H·T² logits are computed, and about six numbers for each are kept for the backward pass: for
     GPT-2, 16 windows of 1024 tokens need 4.5 GiB a layer in float32. Choose micro_batch_size accordingly.
     """
-    p = cast(torch.softmax(causal_logits(q, k, cap, scale), dim=-1), v.dtype)
+    p = cast(torch.softmax(causal_logits(q, k, cap, scale, mask), dim=-1), v.dtype)
     return F.dropout(p, dropout) @ v
 
 

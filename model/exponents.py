@@ -198,15 +198,15 @@ def require_plain(model: GPT) -> None:
     """Check that the exponents of a model are derived.
 
     Raises:
-        ValueError: another residual rule or MLP, a switch of attention that is on, biases, or no skips.
+        ValueError: another residual rule or MLP, a switch of attention that is on, unit weights, biases, or no skips.
     """
     config = model.config
-    switched = config.qk_norm or config.logit_cap or config.head_gate != "none"
+    switched = config.qk_norm or config.logit_cap or config.head_gate != "none" or config.unit_weights
     other_mlp = config.mlp not in ("gelu", "gelu_tanh", "none")
     if config.residual.rule not in _PLAIN or switched or config.bias or other_mlp or not config.skips:
         raise ValueError(
-            "the closed form is derived for residual=pre_norm, attention=plain, model.mlp=gelu or none, model.bias=false and skips; measure this "
-            "model instead"
+            "the closed form is derived for residual=pre_norm, attention=plain, model.mlp=gelu or none, model.bias=false, skips and "
+            "weights of any length (model.unit_weights=false); measure this model instead"
         )
 
 

@@ -113,7 +113,7 @@ class CausalSelfAttention(Scaled):
         if self.qk_clip is not None and self.training:
             self.qk_clip.watch(q, k, self.scale)
         if self.logit_cap:
-            y = capped_attention(q, k, v, self.logit_cap, dropout, self.scale)
+            y = capped_attention(q, k, v, self.logit_cap, dropout, self.scale, mask)
         else:
             # After cached tokens, a single query sees every key; several queries need a mask, because is_causal aligns the first ones.
             if start and T > 1:

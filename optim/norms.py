@@ -123,10 +123,15 @@ class Schatten(Norm):
         return self.p / (self.p - 1)
 
     def size(self, d: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(torch.linalg.svdvals(d), self.p, dim=-1)
+        return self._norm(d, self.p)
 
     def dual(self, g: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(torch.linalg.svdvals(g), self.q, dim=-1)
+        return self._norm(g, self.q)
+
+    @staticmethod
+    def _norm(d: Tensor, p: float) -> Tensor:
+        s = torch.linalg.svdvals(d)
+        return s[..., 0] * torch.linalg.vector_norm(ratio(s, s[..., :1]), p, dim=-1)  # no power overflows
 
     def steepest(self, g: Tensor) -> Tensor:
         U, s, Vh = torch.linalg.svd(g, full_matrices=False)

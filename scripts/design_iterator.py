@@ -5,8 +5,9 @@
     python scripts/design_iterator.py name=cans safety=1.01            a published list, here widened against rounding
 
 Prints the coefficients, the slope of the composed map at 0, its band (least and largest value) on the interval, and an override of train.py.
-Options: steps=5; interval=0.001,1 is also where the band is measured; cushion=0.024, of intervals, relative to their upper end; safety=1
-widens each interval by this factor; digits=6 of the printed coefficients, whose band is the one that is printed; figure=outputs/iterator.png.
+Options: steps=5; interval=0.001,1 is also where the band is measured; cushion=0: no interval is taken to begin below this share of its upper
+end (published for Polar Express: 0.024); safety=1 widens each interval by this factor; digits=6 of the printed coefficients, whose band is the
+one that is printed; figure=outputs/iterator.png.
 The maths, with sources: optim/iterators.py.
 """
 
@@ -20,7 +21,6 @@ from pathlib import Path
 import torch
 
 from optim.iterators import (
-    CUSHION,
     LOWER,
     Iteration,
     IteratorError,
@@ -43,7 +43,7 @@ DEFAULTS = {
     "interval": "",
     "name": "",
     "steps": 5,
-    "cushion": CUSHION,
+    "cushion": 0.0,
     "safety": 1.0,
     "digits": 6,
     "figure": "outputs/iterator.png",

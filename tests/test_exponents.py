@@ -198,7 +198,9 @@ def test_measurement_changes_nothing_and_repeats():
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("settings", [{"bias": True}, {"qk_norm": True}, {"head_gate": "token"}, {"mlp": "relu2"}])
+@pytest.mark.parametrize(
+    "settings", [{"bias": True}, {"qk_norm": True}, {"head_gate": "token"}, {"mlp": "relu2"}, {"unit_weights": True}]
+)
 def test_where_nothing_was_derived_nothing_is_claimed(settings):
     with pytest.raises(ValueError, match="measure this model instead"):
         closed_form(random_gpt(0, **settings), TOKENS, 0.99, 0.03)

@@ -8,6 +8,7 @@ import torch
 
 from optim.certified import CertifiedStep
 from optim.iterators import (
+    CUSHION,
     ITERATORS,
     LOWER,
     IteratorError,
@@ -251,10 +252,14 @@ def test_the_command_prints_what_a_configuration_takes(capsys, tmp_path):
     cfg = compose(["optim=paper", override])
     check(cfg)
     assert len(cfg.optim.muon.rule.iterator) == 5
-    printed, override = designed(capsys, tmp_path, "interval=0.001,1", "steps=5", "safety=1.01", "digits=15")
+    words = ["interval=0.001,1", "steps=5", "digits=15"]
+    printed, override = designed(capsys, tmp_path, *words, "safety=1.01", f"cushion={CUSHION}")
     chosen = compose(["optim=paper", override]).optim.muon.rule.iterator
     assert np.allclose(chosen, ITERATORS["polar_express"].coefficients, rtol=1e-12)
     assert "rounding" not in printed
+    printed, override = designed(capsys, tmp_path, *words)
+    chosen = compose(["optim=manifold_muon", override]).optim.muon.rule.iterator
+    assert np.allclose(chosen, ITERATORS["cans"].coefficients, atol=1e-4)  # published with four digits
     printed, _ = designed(capsys, tmp_path, "name=cans")
     assert "rounding     this iterator is not safe in bfloat16" in printed
 

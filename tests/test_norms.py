@@ -67,6 +67,9 @@ def test_schatten_is_the_gradient_at_two_and_the_matrix_sign_at_large_p():
     deficient = gaussian(8, 2) @ gaussian(2, 5)
     U, _, Vh = torch.linalg.svd(deficient)
     assert torch.allclose(Schatten(p=1e7).steepest(deficient), U[:, :2] @ Vh[:2], atol=1e-5)  # rounding is no direction
+    for size in (1e-3, 1e3):  # powers of such singular values leave float32's range
+        many = Schatten(p=32.0).size(torch.full((4,), size).diag())
+        assert many.item() == pytest.approx(size * 4 ** (1 / 32), rel=1e-5)
     for p in (1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="finite number above 1"):
             Schatten(p=p)

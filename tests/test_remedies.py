@@ -104,6 +104,9 @@ def test_the_soft_cap_bounds_logits_and_is_the_plain_path_far_from_it():
     assert torch.allclose(z[past], 5 * torch.tanh(plain[past] / 5), atol=1e-5)
     fused = F.scaled_dot_product_attention(q / 20, k, v, is_causal=True)
     assert (capped_attention(q / 20, k, v, 1e6, 0.0) - fused).abs().max() < 1e-4
+    every = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    fused = F.scaled_dot_product_attention(q / 20, k, v, every)
+    assert (capped_attention(q / 20, k, v, 1e6, 0.0, mask=every) - fused).abs().max() < 1e-4
 
 
 def test_a_soft_capped_model_is_causal_and_learns_through_its_cap():
