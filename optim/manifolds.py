@@ -146,7 +146,10 @@ class Manifold:
         return like(self._retract(tall(W), polar), W).to(W.dtype)
 
     def init(self, W: Tensor, polar: Polar = polar) -> Tensor:
-        """W (..., m, n) brought onto the manifold, to start from; the retraction itself, as published."""
+        """W (..., m, n) brought onto the manifold, to start from; the retraction itself, as published.
+
+        Where a zero matrix has no nearest point (all but Stiefel), it stays zero, and the first step leads onto the manifold.
+        """
         return self.retract(W, polar)
 
     def residual(self, W: Tensor) -> Tensor:

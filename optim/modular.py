@@ -2,8 +2,9 @@
 
     buf ← momentum·buf + g;   G = g + momentum·buf with Nesterov, else buf;   W ← (1 - lr·decay) W - lr·steepest(G)
 
-steepest is that of optim/norms.py: every parameter moves by lr in its own norm, so no feature of an input of size 1 changes by more. Source:
-the modular norm (arXiv 2405.14813, 2410.21265) without its masses: all modules have the same share of the step, as in Scion
+steepest is that of optim/norms.py: every parameter moves by lr in its own norm, so no feature of an input of size 1 changes by more. A
+tied table moves as an embedding, and changes logits by more.
+Source: the modular norm (arXiv 2405.14813, 2410.21265) without its masses: all modules have the same share of the step, as in Scion
 (arXiv 2502.07529). [our choice]
 """
 

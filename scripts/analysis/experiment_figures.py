@@ -127,12 +127,13 @@ def gap_by_tokens(
     """Draw the loss minus that of the baseline over training tokens: label → tokens → paired difference, whose 95% interval is a bar.
 
     published: label → tokens and gap of a published run, one seed, drawn as a hollow mark of the label's colour.
+    The axis of the gaps is linear up to 0.05 and logarithmic beyond. Marks at the same tokens stand side by side.
     """
     with picture(path, 7.2, 4.2) as figure:
         axes = figure.subplots()
         for i, (label, line) in enumerate(gaps.items()):
             colour = ASSIGNMENT_COLOURS.get(label, OTHER_COLOURS[i % len(OTHER_COLOURS)])
-            tokens, found = list(line), list(line.values())
+            tokens, found = [n * 1.04 ** (i - len(gaps) / 2) for n in line], list(line.values())
             below = [0.0 if math.isnan(d.low) else d.mean - d.low for d in found]
             axes.errorbar(tokens, [d.mean for d in found], below, color=colour, marker="o", capsize=3, label=label)
             if label in published:
@@ -147,6 +148,11 @@ def gap_by_tokens(
                 )
         axes.axhline(0.0, **DASHES)
         axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=0.05)
+        ticks = [-0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+        low, high = axes.get_ylim()
+        axes.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks], minor=False)
+        axes.set_ylim(low, high)
         axes.set_xlabel("training tokens")
         axes.set_ylabel("loss minus that of Unconstrained (nats a token)")
         axes.legend(frameon=False)
