@@ -235,38 +235,36 @@ def check_no_low_precision_in_steps(*overrides, device):
     assert all(torch.equal(w, found[1][name]) for name, w in found[0].items())
 
 
-def check_step_equals_the_cpus(*overrides, device, products, tolerance=3e-3):
-    """The same gradients make the same update on a device as on the CPU; `products` are the precisions on the CPU and on the device.
-
-    float32 sums of another order change the last bits of some float16 products, and so the weights by up to 1e-3.
-    """
-    found = []
-    for where, precision in (("cpu", products[0]), (device, products[1])):
+def stepped(*overrides, device, products, watched=False):
+    """Two trainings after an update by the same gradients: on the CPU and on a device, with products of these precisions."""
+    for where, precision in zip(("cpu", device), products):
         run = Training(*overrides, f"optim.muon.rule.products={precision}", "compile=false", device=where)
         generator = torch.Generator().manual_seed(1)
         for p in run.params.values():
             p.grad = torch.randn(p.shape, generator=generator).to(where)
+        run.optimizers.watch(watched)
         run.optimizers.step()
-        found.append(run.weights())
-    for name, w in found[0].items():
-        assert relative(found[1][name], w) < tolerance, name
+        yield run
+
+
+def check_step_equals_the_cpus(*overrides, device, products, tolerance=3e-3):
+    """The same gradients make the same update on a device as on the CPU; `products` are the precisions on the CPU and on the device.
+
+    float32 sums of another order change the last bits of some float16 products, and so the weights by about 1e-3.
+    """
+    cpu, other = (run.weights() for run in stepped(*overrides, device=device, products=products))
+    for name, w in cpu.items():
+        assert relative(other[name], w) < tolerance, name
 
 
 def check_certificates(*overrides, device, products, tolerance=1e-2):
     """The same gradients have steps of the same certificates on a device as on the CPU, for products of the same precision."""
-    found = []
-    for where, precision in (("cpu", products[0]), (device, products[1])):
-        run = Training(*overrides, f"optim.muon.rule.products={precision}", "compile=false", device=where)
-        generator = torch.Generator().manual_seed(1)
-        for p in run.params.values():
-            p.grad = torch.randn(p.shape, generator=generator).to(where)
-        run.optimizers.watch(True)
-        run.optimizers.step()
-        found.append(dict(run.optimizers.certificates(lambda part: [part])))
-    assert found[0].keys() == found[1].keys() and found[0]
-    for name, ours in found[1].items():
+    runs = stepped(*overrides, device=device, products=products, watched=True)
+    cpu, other = (dict(run.optimizers.certificates(lambda part: [part])) for run in runs)
+    assert cpu.keys() == other.keys() and cpu
+    for name, ours in other.items():
         for field in ("feas", "norm", "fallbacks"):
-            assert abs(ours[field] - found[0][name][field]) < tolerance, f"{name}: {field}"
+            assert abs(ours[field] - cpu[name][field]) < tolerance, f"{name}: {field}"
         assert ours["tangency"] < 5e-3, name
 
 
