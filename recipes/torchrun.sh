@@ -4,7 +4,7 @@
 #   recipes/torchrun.sh experiment=paper assignment=hetero           the 8 GPUs of this machine
 #   NODES=2 NODE=0 HEAD=10.0.0.1 recipes/torchrun.sh ...             two machines with 8 GPUs: this line on the first,
 #   NODES=2 NODE=1 HEAD=10.0.0.1 recipes/torchrun.sh ...             and this one on the second, which sees the same disk
-# NAME is the run, in outputs/NAME; the same command continues it.
+# NAME is the run, in outputs/NAME; the same command continues it. Where torch sees no GPU it stops; device=cpu as an option trains there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${GPUS:=8}"         # of each machine
@@ -15,4 +15,4 @@ cd "$(dirname "$0")/.."
 : "${NAME:=run}"
 : "${TORCHRUN:=$([ -x .venv/bin/torchrun ] && echo .venv/bin/torchrun || echo torchrun)}"
 exec "$TORCHRUN" --nnodes="$NODES" --node_rank="$NODE" --nproc_per_node="$GPUS" --master_addr="$HEAD" --master_port="$PORT" \
-  train.py output_dir="outputs/$NAME" resume=auto "$@"
+  train.py output_dir="outputs/$NAME" resume=auto device=cuda "$@"

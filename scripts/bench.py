@@ -14,8 +14,9 @@
 
 Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
 assignments= and optims= (lists; train and profile), variants= (train: a list of overrides, such as capture=true), limit_s= (optimizer,
-train, residual: seconds after which no further turn begins), traces= (profile: a folder for the traces), measured= (memory: a list of numbers of CPU ranks, on which
-a small model is measured), results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The
+train, residual: seconds after which no further call is timed, but for the first of each; the exit code is 1 if a row is not measured),
+traces= (profile: a folder for the traces), measured= (memory: a list of numbers of CPU ranks, on which a small model is measured),
+results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The
 table and a JSON file with every time are written to results/<device>/. The same command works on a CPU and on CUDA.
 """
 
@@ -232,7 +233,7 @@ BENCHES: dict[str, Callable[[dict[str, Any]], Rows]] = {
 
 
 def work(arguments: list[str]) -> int:
-    """Run a benchmark; print and write its table."""
+    """Run a benchmark; print and write its table. Returns 1 if a row is not measured because the time was too short."""
     numbers = {"layers": 0, "width": 0, "repeats": 0, "micro_batch_size": 0, "limit_s": 0}
     numbers["tokens"] = 65536 if torch.cuda.is_available() else 4096
     texts = dict.fromkeys(("problems", "model", "traces", "measured", "results", "file"), "")
@@ -255,7 +256,7 @@ def work(arguments: list[str]) -> int:
     (folder / f"{file}.json").write_text(json.dumps(facts, indent=2) + "\n")
     (folder / f"{file}.md").write_text("\n\n".join([*(table.markdown() for table in tables), foot]) + "\n")
     print(f"\nwritten to {folder}: {file}.md, {file}.json")
-    return 0
+    return 1 if options["limit_s"] and any(NOT_MEASURED in row.values() for row in rows) else 0
 
 
 main = partial(run, work, __doc__)

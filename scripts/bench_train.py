@@ -1,7 +1,8 @@
 """Training steps on random tokens: their rate and memory by assignment, their operations, and the cost of a probe.
 
 `scripts/bench.py train`, `profile` and `probes` run this module. A step is forward, backward, clipping and update, as in train.py. It is
-compiled and in bfloat16 on CUDA, plain float32 on a CPU.
+compiled and in bfloat16 on CUDA, plain float32 on a CPU. On CUDA the host runs ahead of the device and waits only at the end of a step. The
+time of the update alone is then that of the device, from the moment at which it has the gradients.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from model.gpt import GPT
 from model.probes import probe
 from model.spectra import Spectra
 from scripts.command import UsageError
-from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, seconds_of, take_turns
+from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, take_turns
 from training.attention import choose
 from training.build import build_optimizers, gpt_config
 from training.capture import WARM_UP, CudaGraphs
 from training.config import compose
 from training.optimizers import Optimizers
+from training.phases import Phases
 from training.run import compiled, peak_flops, resolve_device
 from training.settings import Settings
 from training.step import accumulate, clip
@@ -36,7 +38,7 @@ _TRACED_STEPS = 2  # how many steps a trace shows
 class RandomTraining:
     """The model of a configuration in training on random tokens.
 
-    micro: windows of one forward pass. windows: how many windows a step has. update_s: seconds of every update so far.
+    micro: windows of one forward pass. windows: how many windows a step has.
     """
 
     def __init__(self, cfg: Settings, micro: int, tokens: int) -> None:
@@ -50,7 +52,7 @@ class RandomTraining:
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
         self.replica = compiled(self.model, cfg, self.device)
         self.batch = torch.randint(cfg.model.vocab_size, (self.windows, block + 1)).numpy().astype("uint16")
-        self.update_s: list[float] = []
+        self.updates: list[Phases] = []  # the phase of each update so far
 
     @property
     def tokens(self) -> int:
@@ -77,10 +79,17 @@ class RandomTraining:
         return clip([p.grad for p in self.model.parameters()], 1.0)[0]
 
     def step(self) -> None:
-        """One training step. The update is timed by itself, after the gradients are there."""
+        """One training step, without a wait for the device."""
         norm = self.gradients()
-        self.update_s.append(seconds_of(lambda: self.optimizers.step(skip=~norm.isfinite())))
+        self.updates.append(Phases(self.device))
+        with self.updates[-1]("optimizer"):
+            self.optimizers.step(skip=~norm.isfinite())
         self.optimizers.zero_grad()
+
+    def update_seconds(self) -> list[float]:
+        """Seconds of the update alone in every step since the last call. Waits for the device."""
+        found, self.updates = [phase.read()["optimizer"] for phase in self.updates], []
+        return found
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are kept between two steps."""
@@ -130,7 +139,8 @@ def training_rows(options: dict[str, Any]) -> Rows:
         row |= dict.fromkeys(("tokens/s", "MFU", "optimizer s", "optimizer share"), NOT_MEASURED)
         row |= {"step s": median(seconds), "peak GiB": NOT_MEASURED, "all s": seconds}
         if seconds:
-            update, rate = statistics.median(training.update_s[-len(seconds) :]), training.tokens / row["step s"]
+            update = statistics.median(training.update_seconds()[-len(seconds) :])
+            rate = training.tokens / row["step s"]
             row |= {"tokens/s": rate, "MFU": rate * training.model.flops_per_token() / peak if peak else "n/a"}
             row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
             most = peak_bytes(training.step, training.tensors())

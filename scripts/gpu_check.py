@@ -9,7 +9,8 @@
     scripts/gpu_check.sh c d data=books 'data.files=books_train.txt.gz' 'data.val_files=books_val.txt.gz'
     scripts/gpu_check.sh tiny=true         all stages with small models, on a CPU, in two minutes
 
-A stage that is started again skips its finished steps and continues with the others. Options (key=value; paths are relative to the
+Without a GPU, and without tiny=true, the stages are refused. A stage that is started again skips its finished steps and continues with
+the others. Options (key=value; paths are relative to the
 repository, or absolute):
 
     seconds=            time of a stage (560); a step that takes longer is stopped, and runs are saved before
@@ -38,6 +39,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scripts.command import ROOT, UsageError, parse, run
 from scripts.gpu_runs import RUNS
 from scripts.timing import device_folder
@@ -47,17 +50,31 @@ STAGES = ("a", "b", "c", "d")
 
 # Seconds that are kept for stopping the last step of a stage, so that a run can save.
 _TO_END = 25
+# Of the seconds that a benchmark has, those that it keeps to make its models, to end what it compiles and to write; and the fewest with which
+# it is started.
+_BESIDE, _FEWEST = 60, 90
 # How many lines of a step's output the summary shows.
 _TAIL = 30
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a stage, and the most seconds that it may take (0: the rest of the stage)."""
+    """One command of a stage.
+
+    most: the most seconds that it may take (0: the rest of the stage). fewest: with fewer seconds it is not started. limit: the option that
+    tells the command its seconds, less `beside` ("": it has no such option).
+    """
 
     name: str
     command: list[str]
     most: int = 0
+    fewest: int = 1
+    limit: str = ""
+    beside: int = 0
+
+    def within(self, seconds: float) -> list[str]:
+        """The command, which is to end within so many seconds."""
+        return [*self.command, *([f"{self.limit}={seconds - self.beside:.0f}"] if self.limit else [])]
 
 
 @dataclass(frozen=True)
@@ -100,44 +117,40 @@ def steps_of(stage: str, o: Options) -> list[Step]:
     """The commands of a stage."""
     python, results = sys.executable, f"results={o.results}"
 
-    def bench(name: str, *words: str, most: int = 0, tiny: Sequence[str] = (), file: str = "") -> Step:
+    def bench(
+        name: str, *words: str, most: int, limit: str = "limit_s", tiny: Sequence[str] = (), file: str = ""
+    ) -> Step:
         chosen = [*words, *(tiny if o.tiny else ()), *([f"file={file}"] if file else ())]
-        return Step(file or name, [python, "scripts/bench.py", name, results, *chosen], most)
+        command = [python, "scripts/bench.py", name, results, *chosen]
+        return Step(file or name, command, most, _FEWEST, limit, _BESIDE)
 
     small = ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"]
     micro = f"micro_batch_size={o.micro}"
     if stage == "a":
         return [
             Step("environment", [python, "scripts/gpu_check.py", "environment"], 120),
-            bench("ceilings", "repeats=10", most=100, tiny=["repeats=1"]),
+            bench("ceilings", "repeats=10", most=100, limit="", tiny=["repeats=1"]),
             Step("tests", tests_command(o.work / "a" / "tests.jsonl"), 250),
             Step("tests_of_time", tests_command(o.work / "a" / "tests.jsonl", alone=True), 60),
-            bench("optimizer", "repeats=5", "limit_s=120", most=170, tiny=["layers=1", "width=24", "repeats=1"]),
+            bench("optimizer", "repeats=5", most=170, tiny=["layers=1", "width=24", "repeats=1"]),
         ]
     if stage == "b":
         few = [*small, "assignments=adamw,hetero"]
         every = [micro, f"assignments={','.join(RUNS)}"]
-        options = [
-            micro,
-            "assignments=adamw,hetero",
-            "variants=capture=true,model.stream_dtype=bfloat16",
-            "limit_s=100",
-        ]
-        profile = ["assignments=adamw,hetero", f"traces={o.work / 'b'}", micro]
+        options = [micro, "assignments=adamw,hetero", "variants=capture=true,model.stream_dtype=bfloat16"]
+        profile = [micro, "assignments=adamw,hetero", f"traces={o.work / 'b'}"]
         return [
-            bench("train", *every, "limit_s=150", most=210, tiny=few),
-            bench("profile", *profile, most=110, tiny=small),
-            bench(
-                "residual", "layers=4", "repeats=5", "limit_s=120", most=170, tiny=["layers=1", "width=96", "repeats=1"]
-            ),
-            bench("train", *every, "optims=paper", "limit_s=60", most=120, tiny=few, file="bench_train_published"),
+            bench("train", *every, most=210, tiny=few),
+            bench("profile", *profile, most=110, limit="", tiny=small),
+            bench("residual", "layers=4", "repeats=5", most=170, tiny=["layers=1", "width=96", "repeats=1"]),
+            bench("train", *every, "optims=paper", most=120, tiny=few, file="bench_train_published"),
             bench("train", *options, most=150, tiny=[*small, "variants="], file="bench_train_options"),
         ]
     runs = [python, "scripts/gpu_runs.py", f"folder={o.work / 'runs'}", f"results={o.results / 'assignments'}"]
     data = o.data or (["data=stdlib"] if o.tiny else ["data=books"])
     tiny = ["tiny=true"] if o.tiny else [micro]
     prepare = Step("data", [python, "-m", "data.prepare", *data])
-    return [*([prepare] if stage == "c" else []), Step("runs", [*runs, *tiny, *data])]
+    return [*([prepare] if stage == "c" else []), Step("runs", [*runs, *tiny, *data], limit="seconds")]
 
 
 def tests_command(ledger: Path, alone: bool = False) -> list[str]:
@@ -162,7 +175,7 @@ def run_stage(stage: str, o: Options) -> int:
             print(f"{stage} {step.name}: done before", flush=True)
             continue
         left = end - time.monotonic()
-        if left < 1:
+        if left < step.fewest:
             states[step.name] = {"code": None, "seconds": 0.0, "note": "not reached"}
         else:
             print(f"{stage} {step.name} ...", flush=True)
@@ -185,9 +198,8 @@ def states_of(folder: Path) -> dict[str, Any]:
 def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
     """Run a command for `most` seconds or less. Its output goes to a file. When this process ends, the command is ended too."""
     start, note = time.monotonic(), "done"
-    left = [f"seconds={most:.0f}"] if step.name == "runs" else []
     with (folder / f"{step.name}.log").open("ab") as log:
-        process = subprocess.Popen([*step.command, *left], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(step.within(most), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code: int = process.wait(most)
             note = "done" if code == 0 else f"failed with exit code {code}"
@@ -248,8 +260,6 @@ def summary_of(o: Options) -> str:
 
 def print_environment() -> None:
     """Print versions, devices and the output of nvidia-smi."""
-    import torch
-
     print(json.dumps({**environment(), "cuda": torch.version.cuda, "devices": torch.cuda.device_count()}, indent=2))
     if torch.cuda.is_available():
         print(torch.cuda.get_device_properties(0))
@@ -261,11 +271,20 @@ def print_environment() -> None:
 
 
 def work(arguments: list[str]) -> int:
-    """Run one stage, `pack` or `environment`."""
+    """Run one stage, `pack` or `environment`.
+
+    Raises:
+        UsageError: the command line is wrong, or a stage needs a GPU and torch finds none.
+    """
     words, options = options_of(arguments)
     if len(words) != 1 or words[0] not in (*STAGES, "pack", "environment"):
         raise UsageError(f"name one of {', '.join(STAGES)}, pack, environment, not '{' '.join(words)}'; see --help")
     [what] = words
+    if what in STAGES and not options.tiny and not torch.cuda.is_available():
+        raise UsageError(
+            f"torch {torch.__version__} (for CUDA {torch.version.cuda or '-'}) finds no GPU here; install torch for the CUDA of this machine's "
+            "driver, which nvidia-smi names, or try the stages with small models by tiny=true"
+        )
     os.chdir(ROOT)
     if what == "environment":
         print_environment()

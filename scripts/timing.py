@@ -59,8 +59,8 @@ def take_turns(
 
     Args:
         repeats, warmup: turns that are timed, after calls that are not: these compile.
-        limit_s: after this time no further call is made, and after a share of it no further call is compiled: then the others are timed. A
-            call without a turn has no seconds. 0: no limit.
+        limit_s: after this time no further call is made, and after a share of it no further call is compiled: then the others are timed,
+            each once at least. A call without a turn has no seconds. 0: no limit.
         shuffled: whether each turn has a new random order (of a fixed seed).
     """
     times: dict[Key, list[float]] = {name: [] for name in calls}
@@ -73,11 +73,11 @@ def take_turns(
         for _ in range(warmup):
             seconds_of(call)
         order.append(name)
-    for _ in range(repeats):
+    for turn in range(repeats):
         if shuffled:
             shuffle(order)
         for name in order:
-            if time.perf_counter() > start + limit:
+            if turn and time.perf_counter() > start + limit:
                 return times
             times[name].append(seconds_of(calls[name]))
     return times

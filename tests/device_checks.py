@@ -23,6 +23,9 @@ from training.run import compiled
 from training.step import FiniteGuard, accumulate, clip, mean_loss
 
 SHAPE = ["model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=16", "model.vocab_size=64"]
+# For 8,192 vectors of this width Inductor reduces over rows and columns in one kernel: it does so from 4,096 rows, twice as many rows as
+# columns, and 5 · 2²⁰ numbers on (torch/_inductor/scheduler.py, MixOrderReduction.can_fuse, torch 2.13).
+LARGE = ["model.n_layer=2", "model.n_head=12", "model.n_embd=768", "model.block_size=1024", "model.vocab_size=64"]
 SWITCHES = ["qk_norm", "qk_clip", "soft_cap", "gated"]
 MODELS = {
     **{rule: [f"residual={rule}"] for rule in RESIDUAL_RULES},
@@ -37,9 +40,9 @@ MODELS = {
 """Overrides by name: every residual rule, nGPT, every switch of attention, the loss in chunks, and a stream of 16 bits."""
 
 
-def settings(*overrides, device="cpu"):
-    """The configuration of a one-layer model on a device."""
-    return compose([*overrides, *SHAPE, f"device={torch.device(device).type}", "logger.mode=disabled"])
+def settings(*overrides, device="cpu", shape=SHAPE):
+    """The configuration of a small model on a device."""
+    return compose([*overrides, *shape, f"device={torch.device(device).type}", "logger.mode=disabled"])
 
 
 def windows(count=8, tokens=17, seed=0):
@@ -70,17 +73,18 @@ def small_chunks(active):
 # ---- compiled programs ----
 
 
-def gradients(name, device, autocast, backend=None, dtype=torch.float32, attention=(None, torch.float32)):
+def gradients(name, device, autocast, backend=None, dtype=torch.float32, attention=(None, torch.float32), large=False):
     """Loss and gradients of the named model, eagerly or compiled by a backend; weights and tokens are always the same."""
     torch._dynamo.reset()
     loss_module.mark_constants()
     torch.manual_seed(0)
-    model = GPT(gpt_config(settings(*MODELS[name]))).to(device)
+    model = GPT(gpt_config(settings(*MODELS[name], shape=LARGE if large else SHAPE))).to(device)
+    noise = 0.05 * (32 / model.config.n_embd) ** 0.5
     for p in model.parameters():  # away from the start, where some gradients vanish
-        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.05)
+        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=noise)
     model.to(dtype)
     model.attend_by(*attention)
-    tokens = torch.from_numpy(windows(4).astype("int64")).to(device)
+    tokens = torch.from_numpy((windows(8, 1025) if large else windows(4)).astype("int64")).to(device)
     replica = model if backend is None else torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
     with small_chunks(name == "chunked loss"), autocast_on(device, autocast):
         loss = replica(tokens[:, :-1], tokens[:, 1:])[1]
@@ -93,13 +97,15 @@ def relative(a, b):
     return (torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double()).clamp_min(1e-30)).item()
 
 
-def check_compiled_gradients(name, device, autocast, backend):
-    """Compiled gradients are as near to exact ones as eager ones are."""
-    exact, eager = gradients(name, device, False, dtype=torch.float64), gradients(name, device, autocast)
-    ours = gradients(name, device, autocast, backend)
+def check_compiled_gradients(name, device, autocast, backend, large=False):
+    """Compiled gradients are as near to exact ones as eager ones are. Of a large model, single numbers have larger errors by chance."""
+    exact = gradients(name, device, False, dtype=torch.float64, large=large)
+    eager = gradients(name, device, autocast, large=large)
+    ours = gradients(name, device, autocast, backend, large=large)
     assert ours.keys() == eager.keys() == exact.keys()
+    more = 2e-4 if not autocast else 3e-2 if large else 5e-3
     for key, g in ours.items():
-        allowed = 2 * relative(eager[key], exact[key]) + (5e-3 if autocast else 2e-4)
+        allowed = 2 * relative(eager[key], exact[key]) + more
         assert relative(g, exact[key]) < allowed, f"{key}: {relative(g, exact[key]):.2g}, allowed {allowed:.2g}"
 
 
@@ -229,35 +235,36 @@ def check_no_low_precision_in_steps(*overrides, device):
     assert all(torch.equal(w, found[1][name]) for name, w in found[0].items())
 
 
-def check_step_equals_the_cpus(*overrides, device, tolerance=1e-3):
-    """The same gradients make the same update on a device as on the CPU."""
-    found = []
-    for where in ("cpu", device):
-        run = Training(*overrides, "compile=false", device=where)
-        generator = torch.Generator().manual_seed(1)
-        for p in run.params.values():
-            p.grad = torch.randn(p.shape, generator=generator).to(where)
-        run.optimizers.step()
-        found.append(run.weights())
-    for name, w in found[0].items():
-        assert relative(found[1][name], w) < tolerance, name
-
-
-def check_certificates(*overrides, device, products, tolerance=1e-2):
-    """The same gradients have steps of the same certificates on a device as on the CPU, for products of the same precision."""
-    found = []
-    for where, precision in (("cpu", products[0]), (device, products[1])):
+def stepped(*overrides, device, products, watched=False):
+    """Two trainings after an update by the same gradients: on the CPU and on a device, with products of these precisions."""
+    for where, precision in zip(("cpu", device), products):
         run = Training(*overrides, f"optim.muon.rule.products={precision}", "compile=false", device=where)
         generator = torch.Generator().manual_seed(1)
         for p in run.params.values():
             p.grad = torch.randn(p.shape, generator=generator).to(where)
-        run.optimizers.watch(True)
+        run.optimizers.watch(watched)
         run.optimizers.step()
-        found.append(dict(run.optimizers.certificates(lambda part: [part])))
-    assert found[0].keys() == found[1].keys() and found[0]
-    for name, ours in found[1].items():
+        yield run
+
+
+def check_step_equals_the_cpus(*overrides, device, products, tolerance=3e-3):
+    """The same gradients make the same update on a device as on the CPU; `products` are the precisions on the CPU and on the device.
+
+    float32 sums of another order change the last bits of some float16 products, and so the weights by about 1e-3.
+    """
+    cpu, other = (run.weights() for run in stepped(*overrides, device=device, products=products))
+    for name, w in cpu.items():
+        assert relative(other[name], w) < tolerance, name
+
+
+def check_certificates(*overrides, device, products, tolerance=1e-2):
+    """The same gradients have steps of the same certificates on a device as on the CPU, for products of the same precision."""
+    runs = stepped(*overrides, device=device, products=products, watched=True)
+    cpu, other = (dict(run.optimizers.certificates(lambda part: [part])) for run in runs)
+    assert cpu.keys() == other.keys() and cpu
+    for name, ours in other.items():
         for field in ("feas", "norm", "fallbacks"):
-            assert abs(ours[field] - found[0][name][field]) < tolerance, f"{name}: {field}"
+            assert abs(ours[field] - cpu[name][field]) < tolerance, f"{name}: {field}"
         assert ours["tangency"] < 5e-3, name
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import bench, bench_predicted, bench_residual
+from scripts import bench, bench_predicted, bench_residual, timing
+from scripts.bench_train import RandomTraining
+from training.config import compose
 
 
 def test_bench_measures_every_rule():
@@ -49,6 +51,30 @@ def test_bench_writes_what_it_prints(name, options, told, tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     assert all(word in table and word in printed for word in told)
     assert data["rows"] and data["command"].startswith(f"python scripts/bench.py {name}") and data["device"] in table
+
+
+def test_a_bench_that_had_too_little_time_says_so(tmp_path, monkeypatch):
+    """By its exit code, so that gpu_check runs it again; what it has is written. Without a limit, no time was too short."""
+    rows = [{"step": "one", "median s": 1.0}, {"step": "two", "median s": "not measured"}]
+    monkeypatch.setitem(bench.BENCHES, "optimizer", lambda options: rows)
+    assert bench.main(["optimizer", "limit_s=1", f"results={tmp_path}"]) == 1
+    assert json.loads((tmp_path / "bench_optimizer.json").read_text())["rows"] == rows
+    assert bench.main(["optimizer", f"results={tmp_path}"]) == 0
+    monkeypatch.setitem(bench.BENCHES, "optimizer", lambda options: rows[:1])
+    assert bench.main(["optimizer", "limit_s=1", f"results={tmp_path}"]) == 0
+
+
+def test_a_timed_step_waits_only_at_its_end(monkeypatch):
+    """As in training, where the host runs ahead of the device; the update alone is timed beside."""
+    training = RandomTraining(compose(["model=demo", "model.n_layer=1", "assignment=hetero"]), micro=1, tokens=256)
+    waits = []
+    monkeypatch.setattr(timing, "synchronize", lambda: waits.append(1))
+    training.step()
+    assert not waits
+    times = timing.take_turns({"": training.step}, repeats=3)[""]
+    updates = training.update_seconds()
+    assert len(updates) == 5 and len(waits) == 8
+    assert all(0 < update < whole for update, whole in zip(updates[-3:], times))
 
 
 def test_bench_names_its_benchmarks(capsys):

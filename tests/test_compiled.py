@@ -209,7 +209,12 @@ def test_certificates_of_16_bit_products_are_those_of_32(assignment):
 
 
 def test_a_step_is_a_function_of_its_gradients():
-    check_step_equals_the_cpus("assignment=hetero", device="cpu", tolerance=1e-12)
+    check_step_equals_the_cpus("assignment=hetero", device="cpu", products=("float32", "float32"), tolerance=1e-12)
+
+
+def test_a_step_of_16_bit_products_is_near_that_of_32():
+    """Of all assignments, this one differs most: what the check allows on a GPU must be more."""
+    check_step_equals_the_cpus("assignment=unconstrained", device="cpu", products=("float32", "float16"))
 
 
 @pytest.mark.campaign

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,40 @@ def test_what_is_packed_is_small(options):
         assert f"results/{timing.device_folder()}/bench_train.md" in archive.getnames()
 
 
+def test_a_benchmark_ends_before_it_is_stopped(options, monkeypatch):
+    """It is told fewer seconds than it has, whatever is left of the stage, and is not started with too few."""
+    tell = [sys.executable, "-c", "import sys; print(sys.argv)"]
+    steps = [gpu_check.Step(name, tell, 250, 90, "limit_s", 60) for name in ("first", "second", "third")]
+    now = [0.0]
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu_check, "steps_of", lambda stage, o: steps)
+    monkeypatch.setattr(gpu_check, "pack", lambda o: now.__setitem__(0, now[0] + 150))
+    assert gpu_check.run_stage("a", replace(options, seconds=385)) == 1  # of 360, each takes 150
+    told = [(options.work / "a" / f"{name}.log").read_text() for name in ("first", "second")]
+    assert "'limit_s=190'" in told[0] and "'limit_s=150'" in told[1]
+    assert json.loads((options.work / "a" / "steps.json").read_text())["third"]["note"] == "not reached"
+
+
+def test_every_benchmark_that_has_a_limit_is_told_one(options):
+    """Those that have none stop by themselves."""
+    found = {
+        step.name: step for stage in "ab" for step in gpu_check.steps_of(stage, options) if "bench" in step.command[1]
+    }
+    for name, step in found.items():
+        assert step.limit == ("" if name in ("ceilings", "profile") else "limit_s"), name
+        assert 0 < step.beside < step.fewest < step.most
+
+
+def test_a_stage_asks_for_a_gpu(monkeypatch, tmp_path, capsys):
+    """It would otherwise measure a CPU for ten minutes."""
+    places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_check, "run_stage", lambda stage, o: 7)
+    monkeypatch.chdir(tmp_path)
+    assert gpu_check.main(["c", *places]) == 2 and "finds no GPU here" in capsys.readouterr().err
+    assert gpu_check.main(["c", "tiny=true", *places]) == 7 and gpu_check.main(["environment"]) == 0
+
+
 def test_every_command_of_every_stage_is_well_formed(options):
     full = gpu_check.options_of(["data=text", "data.name=mine"])[1]
     for o in (options, full):
@@ -172,12 +207,14 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 
 
 def test_a_test_that_passed_is_left_out_next_time(pytester_folder):
-    """The ledger has a line for each test, at once."""
+    """The ledger has a line for each test, at once. When no test is left, all passed."""
     ledger, run = pytester_folder
     assert run() == 1
     found = {r["test"].rpartition("::")[2]: r for r in map(json.loads, ledger.read_text().splitlines())}
     assert found["test_fine"]["outcome"] == "passed" and "assert 1 == 2" in found["test_wrong"]["why"]
-    run()
+    tests = ledger.parent / "test_two.py"
+    tests.write_text(tests.read_text().replace("1 == 2", "1 == 1"))
+    assert run() == run() == 0
     assert [json.loads(line)["test"].rpartition("::")[2] for line in ledger.read_text().splitlines()] == [
         "test_fine",
         "test_wrong",
@@ -227,6 +264,19 @@ def test_a_row_has_its_own_peak():
         pytest.skip("the kernel does not count the peak of a process anew")
     for peak, expected in zip(peaks, (14, 304, 14)):
         assert peak / 2**20 == pytest.approx(expected, abs=6)
+
+
+def test_what_is_compiled_is_timed_once_even_after_the_limit(monkeypatch):
+    """The last compilation began in time, and ended late."""
+    now, compiled = [0.0], set()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name):
+        now[0] += 1 if name in compiled else 70
+        compiled.add(name)
+
+    times = timing.take_turns({n: lambda n=n: call(n) for n in "ab"}, repeats=3, limit_s=100)
+    assert times == {"a": [1], "b": [1]}
 
 
 def test_contestants_stop_at_the_limit(monkeypatch):

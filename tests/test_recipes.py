@@ -67,8 +67,8 @@ def test_what_they_start(gpus, nodes, options, stubbed, tmp_path):
     subprocess.run(["bash", RECIPES / "slurm.sbatch", *options], env={**stubbed, **slurm}, check=True)
     settings, overrides, world = started(tmp_path, nodes)
     assert world == gpus * nodes and settings["master_addr"] == "first" and settings["master_port"] == "23456"
-    assert overrides == ["output_dir=outputs/slurm-123456", "resume=auto", *options]
-    check(compose(overrides), world)
+    assert overrides == ["output_dir=outputs/slurm-123456", "resume=auto", "device=cuda", *options]
+    check(compose([*overrides, "device=cpu"]), world)  # an option that is given later is the one that counts
     assert not (tmp_path / "scontrol").exists()
 
     sky = {**SKY["envs"], "OPTIONS": " ".join(options), "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n"}
@@ -78,7 +78,7 @@ def test_what_they_start(gpus, nodes, options, stubbed, tmp_path):
         subprocess.run(["bash", "-c", SKY["run"]], env=there, cwd=ROOT, check=True)
     settings, overrides, world = started(tmp_path, nodes)
     assert world == gpus * nodes and settings["master_addr"] == "10.0.0.1"
-    assert overrides == [f"output_dir=outputs/{SKY['envs']['NAME']}", "resume=auto", *options]
+    assert overrides == [f"output_dir=outputs/{SKY['envs']['NAME']}", "resume=auto", "device=cuda", *options]
 
 
 def test_the_defaults_of_skypilot_are_sound():
