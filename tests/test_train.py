@@ -123,6 +123,45 @@ def test_speed_is_that_of_training_alone(tiny, tmp_path, monkeypatch):
     assert next(read_records(tmp_path / "run", "end"))["train_seconds"] == 20.0
 
 
+def test_steps_that_a_gpu_has_still_to_do_count_as_training(tiny, tmp_path, monkeypatch):
+    """A device that needs a second for a step, and a host that waits for it only where it must."""
+    import train as module
+
+    clock, queued = SimpleNamespace(now=0.0), []
+
+    def waiting(work):
+        def waits(*args, **kwargs):
+            clock.now += len(queued)
+            queued.clear()
+            return work(*args, **kwargs)
+
+        return waits
+
+    def launching(*args):
+        queued.append("a step")
+        return accumulate(*args)
+
+    accumulate = module.accumulate
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(module, "accumulate", launching)
+    monkeypatch.setattr(module, "wait_for", waiting(lambda device: None))
+    for owner, name in ((module.Run, "read_back"), (module.Run, "save"), (Observer, "loss"), (Observer, "write_probe")):
+        monkeypatch.setattr(owner, name, waiting(getattr(owner, name)))
+    intervals = ["log.interval=4", "eval_interval=5", "probe.interval=3", "checkpoint.interval=7"]
+    train(compose([*tiny, "assignment=adamw", "log.interval_spectra=null", *intervals]))
+    assert [r["tokens_per_s"] for r in read_records(tmp_path / "run", "train")] == [128.0] * 5
+    assert next(read_records(tmp_path / "run", "end"))["train_seconds"] == 20.0
+
+
+def test_every_interval_is_one_for_which_training_pauses():
+    """But that of the training records, which are no pause."""
+    names = ["eval_interval", "launcher.checksum_interval", "log.interval_spectra", "log.interval_certificate"]
+    names += ["log.interval_updates", "probe.interval", "checkpoint.interval"]
+    cfg = compose([f"{name}={i}" for i, name in enumerate(names, start=2)])
+    assert sorted(cfg.intervals()) == list(range(2, 2 + len(names)))
+    assert str(cfg.plain()).count("interval") == len(names) + 1
+
+
 def test_the_whole_validation_split_is_evaluated_once_at_the_end(tiny, tmp_path):
     for full in ("true", "false"):
         where = f"output_dir={tmp_path}/{full}"

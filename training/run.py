@@ -42,6 +42,12 @@ def resolve_device(cfg: Settings) -> tuple[torch.device, torch.dtype]:
     return torch.device(name), getattr(torch, automatic if cfg.dtype == "auto" else cfg.dtype)
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def compiled(module: nn.Module, cfg: Settings, device: torch.device) -> nn.Module:
     """The module, compiled if the configuration asks for it; `compile=auto` means on CUDA, where it saves time within a minute.
 
