@@ -131,7 +131,7 @@ class Run:
         if ranks.is_main:
             cut = cut_windows(cfg, len(self.observer.held_out), len(self.observer.probe_windows))
             remarks = [*shortened(cfg, ranks.world), *cut, *resumption(resumed, cfg, notes)]
-            print_start(cfg, directory, self.model, self.optimizers, remarks)
+            print_start(cfg, ranks, directory, self.model, self.optimizers, self.attention, remarks)
 
     @property
     def finished(self) -> bool:

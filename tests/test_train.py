@@ -1,6 +1,7 @@
 """The command line: a run ends, resumes bitwise, sweeps, and refuses bad input before it writes anything."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -261,6 +262,9 @@ def test_command_line(tiny, tmp_path, train_here):
     best = min(r["loss"] for r in read_records(tmp_path / "run", "eval"))
     assert done.stdout.splitlines()[-1] == f"best validation loss {best:.4f}"
     assert "ManifoldMuon" in done.stdout
+    assert re.search(
+        r" parameters → .*\nCPU .*, \d+ threads?, float32, attention by the choice of torch\n", done.stdout
+    )
     assert json.loads((tmp_path / "run/environment.json").read_text())["torch"] == str(torch.__version__)
     left = {p.name for p in tmp_path.iterdir()}
     bad = train_here(*tiny[:-1], f"output_dir={tmp_path}/bad", "global_batch_tokens=100", "seed=-1")

@@ -38,10 +38,14 @@ class Backend:
     dtype: torch.dtype
     seconds: dict[str, float | None] = field(default_factory=dict)
 
+    def describe(self) -> str:
+        """What computes attention, as text."""
+        return f"attention by {self.backend or 'the choice of torch'}"
+
     def record(self) -> dict[str, Any]:
         """The fields of the `attention` event."""
         times = (f"{name} {'refused' if s is None else f'{1e3 * s:.3g} ms'}" for name, s in self.seconds.items())
-        message = f"attention by {self.backend or 'the choice of torch'} (a layer takes: {', '.join(times)})"
+        message = f"{self.describe()} (a layer takes: {', '.join(times)})"
         return {"backend": self.backend, "seconds": self.seconds, "message": message}
 
 

@@ -243,10 +243,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def device_name() -> str:
-    """The name of the GPU, or of the processor with the number of threads that torch uses."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def device_name(device: torch.device | None = None) -> str:
+    """The name of the GPU, or of the processor with the number of threads that torch uses; None: of the GPU if there is one."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     threads = torch.get_num_threads()
