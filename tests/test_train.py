@@ -128,7 +128,7 @@ def test_steps_that_a_gpu_has_still_to_do_count_as_training(tiny, tmp_path, monk
     """A device that needs a second for a step, and a host that waits for it only where it must."""
     import train as module
 
-    clock, queued = SimpleNamespace(now=0.0), []
+    clock, queued, waits = SimpleNamespace(now=0.0), [], []
 
     def waiting(work):
         def waits(*args, **kwargs):
@@ -145,12 +145,13 @@ def test_steps_that_a_gpu_has_still_to_do_count_as_training(tiny, tmp_path, monk
     accumulate = module.accumulate
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(module, "accumulate", launching)
-    monkeypatch.setattr(module, "wait_for", waiting(lambda device: None))
+    monkeypatch.setattr(module, "wait_for", waiting(waits.append))
     for owner, name in ((module.Run, "read_back"), (module.Run, "save"), (Observer, "loss"), (Observer, "write_probe")):
         monkeypatch.setattr(owner, name, waiting(getattr(owner, name)))
     intervals = ["log.interval=4", "eval_interval=5", "probe.interval=3", "checkpoint.interval=7"]
     train(compose([*tiny, "assignment=adamw", "log.interval_spectra=null", *intervals]))
     assert [r["tokens_per_s"] for r in read_records(tmp_path / "run", "train")] == [128.0] * 5
+    assert len(waits) == len({0, 3, 5, 6, 7, 9, 10, 12, 14, 15, 18, 20})  # the steps at which something is due
     assert next(read_records(tmp_path / "run", "end"))["train_seconds"] == 20.0
 
 
