@@ -46,7 +46,7 @@ from training.phases import Phases, as_phase
 from training.placement import place
 from training.ranks import Ranks, world_size
 from training.resume import agreed_checkpoint, restore, resumption, rng_state, set_rng_state, state_of
-from training.run import claimed, end_of, end_summary, resolve_device, speed
+from training.run import claimed, end_of, end_summary, resolve_device, speed, wait_for
 from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
@@ -131,7 +131,7 @@ class Run:
         if ranks.is_main:
             cut = cut_windows(cfg, len(self.observer.held_out), len(self.observer.probe_windows))
             remarks = [*shortened(cfg, ranks.world), *cut, *resumption(resumed, cfg, notes)]
-            print_start(cfg, directory, self.model, self.optimizers, remarks)
+            print_start(cfg, ranks, directory, self.model, self.optimizers, self.attention, remarks)
 
     @property
     def finished(self) -> bool:
@@ -156,7 +156,7 @@ class Run:
         try:
             while True:
                 stopping = stop.requested(ranks)
-                with self.pause():
+                with self.pause(wait=stopping or any(map(self.due, cfg.intervals()))):
                     self.look(log)
                     if self.step > 0 and (self.due(cfg.checkpoint.interval or cfg.max_steps) or stopping):
                         self.save(log)
@@ -216,8 +216,10 @@ class Run:
         return now and self.step != self.resumed_at
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """A context whose duration does not count as training time."""
+    def pause(self, wait: bool) -> Iterator[None]:
+        """A context whose duration does not count as training time. With `wait`, a GPU first ends the steps before it, which do count."""
+        if wait:
+            wait_for(self.device)
         start = time.perf_counter()
         self.elapsed = self.seconds + start - self.clock
         yield
@@ -273,7 +275,7 @@ class Run:
     def abandon_step(self, log: RunLog | NoLog, before: dict[str, Any]) -> None:
         """Save the state of the last finished step, with the random numbers `before` the step that was interrupted."""
         set_rng_state(before)
-        with self.pause():
+        with self.pause(wait=True):
             if self.step > 0:
                 self.save(log)
 

@@ -1,6 +1,8 @@
 """The backend of attention: chosen by a measurement, part of the run, and compiled without a break."""
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from training.attention import Backend, choose
 from training.build import gpt_config
 from training.config import compose
 from training.log import read_records
+from training.start import machine
 from training.validate import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -34,6 +37,16 @@ def test_the_backend_is_in_the_compiled_program():
     torch.compile(model, backend=aot_autograd(fw_compiler=look), fullgraph=True, dynamic=False)(x, x)
     assert any("_safe_softmax" in target for target in seen) and not any("flash" in target for target in seen)
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+
+
+def test_the_start_of_a_run_names_device_dtype_and_backend(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    ranks, backend = SimpleNamespace(world=8, device=CUDA), Backend("cudnn", torch.bfloat16)
+    assert machine(settings(), ranks, backend) == "8 ranks on GPU 0, bfloat16, attention by cudnn"
+    ranks, capped = SimpleNamespace(world=1, device=CPU), settings("attention.logit_cap=30")
+    assert re.fullmatch(
+        r"CPU .*, \d+ threads?, float32, explicit attention", machine(capped, ranks, choose(capped, CPU, 3))
+    )
 
 
 def test_only_queries_of_the_measured_dtype_without_a_mask_are_computed_by_it():

@@ -4,6 +4,7 @@ import functools
 import operator
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,8 +28,10 @@ from device_checks import (
 from model import loss as loss_module
 from model.gpt import GPT
 from training.build import gpt_config
+from training.checks import check
 from training.run import compiled
 from training.step import accumulate, mean_loss
+from training.validate import ConfigError, problems_of_compiler
 
 QUICK = ["geonorm", "nGPT", "all switches", "chunked loss"]
 CASTS = {"to", "float", "double", "type_as", "bfloat16", "half"}
@@ -221,6 +224,21 @@ def test_a_step_of_16_bit_products_is_near_that_of_32():
 @pytest.mark.parametrize("compile", [False, True])
 def test_two_ranks_on_one_device(tmp_path, compile):
     check_ranks(2, "assignment=hetero", f"compile={compile}".lower(), device="cpu", folder=tmp_path, tolerance=2e-2)
+
+
+def test_a_torch_that_cannot_compile_the_step_is_refused(monkeypatch):
+    """On CUDA alone, and only where the certified step of 16-bit products is compiled."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refused = settings(device="cuda")
+    assert problems_of_compiler(refused) == []
+    monkeypatch.setattr(torch, "__version__", "2.9.0+cu128")
+    with pytest.raises(
+        ConfigError, match=r"1 problem.*\n.*install torch 2\.9\.1 or later, or use optim\.muon\.rule\.compile=false"
+    ):
+        check(refused)
+    for switched in ("assignment=adamw", "optim.muon.rule.compile=false"):
+        assert problems_of_compiler(settings(switched, device="cuda")) == []
+    assert problems_of_compiler(replace(refused, device="cpu")) == []
 
 
 @pytest.mark.parametrize("module", ["model.loss", "train"])

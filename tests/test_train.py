@@ -1,6 +1,7 @@
 """The command line: a run ends, resumes bitwise, sweeps, and refuses bad input before it writes anything."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -123,6 +124,46 @@ def test_speed_is_that_of_training_alone(tiny, tmp_path, monkeypatch):
     assert next(read_records(tmp_path / "run", "end"))["train_seconds"] == 20.0
 
 
+def test_steps_that_a_gpu_has_still_to_do_count_as_training(tiny, tmp_path, monkeypatch):
+    """A device that needs a second for a step, and a host that waits for it only where it must."""
+    import train as module
+
+    clock, queued, waits = SimpleNamespace(now=0.0), [], []
+
+    def waiting(work):
+        def waits(*args, **kwargs):
+            clock.now += len(queued)
+            queued.clear()
+            return work(*args, **kwargs)
+
+        return waits
+
+    def launching(*args):
+        queued.append("a step")
+        return accumulate(*args)
+
+    accumulate = module.accumulate
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(module, "accumulate", launching)
+    monkeypatch.setattr(module, "wait_for", waiting(waits.append))
+    for owner, name in ((module.Run, "read_back"), (module.Run, "save"), (Observer, "loss"), (Observer, "write_probe")):
+        monkeypatch.setattr(owner, name, waiting(getattr(owner, name)))
+    intervals = ["log.interval=4", "eval_interval=5", "probe.interval=3", "checkpoint.interval=7"]
+    train(compose([*tiny, "assignment=adamw", "log.interval_spectra=null", *intervals]))
+    assert [r["tokens_per_s"] for r in read_records(tmp_path / "run", "train")] == [128.0] * 5
+    assert len(waits) == len({0, 3, 5, 6, 7, 9, 10, 12, 14, 15, 18, 20})  # the steps at which something is due
+    assert next(read_records(tmp_path / "run", "end"))["train_seconds"] == 20.0
+
+
+def test_every_interval_is_one_for_which_training_pauses():
+    """But that of the training records, which are no pause."""
+    names = ["eval_interval", "launcher.checksum_interval", "log.interval_spectra", "log.interval_certificate"]
+    names += ["log.interval_updates", "probe.interval", "checkpoint.interval"]
+    cfg = compose([f"{name}={i}" for i, name in enumerate(names, start=2)])
+    assert sorted(cfg.intervals()) == list(range(2, 2 + len(names)))
+    assert str(cfg.plain()).count("interval") == len(names) + 1
+
+
 def test_the_whole_validation_split_is_evaluated_once_at_the_end(tiny, tmp_path):
     for full in ("true", "false"):
         where = f"output_dir={tmp_path}/{full}"
@@ -222,6 +263,9 @@ def test_command_line(tiny, tmp_path, train_here):
     best = min(r["loss"] for r in read_records(tmp_path / "run", "eval"))
     assert done.stdout.splitlines()[-1] == f"best validation loss {best:.4f}"
     assert "ManifoldMuon" in done.stdout
+    assert re.search(
+        r" parameters → .*\nCPU .*, \d+ threads?, float32, attention by the choice of torch\n", done.stdout
+    )
     assert json.loads((tmp_path / "run/environment.json").read_text())["torch"] == str(torch.__version__)
     left = {p.name for p in tmp_path.iterdir()}
     bad = train_here(*tiny[:-1], f"output_dir={tmp_path}/bad", "global_batch_tokens=100", "seed=-1")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import computed_by
-from training.run import resolve_device
+from training.run import resolve_device, wait_for
 from training.settings import Settings
 from training.validate import ConfigError
 
@@ -38,10 +38,14 @@ class Backend:
     dtype: torch.dtype
     seconds: dict[str, float | None] = field(default_factory=dict)
 
+    def describe(self) -> str:
+        """What computes attention, as text."""
+        return f"attention by {self.backend or 'the choice of torch'}"
+
     def record(self) -> dict[str, Any]:
         """The fields of the `attention` event."""
         times = (f"{name} {'refused' if s is None else f'{1e3 * s:.3g} ms'}" for name, s in self.seconds.items())
-        message = f"attention by {self.backend or 'the choice of torch'} (a layer takes: {', '.join(times)})"
+        message = f"{self.describe()} (a layer takes: {', '.join(times)})"
         return {"backend": self.backend, "seconds": self.seconds, "message": message}
 
 
@@ -105,11 +109,11 @@ def _seconds(name: str, shape: tuple[int, ...], dtype: torch.dtype, dropout: flo
     call = partial(_call, name, *_inputs(shape, dtype, device), dropout)
     times = []
     for count in (_BEFORE, *[_TOGETHER] * _TIMES):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         for _ in range(count):
             call()
-        _wait(device)
+        wait_for(device)
         times.append((time.perf_counter() - start) / count)
     return min(times[1:])
 
@@ -128,8 +132,3 @@ def _call(name: str, fused: Tensor, gradient: Tensor, dropout: float) -> None:
     with computed_by(name):
         y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
     torch.autograd.grad(y, fused, gradient)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

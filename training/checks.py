@@ -22,6 +22,7 @@ from training.validate import (
     problems_of_backend,
     problems_of_batch,
     problems_of_capture,
+    problems_of_compiler,
     problems_of_documents,
     problems_of_machine,
     problems_of_shard,
@@ -97,6 +98,7 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
 
     found = problems_of_machine(cfg) if sound("device", "output_dir") else []
     found += problems_of_capture(cfg) if sound("capture", "device", "optim") else []
+    found += problems_of_compiler(cfg) if sound("assignment", "device", "optim") else []
     found += problems_of_backend(cfg) if sound("attention_backend", "attention", "batches", "device") else []
     found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
     if sound("global_batch_tokens", "model", "launcher"):

@@ -59,8 +59,10 @@ class Replicated:
         self.ranks, self.params, self.lends = ranks, dict(model.named_parameters()), False
         self.replica = self.evaluated = compiled(model, cfg, ranks.device)
         if ranks.world > 1:
-            # DDP is compiled together with the model, so that its communication overlaps with the backward pass.
-            self.replica = compiled(DistributedDataParallel(model), cfg, ranks.device)
+            # DDP is compiled together with the model, so that its communication overlaps with the backward pass. Buffers are equal on
+            # all ranks without a broadcast in every step: tables of positions, and the maxima of QK-clip, which it reduces itself.
+            replica = DistributedDataParallel(model, broadcast_buffers=False)
+            self.replica = compiled(replica, cfg, ranks.device)
 
     def gradients(self) -> list[Tensor]:
         return [cast(Tensor, p.grad) for p in self.params.values()]

@@ -42,6 +42,12 @@ def resolve_device(cfg: Settings) -> tuple[torch.device, torch.dtype]:
     return torch.device(name), getattr(torch, automatic if cfg.dtype == "auto" else cfg.dtype)
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def compiled(module: nn.Module, cfg: Settings, device: torch.device) -> nn.Module:
     """The module, compiled if the configuration asks for it; `compile=auto` means on CUDA, where it saves time within a minute.
 
@@ -237,10 +243,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def device_name() -> str:
-    """The name of the GPU, or of the processor with the number of threads that torch uses."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def device_name(device: torch.device | None = None) -> str:
+    """The name of the GPU, or of the processor with the number of threads that torch uses; None: of the GPU if there is one."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     threads = torch.get_num_threads()

@@ -356,6 +356,11 @@ class Settings:
         """The same as dicts, lists, numbers and text, as in config.yaml and in checkpoints."""
         return plain(self)
 
+    def intervals(self) -> tuple[int | None, ...]:
+        """Updates between two actions of each kind for which training pauses: measurements, a check, checkpoints; None: none."""
+        log, rest = self.log, (self.eval_interval, self.launcher.checksum_interval, self.checkpoint.interval)
+        return log.interval_spectra, log.interval_certificate, log.interval_updates, self.probe.interval, *rest
+
 
 NEWER: dict[str, Any] = {
     "average": {"kind": "none"},

@@ -12,11 +12,13 @@ import yaml
 from model.gpt import GPT
 from optim.assignment import parameter_table
 from training import library
+from training.attention import Backend
 from training.files import CONFIG_FILE, write_whole
 from training.log import METRICS_FILE, RunLog, read_records
 from training.optimizers import Optimizers
 from training.progress import ProgressSink
-from training.run import environment, run_name
+from training.ranks import Ranks
+from training.run import device_name, environment, run_name
 from training.settings import Settings
 from training.transfer import transfer_table
 from training.wandb_sink import WandbSink
@@ -53,8 +55,16 @@ def open_log(
     return RunLog(directory, [wandb, progress], keep_until=step if resumed else None, fresh=not resumed)
 
 
-def print_start(cfg: Settings, directory: Path, model: GPT, optimizers: Optimizers, remarks: list[str]) -> None:
-    """Print the parameter table, the transferred settings, the directory of the run, and one line for each remark."""
+def print_start(
+    cfg: Settings,
+    ranks: Ranks,
+    directory: Path,
+    model: GPT,
+    optimizers: Optimizers,
+    attention: Backend,
+    remarks: list[str],
+) -> None:
+    """Print the parameter table, the transferred settings, the directory of the run, its machine, and one line for each remark."""
     print(parameter_table(optimizers.rows, model.tied_names()))
     if carried_over := transfer_table(cfg):
         print(carried_over)
@@ -62,4 +72,12 @@ def print_start(cfg: Settings, directory: Path, model: GPT, optimizers: Optimize
         print(f"ManifoldMuon: {optimizers.muon.rule.describe(model.lm_head.weight.device)}")
     if cfg.optim.library is not None:
         print(f"{library.display_name(cfg.optim.library)}: {library.describe(cfg.optim.library)}")
-    print(f"{model.describe()} → {directory}", *remarks, sep="\n", flush=True)
+    print(f"{model.describe()} → {directory}", machine(cfg, ranks, attention), *remarks, sep="\n", flush=True)
+
+
+def machine(cfg: Settings, ranks: Ranks, attention: Backend) -> str:
+    """On what a run computes, and how, in one line."""
+    devices = f"{ranks.world} ranks on " if ranks.world > 1 else ""
+    dtype = str(attention.dtype).removeprefix("torch.")
+    how = attention.describe() if cfg.attention.logit_cap is None else "explicit attention"
+    return f"{devices}{device_name(ranks.device)}, {dtype}, {how}"

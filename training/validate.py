@@ -60,6 +60,22 @@ def problems_of_capture(cfg: Settings) -> list[str]:
     return []
 
 
+def problems_of_compiler(cfg: Settings) -> list[str]:
+    """Why the compiler refuses the step of ManifoldMuon: torch 2.9.0 alone cannot compile `bmm` with `out_dtype` (pytorch issue 165892)."""
+    import torch
+
+    if not torch.__version__.startswith("2.9.0") or cfg.device == "cpu" or not torch.cuda.is_available():
+        return []
+    optim, rule, manifolds = cfg.optim, cfg.optim.muon.rule, set((cfg.assignment.rules or {}).values()) - {"adamw"}
+    if optim.library or optim.modular or not manifolds or rule.kind != "certified":
+        return []
+    if rule.compile is False or rule.products == "float32":
+        return []
+    return [
+        f"torch {torch.__version__} cannot compile the certified step on CUDA; install torch 2.9.1 or later, or use optim.muon.rule.compile=false"
+    ]
+
+
 def problems_of_backend(cfg: Settings) -> list[str]:
     """Why the backend that is asked for cannot compute the attention."""
     asked = cfg.attention_backend

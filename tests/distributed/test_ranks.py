@@ -77,13 +77,17 @@ def test_every_assignment_on_two_ranks(settings, tmp_path, assignment):
 
 @pytest.mark.timeout(240)
 def test_ranks_whose_last_micro_batch_is_smaller(settings, tmp_path):
-    """14 windows: seven twos alone, four and three on each of two ranks."""
+    """14 windows: seven twos alone, four and three on each of two ranks. The largest logit of QK-clip is that of all ranks and micro-batches."""
     few = [o for o in settings if o.split("=")[0] not in ("global_batch_tokens", "micro_batch_size")]
     few += ["global_batch_tokens=224", "micro_batch_size=4", "max_steps=4"]
+    few += ["attention=qk_clip", "attention.qk_clip=1e-3", "model.rope=true"]
     alone, shared = (train_on(world, tmp_path / str(world), few) for world in (1, 2))
     assert losses(shared)[0] == pytest.approx(losses(alone)[0], abs=1e-5)
     assert norms(shared)[0] == pytest.approx(norms(alone)[0], rel=1e-5)
     assert losses(shared) == pytest.approx(losses(alone), abs=1e-3)
+    for layer in (0, 1):
+        ours, theirs = (state(d)["model"][f"transformer.h.{layer}.attn.qk_clip.gain"] for d in (shared, alone))
+        assert (ours < 0.5).all() and torch.allclose(ours, theirs, rtol=1e-3)
 
 
 @pytest.mark.timeout(240)
