@@ -12,6 +12,7 @@ from model.residual import RESIDUAL_RULES
 from scripts.analysis.optima import seed_slopes
 from scripts.analysis.speed_up import steps_needed
 from scripts.analysis.statistics import Difference, best_rate
+from scripts.experiments.horizon import PAPER
 
 # ---- why Hetero ----
 
@@ -47,6 +48,39 @@ def test_the_matrices_of_hetero_are_as_the_page_says():
             "all_stiefel", matrix, "normal_share"
         )
     assert 0.45 < mean_of_matrices("hetero", "attn.c_attn", "normal_share") < 0.55
+
+
+def test_the_order_by_horizon_is_as_the_page_says():
+    losses = {}
+    for r in result("horizon/table.json")["rows"]:
+        losses.setdefault((r["arm"], int(r["max_steps"])), {})[r["seed"]] = r["val_loss"]
+    gap = {key: Difference.of(own, losses["unconstrained", key[1]]).mean for key, own in losses.items()}
+    assert all(value > 0 for (arm, _), value in gap.items() if arm != "unconstrained")
+    assert ("hetero_inv", 4000) not in gap and len(gap) == 17
+    for arm in ("adamw", "all_stiefel", "hetero", "hetero_inv"):
+        assert gap[arm, 1000] > 3 * gap[arm, 250]
+        assert arm == "hetero_inv" or gap[arm, 4000] < 0.6 * gap[arm, 1000]
+    for steps in (1000, 4000):
+        assert (
+            min((value, arm) for (arm, n), value in gap.items() if n == steps and arm != "unconstrained")[1]
+            == "all_dgram"
+        )
+    for steps in (250, 1000, 4000):
+        apart = Difference.of(losses["hetero", steps], losses["all_stiefel", steps])
+        assert apart.low < 0 < apart.high
+    assert 750 < PAPER["Hetero"][0] / (4000 * 1024) < 850 and 0.25 < -PAPER["Hetero"][1] / gap["hetero", 4000] < 0.45
+
+
+def test_the_best_rates_by_horizon_are_as_the_page_says():
+    rates = {(r["arm"], int(r["max_steps"])): r for r in result("horizon/table.json")["rows"]}
+    rate = {key: float(r["optim.matrices.lr"]) for key, r in rates.items()}
+    for arm in ("all_stiefel", "hetero"):
+        assert rate[arm, 250] / rate[arm, 1000] == pytest.approx(2, rel=0.01)
+        assert rate[arm, 1000] / rate[arm, 4000] == pytest.approx(2, rel=0.01)
+    plain = [rates["unconstrained", n] for n in (250, 1000, 4000)]
+    assert len({r["optim.matrices.lr"] for r in plain}) == 1
+    decays = [float(r["optim.matrices.weight_decay"]) for r in plain]
+    assert decays[0] > decays[1] >= decays[2]
 
 
 # ---- streams ----
