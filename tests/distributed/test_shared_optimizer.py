@@ -54,7 +54,7 @@ def work(rank, world, folder):
     advance(again, resumed, range(3, 5), wait=False)
     assert all(torch.equal(p, q) for p, q in zip(params, again))
     torch.save({"weights": [p.detach() for p in params], "state": state, "owned": owned}, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    os._exit(0)  # the end of gloo's threads aborts a process now and then (torch 2.13), after all that is tested here
 
 
 def test_every_matrix_is_in_one_message_of_its_owner():
