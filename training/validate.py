@@ -61,7 +61,9 @@ def problems_of_capture(cfg: Settings) -> list[str]:
 
 
 def problems_of_compiler(cfg: Settings) -> list[str]:
-    """Why the compiler refuses the step of ManifoldMuon: torch 2.9.0 alone cannot compile `bmm` with `out_dtype` (pytorch issue 165892)."""
+    """Why the compiler refuses the step of ManifoldMuon: torch 2.9.0 alone cannot compile `bmm` with `out_dtype`
+    (github.com/pytorch/pytorch/issues/165892).
+    """
     import torch
 
     if not torch.__version__.startswith("2.9.0") or cfg.device == "cpu" or not torch.cuda.is_available():
