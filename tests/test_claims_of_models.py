@@ -57,6 +57,7 @@ def test_the_order_by_horizon_is_as_the_page_says():
     gap = {key: Difference.of(own, losses["unconstrained", key[1]]).mean for key, own in losses.items()}
     assert all(value > 0 for (arm, _), value in gap.items() if arm != "unconstrained")
     assert ("hetero_inv", 4000) not in gap and len(gap) == 17
+    assert abs(gap["all_dgram", 4000] - gap["all_dgram", 1000]) < 0.2 * gap["all_dgram", 1000]
     for arm in ("adamw", "all_stiefel", "hetero", "hetero_inv"):
         assert gap[arm, 1000] > 3 * gap[arm, 250]
         assert arm == "hetero_inv" or gap[arm, 4000] < 0.6 * gap[arm, 1000]
