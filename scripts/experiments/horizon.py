@@ -24,6 +24,11 @@ def searched(study: Study, case: Case) -> list[Axis]:
     return [rate] if case["arm"] in UNDECAYED else [rate, Axis("optim.matrices.weight_decay", 0.1, 4.0)]
 
 
+def compiled(study: Study, case: Case) -> list[str]:
+    """Compile our step rule in the longest runs, where that saves more time than it takes, also on a CPU; rounding differs by it."""
+    return ["optim.muon.rule.compile=true"] if case["arm"] in OURS and int(case["max_steps"]) >= 16000 else []
+
+
 def baseline(case: Case) -> dict[str, str]:
     """Unconstrained under the same step rule; for AdamW, under ours."""
     return {"arm": "unconstrained_published" if case["arm"] in THEIRS else "unconstrained"}
@@ -46,6 +51,7 @@ EXPERIMENT = Experiment(
     hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?",
     base=("experiment=horizon",),
     axes={"arm": {**ADAMW, **OURS, **THEIRS}, "max_steps": "250,1000,4000,16000"},
+    derived=compiled,
     search=Search(searched, along="max_steps"),
     seeds="1,2,3",
     options={"trials": 6},
