@@ -16,8 +16,12 @@ from typing import Any
 Point = tuple[Fraction, ...]
 """The place of a trial: for each searched setting, how many factors it is away from the first value."""
 
-SEARCH_OPTIONS = {"trials": 8, "search_seed": 0}
-"""The options of an experiment with a search, and their defaults: trials of each case, and their seed, which no final run should have."""
+SEARCH_OPTIONS = {"trials": 8, "further_trials": 0, "search_seed": 0}
+"""The options of an experiment with a search, and their defaults.
+
+trials: of each case. further_trials: how many more a case gets at most, while its best settings are at an edge (`Found.bracketed`).
+search_seed: the seed of all trials, which no final run should have.
+"""
 
 
 @dataclass(frozen=True)

@@ -311,7 +311,9 @@ class Study:
             if case == searched:
                 self.found[key] = self._new_search(case)
                 going[key] = case, self.settings(case)
-        for _ in range(self.options["trials"]):
+        trials, further = self.options["trials"], self.options["further_trials"]
+        for done in range(trials + further):
+            going = {key: case for key, case in going.items() if done < trials or not self.found[key].bracketed}
             points = {key: self.found[key].next_point() for key in going}
             jobs = {}
             for key, (case, own) in going.items():

@@ -54,7 +54,7 @@ EXPERIMENT = Experiment(
     derived=compiled,
     search=Search(searched, along="max_steps"),
     seeds="1,2,3",
-    options={"trials": 6},
+    options={"trials": 6, "further_trials": 6},
     tables=lambda study: [contest_table(study, COLUMNS, {"Unconstrained": baseline})],
     figures={
         "gap.png": lambda study, path: gap_by_tokens(curves(study), path, PAPER),
