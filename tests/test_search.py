@@ -33,6 +33,16 @@ def test_a_search_leaves_the_edge_and_then_halves_its_distance():
     assert search(bowl, 6, start=found.point).tried[found.point] == bowl(2, -1)
 
 
+def test_a_search_goes_on_until_no_best_value_is_at_an_edge():
+    found = Found([Axis("lr", 0.01), Axis("decay", 0.1, 4.0)])
+    while found.goes_on(2, 20):
+        point = found.next_point()
+        found.tried[point] = bowl(*map(float, point))
+    assert found.bracketed and not search(bowl, len(found.tried) - 1).bracketed and len(found.tried) > 5
+    assert not found.goes_on(len(found.tried), 1) and found.goes_on(len(found.tried) + 1, 0)
+    assert search(bowl, 2).goes_on(2, 1) and not search(bowl, 2).goes_on(2, 0)
+
+
 def test_a_search_flees_from_unstable_rates():
     found = search(lambda rate, decay: math.inf if rate > -3 else -rate, 4)
     assert [float(point[0]) for point in found.tried] == [0, -1, -2, -3] and found.best["lr"] == "0.00125"

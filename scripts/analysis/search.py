@@ -78,9 +78,13 @@ class Found:
         best = self.point
         for i, place in enumerate(best):
             beside = [p[i] for p in self.tried if p[:i] == best[:i] and p[i + 1 :] == best[i + 1 :]]
-            if not min(beside) < place < max(beside):
+            if not min(beside, default=place) < place < max(beside):
                 return False
         return True
+
+    def goes_on(self, trials: int, further: int) -> bool:
+        """Whether another trial is due, by the options `trials` and `further_trials`."""
+        return len(self.tried) < (trials if self.bracketed else trials + further)
 
     def values(self, point: Point) -> dict[str, str]:
         """Key → value at a point."""

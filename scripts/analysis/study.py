@@ -312,8 +312,7 @@ class Study:
                 self.found[key] = self._new_search(case)
                 going[key] = case, self.settings(case)
         trials, further = self.options["trials"], self.options["further_trials"]
-        for done in range(trials + further):
-            going = {key: case for key, case in going.items() if done < trials or not self.found[key].bracketed}
+        while going := {key: case for key, case in going.items() if self.found[key].goes_on(trials, further)}:
             points = {key: self.found[key].next_point() for key in going}
             jobs = {}
             for key, (case, own) in going.items():
