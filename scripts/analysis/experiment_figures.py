@@ -126,7 +126,7 @@ def gap_by_tokens(
 ) -> Path:
     """Draw the loss minus that of the baseline over training tokens: label → tokens → paired difference, whose 95% interval is a bar.
 
-    published: label → tokens and gap of a published run, one seed, drawn as a hollow mark of the label's colour.
+    published: label → tokens and gap of a published run, one seed, drawn as a hollow mark of the label's colour. Its tokens may be others.
     The axis of the gaps is linear up to 0.05 and logarithmic beyond. Marks at the same tokens stand side by side.
     """
     with picture(path, 7.2, 4.2) as figure:
@@ -139,7 +139,7 @@ def gap_by_tokens(
             if label in published:
                 axes.plot(*published[label], marker="D", markerfacecolor="none", color=colour, markersize=7)
                 axes.annotate(
-                    f"{label}, published",
+                    f"{label}, published (GPT-2's tokens)",
                     published[label],
                     xytext=(-6, 8),
                     textcoords="offset points",
@@ -153,7 +153,7 @@ def gap_by_tokens(
         low, high = axes.get_ylim()
         axes.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks], minor=False)
         axes.set_ylim(low, high)
-        axes.set_xlabel("training tokens")
+        axes.set_xlabel("training tokens, of the tokenizer of each run")
         axes.set_ylabel("loss minus that of Unconstrained (nats a token)")
         axes.legend(frameon=False)
     return path
