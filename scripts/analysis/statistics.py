@@ -191,6 +191,16 @@ def stopping_step(curves: Sequence[Mapping[int, float]], target: float = TARGET)
     return next((step for step in sorted(shared) if significance([c[step] for c in curves], target)[0]), None)
 
 
+def judged(curves: Sequence[Mapping[int, float]], target: float = TARGET) -> tuple[int | None, int, list[float], float]:
+    """What the rule says of all runs of a setting (step → loss, at least one step in all): the stopping step, or None; the step at which
+    the runs are judged, which without a stopping step is the last that all have; their losses there; and p.
+    """
+    stopped = stopping_step(curves, target)
+    step = max(set.intersection(*map(set, curves))) if stopped is None else stopped
+    losses = [curve[step] for curve in curves]
+    return stopped, step, losses, significance(losses, target)[1]
+
+
 # ---- ranks and rates ----
 
 
