@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from scripts.analysis.runs import RecordedRun, final_losses
+from scripts.analysis.runs import RecordedRun, final_losses, held_out_by_seed
 from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Case, Study
 from scripts.analysis.tables import Column, Table, make_table
@@ -25,7 +25,7 @@ Opponent = Callable[[Case], Mapping[str, str]]
 
 def difference(ours: Sequence[RecordedRun], theirs: Sequence[RecordedRun]) -> Difference | None:
     """The difference of the losses at the end, paired by seed; None if no seed is in both, or if a run was unstable."""
-    mine, other = ({r.config["seed"]: r.held_out for r in runs if r.held_out is not None} for runs in (ours, theirs))
+    mine, other = held_out_by_seed(ours), held_out_by_seed(theirs)
     if not mine.keys() & other.keys() or not all(r.stable for r in [*ours, *theirs]):
         return None
     return Difference.of(mine, other)
@@ -72,9 +72,9 @@ def trials_by(study: Study, panel: str, curve: str) -> dict[str, dict[str, list[
 
 
 def targets(study: Study, name: str) -> dict[str, float]:
-    """Steps → mean final loss on the windows of the case of this name, the first axis; a horizon without it is left out."""
-    runs = study.grouped(*study.axes)
-    return {steps: Estimate.of(final_losses(found)).mean for (case, steps), found in runs.items() if case == name}
+    """Steps → mean final loss on the windows of the case of this name, the first axis; a horizon at which it is unstable is left out."""
+    runs = {steps: found for (case, steps), found in study.grouped(*study.axes).items() if case == name}
+    return {s: Estimate.of(final_losses(found)).mean for s, found in runs.items() if all(r.stable for r in found)}
 
 
 def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:

@@ -134,8 +134,8 @@ def gap_by_tokens(
         for i, (label, line) in enumerate(gaps.items()):
             colour = ASSIGNMENT_COLOURS.get(label, OTHER_COLOURS[i % len(OTHER_COLOURS)])
             tokens, found = [n * 1.04 ** (i - len(gaps) / 2) for n in line], list(line.values())
-            below = [0.0 if math.isnan(d.low) else d.mean - d.low for d in found]
-            axes.errorbar(tokens, [d.mean for d in found], below, color=colour, marker="o", capsize=3, label=label)
+            means, halves = [d.mean for d in found], [d.half for d in found]
+            axes.errorbar(tokens, means, halves, color=colour, marker="o", capsize=3, label=label)
             if label in published:
                 axes.plot(*published[label], marker="D", markerfacecolor="none", color=colour, markersize=7)
                 axes.annotate(

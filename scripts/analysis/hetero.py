@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from matplotlib.lines import Line2D
 from optim.assignment import matches
 from scripts.analysis.contest import Opponent, contest_table
 from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, picture
-from scripts.analysis.runs import RecordedRun
+from scripts.analysis.runs import RecordedRun, held_out_by_seed
 from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Study
 from scripts.analysis.tables import ATTENTION_COLUMNS, HELD_OUT, Table, case, cell
@@ -165,11 +164,8 @@ Losses = Mapping[str, Mapping[int, float]]
 
 def losses(study: Study) -> Losses:
     """Setting → seed → loss at the end, of the settings of which every run was stable, and of the seeds that all of them have."""
-    stable = {setting: runs for (setting,), runs in study.grouped("setting").items() if all(r.stable for r in runs)}
-    known = {
-        setting: {r.config["seed"]: r.held_out for r in runs if r.held_out is not None}
-        for setting, runs in stable.items()
-    }
+    grouped = study.grouped("setting").items()
+    known = {setting: held_out_by_seed(runs) for (setting,), runs in grouped if all(r.stable for r in runs)}
     common = set.intersection(*map(set, known.values())) if known else set()
     return {
         setting: {s: loss for s, loss in found.items() if s in common} for setting, found in known.items() if common
@@ -315,7 +311,6 @@ def _draw_gains(axes: Axes, lines: Mapping[str, Sequence[Difference | None]]) ->
     for i, known in enumerate(lines.values()):
         for gain, style, shift in zip(known, GAIN_STYLES, (-0.12, 0.12)):
             if gain is not None:
-                half = 0.0 if math.isnan(gain.low) else gain.mean - gain.low
-                axes.errorbar([gain.mean], [i + shift], xerr=[half], capsize=3, **style)
+                axes.errorbar([gain.mean], [i + shift], xerr=[gain.half], capsize=3, **style)
     axes.set_yticks(range(len(lines)), list(lines))
     axes.set_ylim(len(lines) - 0.5, -0.5)

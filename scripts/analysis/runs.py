@@ -178,6 +178,11 @@ def final_losses(runs: Iterable[RecordedRun]) -> list[float]:
     return [r.final for r in runs if r.final is not None]
 
 
+def held_out_by_seed(runs: Iterable[RecordedRun]) -> dict[int, float]:
+    """Seed → loss at the end (nats a token), see `RecordedRun.held_out`, of the runs that were evaluated."""
+    return {r.config["seed"]: r.held_out for r in runs if r.held_out is not None}
+
+
 def read_run(directory: Path) -> RecordedRun:
     """Read the run in a directory.
 

@@ -58,6 +58,11 @@ class Difference:
         return cls(found.mean, found.error, found.count, found.mean - half, found.mean + half, p)
 
     @property
+    def half(self) -> float:
+        """Half the length of the interval, for the error bar of a picture; 0 for a single seed."""
+        return 0.0 if math.isnan(self.low) else self.mean - self.low
+
+    @property
     def deviation(self) -> float:
         """The standard deviation of the difference of one seed; NaN for a single seed."""
         return self.error * math.sqrt(self.count)

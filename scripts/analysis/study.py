@@ -410,5 +410,5 @@ def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[RecordedR
 
     wanted: the values of other axes, as in Study.along.
     """
-    stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.unstable_step is None for r in runs)}
+    stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.stable for r in runs)}
     return min(stable.items(), key=lambda item: Estimate.of(final_losses(item[1])).mean, default=None)
