@@ -38,6 +38,10 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
             problems += [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
             continue
         kind = type(defaults[key])
+        if kind is bool:
+            options[key] = value == "true"
+            problems += [f"{key}={value} must be true or false, such as {key}=true"] * (value not in ("true", "false"))
+            continue
         try:
             options[key] = kind(value)
         except ValueError:

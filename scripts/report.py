@@ -25,7 +25,7 @@ from scripts.analysis.tables import grouped, make_table, report_columns
 from scripts.command import UsageError, parse, run
 from training.files import write_whole
 
-OPTIONS = {"figures": "", "page": "", "live": "false", "port": 8000}
+OPTIONS = {"figures": "", "page": "", "live": False, "port": 8000}
 RELOAD_S = 5.0  # how often a live page asks for news
 NO_LIBRARY = "no page: it needs bokeh; install it with: pip install bokeh"
 
@@ -33,12 +33,10 @@ NO_LIBRARY = "no page: it needs bokeh; install it with: pip install bokeh"
 def work(arguments: list[str]) -> int:
     """Print the table, write the page, and draw the pictures if figures= is given; or serve the page."""
     places, options = parse(arguments, OPTIONS)
-    if options["live"] not in ("true", "false"):
-        raise UsageError(f"live={options['live']} must be true or false")
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/sweep; see --help")
     command = " ".join(["python scripts/report.py", *arguments])
-    if options["live"] == "true":
+    if options["live"]:
         return live(places, command, options["port"])
     groups = grouped(find_runs(places))
     written: list[Path] = []
