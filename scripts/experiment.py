@@ -24,7 +24,6 @@ experiment. The runs use this machine, unless hydra/launcher= names another of H
 from __future__ import annotations
 
 import importlib
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any
 from scripts.analysis.optima import EXTEND_OPTIONS
 from scripts.analysis.search import SEARCH_OPTIONS
 from scripts.analysis.study import Experiment, Study
-from scripts.command import ROOT, UsageError, listed, parse, refuse, refuse_keys, run
+from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run
 from training.command import refusal
 from training.overrides import hint
 from training.validate import problems_of_directory
@@ -135,7 +134,7 @@ def work(arguments: list[str]) -> int:
     results = Path(own["results"] or ROOT / "results" / name)
     refuse([*problems_of_directory(output_dir), *problems_of_directory(results, "results")])
     failures = study.run(output_dir, own["workers"], launcher)
-    print("\n" + study.write(results, shlex.join(["python", "scripts/experiment.py", *arguments])))
+    print("\n" + study.write(results, command_line("experiment.py", *arguments)))
     for directory, reason in failures.items():
         print(f"failed: {directory}: {reason}", file=sys.stderr)
     return 1 if failures else 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
 from scripts.analysis.tables import footer, grouped, make_table, report_columns, rows_of, write_tables
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, command_line, parse, run
 from scripts.reproduce import ASSIGNMENTS
 from train import train
 from training.checks import check
@@ -134,7 +133,7 @@ def write_runs(timed: TimedRuns, results: Path, arguments: Sequence[str]) -> str
     """Write the table of all runs and its pictures; returns the table for a terminal."""
     groups = grouped(find_runs([timed.folder]))
     runs, columns = [r for group in groups for r in group], report_columns(groups)
-    table, command = make_table(groups, columns), shlex.join(["python", "scripts/gpu_runs.py", *arguments])
+    table, command = make_table(groups, columns), command_line("gpu_runs.py", *arguments)
     remark = (
         f"The runs made {min(r.step for r in runs):,} of the schedule's {timed.most:,} steps. The last column is the paper's loss after "
         "50,000 steps on other text: no number here can be compared with it."

@@ -22,7 +22,7 @@ from typing import Any
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
 from scripts.analysis.tables import grouped, make_table, report_columns
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, command_line, parse, run
 from training.files import write_whole
 
 OPTIONS = {"figures": "", "page": "", "live": False, "port": 8000}
@@ -35,7 +35,7 @@ def work(arguments: list[str]) -> int:
     places, options = parse(arguments, OPTIONS)
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/sweep; see --help")
-    command = " ".join(["python scripts/report.py", *arguments])
+    command = command_line("report.py", *arguments)
     if options["live"]:
         return live(places, command, options["port"])
     groups = grouped(find_runs(places))

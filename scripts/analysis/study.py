@@ -11,11 +11,11 @@ from typing import Any
 
 from scripts.analysis.figures import sign
 from scripts.analysis.optima import EXTEND_OPTIONS, further_cases
-from scripts.analysis.runs import RecordedRun, final_losses, read_run
+from scripts.analysis.runs import RecordedRun, at, final_losses, read_run
 from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
 from scripts.analysis.statistics import Estimate
 from scripts.analysis.tables import ENDS, Column, Table, footer, make_table, rows_of, write_tables
-from scripts.command import UsageError, refuse
+from scripts.command import UsageError, key_of, refuse
 from training.checks import check
 from training.config import CONFIGS, compose, compose_plain, directory_name
 from training.engine import Job, run_all
@@ -153,7 +153,7 @@ class Study:
         """
         decided, problems = self._decided(), []
         for override in self.overrides:
-            key = _key(override)
+            key = key_of(override)
             nearest = sorted(decided, key=lambda known: known != key)
             if known := next((k for k in nearest if self._decides(k, key)), None):
                 problems.append(f"{override} cannot be given here: {decided[known]}")
@@ -167,9 +167,9 @@ class Study:
         for case in cases:
             for axis, value in case.items():
                 why = f"the axis `{axis}` decides it; give {axis}="
-                found |= {_key(word): why for word in self._of_axis(axis, value)}
+                found |= {key_of(word): why for word in self._of_axis(axis, value)}
             for word in self.experiment.derived(self, case):
-                derived.setdefault(_key(word), set()).add(word)
+                derived.setdefault(key_of(word), set()).add(word)
             if search and (searched := self._searched(case)) in cases:
                 found |= {axis.key: "the experiment searches it" for axis in search.axes(self, searched)}
         return {key: "the experiment computes it for each case" for key, own in derived.items() if len(own) > 1} | found
@@ -184,8 +184,8 @@ class Study:
             return True
         if not key.startswith(f"{decided}."):
             return False
-        choices = {tuple(w for w in self.settings(case) if _key(w) == decided) for case in self.cases()}
-        values = [_at(compose_plain([*self.experiment.base, *words]), key) for words in choices]
+        choices = {tuple(w for w in self.settings(case) if key_of(w) == decided) for case in self.cases()}
+        values = [at(compose_plain([*self.experiment.base, *words]), key) for words in choices]
         return len({repr(value) for value in values if value is not None}) > 1
 
     def job(self, parent: Path, case: Case, seed: str, settings: Sequence[str], searched: Case) -> Job:
@@ -367,17 +367,6 @@ class Study:
     def _trials(self, key: Sequence[str], found: Found) -> list[dict[str, Any]]:
         """The trials of a case as data, in their order."""
         return [{**dict(zip(self.axes, key)), **found.values(p), "val_loss": loss} for p, loss in found.tried.items()]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _at(cfg: Any, key: str) -> Any:
-    """The value at a dotted key; None if there is none."""
-    for name in key.split("."):
-        cfg = cfg.get(name) if isinstance(cfg, Mapping) else None
-    return cfg
 
 
 # ---- tables of experiments ----

@@ -304,10 +304,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_tables(directory: Path, tables: Sequence[Table], foot: str, data: Mapping[str, Any]) -> str:
-    """Write table.md (the tables and the text below them) and table.json; returns the Markdown."""
+def write_tables(
+    directory: Path, tables: Sequence[Table], foot: str, data: Mapping[str, Any], name: str = "table"
+) -> None:
+    """Write <name>.md (the tables and the text below them) and <name>.json into a directory, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
-    markdown = "\n\n".join([*(table.markdown() for table in tables), foot]) + "\n"
-    (directory / "table.md").write_text(markdown)
-    (directory / "table.json").write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
-    return markdown
+    (directory / f"{name}.md").write_text("\n\n".join([*(table.markdown() for table in tables), foot]) + "\n")
+    (directory / f"{name}.json").write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
