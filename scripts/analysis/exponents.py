@@ -53,7 +53,7 @@ STRENGTH = "strength"
 
 
 @dataclass(frozen=True)
-class Axis:
+class PlaneAxis:
     """An axis of the phase diagram: a setting of the section `init`, or STRENGTH, the α by which both branches are multiplied."""
 
     name: str
@@ -73,25 +73,25 @@ class Axis:
 class Plane:
     """A plane of the phase diagram, and the settings that are the same in all of it."""
 
-    across: Axis
-    down: Axis
+    across: PlaneAxis
+    down: PlaneAxis
     fixed: Mapping[str, float]
 
 
-_ATTENTION_BRANCH = Axis("attention_residual_scale", "scale of attention's branch", 1 / 32, 8)
+_ATTENTION_BRANCH = PlaneAxis("attention_residual_scale", "scale of attention's branch", 1 / 32, 8)
 PLANES = (
     Plane(
-        Axis("weight_scale", "scale of c_fc", 1, 16),
-        Axis(STRENGTH, "strength α of both branches", 0.1, 0.95, log=False),
+        PlaneAxis("weight_scale", "scale of c_fc", 1, 16),
+        PlaneAxis(STRENGTH, "strength α of both branches", 0.1, 0.95, log=False),
         {"attention_residual_scale": 0.25},
     ),
     Plane(
-        Axis("mlp_residual_scale", "scale of the MLP's branch", 1 / 16, 16),
+        PlaneAxis("mlp_residual_scale", "scale of the MLP's branch", 1 / 16, 16),
         _ATTENTION_BRANCH,
         {STRENGTH: 0.7, "weight_scale": 4},
     ),
     Plane(
-        Axis("attention_scale", "scale of the product of queries and keys", 10, 3000),
+        PlaneAxis("attention_scale", "scale of the product of queries and keys", 10, 3000),
         _ATTENTION_BRANCH,
         {STRENGTH: 0.7, "weight_scale": 2},
     ),

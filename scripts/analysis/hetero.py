@@ -32,7 +32,7 @@ NORMAL = {"stiefel": 1, "dgram": -1}
 """Manifold → the s for which its normal space at a matrix with n columns has the dimension n (n + s)/2, see optim/manifolds.py."""
 AT_THE_END = ("sigma_max", "length_mean", "length_spread")
 """What is read from the last record of spectra; everything else is a mean over the certificates of a run."""
-COLUMNS = {  # key → heading, digits
+MEASURES = {  # field of a record → heading, digits
     "normal_share": ("normal share (by chance)", 2),
     "length_share": ("length share (by chance)", 3),
     "size_share": ("size share (by chance)", 4),
@@ -106,12 +106,12 @@ def by_chance(field: str, manifold: str, kind: str, width: int) -> float | None:
 
 
 def measured(study: Study) -> list[dict[str, Any]]:
-    """The fields of COLUMNS for each run and kind of matrix: a mean over layers, of a certificate's field over training too."""
+    """The fields of MEASURES for each run and kind of matrix: a mean over layers, of a certificate's field over training too."""
     lines = []
     for r in study.runs:
         for kind in KINDS:
             line: dict[str, Any] = {**r.case, "seed": r.config["seed"], "matrix": kind, "manifold": _manifold(r, kind)}
-            for field in COLUMNS:
+            for field in MEASURES:
                 seen = by_layer(r, kind, field)
                 steps = [max(seen)] if seen and field in AT_THE_END else list(seen)
                 values = [x for step in steps for x in seen[step]]
@@ -142,17 +142,17 @@ def matrix_table(study: Study) -> Table:
             ]
             manifold, width = same[0]["manifold"], runs[0].config["model"]["n_embd"]
             texts = []
-            for field, (_, digits) in COLUMNS.items():
+            for field, (_, digits) in MEASURES.items():
                 chance = by_chance(field, manifold, kind, width)
                 text = cell([m[field] for m in same], digits)
                 texts.append(text if chance is None or not text else f"{text} ({chance:.{digits}f})")
             lines.append([runs[0].case["setting"], kind, manifold, *texts])
-    headings = ["setting", "matrix", "manifold", *(heading for heading, _ in COLUMNS.values())]
+    headings = ["setting", "matrix", "manifold", *(heading for heading, _ in MEASURES.values())]
     caption = (
         "Shares of the momentum's ‖G‖²: normal to the manifold, which no step can follow; along the columns of W, which asks for other "
         "lengths; and along W itself, which asks for another size of the whole. Means over layers and training; σ max and lengths at the end:"
     )
-    return Table(headings, lines, [False] * 3 + [True] * len(COLUMNS), caption)
+    return Table(headings, lines, [False] * 3 + [True] * len(MEASURES), caption)
 
 
 # ---- which layers the difference comes from ----

@@ -212,7 +212,7 @@ def read_run(directory: Path) -> RecordedRun:
     return RecordedRun(directory, config, records, cost, environment)
 
 
-def setting(config: dict[str, Any], key: str) -> str:
+def text_at(config: dict[str, Any], key: str) -> str:
     """The value at a dotted key of a run's configuration, as text; empty if there is no such key."""
     value = at(config, key)
     return "" if value is None else str(value)

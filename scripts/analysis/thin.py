@@ -64,7 +64,7 @@ def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.
     return np.array(steps, float), grid.mean(0), grid.min(0), grid.max(0)
 
 
-def place(name: str) -> tuple[str, int]:
+def kind_and_layer(name: str) -> tuple[str, int]:
     """The kind of a matrix and its layer: "transformer.h.3.attn.c_attn.weight" → ("attn.c_attn", 3). Without a number the layer is 0."""
     parts = [part for part in name.split(".") if part != "weight"]
     layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
@@ -73,10 +73,10 @@ def place(name: str) -> tuple[str, int]:
     return ".".join(parts[layer + 1 :]) or ".".join(parts[:layer]), int(parts[layer])
 
 
-def figures_of(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """Numbers with four significant digits, and None for those that are not finite: short JSON."""
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [figures_of(item) for item in value]
+        return [shortened(item) for item in value]
     if isinstance(value, (float, np.floating)):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
@@ -89,7 +89,7 @@ def singular_values(run: RecordedRun) -> dict[str, Any]:
         by_name.setdefault(record["name"], {})[record["step"]] = record
     kinds: dict[str, list[tuple[int, dict[int, dict[str, Any]]]]] = {}
     for name, records in by_name.items():
-        kind, layer = place(name)
+        kind, layer = kind_and_layer(name)
         kinds.setdefault(kind, []).append((layer, records))
     return {kind: _kind(sorted(rows, key=lambda row: row[0])) for kind, rows in kinds.items()}
 
@@ -99,9 +99,9 @@ def _kind(rows: list[tuple[int, dict[int, dict[str, Any]]]]) -> dict[str, Any]:
     coarse, few = evenly(steps, COLUMNS), evenly(steps, SPECTRA)
     found: dict[str, Any] = {"layers": [layer for layer, _ in rows], "steps": coarse, "shape_steps": few}
     for key in ("sigma_max", "sigma_median", "sigma_min", "residual"):
-        found[key] = [[figures_of(_number(records, step, key)) for step in coarse] for _, records in rows]
+        found[key] = [[shortened(_number(records, step, key)) for step in coarse] for _, records in rows]
     found["shape"] = [
-        [figures_of(records[step]["sigma_shape"]) if step in records else [] for step in few] for _, records in rows
+        [shortened(records[step]["sigma_shape"]) if step in records else [] for step in few] for _, records in rows
     ]
     return found
 
@@ -135,7 +135,7 @@ def heads(run: RecordedRun) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": [r["step"] for r in few], "layers": size[0], "heads": size[1]}
     for key in HEADS:
         flat = [[x for layer in r[key] for x in layer] for r in few]
-        found[key] = figures_of(list(zip(*flat)))
+        found[key] = shortened(list(zip(*flat)))
     return found
 
 
