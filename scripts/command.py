@@ -41,7 +41,8 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
         kind = type(defaults[key])
         if kind is bool:
             options[key] = value == "true"
-            problems += [f"{key}={value} must be true or false, such as {key}=true"] * (value not in ("true", "false"))
+            if value not in ("true", "false"):
+                problems.append(f"{key}={value} must be true or false, such as {key}=true")
             continue
         try:
             options[key] = kind(value)

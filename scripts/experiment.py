@@ -120,11 +120,8 @@ def work(arguments: list[str]) -> int:
     """List the experiments, or run one. Exit code 1 if a run failed."""
     if not arguments:
         width = max(map(len, experiment_names()))
-        print(
-            "\n".join(
-                f"  {name:<{width}}  {load_experiment(name).hypothesis.splitlines()[0]}" for name in experiment_names()
-            )
-        )
+        for name in experiment_names():
+            print(f"  {name:<{width}}  {load_experiment(name).hypothesis.splitlines()[0]}")
         return 0
     name, *rest = arguments
     study, own, launcher = study_of(load_experiment(name), rest)

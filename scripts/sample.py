@@ -113,10 +113,8 @@ def work(arguments: list[str]) -> int:
     prompts = prompts_of(options["prompt"], options["prompts"])
     model, config, _ = load_model(others[0])
     require_text(config)
-    model, tokenizer = (
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        get_tokenizer(config["data"]["tokenizer"]),
-    )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = get_tokenizer(config["data"]["tokenizer"])
     for number, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
             print(f"--- prompt {number} of {len(prompts)}")

@@ -62,11 +62,12 @@ def _best_settings(study: Study, key: tuple[str, ...]) -> str:
 
 
 def trials_by(study: Study, panel: str, curve: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The trials for `loss_of_trials`: a panel for each value of one axis, a curve for each value of another."""
+    """The trials for `loss_of_trials`, by the learning rate, which is the first setting of a search: a panel for each value of one axis, a
+    curve for each value of another."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for key, search in study.found.items():
-        case = dict(zip(study.axes, key))
-        rates = [(float(next(iter(search.values(point).values()))), loss) for point, loss in search.tried.items()]
+        case, rate = dict(zip(study.axes, key)), search.axes[0]
+        rates = [(float(rate.text(point[0])), loss) for point, loss in search.tried.items()]
         found.setdefault(f"{panel.rpartition('.')[2]} {case[panel]}", {}).setdefault(case[curve], []).extend(rates)
     return found
 
@@ -81,13 +82,14 @@ def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
     """Milliseconds of a whole training step, and bytes of state of a parameter that its optimizer updates, by the values of some axes.
 
     The values are joined by ", "; without axes, they are those of the first axis. Measured now, by turns in one process, on random tokens,
-    with the settings of the first seed's run at the shortest horizon.
+    with the settings of the first run with these values.
     """
-    trainings = {}
-    for runs in reversed(study.groups):
-        cfg = read_sound(completed(runs[0].config))[0]
-        name = ", ".join(runs[0].case[axis] for axis in axes or [next(iter(study.axes))])
-        trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
+    trainings: dict[str, RandomTraining] = {}
+    for r in study.runs:
+        name = ", ".join(r.case[axis] for axis in axes or [next(iter(study.axes))])
+        if name not in trainings:
+            cfg = read_sound(completed(r.config))[0]
+            trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
     times = take_turns({name: training.step for name, training in trainings.items()}, repeats=5, warmup=2)
     return {
         name: {

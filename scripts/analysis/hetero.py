@@ -122,14 +122,7 @@ def measured(study: Study) -> list[dict[str, Any]]:
 
 def _manifold(r: RecordedRun, kind: str) -> str:
     """The manifold of a kind of matrix; several, of different layers, are joined by "+"."""
-    names = [f"h.{layer}.{kind}" for layer in range(r.config["model"]["n_layer"])]
-    chosen = [
-        choice
-        for name in names
-        for pattern, choice in r.config["assignment"]["rules"].items()
-        if matches(pattern, name)
-    ]
-    return "+".join(dict.fromkeys(chosen))
+    return "+".join(r.chosen(f"h.{layer}.{kind}" for layer in range(r.config["model"]["n_layer"])))
 
 
 def matrix_table(study: Study) -> Table:
@@ -259,7 +252,8 @@ def draw_why(study: Study, own: Sequence[str], routes: Sequence[Route], path: Pa
                 for runs in groups:
                     _measure(axes, runs, kind, field)
                 chance = by_chance(field, "stiefel", kind, groups[0][0].config["model"]["n_embd"]) if groups else None
-                axes.axhline(chance, **DASHES) if chance else None
+                if chance:
+                    axes.axhline(chance, **DASHES)
                 axes.set_yscale("log" if logarithmic else "linear")
             line[0].set_ylabel(words)
         for axes, kind in zip(panels[0], KINDS):

@@ -34,8 +34,8 @@ class RecordedRun:
 
     config: as written by the run. records: by kind, in order; those of kind "spectra" hold `sigma_max`, `sigma_min`, `sigma_median`
     and `sigma_shape`, at most 25 of them at equal shares of their ranks, instead of all singular values, and of the lengths of columns
-    their mean `length_mean` and their standard deviation relative to it, `length_spread`. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, if a script wrote them.
-    environment: versions and device. case: its values of an experiment's axes, by axis.
+    their mean `length_mean` and their standard deviation relative to it, `length_spread`. cost: `wall_seconds` and `peak_bytes` of the
+    processes that trained it, if a script wrote them. environment: versions and device. case: its values of an experiment's axes, by axis.
     """
 
     directory: Path
@@ -164,13 +164,14 @@ class RecordedRun:
     def _probed(self, field: str) -> list[float]:
         return [r[field] for r in self.records.get("probe", []) if math.isfinite(r[field])]
 
+    def chosen(self, names: Iterable[str]) -> list[str]:
+        """What the assignment's rules choose for matrices of these names, such as "stiefel"; each once."""
+        rules = (self.config["assignment"]["rules"] or {}).items()
+        return list(dict.fromkeys(choice for name in names for pattern, choice in rules if matches(pattern, name)))
+
     def geometry(self, sublayer: str) -> str:
         """The manifold of a sublayer's matrices; "-" means unconstrained Muon, and several manifolds are joined by "+"."""
-        rules = self.config["assignment"]["rules"] or {}
-        chosen = [
-            choice for name in self.spectra(sublayer) for pattern, choice in rules.items() if matches(pattern, name)
-        ]
-        return "+".join("-" if choice == "euclidean" else choice for choice in dict.fromkeys(chosen))
+        return "+".join("-" if choice == "euclidean" else choice for choice in self.chosen(self.spectra(sublayer)))
 
 
 def final_losses(runs: Iterable[RecordedRun]) -> list[float]:

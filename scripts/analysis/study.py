@@ -206,9 +206,11 @@ class Study:
         ready = []
         for case in self.cases() if cases is None else cases:
             searched = self._searched(case)
-            found = self.found.get(tuple(searched.values())) or self._new_search(searched)
-            if found.tried or tuple(searched.values()) not in self.found:
-                ready.append((case, self.settings(case), found.best))
+            search = self.found.get(tuple(searched.values()))
+            if search is None:
+                ready.append((case, self.settings(case), self._new_search(searched).best))
+            elif search.tried:
+                ready.append((case, self.settings(case), search.best))
         return [
             ({**case, **best}, self.job(parent, case, seed, own, best))
             for seed in self.seeds
@@ -346,21 +348,24 @@ class Study:
     def write(self, results: Path, command: str) -> str:
         """Write table.md, table.json and the pictures; returns the tables for a terminal."""
         tables, columns = self.experiment.tables(self), self.experiment.columns(self)
-        minutes = sum(e["train_seconds"] for r in self.runs for e in r.records.get("end", [])) / 60
-        remarks = [f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."]
-        foot = footer(command, self.runs, *remarks * bool(self.runs), self.experiment.remark(self))
+        remark, about_losses = self.experiment.remark(self), ""
+        if self.runs:
+            minutes = sum(e["train_seconds"] for r in self.runs for e in r.records.get("end", [])) / 60
+            about_losses = (
+                f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."
+            )
+        foot = footer(command, self.runs, about_losses, remark)
         env = dict(self.runs[0].environment if self.runs else environment())
         env.pop("command", None)  # of one run, with the paths of its machine
         rows = rows_of(self.runs, columns or ENDS)
-        trials = (
-            {"trials": [line for found in self.found.items() for line in self._trials(*found)]} if self.found else {}
-        )
-        data = {"command": command, "environment": env, **self.facts, "rows": rows, **trials}
+        data = {"command": command, "environment": env, **self.facts, "rows": rows}
+        if self.found:
+            data["trials"] = [line for key, search in self.found.items() for line in self._trials(key, search)]
         write_tables(results, tables, foot, data)
         drawn = [name for name, draw in self.experiment.figures.items() if draw(self, results / name)]
         for name in drawn:
             sign(results / name, self.runs)
-        parts = [*(table.text() for table in tables), self.experiment.remark(self)]
+        parts = [*(table.text() for table in tables), remark]
         written = ", ".join(["table.md", "table.json", *drawn])
         return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
 
