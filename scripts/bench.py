@@ -102,8 +102,7 @@ def optimizer_rows(options: dict[str, Any]) -> Rows:
             raise ValueError(f"{name} gives no matrix to ManifoldMuon; change it in OPTIMIZER_SETTINGS")
         steps[name] = muon.step
         stepped = [(p, group["manifold"]) for group in muon.param_groups for p in group["params"]]
-        counted = sum(step_flops(muon.rule, max(p.shape), min(p.shape), manifold) for p, manifold in stepped)
-        flops[name] = counted
+        flops[name] = sum(step_flops(muon.rule, max(p.shape), min(p.shape), manifold) for p, manifold in stepped)
     times = take_turns(steps, options["repeats"] or 3, limit_s=options["limit_s"])
     base = median(times["published (bfloat16)"])
     rows = []

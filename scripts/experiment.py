@@ -102,8 +102,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
         raise UsageError(
             f"around={options['around']} must have a value for each of {', '.join(experiment.around) or 'no axis'}"
         )
-    if not listed(options["seeds"]):
-        raise UsageError("seeds= is empty; give at least one, such as seeds=1")
+    refuse([f"{key}= is empty; give at least one value" for key in (*axes, "seeds") if not listed(options[key])])
     study = Study(
         experiment,
         axes={axis: listed(options[axis]) for axis in axes},

@@ -17,11 +17,10 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
-from scripts.analysis.tables import grouped, make_table, report_columns
+from scripts.analysis.tables import Groups, grouped, make_table, report_columns
 from scripts.command import UsageError, command_line, parse, run
 from training.files import write_whole
 
@@ -62,7 +61,7 @@ def has_library() -> bool:
     return importlib.util.find_spec("bokeh") is not None
 
 
-def write_page(groups: Any, places: Sequence[str], page: str, command: str) -> Path:
+def write_page(groups: Groups, places: Sequence[str], page: str, command: str) -> Path:
     """Write the page to the file `page`, or if that is empty into the first place."""
     from scripts.analysis.page.page import make  # needs the library
 

@@ -23,6 +23,15 @@ Opponent = Callable[[Case], Mapping[str, str]]
 """From a case to the axis values in which the case that it is compared with differs from it."""
 
 
+def opponents(axis: str, *values: str) -> dict[str, Opponent]:
+    """Value → the opponent that has this value of an axis."""
+
+    def having(value: str) -> Opponent:
+        return lambda case: {axis: value}
+
+    return {value: having(value) for value in values}
+
+
 def difference(ours: Sequence[RecordedRun], theirs: Sequence[RecordedRun]) -> Difference | None:
     """The difference of the losses at the end, paired by seed; None if no seed is in both, or if a run was unstable."""
     mine, other = held_out_by_seed(ours), held_out_by_seed(theirs)

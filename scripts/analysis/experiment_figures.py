@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, OTHER_COLOURS, colours_by_label, picture, plain
 from scripts.analysis.runs import RecordedRun, at, final_losses
 from scripts.analysis.statistics import Difference, Estimate, best_rate
+from scripts.analysis.tables import Groups
 
 ROUNDING = 1e-15
 """The distance below which tokens in float64 count as equal."""
@@ -25,7 +26,7 @@ Curves = Mapping[str, Mapping[float, Sequence[float]]]
 """Label → learning rate → final losses, one a seed."""
 
 
-def heat_map(groups: Sequence[Sequence[RecordedRun]], across: str, down: str, path: Path) -> Path:
+def heat_map(groups: Groups, across: str, down: str, path: Path) -> Path:
     """Draw the mean final validation loss over two axes of an experiment. The error stands below each mean; a cross marks unstable runs."""
     cells = {(group[0].value_of(across), group[0].value_of(down)): group for group in groups}
     columns, rows = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -15,7 +14,7 @@ from matplotlib.figure import FigureBase
 from matplotlib.lines import Line2D
 
 from optim.assignment import matches
-from scripts.analysis.contest import Opponent, contest_table
+from scripts.analysis.contest import contest_table, opponents
 from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, picture
 from scripts.analysis.runs import RecordedRun, held_out_by_seed
 from scripts.analysis.statistics import Difference, Estimate
@@ -77,7 +76,7 @@ def pairs(*groups: Mapping[str, str]) -> list[tuple[Exchange, Exchange]]:
 def why_tables(study: Study, own: Sequence[str], routes: Sequence[Route]) -> list[Table]:
     """The settings that have their own best rate and decay; what the steps of their matrices were made of; and the exchanges of layers."""
     best = replace(study, groups=[runs for runs in study.groups if runs[0].case["setting"] in own])
-    against: dict[str, Opponent] = {name: partial(dict, setting=name) for name in ("all_stiefel", "hetero")}
+    against = opponents("setting", "all_stiefel", "hetero")
     known = [route for route in routes if {route.start, route.end} <= losses(study).keys()]
     exchanges = [exchange_table(study, route) for route in known]
     controls = [control_table(study, route) for route in known]

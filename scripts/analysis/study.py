@@ -132,10 +132,19 @@ class Study:
         """The overrides of a case.
 
         Raises:
-            UsageError: an axis with named values has no such value.
+            UsageError: an axis with named values has no such value, or the experiment cannot compute with a value.
         """
         found = [word for axis, value in case.items() for word in self._of_axis(axis, value)]
-        return [*found, *self.experiment.derived(self, case)]
+        return [*found, *self._derived(case)]
+
+    def _derived(self, case: Case) -> Sequence[str]:
+        try:
+            return self.experiment.derived(self, case)
+        except ValueError as error:  # such as int("abc")
+            values = ", ".join(f"{axis}={value}" for axis, value in case.items())
+            raise UsageError(
+                f"{values}: {error}; give numbers where the values of the experiment are numbers"
+            ) from error
 
     def _of_axis(self, axis: str, value: str) -> Sequence[str]:
         named = self.experiment.axes[axis]
@@ -168,7 +177,7 @@ class Study:
             for axis, value in case.items():
                 why = f"the axis `{axis}` decides it; give {axis}="
                 found |= {key_of(word): why for word in self._of_axis(axis, value)}
-            for word in self.experiment.derived(self, case):
+            for word in self._derived(case):
                 derived.setdefault(key_of(word), set()).add(word)
             if search and (searched := self._searched(case)) in cases:
                 found |= {axis.key: "the experiment searches it" for axis in search.axes(self, searched)}

@@ -14,19 +14,19 @@ POINTS, STRETCHES, COLUMNS, SPECTRA = 600, 120, 60, 24
 """Most points of a curve, stretches of one that scatters, columns of a heat map, and recorded steps of a whole spectrum."""
 
 
-def thin(
-    steps: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, most: int = POINTS
-) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points (n,) float64 of a curve: of every stretch its least and its greatest value, so that no spike is lost.
+Numbers = Sequence[float] | np.ndarray
+
+
+def thin(steps: Numbers, values: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS points (n,) float64 of a curve: of every stretch its least and its greatest value, so that no spike is lost.
 
     Values that are not finite become NaN, which is a gap of the line.
     """
-    x, y = np.asarray(steps, float), np.asarray(values, float)
-    y = np.where(np.isfinite(y), y, np.nan)
-    if len(x) <= most:
+    x, y = _with_gaps(steps, values)
+    if len(x) <= POINTS:
         return x, y
     kept = []
-    for part in np.array_split(np.arange(len(x)), most // 2):
+    for part in np.array_split(np.arange(len(x)), POINTS // 2):
         here = y[part]
         if np.isnan(here).all():
             kept.append(part[0])
@@ -39,11 +39,17 @@ def stretches(
     steps: Sequence[float], values: Sequence[float], reduce: Callable[[np.ndarray], float], most: int = STRETCHES
 ) -> tuple[list[float], list[float]]:
     """At most `most` points of a curve that scatters: the last step of each stretch, and its reduced finite values; NaN if there is none."""
-    x, y = thin(steps, values, most=len(steps))
+    x, y = _with_gaps(steps, values)
     if len(x) <= most:
         return x.tolist(), y.tolist()
     parts = np.array_split(np.arange(len(x)), most)
     return [x[p[-1]] for p in parts], [math.nan if np.isnan(y[p]).all() else float(reduce(y[p])) for p in parts]
+
+
+def _with_gaps(steps: Numbers, values: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """A curve in float64, with NaN for what is not finite."""
+    x, y = np.asarray(steps, float), np.asarray(values, float)
+    return x, np.where(np.isfinite(y), y, np.nan)
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
