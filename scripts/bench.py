@@ -22,7 +22,6 @@ table and a JSON file with every time are written to results/<device>/. The same
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -42,12 +41,12 @@ from optim.linalg import PRECISIONS, products_for
 from optim.manifolds import MANIFOLDS
 from optim.ownership import step_flops
 from scripts.analysis.solvers import METHODS, solve
-from scripts.analysis.tables import Table
+from scripts.analysis.tables import Table, write_tables
 from scripts.bench_ceilings import ceiling_rows
 from scripts.bench_residual import residual_rows
 from scripts.bench_scaling import memory_rows, scaling_rows
 from scripts.bench_train import probe_rows, profile_rows, training_rows
-from scripts.command import ROOT, UsageError, as_code, parse, refuse, run
+from scripts.command import ROOT, UsageError, as_code, command_line, parse, refuse, run
 from scripts.timing import NOT_MEASURED, Rows, device, device_folder, median, take_turns
 from training.build import build_optimizers
 from training.config import compose
@@ -103,8 +102,7 @@ def optimizer_rows(options: dict[str, Any]) -> Rows:
             raise ValueError(f"{name} gives no matrix to ManifoldMuon; change it in OPTIMIZER_SETTINGS")
         steps[name] = muon.step
         stepped = [(p, group["manifold"]) for group in muon.param_groups for p in group["params"]]
-        counted = sum(step_flops(muon.rule, max(p.shape), min(p.shape), manifold) for p, manifold in stepped)
-        flops[name] = counted
+        flops[name] = sum(step_flops(muon.rule, max(p.shape), min(p.shape), manifold) for p, manifold in stepped)
     times = take_turns(steps, options["repeats"] or 3, limit_s=options["limit_s"])
     base = median(times["published (bfloat16)"])
     rows = []
@@ -249,12 +247,10 @@ def work(arguments: list[str]) -> int:
     tables = [table_of(rows), *([table_of(calls_needed(rows))] if name == "lmo" else [])]
     print("\n\n".join(table.text() for table in tables))
     folder = Path(options["results"] or ROOT / "results" / ("counted" if name in COUNTED else device_folder()))
-    folder.mkdir(parents=True, exist_ok=True)
-    command, file = " ".join(["python scripts/bench.py", *arguments]), options["file"] or f"bench_{name}"
+    command, file = command_line("bench.py", *arguments), options["file"] or f"bench_{name}"
     facts = {"command": command, "device": device_name(), "environment": environment(), "rows": rows}
     foot = f"Written by {as_code(command)} on {device_name()}, torch {torch.__version__}."
-    (folder / f"{file}.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / f"{file}.md").write_text("\n\n".join([*(table.markdown() for table in tables), foot]) + "\n")
+    write_tables(folder, tables, foot, facts, file)
     print(f"\nwritten to {folder}: {file}.md, {file}.json")
     return 1 if options["limit_s"] and any(NOT_MEASURED in row.values() for row in rows) else 0
 

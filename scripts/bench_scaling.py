@@ -31,11 +31,8 @@ from training.groups import muon_groups
 SIZES = ("gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1_5b")
 RANKS = tuple(2**i for i in range(11))
 PRODUCTS_PER_S = 650e12  # operations of 16-bit products, as in bench_counts.py
-NODE, IN_NODE_PER_S, BETWEEN_NODES_PER_S = (
-    8,
-    450e9,
-    50e9,
-)  # ranks of a node; bytes a rank receives by NVLink 4, and at 400 Gbit/s
+NODE = 8  # ranks
+IN_NODE_PER_S, BETWEEN_NODES_PER_S = 450e9, 50e9  # bytes that a rank receives by NVLink 4, and at 400 Gbit/s
 LARGE = ("gpt2_774m", "gpt2_1_5b")
 SMALL = ["model.n_layer=6", "model.n_head=4", "model.n_embd=256", "model.block_size=16", "model.vocab_size=2048"]
 GIB = 2**30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -38,6 +39,11 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
             problems += [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
             continue
         kind = type(defaults[key])
+        if kind is bool:
+            options[key] = value == "true"
+            if value not in ("true", "false"):
+                problems.append(f"{key}={value} must be true or false, such as {key}=true")
+            continue
         try:
             options[key] = kind(value)
         except ValueError:
@@ -58,6 +64,11 @@ def listed(text: str) -> list[str]:
     return list(dict.fromkeys(filter(None, text.split(","))))
 
 
+def key_of(override: str) -> str:
+    """The key of an override of train.py, such as "seed" of "++seed=3"."""
+    return override.partition("=")[0].lstrip("+~")
+
+
 def refuse_keys(overrides: Sequence[str], decided: Mapping[str, str]) -> None:
     """Refuse overrides of train.py whose key the command itself decides. `decided`: key → what to do instead.
 
@@ -65,8 +76,7 @@ def refuse_keys(overrides: Sequence[str], decided: Mapping[str, str]) -> None:
         UsageError: there is one.
     """
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key in decided:
+        if (key := key_of(override)) in decided:
             raise UsageError(f"{override} cannot be given here: {decided[key]}")
 
 
@@ -78,6 +88,11 @@ def as_cell(text: str) -> str:
 def as_code(text: str) -> str:
     """Text as code within a line of Markdown, with its backquotes replaced."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
+def command_line(script: str, *arguments: str) -> str:
+    """What a person types to run a script of this folder."""
+    return shlex.join(["python", f"scripts/{script}", *arguments])
 
 
 def run(work: Callable[[list[str]], int], description: str, arguments: Sequence[str] | None = None) -> int:

@@ -137,7 +137,8 @@ def work(arguments: list[str]) -> int:
         exact, what = design(options)
     except IteratorError as error:
         raise UsageError(str(error)) from error
-    coefficients = [(round(a, d := options["digits"]), round(b, d), round(c, d)) for a, b, c in exact]
+    digits = options["digits"]
+    coefficients = [(round(a, digits), round(b, digits), round(c, digits)) for a, b, c in exact]
     lower, upper = interval_of(options["interval"])
     if not all(map(math.isfinite, band(coefficients, lower, upper))):
         raise UsageError(

@@ -79,10 +79,7 @@ def measure(model: GPT, windows: np.ndarray, token_bytes: list[bytes]) -> Measur
     device, T = model.lm_head.weight.device, windows.shape[1] - 1
     lengths = torch.tensor([len(piece) for piece in token_bytes], dtype=torch.float64, device=device)
     sums = torch.zeros(T, dtype=torch.float64, device=device)
-    nats, size = (
-        torch.zeros((), dtype=torch.float64, device=device),
-        torch.zeros((), dtype=torch.float64, device=device),
-    )
+    nats, size = torch.zeros(2, dtype=torch.float64, device=device)
     count = max(1, _LOGITS // (T * model.config.vocab_size))
     for start in range(0, len(windows), count):
         part = torch.from_numpy(windows[start : start + count].astype("int64")).to(device)
@@ -194,11 +191,10 @@ def work(arguments: list[str]) -> int:
         from scripts.harness import evaluate_tasks  # lm-eval takes seconds to import
 
         limit, folder = options["limit"] or None, options["task_folder"] or None
+        results = evaluate_tasks(model, tokenizer, options["tasks"].split(","), limit, folder)
         lines = [
             [task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"]
-            for task, metric, value, error in evaluate_tasks(
-                model, tokenizer, options["tasks"].split(","), limit, folder
-            )
+            for task, metric, value, error in results
         ]
         print("", Table(["task", "metric", "value", "error"], lines, [False, False, True, True]).text(), sep="\n")
     return 0

@@ -25,7 +25,6 @@ experiment. The runs use this machine, unless hydra/launcher= names another of H
 from __future__ import annotations
 
 import importlib
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 from scripts.analysis.optima import EXTEND_OPTIONS
 from scripts.analysis.search import SEARCH_OPTIONS
 from scripts.analysis.study import Experiment, Study
-from scripts.command import ROOT, UsageError, listed, parse, refuse, refuse_keys, run
+from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run
 from training.command import refusal
 from training.overrides import hint
 from training.validate import problems_of_directory
@@ -104,8 +103,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
         raise UsageError(
             f"around={options['around']} must have a value for each of {', '.join(experiment.around) or 'no axis'}"
         )
-    if not listed(options["seeds"]):
-        raise UsageError("seeds= is empty; give at least one, such as seeds=1")
+    refuse([f"{key}= is empty; give at least one value" for key in (*axes, "seeds") if not listed(options[key])])
     study = Study(
         experiment,
         axes={axis: listed(options[axis]) for axis in axes},
@@ -122,11 +120,8 @@ def work(arguments: list[str]) -> int:
     """List the experiments, or run one. Exit code 1 if a run failed."""
     if not arguments:
         width = max(map(len, experiment_names()))
-        print(
-            "\n".join(
-                f"  {name:<{width}}  {load_experiment(name).hypothesis.splitlines()[0]}" for name in experiment_names()
-            )
-        )
+        for name in experiment_names():
+            print(f"  {name:<{width}}  {load_experiment(name).hypothesis.splitlines()[0]}")
         return 0
     name, *rest = arguments
     study, own, launcher = study_of(load_experiment(name), rest)
@@ -136,7 +131,7 @@ def work(arguments: list[str]) -> int:
     results = Path(own["results"] or ROOT / "results" / name)
     refuse([*problems_of_directory(output_dir), *problems_of_directory(results, "results")])
     failures = study.run(output_dir, own["workers"], launcher)
-    print("\n" + study.write(results, shlex.join(["python", "scripts/experiment.py", *arguments])))
+    print("\n" + study.write(results, command_line("experiment.py", *arguments)))
     for directory, reason in failures.items():
         print(f"failed: {directory}: {reason}", file=sys.stderr)
     return 1 if failures else 0

@@ -10,8 +10,7 @@
     scripts/gpu_check.sh tiny=true         all stages with small models, on a CPU, in two minutes
 
 Without a GPU, and without tiny=true, the stages are refused. A stage that is started again skips its finished steps and continues with
-the others. Options (key=value; paths are relative to the
-repository, or absolute):
+the others. Options (key=value; paths are relative to the repository, or absolute):
 
     seconds=            time of a stage (560); a step that takes longer is stopped, and runs are saved before
     work=               folder for everything that is written (outputs/gpu_check_work)
@@ -97,17 +96,14 @@ def options_of(arguments: Sequence[str]) -> tuple[list[str], Options]:
         UsageError: a value is impossible.
     """
     defaults = {"seconds": 560, "work": "outputs/gpu_check_work", "out": os.environ.get("OUT") or "outputs/gpu_check"}
-    words, given = parse(arguments, {**defaults, "results": "", "micro_batch_size": 64, "tiny": "false"})
-    if given["tiny"] not in ("true", "false"):
-        raise UsageError(f"tiny={given['tiny']} is neither true nor false; give one of them")
+    words, given = parse(arguments, {**defaults, "results": "", "micro_batch_size": 64, "tiny": False})
     if min(given["seconds"], given["micro_batch_size"]) < 1:
         raise UsageError("seconds= and micro_batch_size= must be positive whole numbers; the defaults are 560 and 64")
     data = [word for word in words if word.startswith(("data=", "data."))]
     results = Path(given["results"] or f"results/{device_folder()}")
     where = (Path(given["work"]), Path(given["out"]), results)
-    tiny = given["tiny"] == "true"
     rest = [word for word in words if word not in data]
-    return rest, Options(given["seconds"], *where, given["micro_batch_size"], tiny, data)
+    return rest, Options(given["seconds"], *where, given["micro_batch_size"], given["tiny"], data)
 
 
 # ---- what is done ----

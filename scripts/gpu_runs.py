@@ -5,13 +5,14 @@
 The runs are those of `experiment=one_gpu` and follow its schedule as far as the time allows. The model is compiled once for all of them.
 First every run is trained for a few steps. Their time tells how many more steps fit into the remaining seconds, and every run is trained to
 that number. The same command again continues the runs in the same way. It writes a table and pictures to `results`.
+
+micro_batch_size= is the number of windows of a forward pass; tiny=true takes a small model. Every other word is an override of train.py.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -24,7 +25,8 @@ from pathlib import Path
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
 from scripts.analysis.tables import footer, grouped, make_table, report_columns, rows_of, write_tables
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, command_line, parse, run
+from scripts.reproduce import ASSIGNMENTS
 from train import train
 from training.checks import check
 from training.config import compose
@@ -32,12 +34,12 @@ from training.data import open_data
 from training.log import read_records
 from training.settings import Settings
 
-RUNS = ("adamw", "unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
-RACE_SETTINGS = [
+RUNS = ("adamw", *ASSIGNMENTS)
+SETTINGS = [
     *("experiment=one_gpu", "eval_interval=50", "eval_windows=128", "probe.interval=50", "log.interval_spectra=250"),
     *("checkpoint.interval=1000000", "checkpoint.keep=1", "full_eval=false"),
 ]
-TINY_RACE_SETTINGS = [
+TINY_SETTINGS = [
     *("experiment=demo", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16"),
     *("global_batch_tokens=128", "micro_batch_size=4", "eval_interval=4", "eval_windows=4", "log.interval=1"),
     *("probe.interval=4", "log.interval_spectra=4", "schedule.warmup_steps=2", "full_eval=false"),
@@ -48,7 +50,7 @@ _PLANNED = 0.8
 
 
 @dataclass
-class Race:
+class TimedRuns:
     """The runs, each in a directory of `folder` named after its assignment.
 
     first: the steps that every run makes before the rest is planned. most: the steps of the whole schedule. end: the time.monotonic() at
@@ -127,13 +129,13 @@ class Race:
             self.train_to(further)
 
 
-def write_race(race: Race, results: Path, arguments: Sequence[str]) -> str:
+def write_runs(timed: TimedRuns, results: Path, arguments: Sequence[str]) -> str:
     """Write the table of all runs and its pictures; returns the table for a terminal."""
-    groups = grouped(find_runs([race.folder]))
+    groups = grouped(find_runs([timed.folder]))
     runs, columns = [r for group in groups for r in group], report_columns(groups)
-    table, command = make_table(groups, columns), shlex.join(["python", "scripts/gpu_runs.py", *arguments])
+    table, command = make_table(groups, columns), command_line("gpu_runs.py", *arguments)
     remark = (
-        f"The runs made {min(r.step for r in runs):,} of the schedule's {race.most:,} steps. The last column is the paper's loss after "
+        f"The runs made {min(r.step for r in runs):,} of the schedule's {timed.most:,} steps. The last column is the paper's loss after "
         "50,000 steps on other text: no number here can be compared with it."
     )
     data = {"command": command, "environment": runs[0].environment, "rows": rows_of(runs, columns)}
@@ -144,27 +146,25 @@ def write_race(race: Race, results: Path, arguments: Sequence[str]) -> str:
 
 def work(arguments: list[str]) -> int:
     """Train; then print and write the table, also if the training was stopped."""
-    texts = {"folder": "", "results": "", "tiny": "false"}
-    defaults = {**texts, "seconds": 500, "first": 0, "most": 0, "micro_batch_size": 0}
-    overrides, o = parse(arguments, defaults)
+    options = {"folder": "", "results": "", "tiny": False, "seconds": 500, "micro_batch_size": 0}
+    overrides, o = parse(arguments, options)
     if not (o["folder"] and o["results"]):
         raise UsageError("give folder= for the runs and results= for the table; see --help")
-    tiny = o["tiny"] == "true"
-    first, most = o["first"] or (4 if tiny else 40), o["most"] or (12 if tiny else 2500)
+    first, most = (4, 12) if o["tiny"] else (40, 2500)
     micro = [f"micro_batch_size={o['micro_batch_size']}"] if o["micro_batch_size"] else []
-    settings = [*(TINY_RACE_SETTINGS if tiny else RACE_SETTINGS), *micro, *overrides]
-    race = Race(Path(o["folder"]), settings, first, most, time.monotonic() + o["seconds"])
+    settings = [*(TINY_SETTINGS if o["tiny"] else SETTINGS), *micro, *overrides]
+    timed = TimedRuns(Path(o["folder"]), settings, first, most, time.monotonic() + o["seconds"])
     for name in RUNS:
-        check(race.config(name, first))
-    open_data(race.config(RUNS[0], first))
+        check(timed.config(name, first))
+    open_data(timed.config(RUNS[0], first))
     try:
-        race.run()
+        timed.run()
     finally:
-        if any(race.folder.glob("*/metrics.jsonl")):
-            print("\n" + write_race(race, Path(o["results"]), arguments), flush=True)
-    if race.failed:
-        print(f"failed, see above: {', '.join(race.failed)}", flush=True)
-    return 1 if race.failed else 0
+        if any(timed.folder.glob("*/metrics.jsonl")):
+            print("\n" + write_runs(timed, Path(o["results"]), arguments), flush=True)
+    if timed.failed:
+        print(f"failed, see above: {', '.join(timed.failed)}", flush=True)
+    return 1 if timed.failed else 0
 
 
 main = partial(run, work, __doc__)

@@ -17,15 +17,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
-from scripts.analysis.tables import grouped, make_table, report_columns
-from scripts.command import UsageError, parse, run
+from scripts.analysis.tables import Groups, grouped, make_table, report_columns
+from scripts.command import UsageError, command_line, parse, run
 from training.files import write_whole
 
-OPTIONS = {"figures": "", "page": "", "live": "false", "port": 8000}
+OPTIONS = {"figures": "", "page": "", "live": False, "port": 8000}
 RELOAD_S = 5.0  # how often a live page asks for news
 NO_LIBRARY = "no page: it needs bokeh; install it with: pip install bokeh"
 
@@ -33,12 +32,10 @@ NO_LIBRARY = "no page: it needs bokeh; install it with: pip install bokeh"
 def work(arguments: list[str]) -> int:
     """Print the table, write the page, and draw the pictures if figures= is given; or serve the page."""
     places, options = parse(arguments, OPTIONS)
-    if options["live"] not in ("true", "false"):
-        raise UsageError(f"live={options['live']} must be true or false")
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/sweep; see --help")
-    command = " ".join(["python scripts/report.py", *arguments])
-    if options["live"] == "true":
+    command = command_line("report.py", *arguments)
+    if options["live"]:
         return live(places, command, options["port"])
     groups = grouped(find_runs(places))
     written: list[Path] = []
@@ -64,7 +61,7 @@ def has_library() -> bool:
     return importlib.util.find_spec("bokeh") is not None
 
 
-def write_page(groups: Any, places: Sequence[str], page: str, command: str) -> Path:
+def write_page(groups: Groups, places: Sequence[str], page: str, command: str) -> Path:
     """Write the page to the file `page`, or if that is empty into the first place."""
     from scripts.analysis.page.page import make  # needs the library
 

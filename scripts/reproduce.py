@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ from scripts.analysis.tables import (
     rows_of,
     write_tables,
 )
-from scripts.command import ROOT, UsageError, listed, parse, refuse, refuse_keys, run
+from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run
 from training.checks import check
 from training.config import compose
 from training.data import open_data
@@ -84,7 +83,7 @@ class Plan:
     def command(self) -> str:
         """The command line that does the same."""
         seeds = [f"seeds={self.seeds}"] if self.seeds else []
-        return shlex.join(["python", "scripts/reproduce.py", f"scale={self.scale}", *seeds, *self.overrides])
+        return command_line("reproduce.py", f"scale={self.scale}", *seeds, *self.overrides)
 
     @property
     def committed(self) -> Path | None:
@@ -172,7 +171,7 @@ def write_reproduction(plan: Plan) -> str:
     before = [comparison(runs, plan.committed)] if plan.committed and (plan.committed / "table.json").exists() else []
     parts = [table.text(), *(other.text() for other in before)]
     written = f"  written to {plan.results}: {names}   ({_cost_line(runs)})"
-    page = shlex.join(["python", "scripts/report.py", os.path.commonpath([r.directory for r in runs])])
+    page = command_line("report.py", os.path.commonpath([r.directory for r in runs]))
     return "\n\n".join([*parts, f"{written}\n  everything on one page: {page}"])
 
 

@@ -36,7 +36,7 @@ SAMPLE_OPTIONS = {
     "top_k": 50,
     "top_p": 1.0,
     "seed": 0,
-    "speed": "false",
+    "speed": False,
 }
 
 
@@ -106,7 +106,6 @@ def work(arguments: list[str]) -> int:
         f"top_k={options['top_k']} must be at least 0; 0 draws from the whole vocabulary": options["top_k"] < 0,
         f"top_p={options['top_p']} must be above 0 and at most 1": not 0 < options["top_p"] <= 1,
         f"seed={options['seed']} must be at least 0 and below 2^63": not 0 <= options["seed"] < 2**63,
-        f"speed={options['speed']} must be true or false": options["speed"] not in ("true", "false"),
     }
     refuse([problem for problem, holds in wrong.items() if holds])
     tokens, seed = options["tokens"], options["seed"]
@@ -114,10 +113,8 @@ def work(arguments: list[str]) -> int:
     prompts = prompts_of(options["prompt"], options["prompts"])
     model, config, _ = load_model(others[0])
     require_text(config)
-    model, tokenizer = (
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        get_tokenizer(config["data"]["tokenizer"]),
-    )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = get_tokenizer(config["data"]["tokenizer"])
     for number, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
             print(f"--- prompt {number} of {len(prompts)}")
@@ -125,7 +122,7 @@ def work(arguments: list[str]) -> int:
         for piece in text_of(tokenizer, continuation(model, tokenizer, prompt, tokens, sampling, seed)):
             print(piece, end="", flush=True)
         print()
-    if options["speed"] == "true":
+    if options["speed"]:
         print(speed(model, tokenizer, prompts[0], tokens, sampling, seed))
     return 0
 

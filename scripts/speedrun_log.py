@@ -13,11 +13,12 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from scripts.analysis.runs import RecordedRun, find_runs
-from scripts.analysis.statistics import TARGET, significance, stopping_step
+from scripts.analysis.statistics import SIGMA, TARGET, judged
 from scripts.analysis.tables import different
-from scripts.command import ROOT, UsageError, parse, run
+from scripts.command import ROOT, UsageError, parse, refuse, run
 from training.files import CONFIG_FILE, read_config
 from training.log import read_records
 
@@ -48,10 +49,9 @@ def log_of(directory: Path) -> str:
 
 def _lines(directory: Path) -> list[str]:
     lines, step, seconds = [], 0, 0.0
-    records = list(read_records(directory))
     config = read_config(directory)
     tokens, last = int(config["global_batch_tokens"]), int(config["max_steps"])
-    for record in records:
+    for record in read_records(directory):
         if record["kind"] == "train":
             seconds += (record["step"] - step) * tokens / record["tokens_per_s"]
             step = record["step"]
@@ -65,14 +65,9 @@ def _lines(directory: Path) -> list[str]:
 
 def verdict(runs: list[RecordedRun], target: float) -> str:
     """What the rule says about all runs of one setting."""
-    curves = [{record["step"]: record["loss"] for record in read_records(r.directory, "eval")} for r in runs]
-    last = min(max(curve) for curve in curves)
-    step = stopping_step(curves, target)
-    at = last if step is None else step
-    losses = [curve[at] for curve in curves]
-    _, p = significance(losses, target)
-    mean = f"mean {sum(losses) / len(losses):.4f} of n={len(losses)} at step {at}, one-sided p={p:.1e} at σ=0.0013"
-    return f"not reached: {mean}" if step is None else f"{target:g} is reached at step {step}: {mean}"
+    stopped, step, losses, p = judged([dict(zip(*r.curve("eval"))) for r in runs], target)
+    mean = f"mean {fmean(losses):.4f} of n={len(losses)} at step {step}, one-sided p={p:.1e} at σ={SIGMA}"
+    return f"not reached: {mean}" if stopped is None else f"{target:g} is reached at step {step}: {mean}"
 
 
 def work(arguments: list[str]) -> int:
@@ -83,6 +78,7 @@ def work(arguments: list[str]) -> int:
     runs = find_runs(places)
     if changed := {key for r in runs[1:] for key in different(runs[0].config, r.config)}:
         raise UsageError(f"the runs differ in {', '.join(sorted(changed))}; name the runs of one setting at a time")
+    refuse([f"{r.directory} has no evaluation yet; leave it out" for r in runs if r.final is None])
     folder = Path(options["logs"])
     folder.mkdir(parents=True, exist_ok=True)
     for r in runs:
@@ -93,7 +89,7 @@ def work(arguments: list[str]) -> int:
         path = folder / f"{r.directory.name}.txt"
         path.write_text(log_of(r.directory))
         print(f"written: {path}")
-        if (done := max(record["step"] for record in read_records(r.directory, "eval"))) < r.config["max_steps"]:
+        if (done := r.curve("eval")[0][-1]) < r.config["max_steps"]:
             print(f"{path.stem} is not finished: its last loss is of step {done} of {r.config['max_steps']}")
     print(verdict(runs, options["target"]))
     return 0

@@ -29,7 +29,7 @@ from scripts.command import UsageError, parse, run
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, parse_record
 
-WATCH_OPTIONS = {"once": "false", "interval_s": 2.0, "stalled_s": 300.0}
+WATCH_OPTIONS = {"once": False, "interval_s": 2.0, "stalled_s": 300.0}
 _LONGEST_S = 1e9  # 30 years; a longer time is not shown
 STATE_COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
 
@@ -187,7 +187,7 @@ def remarks(jobs: dict[Path, Watched]) -> list[str]:
 def work(arguments: list[str]) -> int:
     """Print the table, once or until interrupted."""
     others, options = parse(arguments, WATCH_OPTIONS)
-    if len(others) != 1 or options["once"] not in ("true", "false"):
+    if len(others) != 1:
         raise UsageError(
             "name one sweep and, if you like, once=true, interval_s= and stalled_s=, such as: "
             "python scripts/watch.py outputs/sweep once=true"
@@ -208,7 +208,7 @@ def work(arguments: list[str]) -> int:
             job.update()
         return jobs_table(jobs, stalled_s)
 
-    if options["once"] == "true":
+    if options["once"]:
         Console().print(look())
         return 0
     try:

@@ -97,6 +97,13 @@ def test_options_of_scripts_are_not_misspelt():
         parse(["worker=2", "sedes=1"], {"workers": 1, "seeds": ""})
 
 
+def test_true_and_false_are_the_values_of_a_switch():
+    assert parse(["once=true"], {"once": False})[1] == {"once": True} and parse([], {"once": True})[1] == {"once": True}
+    assert parse(["once=false"], {"once": True})[1] == {"once": False}
+    with pytest.raises(UsageError, match="once=1 must be true or false, such as once=true"):
+        parse(["once=1"], {"once": False})
+
+
 def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
     words = ["-m", "max_steps=9", "seed=1,2", "optim.muon.lr=range(1,4)", "residual=glob(*)"]
     assert swept_keys(words) == ["seed", "optim.muon.lr", "residual"]

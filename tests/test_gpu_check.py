@@ -150,18 +150,18 @@ def test_every_command_of_every_stage_is_well_formed(options):
             assert len({step.name for step in steps}) == len(steps)
             assert all((ROOT / step.command[1]).exists() or step.command[1] == "-m" for step in steps)
     assert "data.name=mine" in gpu_check.steps_of("c", full)[-1].command
-    with pytest.raises(UsageError, match="neither true nor false"):
+    with pytest.raises(UsageError, match="tiny=1 must be true or false"):
         gpu_check.options_of(["tiny=1"])
 
 
 def settings_of(overrides):
-    """What the race asks of a configuration."""
+    """What `TimedRuns` asks of a configuration."""
     steps = next(int(o.removeprefix("max_steps=")) for o in overrides if o.startswith("max_steps="))
     return SimpleNamespace(max_steps=steps, global_batch_tokens=128)
 
 
 def pretend_to_train(cfg, directory):
-    """Write what the race reads of a run."""
+    """Write what `TimedRuns` reads of a run."""
     (directory / "checkpoints" / f"step_{cfg.max_steps:08d}").mkdir(parents=True)
     record = {"kind": "train", "step": cfg.max_steps, "tokens_per_s": float(cfg.global_batch_tokens)}
     (directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
@@ -181,11 +181,11 @@ def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_runs, "compose", settings_of)
     monkeypatch.setattr(gpu_runs.gc, "collect", lambda: 0)  # a second of a test's heap
     monkeypatch.setattr(gpu_runs.time, "monotonic", lambda: now[0])
-    race = gpu_runs.Race(tmp_path, gpu_runs.TINY_RACE_SETTINGS, first=4, most=100, end=200.0)
-    race.run()
-    assert [race.reached(name) for name in gpu_runs.RUNS] == [22] * 6  # 4, and (.8 · 158 - 18) / 6 more
+    timed = gpu_runs.TimedRuns(tmp_path, gpu_runs.TINY_SETTINGS, first=4, most=100, end=200.0)
+    timed.run()
+    assert [timed.reached(name) for name in gpu_runs.RUNS] == [22] * 6  # 4, and (.8 · 158 - 18) / 6 more
     assert now[0] <= 200 and len(trained) == 12
-    again = gpu_runs.Race(tmp_path, gpu_runs.TINY_RACE_SETTINGS, first=4, most=100, end=now[0] + 1000)
+    again = gpu_runs.TimedRuns(tmp_path, gpu_runs.TINY_SETTINGS, first=4, most=100, end=now[0] + 1000)
     again.run()
     assert [again.reached(name) for name in gpu_runs.RUNS] == [100] * 6 and len(trained) == 18
 
@@ -200,10 +200,10 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_runs, "train", train)
     monkeypatch.setattr(gpu_runs, "compose", settings_of)
-    race = gpu_runs.Race(tmp_path, [], first=4, most=10, end=time.monotonic() + 1000)
-    race.run()
-    assert {name: race.reached(name) for name in gpu_runs.RUNS} == dict.fromkeys(gpu_runs.RUNS, 10) | {"hetero": 0}
-    assert race.failed == ["hetero"] and "no memory" in capsys.readouterr().err
+    timed = gpu_runs.TimedRuns(tmp_path, [], first=4, most=10, end=time.monotonic() + 1000)
+    timed.run()
+    assert {name: timed.reached(name) for name in gpu_runs.RUNS} == dict.fromkeys(gpu_runs.RUNS, 10) | {"hetero": 0}
+    assert timed.failed == ["hetero"] and "no memory" in capsys.readouterr().err
 
 
 def test_a_test_that_passed_is_left_out_next_time(pytester_folder):

@@ -10,7 +10,7 @@ from scripts import experiment
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.study import best_of, pivot
-from scripts.experiments import crossing, mechanism
+from scripts.experiments import crossing, mechanism, solver_sweep, stream_dtype
 
 
 def fake(assignment="hetero", seed=1, losses=((0, 5.0), (10, 3.0), (20, 2.0)), unstable=None, **case):
@@ -76,6 +76,30 @@ def test_best_is_compared_with_best_among_the_stable():
     table = pivot(asked, rate, "lr")
     assert table.headings == ["assignment", "optim", "lr 0.01", "lr 0.02", "lr 0.05"]
     assert table.lines == [["hetero", "paper", "2.100 ± 0.100", "1.900 ± 0.000 (1 of 2 unstable)", "not run"]]
+
+
+def test_one_seed_has_no_error_of_a_gain():
+    rate = "optim.muon.lr"
+    losses = {("paper", 1): 2.0, ("paper", 2): 2.2, ("manifold_muon", 1): 1.9, ("manifold_muon", 2): 1.9}
+    runs = [
+        fake("hetero", seed, ((0, 5.0), (9, loss)), optim=optim, **{rate: "0.01"})
+        for (optim, seed), loss in losses.items()
+    ]
+    asked = replace(study("solver_sweep", f"{rate}=0.01", "assignment=hetero"), groups=[runs[:2], runs[2:]])
+    assert solver_sweep.tables(asked)[1].lines[0][-1] == "-0.200 ± 0.100"
+    assert solver_sweep.tables(replace(asked, groups=[runs[:1], runs[2:3]]))[1].lines[0][-1] == "-0.100"
+
+
+def test_what_a_stream_changes_is_said_of_the_seeds_that_both_have():
+    """The first seed of float32 failed."""
+    found = {("float32", 2): 2.0, ("bfloat16", 1): 5.0, ("bfloat16", 2): 2.25}
+    runs = {
+        key: fake("hetero", key[1], ((0, 5.0), (9, loss)), dtype="float32", **{stream_dtype.STREAM: key[0]})
+        for key, loss in found.items()
+    }
+    asked = replace(study("stream_dtype", "seeds=1,2"), groups=[[r] for r in runs.values()])
+    assert "by +2.5e-01 nats" in stream_dtype.difference(asked)
+    assert stream_dtype.difference(replace(asked, groups=asked.groups[:2])) == ""
 
 
 def test_the_verdict_names_what_restored_attention():

@@ -118,9 +118,12 @@ def test_a_band_goes_from_the_lowest_to_the_highest_seed():
 
 
 def test_places_of_matrices_and_short_numbers():
-    assert thin.place("transformer.h.3.attn.c_attn.weight") == ("attn.c_attn", 3)
-    assert thin.place("lm_head.weight") == ("lm_head", 0) and thin.place("blocks.7.weight") == ("blocks", 7)
-    assert thin.figures_of([1.23456, math.inf, 7, None]) == [1.235, None, 7, None]
+    assert thin.kind_and_layer("transformer.h.3.attn.c_attn.weight") == ("attn.c_attn", 3)
+    assert thin.kind_and_layer("lm_head.weight") == ("lm_head", 0) and thin.kind_and_layer("blocks.7.weight") == (
+        "blocks",
+        7,
+    )
+    assert thin.shortened([1.23456, math.inf, 7, None]) == [1.235, None, 7, None]
     assert thin.evenly(range(100), 3) == [0, 50, 99] and thin.evenly([1], 3) == [1]
 
 

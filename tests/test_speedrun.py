@@ -8,7 +8,7 @@ from conftest import ROOT
 from data.in_order import InOrder, first_windows
 from data.shards import DataError
 from scripts import speedrun_log
-from scripts.analysis.statistics import significance, stopping_step
+from scripts.analysis.statistics import judged, significance, stopping_step
 from train import train
 from training.config import compose
 
@@ -50,6 +50,14 @@ def test_the_rule_is_the_published_one():
     assert stopping_step(curves) == 125 and stopping_step([{1: 4.0}]) is None
 
 
+def test_runs_are_judged_where_all_were_evaluated():
+    """A run that became unstable was last evaluated at a step that no other run has."""
+    stopped, step, losses, _ = judged([{0: 9.0, 100: 3.4, 125: 3.3}, {0: 9.0, 100: 3.5, 107: 8.0}])
+    assert (stopped, step, losses) == (None, 100, [3.4, 3.5])
+    stopped, step, losses, p = judged([{100: 3.29, 125: 3.2}, {100: 3.29, 125: 3.2}])
+    assert (stopped, step, losses) == (125, 125, [3.2, 3.2]) and p < 1e-9
+
+
 def test_the_architecture_has_the_baselines_size():
     """Matrices, tables, biases (9·768 a layer and the head's) and gains, as counted in its code."""
     from model.gpt import GPT
@@ -86,3 +94,10 @@ def test_a_tiny_copy_and_its_logs(tiny, tmp_path, capsys):
     train(compose(["experiment=speedrun_track3", *small, "max_steps=2", f"output_dir={tmp_path}/other"]))
     assert speedrun_log.main([*arguments, f"{tmp_path}/other"]) == 2
     assert "the runs differ in max_steps" in capsys.readouterr().err
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "config.yaml").write_text((tmp_path / "seed_1" / "config.yaml").read_text())
+    (tmp_path / "young" / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 1, "loss": 5.0, "tokens_per_s": 1.0}\n'
+    )
+    assert speedrun_log.main([*arguments, f"{tmp_path}/young"]) == 2
+    assert "young has no evaluation yet" in capsys.readouterr().err

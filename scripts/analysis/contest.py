@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from scripts.analysis.runs import RecordedRun, final_losses
+from scripts.analysis.runs import RecordedRun, final_losses, held_out_by_seed
 from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Case, Study
 from scripts.analysis.tables import Column, Table, make_table
@@ -23,9 +23,18 @@ Opponent = Callable[[Case], Mapping[str, str]]
 """From a case to the axis values in which the case that it is compared with differs from it."""
 
 
+def opponents(axis: str, *values: str) -> dict[str, Opponent]:
+    """Value → the opponent that has this value of an axis."""
+
+    def having(value: str) -> Opponent:
+        return lambda case: {axis: value}
+
+    return {value: having(value) for value in values}
+
+
 def difference(ours: Sequence[RecordedRun], theirs: Sequence[RecordedRun]) -> Difference | None:
     """The difference of the losses at the end, paired by seed; None if no seed is in both, or if a run was unstable."""
-    mine, other = ({r.config["seed"]: r.held_out for r in runs if r.held_out is not None} for runs in (ours, theirs))
+    mine, other = held_out_by_seed(ours), held_out_by_seed(theirs)
     if not mine.keys() & other.keys() or not all(r.stable for r in [*ours, *theirs]):
         return None
     return Difference.of(mine, other)
@@ -62,32 +71,34 @@ def _best_settings(study: Study, key: tuple[str, ...]) -> str:
 
 
 def trials_by(study: Study, panel: str, curve: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The trials for `loss_of_trials`: a panel for each value of one axis, a curve for each value of another."""
+    """The trials for `loss_of_trials`, by the learning rate, which is the first setting of a search: a panel for each value of one axis, a
+    curve for each value of another."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for key, search in study.found.items():
-        case = dict(zip(study.axes, key))
-        rates = [(float(next(iter(search.values(point).values()))), loss) for point, loss in search.tried.items()]
+        case, rate = dict(zip(study.axes, key)), search.axes[0]
+        rates = [(float(rate.text(point[0])), loss) for point, loss in search.tried.items()]
         found.setdefault(f"{panel.rpartition('.')[2]} {case[panel]}", {}).setdefault(case[curve], []).extend(rates)
     return found
 
 
 def targets(study: Study, name: str) -> dict[str, float]:
-    """Steps → mean final loss on the windows of the case of this name, the first axis; a horizon without it is left out."""
-    runs = study.grouped(*study.axes)
-    return {steps: Estimate.of(final_losses(found)).mean for (case, steps), found in runs.items() if case == name}
+    """Steps → mean final loss on the windows of the case of this name, the first axis; a horizon at which it is unstable is left out."""
+    runs = {steps: found for (case, steps), found in study.grouped(*study.axes).items() if case == name}
+    return {s: Estimate.of(final_losses(found)).mean for s, found in runs.items() if all(r.stable for r in found)}
 
 
 def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
     """Milliseconds of a whole training step, and bytes of state of a parameter that its optimizer updates, by the values of some axes.
 
     The values are joined by ", "; without axes, they are those of the first axis. Measured now, by turns in one process, on random tokens,
-    with the settings of the first seed's run at the shortest horizon.
+    with the settings of the first run with these values.
     """
-    trainings = {}
-    for runs in reversed(study.groups):
-        cfg = read_sound(completed(runs[0].config))[0]
-        name = ", ".join(runs[0].case[axis] for axis in axes or [next(iter(study.axes))])
-        trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
+    trainings: dict[str, RandomTraining] = {}
+    for r in study.runs:
+        name = ", ".join(r.case[axis] for axis in axes or [next(iter(study.axes))])
+        if name not in trainings:
+            cfg = read_sound(completed(r.config))[0]
+            trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
     times = take_turns({name: training.step for name, training in trainings.items()}, repeats=5, warmup=2)
     return {
         name: {

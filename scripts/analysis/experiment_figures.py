@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, OTHER_COLOURS, picture
+from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, OTHER_COLOURS, colours_by_label, picture, plain
 from scripts.analysis.runs import RecordedRun, at, final_losses
 from scripts.analysis.statistics import Difference, Estimate, best_rate
+from scripts.analysis.tables import Groups
 
 ROUNDING = 1e-15
 """The distance below which tokens in float64 count as equal."""
@@ -25,7 +26,7 @@ Curves = Mapping[str, Mapping[float, Sequence[float]]]
 """Label → learning rate → final losses, one a seed."""
 
 
-def heat_map(groups: Sequence[Sequence[RecordedRun]], across: str, down: str, path: Path) -> Path:
+def heat_map(groups: Groups, across: str, down: str, path: Path) -> Path:
     """Draw the mean final validation loss over two axes of an experiment. The error stands below each mean; a cross marks unstable runs."""
     cells = {(group[0].value_of(across), group[0].value_of(down)): group for group in groups}
     columns, rows = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
@@ -85,7 +86,7 @@ def _rate_axis(axes: Axes, words: str) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
-    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+    axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(words)
 
@@ -96,17 +97,18 @@ def loss_of_trials(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float
     Trials of one case that differ in other settings have the same learning rate; the line joins the best of each. The best of all has a large dot.
     """
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
-    colours = dict(zip(labels, colormaps["tab20"].colors * 2))  # type: ignore[attr-defined]
+    colours = colours_by_label(labels)
     with picture(path, max(7.4, 3.4 * len(panels)), 4.2) as figure:
         for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
             for label, trials in curves.items():
                 finite = sorted((rate, loss) for rate, loss in trials if math.isfinite(loss))
-                lowest = dict(reversed(finite))
-                axes.plot(*zip(*finite), linestyle="", marker=".", color=colours[label], alpha=0.6) if finite else None
+                if not finite:
+                    continue
+                lowest = dict(reversed(finite))  # of equal rates, the last one stays, which is that of the lowest loss
+                axes.plot(*zip(*finite), linestyle="", marker=".", color=colours[label], alpha=0.6)
                 axes.plot(sorted(lowest), [lowest[r] for r in sorted(lowest)], color=colours[label], linewidth=1.2)
-                if finite:
-                    best = min(finite, key=lambda pair: pair[1])
-                    axes.plot(*best, marker="o", color=colours[label], markersize=6)
+                best = min(finite, key=lambda pair: pair[1])
+                axes.plot(*best, marker="o", color=colours[label], markersize=6)
             losses = [loss for trials in curves.values() for _, loss in trials if math.isfinite(loss)]
             if losses:
                 low = min(losses)
@@ -134,8 +136,8 @@ def gap_by_tokens(
         for i, (label, line) in enumerate(gaps.items()):
             colour = ASSIGNMENT_COLOURS.get(label, OTHER_COLOURS[i % len(OTHER_COLOURS)])
             tokens, found = [n * 1.04 ** (i - len(gaps) / 2) for n in line], list(line.values())
-            below = [0.0 if math.isnan(d.low) else d.mean - d.low for d in found]
-            axes.errorbar(tokens, [d.mean for d in found], below, color=colour, marker="o", capsize=3, label=label)
+            means, halves = [d.mean for d in found], [d.half for d in found]
+            axes.errorbar(tokens, means, halves, color=colour, marker="o", capsize=3, label=label)
             if label in published:
                 axes.plot(*published[label], marker="D", markerfacecolor="none", color=colour, markersize=7)
                 axes.annotate(
@@ -184,7 +186,7 @@ def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path
                     _curve(axes, run, kind, field, colour)
                 if logarithmic:
                     axes.set_yscale("log")
-                    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                    axes.yaxis.set_major_formatter(plain)
             row[0].set_ylabel(setting, fontweight="bold")
         if losses := [x for runs in rows.values() for run in runs for x in _losses(run)]:
             low = min(losses)
@@ -305,7 +307,7 @@ def phase_diagram(planes: Sequence[Mapping[str, Any]], path: Path) -> Path:
                 for side, scale, where in zip(sides, (axes.set_xscale, axes.set_yscale), (axes.xaxis, axes.yaxis)):
                     if side["log"]:
                         scale("log")
-                        where.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                        where.set_major_formatter(plain)
                 axes.set_xlabel(sides[0]["label"])
                 axes.set_title(title, loc="left")
             row[0].set_ylabel(sides[1]["label"])

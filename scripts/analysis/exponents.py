@@ -25,6 +25,7 @@ from training.config import compose
 from training.data import open_data
 
 BATCH = 4  # sequences on which a model is measured
+_OF_A_RUN = 2  # models at initialisation that are measured for each trained one
 FIRST_SEED = 1337
 EXPONENT_HEADINGS = {
     "assignment": "assignment",
@@ -53,7 +54,7 @@ STRENGTH = "strength"
 
 
 @dataclass(frozen=True)
-class Axis:
+class PlaneAxis:
     """An axis of the phase diagram: a setting of the section `init`, or STRENGTH, the α by which both branches are multiplied."""
 
     name: str
@@ -73,25 +74,25 @@ class Axis:
 class Plane:
     """A plane of the phase diagram, and the settings that are the same in all of it."""
 
-    across: Axis
-    down: Axis
+    across: PlaneAxis
+    down: PlaneAxis
     fixed: Mapping[str, float]
 
 
-_ATTENTION_BRANCH = Axis("attention_residual_scale", "scale of attention's branch", 1 / 32, 8)
+_ATTENTION_BRANCH = PlaneAxis("attention_residual_scale", "scale of attention's branch", 1 / 32, 8)
 PLANES = (
     Plane(
-        Axis("weight_scale", "scale of c_fc", 1, 16),
-        Axis(STRENGTH, "strength α of both branches", 0.1, 0.95, log=False),
+        PlaneAxis("weight_scale", "scale of c_fc", 1, 16),
+        PlaneAxis(STRENGTH, "strength α of both branches", 0.1, 0.95, log=False),
         {"attention_residual_scale": 0.25},
     ),
     Plane(
-        Axis("mlp_residual_scale", "scale of the MLP's branch", 1 / 16, 16),
+        PlaneAxis("mlp_residual_scale", "scale of the MLP's branch", 1 / 16, 16),
         _ATTENTION_BRANCH,
         {STRENGTH: 0.7, "weight_scale": 4},
     ),
     Plane(
-        Axis("attention_scale", "scale of the product of queries and keys", 10, 3000),
+        PlaneAxis("attention_scale", "scale of the product of queries and keys", 10, 3000),
         _ATTENTION_BRANCH,
         {STRENGTH: 0.7, "weight_scale": 2},
     ),
@@ -176,7 +177,7 @@ def cells(study: Study, overrides: Sequence[str], correlation: float) -> list[di
     found = []
     for r in study.runs:
         settings = [f"{key}={value}" for key, value in r.case.items()]
-        seen = estimates([*overrides, *settings], 2, correlation)
+        seen = estimates([*overrides, *settings], _OF_A_RUN, correlation)
         began = {kind: seen[f"{kind}_synthetic"].mean for kind in ("angle", "gradient")}
         away = {axis for axis, value in study.around.items() if r.case[axis] != value}
         rule, assignment = "residual" in away, "assignment" in away
@@ -187,9 +188,13 @@ def cells(study: Study, overrides: Sequence[str], correlation: float) -> list[di
 
 
 def sizes_of(cells: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[float]], list[float]]:
-    """|λ_a| and |λ_g| of each row by name, and the losses; one that is not finite counts as the worst."""
-    loss = [x if x is not None and math.isfinite(x) else math.inf for x in (c["loss"] for c in cells)]
-    return {name: [abs(c[key]) for c in cells] for name, key in SIZES.items()}, loss
+    """|λ_a| and |λ_g| of each row by name, and the losses."""
+    return {name: [abs(c[key]) for c in cells] for name, key in SIZES.items()}, [loss_of(c) for c in cells]
+
+
+def loss_of(cell: Mapping[str, Any]) -> float:
+    """The final loss of a row; infinite, which counts as the worst, if it is not finite."""
+    return cell["loss"] if cell["loss"] is not None and math.isfinite(cell["loss"]) else math.inf
 
 
 def correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -290,9 +295,9 @@ def foretold_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def networks_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     """Exponents and final loss of every residual rule with every assignment, by loss."""
-    rows = sorted((c for c in cells if not c["scaled"]), key=lambda c: sizes_of([c])[1][0])
+    rows = sorted((c for c in cells if not c["scaled"]), key=loss_of)
     lines = [
-        [c["assignment"], c["residual"], f"{c['angle']:+.3f}", f"{c['gradient']:+.3f}", f"{sizes_of([c])[1][0]:.3f}"]
+        [c["assignment"], c["residual"], f"{c['angle']:+.3f}", f"{c['gradient']:+.3f}", f"{loss_of(c):.3f}"]
         for c in rows
     ]
     caption = "Residual rules and assignments, with the initial scales of each:"

@@ -148,8 +148,7 @@ def draw_layers(groups: Groups, path: Path) -> Path:
         for top, bottom, group in zip(panels[0], panels[-1], groups):
             top.set_title(label_of(group, groups), loc="left", fontweight="bold", fontsize=9.5)
             bottom.set_xlabel("step")
-        plain = FuncFormatter(lambda value, _: f"{value:g}")
-        bar = figure.colorbar(mesh, ax=panels, label="largest singular value", format=plain, aspect=40)
+        bar = figure.colorbar(mesh, ax=panels, label="largest singular value", format=FuncFormatter(plain), aspect=40)
         bar.ax.yaxis.set_minor_formatter(NullFormatter() if max(every) > 20 * min(every) else plain)
     return path
 
@@ -310,8 +309,13 @@ def _log_scale(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
     axes.set_ylim(low / 1.3, high * 1.3)
     few = high / low < 30
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(plain)
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def plain(value: float, _: object) -> str:
+    """The number at a tick of an axis, written as shortly as possible: 0.5, 20."""
+    return f"{value:g}"
 
 
 def _words(sublayer: str) -> str:
@@ -349,6 +353,11 @@ def colours_of(groups: Groups) -> list[str]:
         used.add(colour)
         chosen.append(colour)
     return chosen
+
+
+def colours_by_label(labels: Sequence[str]) -> dict[str, Any]:
+    """A colour for each of up to forty labels; from the twenty-first on, colours come again."""
+    return dict(zip(labels, colormaps["tab20"].colors * 2))  # type: ignore[attr-defined]
 
 
 def label_of(group: Sequence[RecordedRun], groups: Groups) -> str:

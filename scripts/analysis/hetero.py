@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -16,9 +14,9 @@ from matplotlib.figure import FigureBase
 from matplotlib.lines import Line2D
 
 from optim.assignment import matches
-from scripts.analysis.contest import Opponent, contest_table
+from scripts.analysis.contest import contest_table, opponents
 from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, picture
-from scripts.analysis.runs import RecordedRun
+from scripts.analysis.runs import RecordedRun, held_out_by_seed
 from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Study
 from scripts.analysis.tables import ATTENTION_COLUMNS, HELD_OUT, Table, case, cell
@@ -33,7 +31,7 @@ NORMAL = {"stiefel": 1, "dgram": -1}
 """Manifold → the s for which its normal space at a matrix with n columns has the dimension n (n + s)/2, see optim/manifolds.py."""
 AT_THE_END = ("sigma_max", "length_mean", "length_spread")
 """What is read from the last record of spectra; everything else is a mean over the certificates of a run."""
-COLUMNS = {  # key → heading, digits
+MEASURES = {  # field of a record → heading, digits
     "normal_share": ("normal share (by chance)", 2),
     "length_share": ("length share (by chance)", 3),
     "size_share": ("size share (by chance)", 4),
@@ -78,7 +76,7 @@ def pairs(*groups: Mapping[str, str]) -> list[tuple[Exchange, Exchange]]:
 def why_tables(study: Study, own: Sequence[str], routes: Sequence[Route]) -> list[Table]:
     """The settings that have their own best rate and decay; what the steps of their matrices were made of; and the exchanges of layers."""
     best = replace(study, groups=[runs for runs in study.groups if runs[0].case["setting"] in own])
-    against: dict[str, Opponent] = {name: partial(dict, setting=name) for name in ("all_stiefel", "hetero")}
+    against = opponents("setting", "all_stiefel", "hetero")
     known = [route for route in routes if {route.start, route.end} <= losses(study).keys()]
     exchanges = [exchange_table(study, route) for route in known]
     controls = [control_table(study, route) for route in known]
@@ -107,12 +105,12 @@ def by_chance(field: str, manifold: str, kind: str, width: int) -> float | None:
 
 
 def measured(study: Study) -> list[dict[str, Any]]:
-    """The fields of COLUMNS for each run and kind of matrix: a mean over layers, of a certificate's field over training too."""
+    """The fields of MEASURES for each run and kind of matrix: a mean over layers, of a certificate's field over training too."""
     lines = []
     for r in study.runs:
         for kind in KINDS:
             line: dict[str, Any] = {**r.case, "seed": r.config["seed"], "matrix": kind, "manifold": _manifold(r, kind)}
-            for field in COLUMNS:
+            for field in MEASURES:
                 seen = by_layer(r, kind, field)
                 steps = [max(seen)] if seen and field in AT_THE_END else list(seen)
                 values = [x for step in steps for x in seen[step]]
@@ -123,14 +121,7 @@ def measured(study: Study) -> list[dict[str, Any]]:
 
 def _manifold(r: RecordedRun, kind: str) -> str:
     """The manifold of a kind of matrix; several, of different layers, are joined by "+"."""
-    names = [f"h.{layer}.{kind}" for layer in range(r.config["model"]["n_layer"])]
-    chosen = [
-        choice
-        for name in names
-        for pattern, choice in r.config["assignment"]["rules"].items()
-        if matches(pattern, name)
-    ]
-    return "+".join(dict.fromkeys(chosen))
+    return "+".join(r.chosen(f"h.{layer}.{kind}" for layer in range(r.config["model"]["n_layer"])))
 
 
 def matrix_table(study: Study) -> Table:
@@ -143,17 +134,17 @@ def matrix_table(study: Study) -> Table:
             ]
             manifold, width = same[0]["manifold"], runs[0].config["model"]["n_embd"]
             texts = []
-            for field, (_, digits) in COLUMNS.items():
+            for field, (_, digits) in MEASURES.items():
                 chance = by_chance(field, manifold, kind, width)
                 text = cell([m[field] for m in same], digits)
                 texts.append(text if chance is None or not text else f"{text} ({chance:.{digits}f})")
             lines.append([runs[0].case["setting"], kind, manifold, *texts])
-    headings = ["setting", "matrix", "manifold", *(heading for heading, _ in COLUMNS.values())]
+    headings = ["setting", "matrix", "manifold", *(heading for heading, _ in MEASURES.values())]
     caption = (
         "Shares of the momentum's ‖G‖²: normal to the manifold, which no step can follow; along the columns of W, which asks for other "
         "lengths; and along W itself, which asks for another size of the whole. Means over layers and training; σ max and lengths at the end:"
     )
-    return Table(headings, lines, [False] * 3 + [True] * len(COLUMNS), caption)
+    return Table(headings, lines, [False] * 3 + [True] * len(MEASURES), caption)
 
 
 # ---- which layers the difference comes from ----
@@ -165,11 +156,8 @@ Losses = Mapping[str, Mapping[int, float]]
 
 def losses(study: Study) -> Losses:
     """Setting → seed → loss at the end, of the settings of which every run was stable, and of the seeds that all of them have."""
-    stable = {setting: runs for (setting,), runs in study.grouped("setting").items() if all(r.stable for r in runs)}
-    known = {
-        setting: {r.config["seed"]: r.held_out for r in runs if r.held_out is not None}
-        for setting, runs in stable.items()
-    }
+    grouped = study.grouped("setting").items()
+    known = {setting: held_out_by_seed(runs) for (setting,), runs in grouped if all(r.stable for r in runs)}
     common = set.intersection(*map(set, known.values())) if known else set()
     return {
         setting: {s: loss for s, loss in found.items() if s in common} for setting, found in known.items() if common
@@ -263,7 +251,8 @@ def draw_why(study: Study, own: Sequence[str], routes: Sequence[Route], path: Pa
                 for runs in groups:
                     _measure(axes, runs, kind, field)
                 chance = by_chance(field, "stiefel", kind, groups[0][0].config["model"]["n_embd"]) if groups else None
-                axes.axhline(chance, **DASHES) if chance else None
+                if chance:
+                    axes.axhline(chance, **DASHES)
                 axes.set_yscale("log" if logarithmic else "linear")
             line[0].set_ylabel(words)
         for axes, kind in zip(panels[0], KINDS):
@@ -315,7 +304,6 @@ def _draw_gains(axes: Axes, lines: Mapping[str, Sequence[Difference | None]]) ->
     for i, known in enumerate(lines.values()):
         for gain, style, shift in zip(known, GAIN_STYLES, (-0.12, 0.12)):
             if gain is not None:
-                half = 0.0 if math.isnan(gain.low) else gain.mean - gain.low
-                axes.errorbar([gain.mean], [i + shift], xerr=[half], capsize=3, **style)
+                axes.errorbar([gain.mean], [i + shift], xerr=[gain.half], capsize=3, **style)
     axes.set_yticks(range(len(lines)), list(lines))
     axes.set_ylim(len(lines) - 0.5, -0.5)

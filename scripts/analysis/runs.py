@@ -34,8 +34,8 @@ class RecordedRun:
 
     config: as written by the run. records: by kind, in order; those of kind "spectra" hold `sigma_max`, `sigma_min`, `sigma_median`
     and `sigma_shape`, at most 25 of them at equal shares of their ranks, instead of all singular values, and of the lengths of columns
-    their mean `length_mean` and their standard deviation relative to it, `length_spread`. cost: `wall_seconds` and `peak_bytes` of the processes that trained it, if a script wrote them.
-    environment: versions and device. case: its values of an experiment's axes, by axis.
+    their mean `length_mean` and their standard deviation relative to it, `length_spread`. cost: `wall_seconds` and `peak_bytes` of the
+    processes that trained it, if a script wrote them. environment: versions and device. case: its values of an experiment's axes, by axis.
     """
 
     directory: Path
@@ -164,18 +164,24 @@ class RecordedRun:
     def _probed(self, field: str) -> list[float]:
         return [r[field] for r in self.records.get("probe", []) if math.isfinite(r[field])]
 
+    def chosen(self, names: Iterable[str]) -> list[str]:
+        """What the assignment's rules choose for matrices of these names, such as "stiefel"; each once."""
+        rules = (self.config["assignment"]["rules"] or {}).items()
+        return list(dict.fromkeys(choice for name in names for pattern, choice in rules if matches(pattern, name)))
+
     def geometry(self, sublayer: str) -> str:
         """The manifold of a sublayer's matrices; "-" means unconstrained Muon, and several manifolds are joined by "+"."""
-        rules = self.config["assignment"]["rules"] or {}
-        chosen = [
-            choice for name in self.spectra(sublayer) for pattern, choice in rules.items() if matches(pattern, name)
-        ]
-        return "+".join("-" if choice == "euclidean" else choice for choice in dict.fromkeys(chosen))
+        return "+".join("-" if choice == "euclidean" else choice for choice in self.chosen(self.spectra(sublayer)))
 
 
 def final_losses(runs: Iterable[RecordedRun]) -> list[float]:
     """The final validation losses (nats a token) of the runs that were evaluated."""
     return [r.final for r in runs if r.final is not None]
+
+
+def held_out_by_seed(runs: Iterable[RecordedRun]) -> dict[int, float]:
+    """Seed → loss at the end (nats a token), see `RecordedRun.held_out`, of the runs that were evaluated."""
+    return {r.config["seed"]: r.held_out for r in runs if r.held_out is not None}
 
 
 def read_run(directory: Path) -> RecordedRun:
@@ -207,7 +213,7 @@ def read_run(directory: Path) -> RecordedRun:
     return RecordedRun(directory, config, records, cost, environment)
 
 
-def setting(config: dict[str, Any], key: str) -> str:
+def text_at(config: dict[str, Any], key: str) -> str:
     """The value at a dotted key of a run's configuration, as text; empty if there is no such key."""
     value = at(config, key)
     return "" if value is None else str(value)

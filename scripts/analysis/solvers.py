@@ -80,11 +80,10 @@ METHODS: dict[str, Advance] = {"least_squares": _stay, "su": _su, "su_anderson":
 
 
 class Answer(NamedTuple):
-    """T / max(1, ‖T‖₂) like W, in float64; feas (k,), a lower bound of its share of the optimum; bound (k,), the least dual value."""
+    """T / max(1, ‖T‖₂) like W, in float64; feas (k,), a lower bound of its share of the optimum."""
 
     T: Tensor
     feas: Tensor
-    bound: Tensor
 
 
 @torch.no_grad()
@@ -117,7 +116,7 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
         best = T if last else torch.where(inner(problem.G, T) > inner(problem.G, best), T, best)
         L, past = METHODS[method](Iterate(problem, L, H, Z, k, calls, past))
     feas = (inner(problem.G, best) / bound).flatten()
-    return Answer(like(best.reshape(tall(W).shape), W), feas, (bound * problem.scale).flatten())
+    return Answer(like(best.reshape(tall(W).shape), W), feas)
 
 
 @torch.no_grad()

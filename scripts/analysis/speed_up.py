@@ -111,16 +111,8 @@ def speed_table(study: Study, race: Race) -> Table:
                 _bounded([(factor * ms[0] / ms[1], mark) for factor, mark in gain], 2),
             ]
         )
-    headings = [
-        *(
-            "context",
-            f"{race.slow}'s loss",
-            *(f"{race.fast}, {n} steps" for n in lengths),
-            "seeds",
-            f"steps for {race.slow}'s loss",
-        ),
-        *("times fewer", f"ms a step, {race.slow}", race.fast, "times faster"),
-    ]
+    headings = ["context", f"{race.slow}'s loss", *(f"{race.fast}, {n} steps" for n in lengths), "seeds"]
+    headings += [f"steps for {race.slow}'s loss", "times fewer", f"ms a step, {race.slow}", race.fast, "times faster"]
     return Table(headings, lines, [True] * len(headings), f"Steps that {race.fast} needs for {race.slow}'s final loss:")
 
 

@@ -58,6 +58,11 @@ class Difference:
         return cls(found.mean, found.error, found.count, found.mean - half, found.mean + half, p)
 
     @property
+    def half(self) -> float:
+        """Half the length of the interval, for the error bar of a picture; 0 for a single seed."""
+        return 0.0 if math.isnan(self.low) else self.mean - self.low
+
+    @property
     def deviation(self) -> float:
         """The standard deviation of the difference of one seed; NaN for a single seed."""
         return self.error * math.sqrt(self.count)
@@ -189,6 +194,16 @@ def stopping_step(curves: Sequence[Mapping[int, float]], target: float = TARGET)
     """The first step at which all runs were evaluated and their losses (step → loss) pass `significance`; None if there is none."""
     shared = set.intersection(*map(set, curves))
     return next((step for step in sorted(shared) if significance([c[step] for c in curves], target)[0]), None)
+
+
+def judged(curves: Sequence[Mapping[int, float]], target: float = TARGET) -> tuple[int | None, int, list[float], float]:
+    """What the rule says of all runs of a setting (step → loss, at least one step in all): the stopping step, or None; the step at which
+    the runs are judged, which without a stopping step is the last that all have; their losses there; and p.
+    """
+    stopped = stopping_step(curves, target)
+    step = max(set.intersection(*map(set, curves))) if stopped is None else stopped
+    losses = [curve[step] for curve in curves]
+    return stopped, step, losses, significance(losses, target)[1]
 
 
 # ---- ranks and rates ----

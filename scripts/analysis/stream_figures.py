@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from optim.geonorm import DECAYS
-from scripts.analysis.figures import DASHES, picture
+from scripts.analysis.figures import DASHES, colours_by_label, picture
 from scripts.analysis.runs import RecordedRun, at
 
 Rules = Mapping[str, Sequence[RecordedRun]]
@@ -29,7 +28,7 @@ def turns(rows: Mapping[str, Rules], path: Path) -> Path:
     step falls with depth because the stream grows, and GeoNorm with a normalized embedding, beside the factors of its `residual.decay`.
     """
     labels = list(dict.fromkeys(label for rules in rows.values() for label in rules))
-    colours = dict(zip(labels, colormaps["tab20"].colors * 2))  # type: ignore[attr-defined]
+    colours = colours_by_label(labels)
     with picture(path, 14.5, 0.9 + 2.9 * len(rows)) as figure:
         grid = figure.subplots(len(rows), len(TITLES), squeeze=False, sharex="col")
         for row, (title, rules) in zip(grid, rows.items()):

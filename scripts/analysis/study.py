@@ -11,11 +11,11 @@ from typing import Any
 
 from scripts.analysis.figures import sign
 from scripts.analysis.optima import EXTEND_OPTIONS, further_cases
-from scripts.analysis.runs import RecordedRun, final_losses, read_run
+from scripts.analysis.runs import RecordedRun, at, final_losses, read_run
 from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
 from scripts.analysis.statistics import Estimate
 from scripts.analysis.tables import ENDS, Column, Table, footer, make_table, rows_of, write_tables
-from scripts.command import UsageError, refuse
+from scripts.command import UsageError, key_of, refuse
 from training.checks import check
 from training.config import CONFIGS, compose, compose_plain, directory_name
 from training.engine import Job, run_all
@@ -132,10 +132,19 @@ class Study:
         """The overrides of a case.
 
         Raises:
-            UsageError: an axis with named values has no such value.
+            UsageError: an axis with named values has no such value, or the experiment cannot compute with a value.
         """
         found = [word for axis, value in case.items() for word in self._of_axis(axis, value)]
-        return [*found, *self.experiment.derived(self, case)]
+        return [*found, *self._derived(case)]
+
+    def _derived(self, case: Case) -> Sequence[str]:
+        try:
+            return self.experiment.derived(self, case)
+        except ValueError as error:  # such as int("abc")
+            values = ", ".join(f"{axis}={value}" for axis, value in case.items())
+            raise UsageError(
+                f"{values}: {error}; give numbers where the values of the experiment are numbers"
+            ) from error
 
     def _of_axis(self, axis: str, value: str) -> Sequence[str]:
         named = self.experiment.axes[axis]
@@ -153,7 +162,7 @@ class Study:
         """
         decided, problems = self._decided(), []
         for override in self.overrides:
-            key = _key(override)
+            key = key_of(override)
             nearest = sorted(decided, key=lambda known: known != key)
             if known := next((k for k in nearest if self._decides(k, key)), None):
                 problems.append(f"{override} cannot be given here: {decided[known]}")
@@ -167,9 +176,9 @@ class Study:
         for case in cases:
             for axis, value in case.items():
                 why = f"the axis `{axis}` decides it; give {axis}="
-                found |= {_key(word): why for word in self._of_axis(axis, value)}
-            for word in self.experiment.derived(self, case):
-                derived.setdefault(_key(word), set()).add(word)
+                found |= {key_of(word): why for word in self._of_axis(axis, value)}
+            for word in self._derived(case):
+                derived.setdefault(key_of(word), set()).add(word)
             if search and (searched := self._searched(case)) in cases:
                 found |= {axis.key: "the experiment searches it" for axis in search.axes(self, searched)}
         return {key: "the experiment computes it for each case" for key, own in derived.items() if len(own) > 1} | found
@@ -184,8 +193,8 @@ class Study:
             return True
         if not key.startswith(f"{decided}."):
             return False
-        choices = {tuple(w for w in self.settings(case) if _key(w) == decided) for case in self.cases()}
-        values = [_at(compose_plain([*self.experiment.base, *words]), key) for words in choices]
+        choices = {tuple(w for w in self.settings(case) if key_of(w) == decided) for case in self.cases()}
+        values = [at(compose_plain([*self.experiment.base, *words]), key) for words in choices]
         return len({repr(value) for value in values if value is not None}) > 1
 
     def job(self, parent: Path, case: Case, seed: str, settings: Sequence[str], searched: Case) -> Job:
@@ -206,9 +215,11 @@ class Study:
         ready = []
         for case in self.cases() if cases is None else cases:
             searched = self._searched(case)
-            found = self.found.get(tuple(searched.values())) or self._new_search(searched)
-            if found.tried or tuple(searched.values()) not in self.found:
-                ready.append((case, self.settings(case), found.best))
+            search = self.found.get(tuple(searched.values()))
+            if search is None:
+                ready.append((case, self.settings(case), self._new_search(searched).best))
+            elif search.tried:
+                ready.append((case, self.settings(case), search.best))
         return [
             ({**case, **best}, self.job(parent, case, seed, own, best))
             for seed in self.seeds
@@ -347,38 +358,30 @@ class Study:
     def write(self, results: Path, command: str) -> str:
         """Write table.md, table.json and the pictures; returns the tables for a terminal."""
         tables, columns = self.experiment.tables(self), self.experiment.columns(self)
-        minutes = sum(e["train_seconds"] for r in self.runs for e in r.records.get("end", [])) / 60
-        remarks = [f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."]
-        foot = footer(command, self.runs, *remarks * bool(self.runs), self.experiment.remark(self))
+        remark, about_losses = self.experiment.remark(self), ""
+        if self.runs:
+            minutes = sum(e["train_seconds"] for r in self.runs for e in r.records.get("end", [])) / 60
+            about_losses = (
+                f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."
+            )
+        foot = footer(command, self.runs, about_losses, remark)
         env = dict(self.runs[0].environment if self.runs else environment())
         env.pop("command", None)  # of one run, with the paths of its machine
         rows = rows_of(self.runs, columns or ENDS)
-        trials = (
-            {"trials": [line for found in self.found.items() for line in self._trials(*found)]} if self.found else {}
-        )
-        data = {"command": command, "environment": env, **self.facts, "rows": rows, **trials}
+        data = {"command": command, "environment": env, **self.facts, "rows": rows}
+        if self.found:
+            data["trials"] = [line for key, search in self.found.items() for line in self._trials(key, search)]
         write_tables(results, tables, foot, data)
         drawn = [name for name, draw in self.experiment.figures.items() if draw(self, results / name)]
         for name in drawn:
             sign(results / name, self.runs)
-        parts = [*(table.text() for table in tables), self.experiment.remark(self)]
+        parts = [*(table.text() for table in tables), remark]
         written = ", ".join(["table.md", "table.json", *drawn])
         return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
 
     def _trials(self, key: Sequence[str], found: Found) -> list[dict[str, Any]]:
         """The trials of a case as data, in their order."""
         return [{**dict(zip(self.axes, key)), **found.values(p), "val_loss": loss} for p, loss in found.tried.items()]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _at(cfg: Any, key: str) -> Any:
-    """The value at a dotted key; None if there is none."""
-    for name in key.split("."):
-        cfg = cfg.get(name) if isinstance(cfg, Mapping) else None
-    return cfg
 
 
 # ---- tables of experiments ----
@@ -411,5 +414,5 @@ def best_of(study: Study, axis: str, **wanted: str) -> tuple[str, list[RecordedR
 
     wanted: the values of other axes, as in Study.along.
     """
-    stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.unstable_step is None for r in runs)}
+    stable = {v: runs for v, runs in study.along(axis, **wanted).items() if all(r.stable for r in runs)}
     return min(stable.items(), key=lambda item: Estimate.of(final_losses(item[1])).mean, default=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optim.assignment import ADAMW
-from scripts.analysis.runs import RecordedRun, at, setting
+from scripts.analysis.runs import RecordedRun, at, text_at
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
 from training.run import environment
@@ -75,6 +75,9 @@ ATTENTION_COLUMNS = [
     STATUS,
 ]
 """The state of attention at the end of a run. `ATTENTION_REMARK` belongs below such a table."""
+ATTENTION_REMARK = (
+    "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe."
+)
 
 TURN_COLUMNS = [
     Column(
@@ -83,10 +86,6 @@ TURN_COLUMNS = [
     Column("turn, end", "turn_end", lambda r: r.last_probe("stream.path"), 2),
 ]
 """All turns of the stream together, in radians (`model.turns`), at the first and at the last probe."""
-
-ATTENTION_REMARK = (
-    "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe."
-)
 
 
 def case(heading: str, axis: str) -> Column:
@@ -128,7 +127,7 @@ class Table:
         return cell.rjust(width) if self.numeric[column] else cell.ljust(width)
 
 
-def make_table(groups: Sequence[Sequence[RecordedRun]], columns: Sequence[Column]) -> Table:
+def make_table(groups: Groups, columns: Sequence[Column]) -> Table:
     """A table with one line for each group of runs. If a group has several runs, a column shows the number of seeds."""
     values = [[[column.value(r) for r in group] for column in columns] for group in groups]
     lines = [[cell(v, column.digits) for v, column in zip(line, columns)] for line in values]
@@ -194,7 +193,7 @@ def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [key for change in other_settings(a, completed(b)) if (key := change.partition(":")[0]) != "seed"]
 
 
-def settings_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
+def settings_columns(groups: Groups) -> list[Column]:
     """A column for every setting in which the groups differ, except the assignment, which has a column already.
 
     A setting that follows from the choice of its part, such as those that only one residual rule has, is left out.
@@ -217,16 +216,16 @@ def settings_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
 
 def _follows(configs: Sequence[dict[str, Any]], choice: str, key: str) -> bool:
     """Whether configurations with the same choice always have the same value of a key."""
-    pairs = {(setting(config, choice), setting(config, key)) for config in configs}
+    pairs = {(text_at(config, choice), text_at(config, key)) for config in configs}
     return len(pairs) == len({chosen for chosen, _ in pairs})
 
 
 def of_setting(heading: str, name: str, key: str) -> Column:
     """A column of the value at a dotted key of the configurations; its key in table.json is `name`."""
-    return Column(heading, name, lambda r: setting(r.config, key))
+    return Column(heading, name, lambda r: text_at(r.config, key))
 
 
-def report_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
+def report_columns(groups: Groups) -> list[Column]:
     """The columns of the paper's table, the step rule, the settings in which the groups differ, and the steps of each run."""
     rule = of_setting("step rule", "step_rule", "optim.muon.rule.kind")
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
@@ -240,8 +239,7 @@ def report_columns(groups: Sequence[Sequence[RecordedRun]]) -> list[Column]:
 
 def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
     """The text below a table: command, settings and machine. A setting in which the runs differ is left out, as is Muon's without Muon."""
-
-    searched = any(setting(r.config, "optim.matrices.lr") for r in runs)  # then it stands for that of Muon
+    searched = any(text_at(r.config, "optim.matrices.lr") for r in runs)  # then it stands for that of Muon
     muon = not searched and any(
         choice != ADAMW for r in runs for choice in (at(r.config, "assignment.rules") or {}).values()
     )
@@ -281,18 +279,10 @@ def _scale(runs: Sequence[RecordedRun]) -> list[str]:
 
 def _shared(runs: Sequence[RecordedRun], text: str, *keys: str) -> str:
     """The text with the values of the keys; empty if the runs differ in one, or have none."""
-    values = [{setting(r.config, key) for r in runs} for key in keys]
-    if any(len(found) != 1 or "" in found for found in values):
+    values = [{at(r.config, key) for r in runs} for key in keys]
+    if any(len(found) != 1 or found & {None, ""} for found in values):
         return ""
-    return text.format(*(float(v) if _is_number(v) else v for (v,) in values))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return text.format(*(value for (value,) in values))
 
 
 def _finite(value: Any) -> Any:
@@ -304,10 +294,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_tables(directory: Path, tables: Sequence[Table], foot: str, data: Mapping[str, Any]) -> str:
-    """Write table.md (the tables and the text below them) and table.json; returns the Markdown."""
+def write_tables(
+    directory: Path, tables: Sequence[Table], foot: str, data: Mapping[str, Any], name: str = "table"
+) -> None:
+    """Write <name>.md (the tables and the text below them) and <name>.json into a directory, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
-    markdown = "\n\n".join([*(table.markdown() for table in tables), foot]) + "\n"
-    (directory / "table.md").write_text(markdown)
-    (directory / "table.json").write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
-    return markdown
+    (directory / f"{name}.md").write_text("\n\n".join([*(table.markdown() for table in tables), foot]) + "\n")
+    (directory / f"{name}.json").write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")

@@ -14,19 +14,19 @@ POINTS, STRETCHES, COLUMNS, SPECTRA = 600, 120, 60, 24
 """Most points of a curve, stretches of one that scatters, columns of a heat map, and recorded steps of a whole spectrum."""
 
 
-def thin(
-    steps: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, most: int = POINTS
-) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points (n,) float64 of a curve: of every stretch its least and its greatest value, so that no spike is lost.
+Numbers = Sequence[float] | np.ndarray
+
+
+def thin(steps: Numbers, values: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS points (n,) float64 of a curve: of every stretch its least and its greatest value, so that no spike is lost.
 
     Values that are not finite become NaN, which is a gap of the line.
     """
-    x, y = np.asarray(steps, float), np.asarray(values, float)
-    y = np.where(np.isfinite(y), y, np.nan)
-    if len(x) <= most:
+    x, y = _with_gaps(steps, values)
+    if len(x) <= POINTS:
         return x, y
     kept = []
-    for part in np.array_split(np.arange(len(x)), most // 2):
+    for part in np.array_split(np.arange(len(x)), POINTS // 2):
         here = y[part]
         if np.isnan(here).all():
             kept.append(part[0])
@@ -39,11 +39,17 @@ def stretches(
     steps: Sequence[float], values: Sequence[float], reduce: Callable[[np.ndarray], float], most: int = STRETCHES
 ) -> tuple[list[float], list[float]]:
     """At most `most` points of a curve that scatters: the last step of each stretch, and its reduced finite values; NaN if there is none."""
-    x, y = thin(steps, values, most=len(steps))
+    x, y = _with_gaps(steps, values)
     if len(x) <= most:
         return x.tolist(), y.tolist()
     parts = np.array_split(np.arange(len(x)), most)
     return [x[p[-1]] for p in parts], [math.nan if np.isnan(y[p]).all() else float(reduce(y[p])) for p in parts]
+
+
+def _with_gaps(steps: Numbers, values: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """A curve in float64, with NaN for what is not finite."""
+    x, y = np.asarray(steps, float), np.asarray(values, float)
+    return x, np.where(np.isfinite(y), y, np.nan)
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
@@ -64,7 +70,7 @@ def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.
     return np.array(steps, float), grid.mean(0), grid.min(0), grid.max(0)
 
 
-def place(name: str) -> tuple[str, int]:
+def kind_and_layer(name: str) -> tuple[str, int]:
     """The kind of a matrix and its layer: "transformer.h.3.attn.c_attn.weight" → ("attn.c_attn", 3). Without a number the layer is 0."""
     parts = [part for part in name.split(".") if part != "weight"]
     layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
@@ -73,10 +79,10 @@ def place(name: str) -> tuple[str, int]:
     return ".".join(parts[layer + 1 :]) or ".".join(parts[:layer]), int(parts[layer])
 
 
-def figures_of(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """Numbers with four significant digits, and None for those that are not finite: short JSON."""
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [figures_of(item) for item in value]
+        return [shortened(item) for item in value]
     if isinstance(value, (float, np.floating)):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
@@ -89,7 +95,7 @@ def singular_values(run: RecordedRun) -> dict[str, Any]:
         by_name.setdefault(record["name"], {})[record["step"]] = record
     kinds: dict[str, list[tuple[int, dict[int, dict[str, Any]]]]] = {}
     for name, records in by_name.items():
-        kind, layer = place(name)
+        kind, layer = kind_and_layer(name)
         kinds.setdefault(kind, []).append((layer, records))
     return {kind: _kind(sorted(rows, key=lambda row: row[0])) for kind, rows in kinds.items()}
 
@@ -99,9 +105,9 @@ def _kind(rows: list[tuple[int, dict[int, dict[str, Any]]]]) -> dict[str, Any]:
     coarse, few = evenly(steps, COLUMNS), evenly(steps, SPECTRA)
     found: dict[str, Any] = {"layers": [layer for layer, _ in rows], "steps": coarse, "shape_steps": few}
     for key in ("sigma_max", "sigma_median", "sigma_min", "residual"):
-        found[key] = [[figures_of(_number(records, step, key)) for step in coarse] for _, records in rows]
+        found[key] = [[shortened(_number(records, step, key)) for step in coarse] for _, records in rows]
     found["shape"] = [
-        [figures_of(records[step]["sigma_shape"]) if step in records else [] for step in few] for _, records in rows
+        [shortened(records[step]["sigma_shape"]) if step in records else [] for step in few] for _, records in rows
     ]
     return found
 
@@ -135,7 +141,7 @@ def heads(run: RecordedRun) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": [r["step"] for r in few], "layers": size[0], "heads": size[1]}
     for key in HEADS:
         flat = [[x for layer in r[key] for x in layer] for r in few]
-        found[key] = figures_of(list(zip(*flat)))
+        found[key] = shortened(list(zip(*flat)))
     return found
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from scripts.analysis import collapses
+from scripts.analysis.collapses import PANELS
 from scripts.analysis.experiment_figures import collapse_curves
 from scripts.analysis.study import Experiment, Study
 from scripts.analysis.tables import FINAL, STATUS, Column, case
@@ -33,14 +34,11 @@ def columns(study: Study) -> list[Column]:
 def draw(study: Study, path: Path) -> Path:
     """Draw the first seed of the deepest models."""
     deepest = max(study.axes["model.n_layer"], key=int)
-    runs = {
-        (r.case["model.skips"], r.case["mlp"]): r for r in reversed(study.runs) if r.case["model.n_layer"] == deepest
-    }
-    curves = {
-        f"{SKIPS[s]}, {MLP[m]}": study.facts["profiles"][r.directory.name] for (s, m), r in reversed(runs.items())
-    }
-    panels = {f"{title}, depth {deepest}": (kind, curves) for kind, title in collapses.PANELS.items()}
-    return collapse_curves({t: {name: p[kind] for name, p in of.items()} for t, (kind, of) in panels.items()}, path)
+    groups = study.grouped("model.n_layer", "model.skips", "mlp").items()
+    first = {f"{SKIPS[skips]}, {MLP[mlp]}": runs[0] for (depth, skips, mlp), runs in groups if depth == deepest}
+    found = {label: study.facts["profiles"][r.directory.name] for label, r in first.items()}
+    curves = {title: {label: profile[kind] for label, profile in found.items()} for kind, title in PANELS.items()}
+    return collapse_curves({f"{title}, depth {deepest}": of for title, of in curves.items()}, path)
 
 
 EXPERIMENT = Experiment(

@@ -1,6 +1,6 @@
 """Points of the family of steepest descent, tuned equally."""
 
-from scripts.analysis.contest import REMARK, contest_table, cost_columns, costs, targets, trials_by
+from scripts.analysis.contest import REMARK, contest_table, cost_columns, costs, opponents, targets, trials_by
 from scripts.analysis.experiment_figures import loss_of_trials
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.study import Case, Experiment, Study
@@ -22,7 +22,6 @@ POINTS = {  # name → overrides, first learning rate, first weight decay; None:
     "DGram": (("assignment=all_dgram", MUON), 0.05, 0.1),
     "Hetero": (("assignment=hetero", MUON), 0.1, 0.1),
 }
-OPPONENTS = {name: lambda case, name=name: {"optimizer": name} for name in ("AdamW", "Muon")}
 
 
 def searched(study: Study, case: Case) -> list[Axis]:
@@ -33,8 +32,8 @@ def searched(study: Study, case: Case) -> list[Axis]:
 
 def tables(study: Study) -> list[Table]:
     """A line for each optimizer and horizon."""
-    named = [case("steps", "max_steps"), case("optimizer", "optimizer")]
-    return [contest_table(study, [*named, HELD_OUT, *cost_columns(study, "AdamW"), STATUS], OPPONENTS)]
+    named, cost = [case("steps", "max_steps"), case("optimizer", "optimizer")], cost_columns(study, "AdamW")
+    return [contest_table(study, [*named, HELD_OUT, *cost, STATUS], opponents("optimizer", "AdamW", "Muon"))]
 
 
 EXPERIMENT = Experiment(

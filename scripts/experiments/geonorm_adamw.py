@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from scripts.analysis.contest import contest_table
+from scripts.analysis.contest import contest_table, opponents
 from scripts.analysis.search import Axis, Search
 from scripts.experiments import residual_tuned
 
@@ -23,7 +23,7 @@ ARMS = {  # most of them change one thing of pre_norm, of geonorm, or of the pro
     "proj_small_step": ("residual=proj_sphere", "residual.alpha=0.1"),
     "slow_writes": (GEONORM, "optim.adamw.lr_scale={c_proj: 0.1}"),  # the matrices that write into the stream
 }
-OPPONENTS = {name: lambda case, name=name: {"residual": name} for name in ("pre_norm", "geonorm")}
+OPPONENTS = opponents("residual", "pre_norm", "geonorm")
 
 EXPERIMENT = replace(
     residual_tuned.EXPERIMENT,

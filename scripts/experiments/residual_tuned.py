@@ -1,6 +1,6 @@
 """Every residual rule at its own best rate."""
 
-from scripts.analysis.contest import REMARK, contest_table, trials_by
+from scripts.analysis.contest import REMARK, contest_table, opponents, trials_by
 from scripts.analysis.experiment_figures import loss_of_trials
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.search import Axis, Search
@@ -40,7 +40,7 @@ EXPERIMENT = Experiment(
     search=Search(searched),
     seeds="1,2,3",
     options={"trials": 5},
-    tables=lambda study: [contest_table(study, COLUMNS, {"pre_norm": lambda case: {"residual": "pre_norm"}})],
+    tables=lambda study: [contest_table(study, COLUMNS, opponents("residual", "pre_norm"))],
     figures={
         "turns.png": lambda study, path: turns(by_optimizer(study), path),
         "trials.png": lambda study, path: loss_of_trials(trials_by(study, "optimizer", "residual"), path),

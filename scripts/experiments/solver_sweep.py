@@ -1,5 +1,7 @@
 """Our step against the published one, each at its best learning rate."""
 
+import math
+
 from scripts.analysis.experiment_figures import loss_by_rate
 from scripts.analysis.optima import losses_by
 from scripts.analysis.runs import final_losses
@@ -19,7 +21,8 @@ def tables(study: Study) -> list[Table]:
         found = [rate_and_runs for rate_and_runs in best if rate_and_runs is not None]
         if len(found) == len(RULES):
             theirs, ours = (Estimate.of(final_losses(runs)) for _, runs in found)
-            gain = f"{ours.mean - theirs.mean:+.3f} ± {(theirs.error**2 + ours.error**2) ** 0.5:.3f}"
+            error = math.hypot(theirs.error, ours.error)  # as if the seeds of both were independent
+            gain = Estimate(ours.mean - theirs.mean, error, min(theirs.count, ours.count)).text(3, "+")
             cells = [cell for rate, runs in found for cell in (loss_cell(runs), rate)]
             lines.append([found[0][1][0].assignment, *cells, gain])
     headings = ["assignment", "published", "at lr", "ours", "at lr", "ours − published"]

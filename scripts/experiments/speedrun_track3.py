@@ -1,7 +1,7 @@
 """The public optimizer track: steps to a validation loss of 3.28 on FineWeb, by its rule. Needs a GPU and the published shards."""
 
 from scripts.analysis.runs import RecordedRun
-from scripts.analysis.statistics import TARGET, Estimate, significance, stopping_step
+from scripts.analysis.statistics import TARGET, Estimate, judged
 from scripts.analysis.study import Experiment, Study
 from scripts.analysis.tables import Table
 
@@ -10,18 +10,10 @@ HEADINGS = ["optimizer", "assignment", f"steps to {TARGET}", "loss there", "n", 
 
 def line(runs: list[RecordedRun]) -> list[str]:
     """The cells of a case. The stopping step is the same for all seeds; without one, the loss is that of the last step of all."""
-    curves = [{record["step"]: record["loss"] for record in r.records["eval"]} for r in runs]
-    step = stopping_step(curves)
-    losses = [curve[min(map(max, curves)) if step is None else step] for curve in curves]
-    _, p = significance(losses)
-    reached = "not reached" if step is None else f"{step}"
-    return [
-        *(runs[0].value_of(axis) for axis in ("optim", "assignment")),
-        reached,
-        Estimate.of(losses).text(4),
-        f"{len(runs)}",
-        f"{p:.1e}",
-    ]
+    stopped, _, losses, p = judged([dict(zip(*r.curve("eval"))) for r in runs])
+    named = [runs[0].value_of(axis) for axis in ("optim", "assignment")]
+    reached = "not reached" if stopped is None else str(stopped)
+    return [*named, reached, Estimate.of(losses).text(4), str(len(runs)), f"{p:.1e}"]
 
 
 def table(study: Study) -> list[Table]:

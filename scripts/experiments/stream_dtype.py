@@ -1,6 +1,7 @@
 """What a residual stream of 16 bits costs in loss."""
 
 from scripts.analysis.experiment_figures import heat_map
+from scripts.analysis.runs import held_out_by_seed
 from scripts.analysis.study import Experiment, Study
 from scripts.analysis.tables import BEST, FINAL, STATUS, case
 
@@ -8,15 +9,17 @@ STREAM = "model.stream_dtype"
 
 
 def difference(study: Study) -> str:
-    """One sentence for each dtype of the products: how much the 16 bits of the stream change the final loss."""
+    """One sentence for each dtype of the products: how much the 16 bits of the stream change the final loss of each seed."""
     sentences = []
     for dtype in study.axes["dtype"]:
         by_stream = {stream: runs for (d, stream), runs in study.grouped("dtype", STREAM).items() if d == dtype}
         if {"float32", "bfloat16"} <= by_stream.keys():
-            plain, rounded = (by_stream[name] for name in ("float32", "bfloat16"))
-            pairs = [(a.final, b.final) for a, b in zip(plain, rounded) if a.final is not None and b.final is not None]
-            found = ", ".join(f"{b - a:+.1e}" for a, b in pairs)
-            sentences.append(f"With {dtype} products, the stream in bfloat16 changes the final loss by {found} nats.")
+            plain, rounded = (held_out_by_seed(by_stream[name]) for name in ("float32", "bfloat16"))
+            found = ", ".join(f"{rounded[seed] - plain[seed]:+.1e}" for seed in plain if seed in rounded)
+            if found:
+                sentences.append(
+                    f"With {dtype} products, the stream in bfloat16 changes the final loss by {found} nats."
+                )
     return " ".join(sentences)
 
 

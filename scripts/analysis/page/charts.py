@@ -122,9 +122,9 @@ def shapes(labels: Sequence[tuple[str, str]]) -> str:
     return _json(chart)
 
 
-def heat(rows: str, tooltip: str, height: int = HEIGHT) -> str:
-    """An empty heat map over steps, as JSON, which page.js fills with cells (left, right, bottom, top, value, row)."""
-    chart = _empty("step", rows, False, None, None, height)
+def heat(tooltip: str, height: int = HEIGHT) -> str:
+    """An empty heat map over steps and layers, as JSON, which page.js fills with cells (left, right, bottom, top, value, row)."""
+    chart = _empty("step", "layer", False, None, None, height)
     source = ColumnDataSource({key: [] for key in ("left", "right", "bottom", "top", "value", "row")}, name="cells")
     mapper = LinearColorMapper(palette=list(Viridis256), low=0, high=1, nan_color="rgba(0,0,0,0)", name="mapper")
     cells = chart.quad(

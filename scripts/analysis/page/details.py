@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from scripts.analysis.page.verdict import Setting
-from scripts.analysis.runs import RecordedRun, setting
+from scripts.analysis.runs import RecordedRun, text_at
 from scripts.analysis.tables import Table, different, known_columns
 
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28}\b")  # of a commit, of which twelve digits are enough
@@ -21,8 +21,8 @@ PAPER_SHAPE = {"model.n_layer": "12", "model.n_embd": "768", "data.name": "openw
 
 def at_paper_scale(run: RecordedRun) -> bool:
     """Whether the paper's losses can stand beside those of a run: its model, its data, and at least as many tokens."""
-    tokens = run.config["max_steps"] * float(setting(run.config, "global_batch_tokens") or 0)
-    return tokens >= PAPER_TOKENS and all(setting(run.config, key) == v for key, v in PAPER_SHAPE.items())
+    tokens = run.config["max_steps"] * float(text_at(run.config, "global_batch_tokens") or 0)
+    return tokens >= PAPER_TOKENS and all(text_at(run.config, key) == v for key, v in PAPER_SHAPE.items())
 
 
 def costs(settings: Sequence[Setting]) -> Table:
@@ -91,7 +91,7 @@ def settings_table(settings: Sequence[Setting]) -> Table | None:
     keys = dict.fromkeys(key for s in settings for key in different(first, s.runs[0].config))
     if not keys:
         return None
-    lines = [[key, *(setting(s.runs[0].config, key) or "–" for s in settings)] for key in keys]
+    lines = [[key, *(text_at(s.runs[0].config, key) or "–" for s in settings)] for key in keys]
     return Table(["setting of the configuration", *(s.label for s in settings)], lines, [False] * (1 + len(settings)))
 
 

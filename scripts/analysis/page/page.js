@@ -18,6 +18,8 @@
   const hidden = new Set(JSON.parse(kept("hidden") ?? "[]")); // labels of settings
   const chips = [...document.querySelectorAll(".chip")];
 
+  const models = (doc) => [...(doc.all_models ?? doc._all_models.values())];
+
   // ---- light and dark ----
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -29,7 +31,7 @@
   };
   const paintAll = (documents) => {
     const colours = ["--ink", "--quiet", "--rule", "--grid"].map(colour);
-    for (const doc of documents) for (const model of doc.all_models ?? doc._all_models.values()) paint(model, ...colours);
+    for (const doc of documents) for (const model of models(doc)) paint(model, ...colours);
   };
   const system = matchMedia("(prefers-color-scheme: dark)");
   const setTheme = () => {
@@ -44,7 +46,6 @@
 
   // ---- hide a setting ----
 
-  const models = (doc) => [...(doc.all_models ?? doc._all_models.values())];
   const hideIn = (doc) => {
     const off = new Set(chips.filter((c) => hidden.has(c.dataset.label)).map((c) => `setting-${c.dataset.setting}`));
     for (const model of models(doc))
@@ -68,6 +69,7 @@
     const left = steps.map((s, i) => (i ? (s + steps[i - 1]) / 2 : Math.max(0, s - half)));
     return [left, [...left.slice(1), steps.at(-1) + (steps.length > 1 ? (steps.at(-1) - steps.at(-2)) / 2 : 0.5)]];
   };
+  const empty = (doc) => { named(doc, "cells").data = { left: [], right: [], bottom: [], top: [], value: [], row: [] }; };
   const fill = (doc, steps, grid, names, low, high, ticks, labels) => {
     const cells = { left: [], right: [], bottom: [], top: [], value: [], row: [] };
     const [left, right] = edges(steps);
@@ -94,14 +96,14 @@
   };
   const fillSigma = (id, doc) => {
     const sigma = store(at("sigma-run").value).sigma, what = at("sigma-what").value, kind = sigma[id.slice(5)];
-    if (!kind) { named(doc, "cells").data = { left: [], right: [], bottom: [], top: [], value: [], row: [] }; return; }
+    if (!kind) { empty(doc); return; }
     const [low, high] = limits(Object.values(sigma).map((k) => k[what]));
     const ticks = some(kind.layers.length);
     fill(doc, kind.steps, kind[what], kind.layers.map(String), low, high, ticks, ticks.map((i) => [i, String(kind.layers[i])]));
   };
   const fillHeads = (id, doc) => {
     const heads = store(at("heads-run").value).heads, key = id.slice(6);
-    if (!heads.steps) { named(doc, "cells").data = { left: [], right: [], bottom: [], top: [], value: [], row: [] }; return; }
+    if (!heads.steps) { empty(doc); return; }
     const [low, high] = key === "logit_max" ? limits([heads[key]]) : [0, 1];
     const names = heads[key].map((_, i) => `${Math.floor(i / heads.heads)}, ${i % heads.heads}`);
     const ticks = some(heads.layers).map((layer) => layer * heads.heads + (heads.heads - 1) / 2);

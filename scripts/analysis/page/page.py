@@ -102,7 +102,6 @@ TEXTS = {
     "update": ("Size of the steps", "The largest of all parameters, each in its own norm."),
     "change": ("Change of the features by a step", "The largest of all parameters and tokens, each in its own norm."),
     "speed": ("Speed", "Smoothed if there are many points."),
-    "heat": ("Singular values by layer and step", ""),
     "shape": (
         "Whole spectra",
         "One matrix at one step, of the first seed of every setting, from the largest singular value to the smallest.",
@@ -206,14 +205,12 @@ def _store(run: RecordedRun) -> dict[str, Any]:
 def _maps(settings: Sequence[Setting], stores: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The charts that page.js fills: a heat map for each kind of matrix, whole spectra, and a heat map for each quantity of a head."""
     kinds = dict.fromkeys(kind for store in stores.values() for kind in store["sigma"])
-    found = {
-        f"heat-{kind}": charts.heat("layer", "layer @row<br>step @left{0,0}: @value{0.0000a}", 210) for kind in kinds
-    }
+    found = {f"heat-{kind}": charts.heat("layer @row<br>step @left{0,0}: @value{0.0000a}", 210) for kind in kinds}
     if kinds:
         found["shape"] = charts.shapes([(s.label, s.colour) for s in settings])
     if any(store["heads"] for store in stores.values()):
         tooltip = "layer, head @row<br>step @left{0,0}: @value{0.0000a}"
-        found |= {f"heads-{key}": charts.heat("layer", tooltip) for key in thin.HEADS}
+        found |= {f"heads-{key}": charts.heat(tooltip) for key in thin.HEADS}
     return found
 
 

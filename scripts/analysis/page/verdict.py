@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from scripts.analysis.runs import RecordedRun, setting
+from scripts.analysis.runs import RecordedRun, text_at
 from scripts.analysis.statistics import (
     Difference,
     Estimate,
@@ -108,11 +108,11 @@ def verdict(settings: Sequence[Setting]) -> Verdict:
     return Verdict(headline, sentences, cautions, _table(leader, known, means, found))
 
 
-Found = dict[str, tuple[Difference, float]]
+ToLeader = dict[str, tuple[Difference, float]]
 """Label → its loss minus the leader's over the seeds of both, and p adjusted for the number of all pairs of settings."""
 
 
-def _against(leader: Setting, known: Sequence[Setting], losses: dict[str, dict[int, float]]) -> Found:
+def _against(leader: Setting, known: Sequence[Setting], losses: dict[str, dict[int, float]]) -> ToLeader:
     """Every other setting against the leader.
 
     The leader was chosen by these same losses. So p is adjusted as if all pairs had been tested, among which every choice lies.
@@ -131,7 +131,7 @@ def _against(leader: Setting, known: Sequence[Setting], losses: dict[str, dict[i
     return found
 
 
-def _lead(leader: Setting, found: Found) -> str:
+def _lead(leader: Setting, found: ToLeader) -> str:
     if not found:
         return "No other setting was run with the same seeds, so no difference can be paired. Give all settings the same seeds."
     nearest = min(found, key=lambda label: found[label][0].mean)
@@ -145,7 +145,7 @@ def _lead(leader: Setting, found: Found) -> str:
     return f"{lead} ({interval}). With all pairs taken into account, p is {p:.2g}: chance alone may explain it."
 
 
-def _power(leader: Setting, found: Found) -> list[str]:
+def _power(leader: Setting, found: ToLeader) -> list[str]:
     """What so many seeds could have seen, and what one seed cannot say."""
     single = {label: d for label, (d, _) in found.items() if d.count == 1}
     several = {label: d for label, (d, _) in found.items() if d.count > 1 and d.deviation > 0}
@@ -176,14 +176,14 @@ def _track(settings: Sequence[Setting]) -> list[str]:
     said = []
     for s in settings:
         curves = [dict(zip(*r.curve("eval"))) for r in s.runs]
-        if all(curves) and all(setting(s.runs[0].config, key) == value for key, value in TRACK.items()):
+        if all(curves) and all(text_at(s.runs[0].config, key) == value for key, value in TRACK.items()):
             step = stopping_step(curves)
             met = "is not met yet" if step is None else f"is first met at step {step:,}"
             said.append(f"{s.label}: the rule of the public optimizer track (p below .001, {len(curves)} runs) {met}.")
     return said
 
 
-def _table(leader: Setting, known: Sequence[Setting], means: dict[str, Estimate], found: Found) -> Table:
+def _table(leader: Setting, known: Sequence[Setting], means: dict[str, Estimate], found: ToLeader) -> Table:
     headings = [
         "setting",
         "loss",
@@ -233,7 +233,7 @@ def _troubles(settings: Sequence[Setting]) -> list[str]:
 
 def _unlike(settings: Sequence[Setting]) -> list[str]:
     """A sentence if the settings differ in what makes losses comparable."""
-    differ = [words for key, words in SAME.items() if len({setting(s.runs[0].config, key) for s in settings}) > 1]
+    differ = [words for key, words in SAME.items() if len({text_at(s.runs[0].config, key) for s in settings}) > 1]
     if not differ:
         return []
     return [f"The settings differ in {', '.join(differ)}. Compare their losses with care."]
