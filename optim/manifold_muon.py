@@ -164,9 +164,9 @@ class ManifoldMuon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, wait: bool = True) -> Any:  # type: ignore[override]  # `wait` is ours
         """One update of every matrix. Gradients of the owned ones must all be there; the host waits for nothing of this step.
 
-        closure: as in torch, called first: it computes the gradients and returns the loss, which is then returned.
-
-        wait: if false, the new weights of other ranks are there only after `receive`.
+        Args:
+            closure: as in torch, called first: it computes the gradients and returns the loss, which is then returned.
+            wait: if false, the new weights of other ranks are there only after `receive`.
 
         Raises:
             RuntimeError: a matrix that this rank owns has no gradient.
@@ -178,7 +178,7 @@ class ManifoldMuon(torch.optim.Optimizer):
             if i < len(self.buckets):
                 self._update(self.buckets[i], highest[i])
             self._send(i)  # under way while the next bucket is computed
-        self._send_levels()
+        self._levels_to_host()
         if wait:
             self.receive()
         return loss
@@ -200,10 +200,10 @@ class ManifoldMuon(torch.optim.Optimizer):
         """The end of a step after `update`: the levels go to the host, and the weights to the other ranks."""
         for i in range(len(self.messages)):
             self._send(i)
-        self._send_levels()
+        self._levels_to_host()
         self.receive()
 
-    def _send_levels(self) -> None:
+    def _levels_to_host(self) -> None:
         for bucket in self.buckets:
             bucket.highest = OnHost(bucket.state["level"].amax())  # read when the next step begins
 
