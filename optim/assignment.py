@@ -105,15 +105,17 @@ def assign(
     other_shape: set[str] = set()  # rules that match a parameter that is not a matrix
     claimed: dict[str, list[str]] = {}  # rule → tables
     unclear: dict[tuple[str, ...], list[str]] = {}  # none or several rules → matrices
-    contested: dict[str, list[str]] = {}
+    contested: dict[str, list[str]] = {}  # rule → matrices of unit vectors
     for name, shape in shapes.items():
         hits = [pattern for pattern in rules if matches(pattern, name)]
         table = any(matches(pattern, name) for pattern in always_adamw)
         if len(shape) != 2 or table:
-            (used if table else other_shape).update(hits)
-            if table and hits:
-                claimed.setdefault(hits[0], []).append(name)
             rows.append(Row(name, tuple(shape), "AdamW", None, ruled=False, unit=unit.get(name)))
+            if not table:
+                other_shape.update(hits)
+            elif hits:
+                used.update(hits)
+                claimed.setdefault(hits[0], []).append(name)
             continue
         used.update(hits)
         if len(hits) != 1:

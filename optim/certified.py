@@ -21,7 +21,7 @@ Legend.  W weight, c the lengths of its columns, U = W/c; G momentum, scaled to 
 multiplier L with row i times c_i, so that W L = U·cL and nothing overflows where lengths differ; S = XᵀX; A matrix sign; N = UᵀA; K the
 factor of the normal part, which is W K or U·cK; B has the symmetric part TᵀT; T direction; R what caps it, T R; V trial point;
 E = P(VᵀV) - target, on Stiefel VᵀV - I; M what a round of the retraction adds, V (I + M). Shapes: k matrices of one tall shape,
-(k, m, n). Matrices are kept in the precision of the products (optim/linalg.py); weights, V, E and M are float32.
+(k, m, n). Matrices are kept in the precision of `mm`, the products (optim/linalg.py); weights, V, E and M are float32.
 """
 
 from __future__ import annotations

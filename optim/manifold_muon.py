@@ -214,7 +214,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         new = moved.W
         if (radius := bucket.group["radius"]) != 1:  # what did not move stays bitwise
             new = torch.where(new == stack.W, bucket.stack(bucket.params), new * radius)
-        targets = [
+        targets = [  # each in the orientation of its parameter
             like(new[bucket.rows_of(i)], row_blocks(p, bucket.blocks)).reshape(p.shape)
             for i, p in enumerate(bucket.params)
         ]
@@ -235,10 +235,9 @@ class ManifoldMuon(torch.optim.Optimizer):
             )
         skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
         g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
-        advanced, G = (self.compiled_advance if g.is_cuda else advance)(
-            g, momentum, group["momentum"], group["nesterov"], skip
-        )
-        momentum.copy_(advanced)  # in place: the parameters' state are views of it
+        new_momentum = self.compiled_advance if g.is_cuda else advance
+        advanced, G = new_momentum(g, momentum, group["momentum"], group["nesterov"], skip)
+        momentum.copy_(advanced)  # in place: each parameter's state is a view of it
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
             row_squares = bucket.state.get("row_squares")
