@@ -26,7 +26,8 @@ class Shape:
 
     vocab_size: may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units of GPUs.
     stream_dtype: the dtype in which the residual stream is kept between two sublayers; they and the norms compute as without it.
-    rope: rotary positions instead of a table of positions; "half": of half of the channels, see HalfRotary. tied: whether the head and the embedding share their weight.
+    rope: rotary positions instead of a table of positions; "half": of half of the channels, see HalfRotary.
+    tied: whether the head and the embedding share their weight.
     mlp: the kind of MLP, a name of model.layers.MLPS; "none": blocks without one. skips: whether a sublayer's output is added to the
         stream; without, it takes the stream's place. Both are switches for the study of collapse (arXiv 2604.23681), in no recipe.
     head_cap: unless None, every logit z of the head becomes c·z/√(z² + c²). head_bias: whether the untied head has a bias.
@@ -135,13 +136,9 @@ class GPTConfig(Shape, Attention, Init):
             found.append(
                 "model.head_cap bounds the logits, as model.unit_weights does already; use model.head_cap=null"
             )
-        norm = (
-            f"attention.qk_norm={str(self.qk_norm).lower()}"
-            if self.qk_norm
-            else "model.unit_weights=true"
-            if self.unit_weights
-            else None
-        )
+        norm = "model.unit_weights=true" if self.unit_weights else None
+        if self.qk_norm:
+            norm = f"attention.qk_norm={str(self.qk_norm).lower()}"
         if norm and self.qk_clip and self.qk_clip_on == "weights":
             found.append(
                 f"{norm} undoes what attention.qk_clip does to the weights; switch one off, or use attention.qk_clip_on=gain"

@@ -23,9 +23,8 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "
 """The settings that GPT-2 has everywhere: the arguments of nanoGPT's GPTConfig."""
 
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
-_MASKS = re.compile(
-    r"\.attn\.(bias|masked_bias)$"
-)  # causal masks that older programs stored; a bias is called attn.<matrix>.bias
+# Causal masks that older programs stored. A bias is called attn.<matrix>.bias.
+_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")
 _EMBEDDING, _HEAD, _POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
 # Settings of a GPTConfig that do not change what a trained model computes, or only together with another one, which is compared.
 _WITHOUT_EFFECT = {*(field.name for field in fields(Init)), "qk_clip_on", "storage", "logit_scale", "dropout"}
@@ -189,14 +188,12 @@ def misfits(weights: Weights, config: GPTConfig) -> list[str]:
 
     Fewer positions, a larger vocabulary and more biases are possible, see `take`.
     """
-    have, theirs = (
-        known_settings(config),
-        {"model.skips": True, **weights.settings},
-    )  # only a model that has none states it
-    without_effect = {f"model.{key}" for key in ("block_size", "vocab_size", "bias", "dropout")}
+    have = known_settings(config)
+    theirs = {"model.skips": True, **weights.settings}  # with skips, unless the settings say otherwise
+    may_differ = {f"model.{key}" for key in ("block_size", "vocab_size", "bias", "dropout")}
     if not config.unit_weights:
-        without_effect |= {"model.storage", "model.logit_scale"}
-    wrong = [key for key in theirs if key not in without_effect and have.get(key) != theirs[key]]
+        may_differ |= {"model.storage", "model.logit_scale"}
+    wrong = [key for key in theirs if key not in may_differ and have.get(key) != theirs[key]]
     if theirs.get("model.vocab_size", 0) > config.vocab_size:
         wrong.append("model.vocab_size")
     if not config.rope and theirs.get("model.block_size", config.block_size) < config.block_size:

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from model.gpt import GPT
 
 SKIPS = ("one", "normalised")
-"""Factor of the stream where a branch of strength α is added: 1, or √(1 - α²) (both in arXiv 2403.02579)."""
+"""Factor a of the stream where a branch of strength α is added: 1, or √(1 - α²) (both in arXiv 2403.02579)."""
 
-_PLAIN = ("pre_norm",)  # the residual rules of the closed form
+
+def squared_skip(strength: float, skip: str) -> float:
+    """a², the squared factor of the stream, for a branch of this strength and a name of SKIPS."""
+    return 1.0 if skip == "one" else 1 - strength**2
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,6 @@ def near_collapse(model: GPT, batch: int, tokens: int, correlation: float, gener
     return embedding.entry(scale * x.to(embedding.wte.weight.device))
 
 
-@torch.no_grad()
-def embedded(model: GPT, x: Tensor) -> Tensor:
-    """The stream (B, T, d) before the first block for tokens x (B, T) int64."""
-    return model.embed(x)
-
-
 # ---- measurement ----
 
 
@@ -84,7 +81,7 @@ def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> 
     Raises:
         ValueError: another α or skip, of a model without skips.
     """
-    keep = 1.0 if skip == "one" else math.sqrt(1 - strength**2)
+    keep = math.sqrt(squared_skip(strength, skip))
     if not model.config.skips and not strength == keep == 1:
         raise ValueError(
             "a model without skips has no strength of its branches; use model.skips=true, or strength 1 with skip one"
@@ -167,7 +164,7 @@ def closed_form(
         ValueError: see `require_plain`.
     """
     require_plain(model)
-    d, keep = model.config.n_embd, 1.0 if skip == "one" else 1 - strength**2
+    d, keep = model.config.n_embd, squared_skip(strength, skip)  # keep: a²
     own = torch.eye(tokens, dtype=torch.float64)
     average = torch.ones_like(own).tril() / torch.arange(1, tokens + 1, dtype=torch.float64)[:, None]
     C = scale**2 * (correlation + (1 - correlation) * own)
@@ -203,7 +200,7 @@ def require_plain(model: GPT) -> None:
     config = model.config
     switched = config.qk_norm or config.logit_cap or config.head_gate != "none" or config.unit_weights
     other_mlp = config.mlp not in ("gelu", "gelu_tanh", "none")
-    if config.residual.rule not in _PLAIN or switched or config.bias or other_mlp or not config.skips:
+    if config.residual.rule != "pre_norm" or switched or config.bias or other_mlp or not config.skips:
         raise ValueError(
             "the closed form is derived for residual=pre_norm, attention=plain, model.mlp=gelu or none, model.bias=false, skips and "
             "weights of any length (model.unit_weights=false); measure this model instead"

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.exponents import Exponents, mean_square_gain, require_plain
+from model.exponents import Exponents, mean_square_gain, require_plain, squared_skip
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -44,7 +44,7 @@ def _normal(step: float) -> tuple[Tensor, Tensor]:
 
 
 _FINE = _normal(0.1)  # for tanh, which is steep
-LARGEST = 12.0  # logit deviation of `meeting`: beyond, its grid would be too large
+LARGEST_DEVIATION = 12.0  # of the logits of `meeting`: beyond, its grid would be too large
 
 
 def meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float, float]:
@@ -53,10 +53,12 @@ def meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float
     S₂ = E Σ_j a_ij² (1 - 2 a_ij + Σ_k a_ik²): what a logit of the row changes in its mean, squared and summed.
 
     Raises:
-        ValueError: sigma is above LARGEST.
+        ValueError: sigma is above LARGEST_DEVIATION.
     """
-    if sigma > LARGEST:
-        raise ValueError(f"logits of deviation {sigma:.3g} are beyond {LARGEST:g}; measure this model instead")
+    if sigma > LARGEST_DEVIATION:
+        raise ValueError(
+            f"logits of deviation {sigma:.3g} are beyond {LARGEST_DEVIATION:g}; measure this model instead"
+        )
     return _meeting(round(sigma, 9), round(correlation, 12), tokens)
 
 
@@ -64,9 +66,10 @@ def meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float
 def _meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float, float]:
     step, n, wide, narrow = 0.5, tokens, sigma * math.sqrt(correlation), sigma * math.sqrt(1 - correlation)
     (shared, likely), (own, weight) = (_normal(min(0.4, 0.8 / max(size, 1.0))) for size in (wide, narrow))
-    x = torch.arange(-math.log(n) - 8 * sigma - 20, 8 * sigma + 5, step, dtype=torch.float64)  # log t
-    size = torch.exp(x[:, None, None] + wide * shared[:, None] + narrow * own)  # t·e^logit, (t, shared, own)
-    terms = itertools.accumulate([torch.exp(-size), size, size, size, size], torch.mul)  # x^k e^-x, k = 0 .. 4
+    # log t; beyond these ends, nothing is left of the integrands in float64.
+    log_t = torch.arange(-math.log(n) - 8 * sigma - 20, 8 * sigma + 5, step, dtype=torch.float64)
+    size = torch.exp(log_t[:, None, None] + wide * shared[:, None] + narrow * own)  # t·e^logit, (t, shared, own)
+    terms = itertools.accumulate([torch.exp(-size), size, size, size, size], torch.mul)  # size^k e^-size, k = 0 .. 4
     none, one, *more = (term @ weight for term in terms)  # means over the own part, (t, shared)
     empty, two, three, four = (mean @ likely for mean in (none, *more))  # (t,)
     rest = empty.pow(n - 1)
@@ -128,15 +131,6 @@ class LayerMap:
         own, spread = tanh_moments(self.sigma_w, apart / q)
         return self.skip * q + self.mlp**2 * own, self.skip * apart + self.mlp**2 * spread
 
-    def angle_near_collapse(self, q: float) -> float:
-        """λ_a of this block in the limit p → q. [our inference, to first order in 1 - p/q]
-
-        log of a²q/(a²q + α_A²) · (m²q' + k₁)/(m²q' + k₀), with q' after attention, k₀ = α_M²σ_2² E[φ²] and k₁ its slope.
-        """
-        after = self.skip * q + self.attention**2
-        k0, k1 = self.mlp**2 * tanh_moments(self.sigma_w, 0.0)[0], self.mlp**2 * tanh_slope(self.sigma_w, 0.0)
-        return math.log(self.skip * q / after * (self.skip * after + k1) / (self.skip * after + k0))
-
     def gradient(self, q: float, apart: float, own: float, mutual: float) -> tuple[float, float]:
         """The mean square of a token's gradient and the mean product of those of two, (own, mutual), from the output of a block whose
         input has (q, q - p) to its input. [our derivation]
@@ -191,8 +185,7 @@ def layer_maps(model: GPT, tokens: int, strength: float = 1.0, skip: str = "one"
         ValueError: see `model.exponents.require_plain`.
     """
     require_plain(model)
-    keep, d = 1.0 if skip == "one" else 1 - strength**2, model.config.n_embd
-    found = []
+    d, found = model.config.n_embd, []
     for block in model.transformer.h:
         attn, mlp = block.attn, block.mlp
         q, k, v = attn.c_attn.weight.detach().double().chunk(3)
@@ -210,7 +203,7 @@ def layer_maps(model: GPT, tokens: int, strength: float = 1.0, skip: str = "one"
                 strength * math.sqrt(written),
                 spread,
                 back,
-                keep,
+                squared_skip(strength, skip),
             )
         )
     return found

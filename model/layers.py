@@ -14,23 +14,25 @@ from model.config import GPTConfig
 from model.scale import Scaled, StoredScale
 from optim.geonorm import cast, to_sphere
 
-ROTARY_BASE = 10_000.0
-
 
 class Rotary(nn.Module):
-    """Rotary positions (RoPE, arXiv 2104.09864): channels i and i + D/2 of a head are rotated by the angle position · base^(-2i/D).
+    """Rotary positions (RoPE, arXiv 2104.09864): channels i and i + D/2 of a head are rotated by the angle position · 10000^(-2i/D).
 
     Which channels form a pair is a convention; this is the one of GPT-NeoX.
     """
 
     def __init__(self, head_width: int, block_size: int) -> None:
         super().__init__()
-        rate = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-        angle = torch.outer(torch.arange(block_size, dtype=torch.float64), rate)
+        angle = torch.outer(torch.arange(block_size, dtype=torch.float64), self.rates(head_width))
         self.cos: Tensor
         self.sin: Tensor
         self.register_buffer("cos", angle.cos().float(), persistent=False)  # (block_size, D/2)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    @staticmethod
+    def rates(head_width: int) -> Tensor:
+        """The angle (D/2,) by which each pair of channels turns from one position to the next, float64."""
+        return 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """(B, H, T, D) → the same, in x's dtype. The first token has the position `start`."""
@@ -44,12 +46,10 @@ class HalfRotary(Rotary):
     """Rotary positions of half of the pairs of channels; the other half does not know positions. The angles are those of the public
     speedruns: position · base^(-i/(D/4 - 1)) for i = 0 .. D/4 - 1, with base 1024 (github.com/KellerJordan/modded-nanogpt)."""
 
-    def __init__(self, head_width: int, block_size: int) -> None:
-        super().__init__(head_width, block_size)
-        rate = 1024.0 ** -torch.linspace(0, 1, head_width // 4, dtype=torch.float64)
-        rate = torch.cat([rate, torch.zeros_like(rate)])
-        angle = torch.outer(torch.arange(block_size, dtype=torch.float64), rate)
-        self.cos, self.sin = angle.cos().float(), angle.sin().float()
+    @staticmethod
+    def rates(head_width: int) -> Tensor:
+        turning = 1024.0 ** -torch.linspace(0, 1, head_width // 4, dtype=torch.float64)
+        return torch.cat([turning, torch.zeros_like(turning)])
 
 
 ROTARIES: dict[bool | str, type[Rotary]] = {True: Rotary, "half": HalfRotary}

@@ -23,7 +23,7 @@ _SHARE = 0.25
 
 
 def capped(z: Tensor, cap: float | None) -> Tensor:
-    """c·z/√(z² + c²), which stays within ±c; None: z itself."""
+    """c·z/√(z² + c²), which stays within ±c, as in the public speedruns (github.com/KellerJordan/modded-nanogpt); None: z itself."""
     return z if cap is None else cap * z * torch.rsqrt(z.square() + cap**2)
 
 
@@ -92,12 +92,8 @@ def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = Non
         b: (V,), cast to h's dtype; None: no bias.
     """
     W, b = cast(W, h.dtype), None if b is None else cast(b, h.dtype)
-    if not torch.is_grad_enabled():
-        h, W, b = (
-            h.detach(),
-            W.detach(),
-            None if b is None else b.detach(),
-        )  # otherwise the forward pass would compute their gradients
+    if not torch.is_grad_enabled():  # otherwise the forward pass would compute their gradients
+        h, W, b = h.detach(), W.detach(), None if b is None else b.detach()
     rows = rows_at_once(h.size(0), W.size(0), h.device)
     if rows >= h.size(0):
         return F.cross_entropy(capped(cast(h @ W.T if b is None else F.linear(h, W, b), torch.float32), cap), y)

@@ -4,7 +4,7 @@ A rule makes three kinds of modules: `entry`, between the embedding and the stre
 with the stream and the sublayer; `exit`, between the stream and the head. It also initialises the sublayers. A sublayer is any map
 (B, T, d) → (B, T, d). The joints of a block are called `ln_1` and `ln_2`, so that pre-norm has nanoGPT's parameter names.
 
-The fields of a rule are its settings (configs/residual). All norms of the flat rules are GPT-2's LayerNorm.
+The fields of a rule are its settings (configs/residual). The norms of the flat rules are GPT-2's LayerNorm, but for PreRMSNorm.
 """
 
 from __future__ import annotations
@@ -318,13 +318,17 @@ class _OnSphere(ResidualRule):
     def entry(self, stream: Stream) -> nn.Module:
         return ToSphere(self.radius_of(stream)) if self.embedding == "normalize" else nn.Identity()
 
+    @staticmethod
+    def norm(kind: Literal["none", "rms"], stream: Stream) -> nn.Module:
+        """A norm with a gain, or none."""
+        return GainNorm(stream.width, stream.radius) if kind == "rms" else nn.Identity()
+
     def exit(self, stream: Stream) -> nn.Module:
-        return GainNorm(stream.width, stream.radius) if self.final_norm == "rms" else nn.Identity()
+        return self.norm(self.final_norm, stream)
 
     def join(self, stream: Stream, layer: int) -> nn.Module:
-        norm = GainNorm(stream.width, stream.radius) if self.input_norm == "rms" else nn.Identity()
         known_radius = self.radius_of(stream) if self.embedding == "normalize" else None
-        return SphereJoint(norm, self.angle(layer, stream.layers), known_radius)
+        return SphereJoint(self.norm(self.input_norm, stream), self.angle(layer, stream.layers), known_radius)
 
     def angle(self, layer: int, layers: int) -> nn.Module:
         """The module that computes an angle from the length of an update, for each sublayer of block `layer`."""
@@ -411,8 +415,7 @@ class NGPT(_OnSphere):
     storage: Annotated[float | None, ("above", 0), ("null", "means 1/√n_embd")]
 
     def join(self, stream: Stream, layer: int) -> nn.Module:
-        norm = GainNorm(stream.width, stream.radius) if self.input_norm == "rms" else nn.Identity()
-        stored = self.storage or stream.width**-0.5
+        norm, stored = self.norm(self.input_norm, stream), self.storage or stream.width**-0.5
         return LerpJoint(norm, stream.width, self.alpha, stored, self.radius_of(stream))
 
 

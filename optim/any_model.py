@@ -76,6 +76,30 @@ def for_model(
     return manifold_muon, torch.optim.AdamW([group for group in (others, vectors) if group["params"]], **adamw)
 
 
+def assigned(
+    model: nn.Module, params: Mapping[str, torch.Tensor], rules: Mapping[str, str], adamw_for: tuple[str, ...]
+) -> list[Row]:
+    """One row for each of `params`, as `for_model` assigns them; `parameter_table` prints them."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, TABLES)}
+    unruled = {
+        name for name, p in params.items() if id(p) in tables or any(matches(pattern, name) for pattern in adamw_for)
+    }
+    problems = [
+        f"adamw_for: pattern '{pattern}' matches no parameter"
+        for pattern in adamw_for
+        if not any(matches(pattern, name) for name in params)
+    ]
+    rows: list[Row] = []
+    try:
+        rows = assign({name: tuple(p.shape) for name, p in params.items() if name not in unruled}, rules, ())
+    except AssignmentError as error:
+        problems += error.problems
+    if problems:
+        raise AssignmentError(problems)
+    by_name = {row.name: row for row in rows}
+    return [by_name.get(name) or Row(name, tuple(p.shape), "AdamW", None, ruled=False) for name, p in params.items()]
+
+
 def _groups(rows: list[Row], blocks: Mapping[str, int], radius: Mapping[str, float]) -> list[dict[str, Any]]:
     """For each manifold, each cut into blocks and each radius, the names of its matrices.
 
@@ -91,24 +115,4 @@ def _groups(rows: list[Row], blocks: Mapping[str, int], radius: Mapping[str, flo
     alike: dict[tuple[str, int, float], list[str]] = {}
     for row in rows:
         alike.setdefault((str(row.manifold), cuts[row.name], radii[row.name]), []).append(row.name)
-    keys = ("manifold", "blocks", "radius")
-    return [{"names": names, **dict(zip(keys, values))} for values, names in alike.items()]
-
-
-def assigned(
-    model: nn.Module, params: Mapping[str, torch.Tensor], rules: Mapping[str, str], adamw_for: tuple[str, ...]
-) -> list[Row]:
-    """One row for each of `params`, as `for_model` assigns them; `parameter_table` prints them."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, TABLES)}
-    unused = [pattern for pattern in adamw_for if not any(matches(pattern, name) for name in params)]
-    held = {n for n, p in params.items() if id(p) in tables or any(matches(pattern, n) for pattern in adamw_for)}
-    rows: list[Row] = []
-    problems = [f"adamw_for: pattern '{pattern}' matches no parameter" for pattern in unused]
-    try:
-        rows = assign({name: tuple(p.shape) for name, p in params.items() if name not in held}, rules, ())
-    except AssignmentError as error:
-        problems += error.problems
-    if problems:
-        raise AssignmentError(problems)
-    by_name = {row.name: row for row in rows}
-    return [by_name.get(n) or Row(n, tuple(p.shape), "AdamW", None, ruled=False) for n, p in params.items()]
+    return [{"names": names, "manifold": m, "blocks": b, "radius": r} for (m, b, r), names in alike.items()]

@@ -94,57 +94,64 @@ def assign(
         AssignmentError: listing every parameter matched by no rule or by several, every rule that matches nothing, every
             unknown manifold, and every matrix of unit vectors that would be put on another manifold as well.
     """
-    unit, choices = unit_vectors or {}, [*MANIFOLDS, ADAMW]
+    unit = unit_vectors or {}
+    hits = {name: [rule for rule in rules if matches(rule, name)] for name in shapes}
+    tables = {name for name in shapes if any(matches(pattern, name) for pattern in always_adamw)}
+    matrices = {name for name, shape in shapes.items() if len(shape) == 2} - tables
+    if problems := _problems(rules, hits, tables, matrices, unit):
+        raise AssignmentError(problems)
+    rows = []
+    for name, shape in shapes.items():
+        choice = rules[hits[name][0]] if name in matrices else ADAMW
+        optimizer, manifold = ("AdamW", None) if choice == ADAMW else ("ManifoldMuon", choice)
+        kept = None if choice == "oblique" else unit.get(name)
+        rows.append(Row(name, tuple(shape), optimizer, manifold, ruled=name in matrices, unit=kept))
+    return rows
+
+
+def _problems(
+    rules: Mapping[str, str],
+    hits: Mapping[str, Sequence[str]],
+    tables: Collection[str],
+    matrices: Collection[str],
+    unit: Collection[str],
+) -> list[str]:
+    """What is wrong with rules, of which `hits` match each parameter; unit: names of matrices of unit vectors."""
+    choices = [*MANIFOLDS, ADAMW]
     problems = [
-        f"assignment: rule '{pattern}' asks for '{choice}'; choose one of {', '.join(choices)}"
-        for pattern, choice in rules.items()
+        f"assignment: rule '{rule}' asks for '{choice}'; choose one of {', '.join(choices)}"
+        for rule, choice in rules.items()
         if choice not in choices
     ]
-    rows: list[Row] = []
-    used: set[str] = set()
-    other_shape: set[str] = set()  # rules that match a parameter that is not a matrix
     claimed: dict[str, list[str]] = {}  # rule → tables
     unclear: dict[tuple[str, ...], list[str]] = {}  # none or several rules → matrices
-    contested: dict[str, list[str]] = {}
-    for name, shape in shapes.items():
-        hits = [pattern for pattern in rules if matches(pattern, name)]
-        table = any(matches(pattern, name) for pattern in always_adamw)
-        if len(shape) != 2 or table:
-            (used if table else other_shape).update(hits)
-            if table and hits:
-                claimed.setdefault(hits[0], []).append(name)
-            rows.append(Row(name, tuple(shape), "AdamW", None, ruled=False, unit=unit.get(name)))
-            continue
-        used.update(hits)
-        if len(hits) != 1:
-            unclear.setdefault(tuple(hits), []).append(name)
-            continue
-        choice = rules[hits[0]]
-        if name in unit and choice in choices and choice not in _BESIDE_UNIT_LENGTH:
-            contested.setdefault(hits[0], []).append(name)
-        manifold = None if choice == ADAMW else choice
-        alone = None if choice == "oblique" else unit.get(name)
-        rows.append(Row(name, tuple(shape), "ManifoldMuon" if manifold else "AdamW", manifold, ruled=True, unit=alone))
+    contested: dict[str, list[str]] = {}  # rule → matrices of unit vectors
+    for name, found in hits.items():
+        if name in tables and found:
+            claimed.setdefault(found[0], []).append(name)
+        if name in matrices and len(found) != 1:
+            unclear.setdefault(tuple(found), []).append(name)
+        elif name in matrices and name in unit and rules[found[0]] in MANIFOLDS.keys() - _BESIDE_UNIT_LENGTH:
+            contested.setdefault(found[0], []).append(name)
     problems += [
         f"assignment: rule '{rule}' claims {listed(names)}, which is always AdamW's (optim.always_adamw); narrow the rule"
         for rule, names in claimed.items()
     ]
-    problems += [f"assignment: {_unclear(hits, names)}" for hits, names in unclear.items()]
+    problems += [f"assignment: {_unclear(found, names)}" for found, names in unclear.items()]
     problems += [
         f"assignment: '{names[0]}' and {len(names) - 1} more would have two owners: the model keeps their vectors at unit length, and "
-        f"rule '{pattern}' puts them on '{rules[pattern]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
-        for pattern, names in contested.items()
+        f"rule '{rule}' puts them on '{rules[rule]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
+        for rule, names in contested.items()
     ]
-    unused = [pattern for pattern in rules if pattern not in used]
+    used = {rule for name, found in hits.items() if name in tables or name in matrices for rule in found}
+    unused = [rule for rule in rules if rule not in used]
     problems += [
-        f"assignment: rule '{p}' matches vectors only, which are AdamW's; remove it"
-        if p in other_shape
-        else f"assignment: rule '{p}' matches no matrix; {_meant(p, rules, unused, unclear.get((), []))}"
-        for p in unused
+        f"assignment: rule '{rule}' matches vectors only, which are AdamW's; remove it"
+        if any(rule in found for found in hits.values())
+        else f"assignment: rule '{rule}' matches no matrix; {_meant(rule, rules, unused, unclear.get((), []))}"
+        for rule in unused
     ]
-    if problems:
-        raise AssignmentError(problems)
-    return rows
+    return problems
 
 
 def _unclear(hits: Sequence[str], names: Sequence[str]) -> str:

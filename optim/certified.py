@@ -21,7 +21,7 @@ Legend.  W weight, c the lengths of its columns, U = W/c; G momentum, scaled to 
 multiplier L with row i times c_i, so that W L = U·cL and nothing overflows where lengths differ; S = XᵀX; A matrix sign; N = UᵀA; K the
 factor of the normal part, which is W K or U·cK; B has the symmetric part TᵀT; T direction; R what caps it, T R; V trial point;
 E = P(VᵀV) - target, on Stiefel VᵀV - I; M what a round of the retraction adds, V (I + M). Shapes: k matrices of one tall shape,
-(k, m, n). Matrices are kept in the precision of the products (optim/linalg.py); weights, V, E and M are float32.
+(k, m, n). Matrices are kept in the precision of `mm`, the products (optim/linalg.py); weights, V, E and M are float32.
 """
 
 from __future__ import annotations
@@ -164,9 +164,9 @@ def cap_factor(B: Tensor, effort: Effort, mm: Products) -> Tensor:
 
 def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> tuple[Tensor, Tensor]:
     """T (k, m, n) near the optimum of (1), tangent, and ‖X‖_F (k, 1, 1), the size of what there was to take a sign of."""
-    if not manifold.constrained and effort.iterator:
-        return iterate(G, effort.iterator.coefficients, effort.iterator.margin, mm.dtype), frobenius(G)
     if not manifold.constrained:
+        if effort.iterator:
+            return iterate(G, effort.iterator.coefficients, effort.iterator.margin, mm.dtype), frobenius(G)
         return matrix_sign(G, effort.stages, effort.lower, mm)[0], frobenius(G)
     if manifold.rotations and W.size(-2) == W.size(-1):
         U = W.to(mm.dtype)
@@ -187,8 +187,6 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
         R = cap_factor(mm.add(B, 1.0, cK.mT, N - 0.5 * removed, alpha=-2.0), effort, mm)
         # T R, less its own normal part: UᵀTR = (N - UᵀU·cK) R.
         A = mm.add(mm(A, R), 1.0, frame.U, mm(cK, R) + frame.normal(mm(N - removed, R)), alpha=-1.0)
-    if not effort.caps:
-        A = mm.add(A, 1.0, frame.U, frame.normal(mm(frame.U.mT, A)), alpha=-1.0)
     return A, frobenius(X)
 
 
@@ -360,9 +358,8 @@ class CertifiedStep:
         if length not in LENGTHS:
             raise ValueError(f"unknown step length {length!r}; choose one of {', '.join(LENGTHS)}")
         if iterator:
-            iterator.require(
-                getattr(torch, products or "float16")
-            )  # what a GPU would choose, so that a rule fits any device
+            # By default the precision that a GPU would choose, so that a rule fits any device.
+            iterator.require(getattr(torch, products or "float16"))
         self.quality, self.products, self.compile, self.iterator = quality, products, compile, iterator
         self.settings: dict[str, Any] = {"length": length, "norm_cap": norm_cap}
 
@@ -377,8 +374,8 @@ class CertifiedStep:
         return f"certified step, {self.quality} quality, {precision} products"
 
     def init(self, W: Tensor, manifold: str) -> Tensor:
-        """W (..., m, n) brought onto the manifold by its exact retraction."""
-        return MANIFOLDS[manifold].init(W)
+        """W (..., m, n), any orientation, brought onto the manifold by its exact retraction."""
+        return MANIFOLDS[manifold].retract(W)
 
     def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
         """What `step` makes of each stack."""

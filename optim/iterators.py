@@ -30,7 +30,7 @@ Quintic = tuple[float, float, float]
 LOWER = 1e-3
 CUSHION = 0.02407327424182761
 SAFETY = 1.01  # the list is widened by this factor so that rounding cannot push a singular value out of its interval
-STEEPEST = 1e6  # the largest γ that is tried; nothing with a band comes near it
+LARGEST_GAMMA = 1e6  # that is tried; nothing with a band comes near it
 HIGHEST = 2.0  # the composed map of a sound list stays below this on (0, 1]
 _EXCHANGES = 100  # of Remez; ten are enough
 
@@ -109,19 +109,6 @@ def with_fixed_points(gamma: float, l: float, r: float) -> Quintic:
     return 1 + gamma * inner * outer, -gamma * (inner + outer), gamma
 
 
-def fixed_points(quintic: Quintic) -> tuple[float, float, float]:
-    """(γ, l, r) of a quintic, the inverse of `with_fixed_points`.
-
-    Raises:
-        IteratorError: it has no fixed points ±(1-l), ±(1+r) beside 0.
-    """
-    a, b, c = quintic
-    root = b * b - 4 * (a - 1) * c
-    if c == 0 or root < 0 or min(y := [(-b - root**0.5) / (2 * c), (-b + root**0.5) / (2 * c)]) < 0:
-        raise IteratorError(f"the quintic {quintic} has no five real fixed points")
-    return c, 1 - min(y) ** 0.5, max(y) ** 0.5 - 1
-
-
 def peak_and_trough(quintic: Quintic) -> tuple[float, float] | None:
     """The value at the first local maximum on x > 0, and at the local minimum behind it; None if it is monotone there."""
     points = _turning_points(quintic)
@@ -150,12 +137,12 @@ def steepest(l: float, r: float) -> Quintic:
 
     width = (1 + r) ** 2 - (1 - l) ** 2
     high = 4 / width**2 if width > 0 else np.inf
-    if peak(min(high, STEEPEST)) < 1 + r:
+    if peak(min(high, LARGEST_GAMMA)) < 1 + r:
         raise IteratorError(
             f"l={l:g} and r={r:g} have no valid slope: at gamma={high:.4f} the trough on (1-l, 1+r) reaches 0, while the peak on (0, 1-l) "
             f"is still at {peak(high):.4f}, below 1+r={1 + r:g}; make l or r smaller"
         )
-    low, high = 0.0, min(high, STEEPEST)
+    low, high = 0.0, min(high, LARGEST_GAMMA)
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (low, middle) if peak(middle) > 1 + r else (middle, high)

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from .iterators import Quintic, polar_express_coefficients
 
-Coefficients = Sequence[Quintic]
-
 PRECISIONS = ("float32", "float16", "bfloat16")
 LOW_BITS = 2.0**11  # how far float16's second half of a number lies below its first
 
@@ -42,32 +40,32 @@ class Products:
             raise ValueError(f"unknown precision {precision!r} of products; choose one of {', '.join(PRECISIONS)}")
         self.precision = precision
         self.dtype: torch.dtype = getattr(torch, precision)
-        self.short = self.dtype.itemsize < 4
+        self.is_16_bit = self.dtype.itemsize < 4
 
     def __call__(self, X: Tensor, Y: Tensor) -> Tensor:
         """X @ Y."""
         X, Y = X.to(self.dtype), Y.to(self.dtype)
-        if X.is_cuda or not self.short:
+        if X.is_cuda or not self.is_16_bit:
             return X @ Y
         return (X.float() @ Y.float()).to(self.dtype)
 
     def add(self, C: Tensor, beta: float, X: Tensor, Y: Tensor, alpha: float = 1.0) -> Tensor:
         """beta·C + alpha·X @ Y, rounded once."""
         C, X, Y = C.to(self.dtype), X.to(self.dtype), Y.to(self.dtype)
-        if X.is_cuda or not self.short:
+        if X.is_cuda or not self.is_16_bit:
             return torch.baddbmm(C, X, Y, beta=beta, alpha=alpha)
         return torch.baddbmm(C.float(), X.float(), Y.float(), beta=beta, alpha=alpha).to(self.dtype)
 
     def in_float32(self, X: Tensor, Y: Tensor) -> Tensor:
         """X @ Y in float32, as it was summed."""
         X, Y = X.to(self.dtype), Y.to(self.dtype)
-        if not self.short:
+        if not self.is_16_bit:
             return X @ Y
         return torch.bmm(X, Y, out_dtype=torch.float32) if X.is_cuda else X.float() @ Y.float()
 
     def times_vector(self, X: Tensor, v: Tensor) -> Tensor:
         """X v (k, a, 1) for v (k, b, 1), at least float32; X is read as it is kept, since a product would convert a copy of it first."""
-        return (X * v.mT).sum(-1, keepdim=True) if self.short else X @ v
+        return (X * v.mT).sum(-1, keepdim=True) if self.is_16_bit else X @ v
 
     def gram(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """XᵀX (k, n, n) float32 of float32 X, to nearly float32 accuracy; and X rounded, as `times_near_identity` takes it.
@@ -75,7 +73,7 @@ class Products:
         At 16 bits X comes in two halves, hi + lo, of 22 bits together in float16 and 16 in bfloat16; lo·lo lies below the last of them
         and is left out. The diagonal, which is all sum and no cancellation, is taken elementwise. Two tall products instead of one.
         """
-        if not self.short:
+        if not self.is_16_bit:
             return X.mT @ X, X
         high = X.to(self.dtype)  # the first 11 bits of every entry
         cross = self.in_float32(high.mT, (X - high) * LOW_BITS) / LOW_BITS  # (k, n, n)
@@ -84,7 +82,7 @@ class Products:
 
     def times_near_identity(self, X: Tensor, rounded: Tensor, Y: Tensor) -> Tensor:
         """X (I + Y) in float32, for float32 X, X rounded to `dtype` (`rounded`), and small Y (k, n, n). Only Y off its diagonal is rounded."""
-        if not self.short:
+        if not self.is_16_bit:
             return torch.baddbmm(X, X, Y)
         on = diagonal(Y)
         return X + X * on[:, None, :] + self.in_float32(rounded, Y - torch.diag_embed(on))
@@ -189,12 +187,12 @@ def column_norms(X: Tensor) -> Tensor:
 # ---- the matrix sign ----
 
 
-def sign_coefficients(steps: int, lower: float) -> Coefficients:
+def sign_coefficients(steps: int, lower: float) -> Sequence[Quintic]:
     """Polar Express for singular values in [lower, 1], in `steps` odd quintics: nearly the best ones, with the authors' cushion and safety."""
     return polar_express_coefficients(steps, lower=lower)
 
 
-def gram_stage(R: Tensor, coefficients: Coefficients, mm: Products) -> Tensor:
+def gram_stage(R: Tensor, coefficients: Sequence[Quintic], mm: Products) -> Tensor:
     """Q (k, n, n) with X Q = p(X) for the composition p of odd quintics, from R = XᵀX (k, n, n) with ‖R‖₂ ≤ 1.
 
     Source: Gram Newton–Schulz (Zhang, Amsel, Chen, Dao; Dao-AILab/gram-newton-schulz). An odd polynomial step is X ← X (aI + Z) with
@@ -218,10 +216,10 @@ def matrix_sign(
     """A ≈ U Vᵀ (k, m, n) of X = U Σ Vᵀ, and a function that returns AᵀA (k, n, n) for two more products.
 
     Singular values σ ≥ lower·‖XᵀX‖_F^½ come near 1, smaller ones stay below: a smoothed sign. `stages` are the numbers of steps between
-    two formations of XᵀX, which 16 bits need; 24 bits do with one stage. S is the first XᵀX where the caller has it. Zero for zero X. In float16
-    the largest entry of X must not lie far from 1, or XᵀX leaves its range.
+    two formations of XᵀX, which 16 bits need; float32 takes all steps in one stage. S is the first XᵀX where the caller has it. Zero for zero
+    X. In float16 the largest entry of X must not lie far from 1, or XᵀX leaves its range.
     """
-    stages = tuple(stages) if mm.short else (sum(stages),)
+    stages = tuple(stages) if mm.is_16_bit else (sum(stages),)
     coefficients = sign_coefficients(sum(stages), lower)
     S = mm(X.mT, X) if S is None else S  # (k, n, n)
     size = frobenius(S)  # its root is at least ‖X‖₂
@@ -249,6 +247,11 @@ def skew_sign(K: Tensor, steps: int, lower: float, mm: Products) -> Tensor:
 # ---- norms ----
 
 
+def _start_vector(n: int, device: torch.device) -> Tensor:
+    """(n,) float64: multiples of the golden ratio modulo 1, less ½. Quasi-random, and so orthogonal to no eigenspace in practice."""
+    return torch.frac(torch.arange(1, n + 1, dtype=torch.float64, device=device) * 0.6180339887498949) - 0.5
+
+
 def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int) -> Tensor:
     """max |λ| (k, 1, 1), from below, of the symmetric v ↦ apply(v), (k, n, 1) float32 → the same, by `iterations` of Lanczos.
 
@@ -256,8 +259,7 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
     an eigensolver would make the host wait.
     """
     k, n = like.size(0), like.size(-1)
-    # Quasi-random, and so orthogonal to no eigenspace in practice.
-    v = torch.frac(torch.arange(1, n + 1, dtype=torch.float64, device=like.device) * 0.6180339887498949) - 0.5
+    v = _start_vector(n, like.device)
     v = (v / torch.linalg.vector_norm(v)).to(at_least_float32(like).dtype)[:, None].expand(k, n, 1)
     previous, beta = torch.zeros_like(v), torch.zeros_like(v[:, :1])
     alphas, betas = [], []
@@ -275,24 +277,22 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
     power = over(T, frobenius(T))
     for i in range(7):
         power = power @ power
-        power = (
-            over(power, frobenius(power)) if i == 3 else power
-        )  # float32 would lose the 128th power of a small number
+        if i == 3:  # float32 would lose the 128th power of a small number
+            power = over(power, frobenius(power))
     return ratio(inner(power, T @ power), inner(power, power)).abs()
 
 
-def top_pair(W: Tensor, squarings: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+def top_pair(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular value σ (k, 1, 1), from below, of W (k, m, n), and its vectors u (k, m, 1), v (k, n, 1); zero for zero W.
 
-    By WᵀW to the power 2^squarings, squared n × n: the error of σ is at most about log(n)/2^(squarings + 1) of it, where singular values
-    crowd at the top; u and v are then a mixture of theirs.
+    By WᵀW to the power 2^16, squared n × n: the error of σ is at most about log(n)/2^17 of it, where singular values crowd at the top; u
+    and v are then a mixture of theirs.
     """
     S = W.mT @ W  # (k, n, n)
-    for _ in range(squarings):
+    for _ in range(16):
         S = over(S, frobenius(S))
         S = S @ S
-    n = torch.arange(1, W.size(-1) + 1, dtype=torch.float64, device=W.device)
-    v = S @ (torch.frac(n * 0.6180339887498949) - 0.5).to(S.dtype)[:, None].expand(*S.shape[:-1], 1)
+    v = S @ _start_vector(W.size(-1), W.device).to(S.dtype)[:, None].expand(*S.shape[:-1], 1)
     v = over(v, frobenius(v))
     u = W @ v
     sigma = frobenius(u)
@@ -342,16 +342,16 @@ def inverse_sqrt_increment(E: Tensor, rounded: Tensor, mm: Products) -> Tensor:
     return 0.375 * mm.in_float32(rounded, rounded) - 0.5 * E
 
 
-def cap_fit(degree: int, from_: float, like: Tensor, nodes: int = 48) -> tuple[Tensor, Tensor]:
-    """Nodes u (nodes,) in [from_, 1], and the matrix (degree + 1, nodes) that fits values at them by a polynomial in u².
+def cap_fit(degree: int, lower: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """48 nodes u (48,) in [lower, 1], and the matrix (degree + 1, 48) that fits values at them by a polynomial in u².
 
     Least squares of u·p(u²): what a singular value u is multiplied by matters in proportion to u. On the device of `like`, in its dtype.
     """
-    return _cap_fit(degree, from_, nodes, like.dtype, like.device)
+    return _cap_fit(degree, lower, like.dtype, like.device)
 
 
 @lru_cache(maxsize=8)
-def _cap_fit(degree: int, from_: float, nodes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    u = torch.linspace(from_, 1, nodes, dtype=torch.float64)
+def _cap_fit(degree: int, lower: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    u = torch.linspace(lower, 1, 48, dtype=torch.float64)
     basis = torch.stack([u ** (2 * j) for j in range(degree + 1)], dim=1)
     return u.to(device, dtype), (torch.linalg.pinv(basis * u[:, None]) * u).to(device, dtype)

@@ -1,8 +1,8 @@
 """ManifoldMuon: momentum, a step on the manifold, and nothing else; matrices of equal shape are updated in one batch.
 
-What the step is, a rule decides (optim/published.py: the paper's, optim/certified.py: ours): it is given stacks of tall weights and
-momenta and returns new weights. The optimizer owns the bookkeeping: which matrices go together, their orientation, their momentum,
-and, on several ranks, who computes what.
+A step rule decides what the step is: it is given stacks of tall weights and momenta, and returns new weights. optim/certified.py is our
+rule, optim/published.py the paper's. The optimizer does the rest: which matrices go together, their orientation, their momentum, and, on
+several ranks, who computes what.
 
 On N ranks every matrix has one owner, which alone holds its state and computes its step. The new weights of a bucket are sent to all
 ranks while the next bucket is computed. Gradients must be the same on all ranks (reduced and clipped), and so replicas stay bitwise equal.
@@ -22,18 +22,24 @@ from torch import Tensor
 
 from .certificate import certify
 from .linalg import compiled_whole
-from .manifolds import MANIFOLDS, is_wide
+from .manifolds import MANIFOLDS, is_wide, like
 from .ownership import choose_owners, members_of_buckets, plan_messages
 from .refine import Refine
 from .stack import Bucket, OnHost, Stack, StepRule, row_blocks, state_shapes, whole_shape
 
-RECORDED = (
-    *("feas", "norm", "tangency", "fallbacks", "normal_share", "length_share", "size_share"),
-    *("momentum_top", "momentum_rank", "step_rank"),
-)
-"""The fields of a certificate that `ManifoldMuon.certificates` returns, in order."""
-LEAST = ("feas", "momentum_rank", "step_rank")
-"""Of these fields the least of a parameter's blocks is returned, of the others the largest."""
+RECORDED = {
+    "feas": torch.amin,
+    "norm": torch.amax,
+    "tangency": torch.amax,
+    "fallbacks": torch.amax,
+    "normal_share": torch.amax,
+    "length_share": torch.amax,
+    "size_share": torch.amax,
+    "momentum_top": torch.amax,
+    "momentum_rank": torch.amin,
+    "step_rank": torch.amin,
+}
+"""What `ManifoldMuon.certificates` returns, in order; of a parameter in several blocks the least or the largest number."""
 
 
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,9 +53,9 @@ class ManifoldMuon(torch.optim.Optimizer):
     """Muon with a manifold for every parameter group (arXiv 2606.13276; `euclidean` is Muon itself).
 
     Args:
-        groups: parameter groups: dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS); any of the settings below
-            may be given per group, and "blocks" (1): into how many matrices the rows of each parameter are cut, and "names" of the
-            parameters, for `certificates`, and "radius" R (1), for manifolds of fixed size: W / R is on the manifold.
+        groups: parameter groups, dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS). They may have "names", of the
+            parameters, for `certificates`; "blocks" (1), into how many matrices the rows of each parameter are cut; "radius" R (1), for
+            manifolds of fixed size: W / R is on the manifold; and any of the settings below.
         rule: the step rule, called once for each bucket. Its `init` brings the weights onto their manifold here, at construction, by
             the whole parameter on every rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
@@ -60,6 +66,10 @@ class ManifoldMuon(torch.optim.Optimizer):
         cautious, row_beta: see optim/refine.py.
 
     Work is shared over the ranks of the default process group, if there is one. `owners` says which rank owns a parameter.
+
+    To be set from outside: `found_inf` (0-d float, 1 for true, as torch.amp.GradScaler sets it): where true, a step changes nothing;
+    `watched`: whether a step keeps what `certificates` needs; `owners_keep`, see above; `around_exchange`: makes a context in which weights
+    are sent and received.
 
     Raises:
         ValueError: a parameter is not a matrix or cannot be cut into its blocks, a group has no matrices, a manifold is unknown, or a
@@ -86,12 +96,14 @@ class ManifoldMuon(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "blocks": 1,
             "radius": 1.0,
+            "block_length": block_length,
+            "cautious": cautious,
+            "row_beta": row_beta,
         }
-        super().__init__(groups, {**defaults, "block_length": block_length, "cautious": cautious, "row_beta": row_beta})
+        super().__init__(groups, defaults)
         self.rule = rule
         self.found_inf: Tensor | None = None
         self.watched = self.owners_keep = False
-        # A context for the exchange of weights.
         self.around_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -152,10 +164,9 @@ class ManifoldMuon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, wait: bool = True) -> Any:  # type: ignore[override]  # `wait` is ours
         """One update of every matrix. Gradients of the owned ones must all be there; the host waits for nothing of this step.
 
-        closure: as in torch, called first: it computes the gradients and returns the loss, which is then returned.
-
-        Where `found_inf` (0-d float, 1 for true; see Optimizers.step) is set, weights and state stay as they are. With `watched` set,
-        what the step was is kept for `certificates`. With `wait` false, the new weights of other ranks are there only after `receive`.
+        Args:
+            closure: as in torch, called first: it computes the gradients and returns the loss, which is then returned.
+            wait: if false, the new weights of other ranks are there only after `receive`.
 
         Raises:
             RuntimeError: a matrix that this rank owns has no gradient.
@@ -167,7 +178,7 @@ class ManifoldMuon(torch.optim.Optimizer):
             if i < len(self.buckets):
                 self._update(self.buckets[i], highest[i])
             self._send(i)  # under way while the next bucket is computed
-        self._send_levels()
+        self._levels_to_host()
         if wait:
             self.receive()
         return loss
@@ -189,10 +200,10 @@ class ManifoldMuon(torch.optim.Optimizer):
         """The end of a step after `update`: the levels go to the host, and the weights to the other ranks."""
         for i in range(len(self.messages)):
             self._send(i)
-        self._send_levels()
+        self._levels_to_host()
         self.receive()
 
-    def _send_levels(self) -> None:
+    def _levels_to_host(self) -> None:
         for bucket in self.buckets:
             bucket.highest = OnHost(bucket.state["level"].amax())  # read when the next step begins
 
@@ -203,10 +214,9 @@ class ManifoldMuon(torch.optim.Optimizer):
         new = moved.W
         if (radius := bucket.group["radius"]) != 1:  # what did not move stays bitwise
             new = torch.where(new == stack.W, bucket.stack(bucket.params), new * radius)
-        targets = [new[bucket.rows_of(i)] for i in range(len(bucket.params))]  # (blocks, m, n), tall
-        targets = [
-            (w.mT if is_wide(row_blocks(p, bucket.blocks)) else w).reshape(p.shape)
-            for p, w in zip(bucket.params, targets)
+        targets = [  # each in the orientation of its parameter
+            like(new[bucket.rows_of(i)], row_blocks(p, bucket.blocks)).reshape(p.shape)
+            for i, p in enumerate(bucket.params)
         ]
         torch._foreach_copy_(bucket.params, targets)  # one launch for all
         bucket.state["level"].copy_(moved.level)
@@ -225,26 +235,23 @@ class ManifoldMuon(torch.optim.Optimizer):
             )
         skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
         g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
-        advanced, G = (self.compiled_advance if g.is_cuda else advance)(
-            g, momentum, group["momentum"], group["nesterov"], skip
-        )
-        momentum.copy_(advanced)  # in place: the parameters' state are views of it
-        W, level = bucket.stack(bucket.params), bucket.state["level"]
+        new_momentum = self.compiled_advance if g.is_cuda else advance
+        advanced, G = new_momentum(g, momentum, group["momentum"], group["nesterov"], skip)
+        momentum.copy_(advanced)  # in place: each parameter's state is a view of it
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
             row_squares = bucket.state.get("row_squares")
             refine = Refine(g if group["cautious"] else None, row_squares, group["row_beta"] or 0.0, bucket.wide)
-        eta, decay = group["lr"], group["weight_decay"]
+        W, eta, decay = bucket.stack(bucket.params), group["lr"], group["weight_decay"]
         if (radius := group["radius"]) != 1:  # the step of W / R, whose length is eta / R, at the same decay
             W, eta, decay = W / radius, eta / radius, decay * radius
-        common = (group["manifold"], eta, decay, skip, level, highest)
-        whole = whole_shape(bucket.params[0], group) or None
-        return Stack(W, G, *common, whole, refine)  # type: ignore[arg-type]  # of two numbers
+        level, whole = bucket.state["level"], whole_shape(bucket.params[0], group)
+        return Stack(W, G, group["manifold"], eta, decay, skip, level, highest, whole, refine)
 
     def certificates(self) -> dict[str, dict[str, float]]:
         """How good the last step of this rank's matrices was, by name (optim/certificate.py); empty unless it was `watched`.
 
-        Of a matrix in several blocks the least or the largest of each number, see LEAST; NaN if it is NaN for a block. feas is below 0
+        Of a matrix in several blocks the least or the largest of each number, see RECORDED; NaN if it is NaN for a block. feas is below 0
         for a step that goes uphill. fallbacks: steps so far that were not the ordinary one. Waits for the device, and frees what was kept.
         """
         found: dict[str, dict[str, float]] = {}
@@ -255,8 +262,7 @@ class ManifoldMuon(torch.optim.Optimizer):
                 "fallbacks": bucket.state["fallbacks"]
             }
             bucket.seen = None
-            by_block = {name: values[name].view(-1, bucket.blocks) for name in RECORDED}  # (parameters, blocks) each
-            worst = {name: (v.amin(1) if name in LEAST else v.amax(1)).tolist() for name, v in by_block.items()}
+            worst = {name: of(values[name].view(-1, bucket.blocks), 1).tolist() for name, of in RECORDED.items()}
             names = dict(zip(bucket.group["params"], bucket.group["names"]))
             for i, p in enumerate(bucket.params):
                 found[names[p]] = {name: numbers[i] for name, numbers in worst.items()}
@@ -293,19 +299,19 @@ class ManifoldMuon(torch.optim.Optimizer):
 
         With `owners_keep`: the state of this rank's matrices.
         """
-        shared = self.world > 1 and not self.owners_keep
-        # The state of these is here for this call.
-        borrowed = [p for p, owner in self.owners.items() if shared and owner != self.rank]
+        if self.world == 1 or self.owners_keep:
+            return super().state_dict()
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        for p, owner in self.owners.items() if shared else ():
+        for p, owner in self.owners.items():
             for name, shape in state_shapes(p, groups[p]).items():
                 whole = self.state[p][name].contiguous() if owner == self.rank else torch.empty(shape, device=p.device)
                 dist.broadcast(whole, src=owner)
                 if owner != self.rank:
                     self.state[p][name] = whole
         state = super().state_dict()
-        for p in borrowed:
-            del self.state[p]
+        for p, owner in self.owners.items():
+            if owner != self.rank:  # its state was here for this call
+                del self.state[p]
         return state
 
     @torch.no_grad()

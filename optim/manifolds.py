@@ -18,8 +18,8 @@ they say where a step leads (`Manifold.move`):
 
 Source: Gram-space Manifold Muon (Keigwin, Pai, Chen; tilderesearch.com/vignettes/gram-space) and arXiv 2606.13276.
 
-Everything takes (..., m, n). The public methods take any orientation: a wide matrix is treated as its transpose, here and nowhere else.
-Both step rules know a manifold by this class alone. To add one, write its class and put an object of it into MANIFOLDS.
+Everything takes (..., m, n). `retract`, `residual`, `tangency` and `tangent` take any orientation: a wide matrix is treated as its
+transpose. Both step rules know a manifold by this class alone. To add one, write its class and put an object of it into MANIFOLDS.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Effort:
     conjugate_gradients, relaxation: how exactly a Su step is solved, and how much of it is taken.
     stages, lower: of the matrix sign, see optim.linalg.matrix_sign.
     iterator: of the sign of an unconstrained matrix, in place of `stages` and `lower`.
-    caps, cap_degree, cap_relaxation: rounds that lower singular values above 1, the degree in TᵀT, and how far beyond 1 they aim.
+    caps, cap_degree: rounds that lower singular values above 1, at least one, and their degree in TᵀT.
+    cap_relaxation: a round makes σ + cap_relaxation·(1 - σ) of a singular value σ above 1.
     """
 
     su: int = 0
@@ -142,15 +143,11 @@ class Manifold:
         return self.project(S) - self.target(S)
 
     def retract(self, W: Tensor, polar: Polar = polar) -> Tensor:
-        """A point of the manifold near W (..., m, n), in W's dtype: exact as far as `polar` is, however far W is from the manifold."""
-        return like(self._retract(tall(W), polar), W).to(W.dtype)
-
-    def init(self, W: Tensor, polar: Polar = polar) -> Tensor:
-        """W (..., m, n) brought onto the manifold, to start from; the retraction itself, as published.
+        """A point of the manifold near W (..., m, n), in W's dtype: exact as far as `polar` is, however far W is from the manifold.
 
         Where a zero matrix has no nearest point (all but Stiefel), it stays zero, and the first step leads onto the manifold.
         """
-        return self.retract(W, polar)
+        return like(self._retract(tall(W), polar), W).to(W.dtype)
 
     def residual(self, W: Tensor) -> Tensor:
         """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F; 0 for zero W, which has no such ratio."""
@@ -194,7 +191,7 @@ class Euclidean(Manifold):
         return torch.zeros_like(S)
 
     def normal(self, H: Tensor, d: Tensor) -> Tensor:
-        return H
+        return H  # which is 0
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
         return W
@@ -336,8 +333,8 @@ class SpectralSphere(Euclidean):
 
     The condition ⟨u vᵀ, T⟩ = 0 is hyperball's at the point u vᵀ. The step ends in W/‖W‖₂. Where singular values coincide at 1 there are
     more normal directions than u vᵀ; the scaling then deals with the rest.
-    Sources: the spectral sphere (arXiv 2601.08393), MACRO (arXiv 2605.04418). Ours: the multiplier by least squares, at
-    quality `high` by Su's step too, where the first bisects.
+    Sources: the spectral sphere (arXiv 2601.08393), MACRO (arXiv 2605.04418). Ours: the multiplier by least squares, at quality `high`
+    improved by Su steps; arXiv 2601.08393 finds it by bisection.
     """
 
     name = "spectral_sphere"
@@ -396,6 +393,9 @@ MANIFOLDS: dict[str, Manifold] = {m.name: m for m in _ALL}
 
 @lru_cache
 def residual_of(name: str, radius: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """The distance of W (..., m, n) from the manifold of this name and radius, see `Manifold.residual`; the same function for the same two."""
+    """The function W (..., m, n) → its distance from the manifold of this name and radius, see `Manifold.residual`.
+
+    Cached, so that matrices of one manifold have one function and can be grouped by it.
+    """
     manifold = MANIFOLDS[name]
     return manifold.residual if radius == 1 else lambda W: manifold.residual(W / radius)

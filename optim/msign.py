@@ -43,11 +43,10 @@ def iterate(X: Tensor, coefficients: Sequence[Quintic], margin: float, dtype: to
     """
     wide = X.size(-2) < X.size(-1)
     Y = X.to(dtype)
-    Y = Y / (torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True) * margin + 1e-7)
+    size = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
+    Y = Y / (size * margin + 1e-7)  # as published; zero stays zero
     shape = Y.shape
-    Y = (Y if wide else Y.mT).reshape(
-        -1, *sorted(shape[-2:])
-    )  # (k, n, m) with n <= m: the Gram matrix is the small one
+    Y = (Y if wide else Y.mT).reshape(-1, *sorted(shape[-2:]))  # (k, n, m) with n ≤ m: the Gram matrix is the small one
     for a, b, c in coefficients:
         A = Y @ Y.mT  # (k, n, n)
         # baddbmm adds inside the float32 accumulator: in bfloat16 this halves the error of the composed map.

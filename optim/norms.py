@@ -23,7 +23,7 @@ exact polar factor, where any isometry will do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,16 +32,8 @@ from .linalg import ratio
 from .manifolds import Polar, polar
 
 
-@dataclass(frozen=True)
 class Norm:
-    """A norm on the last `dims` dimensions. A subclass gives the three functions."""
-
-    dims: int = 2
-
-    @property
-    def over(self) -> tuple[int, ...]:
-        """The dimensions of one element of the space."""
-        return tuple(range(-self.dims, 0))
+    """A norm of matrices or vectors. A subclass gives the three functions."""
 
     def size(self, d: Tensor) -> Tensor:
         """‖d‖ (...,)."""
@@ -56,27 +48,34 @@ class Norm:
         raise NotImplementedError
 
 
-class Entries2(Norm):
+@dataclass(frozen=True)
+class Entries(Norm):
+    """A norm of entries, of a matrix or, with dim = (-1,), of a vector."""
+
+    dim: tuple[int, ...] = (-2, -1)
+
+
+class Entries2(Entries):
     """‖d‖₂ of all entries: the length of a vector, the Frobenius norm of a matrix. It is its own dual."""
 
     def size(self, d: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(d, dim=self.over)
+        return torch.linalg.vector_norm(d, dim=self.dim)
 
     def dual(self, g: Tensor) -> Tensor:
         return self.size(g)
 
     def steepest(self, g: Tensor) -> Tensor:
-        return ratio(g, torch.linalg.vector_norm(g, dim=self.over, keepdim=True))
+        return ratio(g, torch.linalg.vector_norm(g, dim=self.dim, keepdim=True))
 
 
-class EntriesInf(Norm):
+class EntriesInf(Entries):
     """The largest entry; of a matrix it is the operator norm ℓ1 → ℓ∞. The dual is the sum of all entries' sizes."""
 
     def size(self, d: Tensor) -> Tensor:
-        return d.abs().amax(self.over)
+        return d.abs().amax(self.dim)
 
     def dual(self, g: Tensor) -> Tensor:
-        return g.abs().sum(self.over)
+        return g.abs().sum(self.dim)
 
     def steepest(self, g: Tensor) -> Tensor:
         return g.sign()
@@ -111,7 +110,7 @@ class Schatten(Norm):
     the largest count as 0: their small power q - 1 would be near 1.
     """
 
-    p: float = field(default=2.0, kw_only=True)
+    p: float
 
     def __post_init__(self) -> None:
         if not 1 < self.p < float("inf"):
@@ -148,7 +147,7 @@ class Spectral(Norm):
     sign: (..., m, n) → the polar factor; exact by default, an iteration where steps are many.
     """
 
-    sign: Polar = field(default=polar, kw_only=True)
+    sign: Polar = polar
 
     def size(self, d: Tensor) -> Tensor:
         return torch.linalg.matrix_norm(d, 2)
@@ -164,8 +163,8 @@ class Spectral(Norm):
 class Scaled(Norm):
     """factor·‖d‖ for a norm of the same space."""
 
-    norm: Norm = field(kw_only=True)
-    factor: float = field(kw_only=True)
+    norm: Norm
+    factor: float
 
     def size(self, d: Tensor) -> Tensor:
         return self.factor * self.norm.size(d)
@@ -206,7 +205,7 @@ def operator_norm(input: str, output: str, fan_out: int, fan_in: int, sign: Pola
         raise ValueError(f"there is no norm {input} → {output}; choose one of {known}")
     factor = (fan_in**0.5 if input == "rms" else 1.0) / (fan_out**0.5 if output == "rms" else 1.0)
     kind = _OPERATORS["l2" if input == "rms" else input]["l2" if output == "rms" else output]
-    return Scaled(norm=Spectral(sign=sign) if kind is Spectral else kind(), factor=factor)
+    return Scaled(Spectral(sign) if kind is Spectral else kind(), factor)
 
 
 def vector_norm(input: str, output: str, length: int) -> Norm:
@@ -216,7 +215,7 @@ def vector_norm(input: str, output: str, length: int) -> Norm:
         ValueError: a pair of which the gain's norm depends on more than its largest entry.
     """
     if input == "one" and output in ("l2", "rms"):
-        return Scaled(dims=1, norm=Entries2(dims=1), factor=1.0 if output == "l2" else length**-0.5)
+        return Scaled(Entries2((-1,)), 1.0 if output == "l2" else length**-0.5)
     if input == output or (input, output) == ("one", "max"):
-        return EntriesInf(dims=1)
+        return EntriesInf((-1,))
     raise ValueError(f"there is no norm {input} → {output} of a vector; choose one → l2, one → rms, or two equal ones")

@@ -54,12 +54,11 @@ def members_of_buckets(
     """For each rank its buckets: (group, parameters of it that the rank owns and that have one tall shape)."""
     buckets: list[list[tuple[dict[str, Any], list[Tensor]]]] = [[] for _ in range(world)]
     for group in groups:
-        alike = dict[tuple[Any, ...], list[Tensor]]()
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}
         for p in group["params"]:
             cut = row_blocks(p, group["blocks"])
-            # Rows of a parameter matter where their mean squares are kept: then each orientation has a bucket of its own; and the whole
-            # parameter's shape where its blocks share a length.
-            apart = (is_wide(cut) and group["row_beta"] is not None, *whole_shape(p, group))
+            # Where mean squares of rows are kept, each orientation has a bucket of its own; where blocks share a length, each whole shape.
+            apart = (is_wide(cut) and group["row_beta"] is not None, whole_shape(p, group))
             key = (owners[p], *tall(cut).shape[-2:], apart)
             if key not in alike:
                 alike[key] = []

@@ -128,11 +128,12 @@ class PublishedStep:
         self, W: Tensor, G: Tensor, manifold: Manifold, eta: Tensor, weight_decay: float
     ) -> tuple[Tensor, Tensor]:
         """The new weight, and A, of tall W, G (k, m, n) float32 at the 0-d learning rate eta."""
+        shrink = 1 - eta * weight_decay
+        point, momentum, gram_space = manifold.problem(W, G)
+        if gram_space.constrained:
+            A = dual_ascent(point, momentum, gram_space, self.dual_steps, self.alpha, self.polar)
+        else:
+            A = self.polar(momentum).float()
         if not manifold.constrained:
-            at, along, gram = manifold.problem(W, G)
-            steps = self.dual_steps if gram.constrained else 0
-            A = dual_ascent(at, along, gram, steps, self.alpha, self.polar) if steps else self.polar(along).float()
-            return manifold.move(W, G, eta * A, eta, 1 - eta * weight_decay), A
-        A = dual_ascent(W, G, manifold, self.dual_steps, self.alpha, self.polar)
-        kept = W * (1 - eta * weight_decay) if self.decay_manifolds else W
-        return self.retract(kept - eta * A, manifold), A
+            return manifold.move(W, G, eta * A, eta, shrink), A
+        return self.retract((W * shrink if self.decay_manifolds else W) - eta * A, manifold), A

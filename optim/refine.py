@@ -14,7 +14,7 @@ from torch import Tensor
 from .linalg import frobenius, over
 from .manifolds import Manifold
 
-FLOOR = 1e-8  # below the root mean square of a row: a row that never moved stays still
+FLOOR = 1e-8  # added to the root mean square of a row, so that a row that never moved stays still
 
 
 class Refine(NamedTuple):

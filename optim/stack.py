@@ -19,8 +19,8 @@ class Stack(NamedTuple):
     W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
     eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
     skip: 0-d bool on W's device; where true, nothing moves.
-    level: (k,) float32, what the last step of each matrix asked for, 0, 1 or 2; highest: the largest, on the host.
-    whole: the tall shape of the parameter of which these are blocks, if its step is to be as long as without the cut.
+    level: (k,) float32, what the last step of each matrix asked for, 0, 1 or 2, see CertifiedStep; highest: the largest, on the host.
+    whole: the tall shape of the parameter of which these are blocks, if its step is to be as long as without the cut; see `whole_shape`.
     refine: what is done to the directions before they are taken.
     """
 
@@ -135,6 +135,7 @@ def state_shapes(p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def whole_shape(p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-    """The tall shape of a parameter whose blocks share the length of a step, else ()."""
-    return tuple(tall(p).shape) if group["block_length"] == "whole" and group["blocks"] > 1 else ()
+def whole_shape(p: Tensor, group: dict[str, Any]) -> tuple[int, int] | None:
+    """The tall shape of a parameter whose blocks share the length of a step, else None."""
+    m, n = tall(p).shape
+    return (m, n) if group["block_length"] == "whole" and group["blocks"] > 1 else None

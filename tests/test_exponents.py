@@ -11,7 +11,6 @@ from torch import nn
 
 from model.exponents import (
     closed_form,
-    embedded,
     gelu_moments,
     measured_exponents,
     misalignment,
@@ -134,7 +133,7 @@ def test_initial_scales_scale_what_they_name():
 
 def test_full_strength_is_the_model_itself():
     model = random_gpt(0)
-    x = embedded(model, torch.randint(64, (2, TOKENS)))
+    x = model.embed(torch.randint(64, (2, TOKENS)))
     by_hand = x
     for block in model.transformer.h:
         by_hand = block(by_hand)

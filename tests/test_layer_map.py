@@ -93,8 +93,13 @@ def test_without_an_mlp_uniform_attention_divides_and_without_branches_nothing_h
 
 
 def test_near_collapse_the_map_is_its_closed_form():
+    """To first order in 1 - p/q, λ_a is log of a²q/(a²q + α_A²) · (m²q' + k₁)/(m²q' + k₀), k₀ = α_M²σ_2² E[φ²], k₁ its slope."""
+    q = 1.3**2
     for m in (LayerMap(64, 2.0, 0.3, 3.0, 0.8, 0.7), LayerMap(64, 1.0, 0.8, 0.5, 0.5)):
-        assert exponents_of([m], 1.3, 1 - 1e-6).angle == pytest.approx(m.angle_near_collapse(1.3**2), abs=1e-4)
+        after = m.skip * q + m.attention**2
+        k0, k1 = m.mlp**2 * tanh_moments(m.sigma_w, 0.0)[0], m.mlp**2 * tanh_slope(m.sigma_w, 0.0)
+        closed = math.log(m.skip * q / after * (m.skip * after + k1) / (m.skip * after + k0))
+        assert exponents_of([m], 1.3, 1 - 1e-6).angle == pytest.approx(closed, abs=1e-4)
 
 
 def test_a_gpt_with_small_branches_is_nearly_the_papers_model():

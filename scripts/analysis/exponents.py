@@ -13,7 +13,7 @@ import torch
 
 from data.loader import validation_windows
 from model import layer_map
-from model.exponents import SKIPS, Exponents, closed_form, embedded, measured_exponents, near_collapse
+from model.exponents import SKIPS, Exponents, closed_form, measured_exponents, near_collapse
 from model.gpt import GPT
 from scripts.analysis.statistics import Estimate, holm, rank_correlation, rank_correlation_p, rank_regression
 from scripts.analysis.study import Study
@@ -128,7 +128,7 @@ def estimates(overrides: Sequence[str], models: int, correlation: float) -> dict
     windows = validation_windows(open_data(cfg).val, cfg.model.block_size, BATCH)[:, :-1]
     for seed in range(models):
         model, generator = initial(cfg, FIRST_SEED + seed), torch.Generator().manual_seed(seed)
-        read = embedded(model, torch.from_numpy(windows.astype("int64")))
+        read = model.embed(torch.from_numpy(windows.astype("int64")))
         text = {"text": measured_exponents(model, read, generator)}
         for name, exponents in {**near_collapse_exponents(model, seed, correlation), **text}.items():
             found.setdefault(f"angle_{name}", []).append(exponents.angle)
