@@ -41,7 +41,7 @@ def prepare(cfg: Source, progress: bool = True) -> Path:
         DataError: the directory holds something else, the source or the tokenizer cannot be read, or the directory cannot be written.
     """
     require_name(cfg.name)
-    directory = Path(cfg.dir).expanduser()
+    directory = Path(cfg.dir)
     if _holds(directory, cfg):
         with contextlib.suppress(OSError):  # a killed process may have left it
             (directory / PROGRESS).unlink(missing_ok=True)

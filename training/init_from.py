@@ -95,7 +95,7 @@ def located(source: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.exists():
         return path
     here = "/" in source and path.parent.is_dir()  # a misspelt path, such as outputs/frist
