@@ -14,6 +14,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from training.config import CONFIGS, refused, resolved
 from training.help import help_text
@@ -47,15 +48,14 @@ def run_command(about: str) -> int:
         return _refuse(wrong)
     # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
-    if sweep and (keys := swept_keys(words)):
-        sys.argv.append(f"hydra.sweep.subdir='${{directory_name:${{hydra.job.override_dirname}},{' '.join(keys)}}}'")
+    sys.argv += naming(swept_keys(words)) if sweep else []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; otherwise it prints the first one
     composed = False
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def run(config: Any) -> float:
         nonlocal composed
-        composed = True
+        composed, sys.argv[1:] = True, words  # the run notes what was typed, without the words of `naming`
         return _job(config, len(jobs) if jobs is not None else None)
 
     try:
@@ -67,6 +67,18 @@ def run_command(about: str) -> int:
         print(f"not every job of the sweep ended; the first that failed: {first}", file=sys.stderr)
         return 1
     return 0
+
+
+def naming(swept: Sequence[str]) -> list[str]:
+    """Words for Hydra: the directories of a sweep are named by the keys that differ between its jobs, whichever these are."""
+    if not swept:
+        return []
+    name = "hydra.job.config.override_dirname.exclude_keys"
+    left_out = OmegaConf.select(OmegaConf.load(CONFIGS / "config.yaml"), name)
+    return [
+        f"{name}=[{','.join(key for key in left_out if key not in swept)}]",
+        f"hydra.sweep.subdir='${{directory_name:${{hydra.job.override_dirname}},{' '.join(swept)}}}'",
+    ]
 
 
 def _refuse(why: object) -> int:
@@ -82,7 +94,7 @@ def _job(config: Any, jobs: int | None) -> float:
     """Run a composed configuration: the run of the command, or one job of its sweep, which has `jobs` of them."""
     from train import train
     from training.checks import USER_ERRORS, check, read
-    from training.launch import USER_ERROR, RankFailed, launch, tell_user
+    from training.launch import RankFailed, launch, tell_user
     from training.sweep import hydra_job
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -93,8 +105,7 @@ def _job(config: Any, jobs: int | None) -> float:
             check(cfg)
         return report(launch(train, cfg, None, USER_ERRORS))
     except (*USER_ERRORS, RankFailed) as error:
-        tell_user(error)
-        raise SystemExit(getattr(error, "exit_code", USER_ERROR)) from None
+        raise SystemExit(tell_user(error)) from None
 
 
 def report(best: float) -> float:
