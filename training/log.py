@@ -140,36 +140,6 @@ class NoLog:
         """Nothing."""
 
 
-class Found(Protocol):
-    """Records that are found while training goes on, such as model.spectra.Spectra."""
-
-    @property
-    def done(self) -> bool:
-        """Whether `records` has nothing to wait for."""
-
-    def records(self) -> list[tuple[str, dict[str, Any]]]:
-        """(name, fields) of each record."""
-
-
-class Later:
-    """Writes the records of one kind as soon as they are found, under the step to which they belong."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._pending: tuple[int, Found] | None = None
-
-    def expect(self, step: int, found: Found) -> None:
-        """Records that will be found; earlier ones must have been written."""
-        self._pending = step, found
-
-    def write(self, log: RunLog | NoLog, wait: bool = True) -> None:
-        """Write what is expected; without `wait`, only if it is found."""
-        if self._pending is not None and (wait or self._pending[1].done):
-            (step, found), self._pending = self._pending, None
-            for name, fields in found.records():
-                log.write(self.kind, step, name=name, **fields)
-
-
 def read_records(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a run, of one kind or of all; ``path`` is a metrics.jsonl or its directory.
 
