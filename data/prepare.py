@@ -29,8 +29,10 @@ from data.writer import PROGRESS, Progress, sync_directory
 log = logging.getLogger(__name__)
 
 
-def prepare(cfg: Source, progress: bool = True) -> Path:
+def prepare(cfg: Source, progress: bool = True, workers: int | None = None) -> Path:
     """Prepare the dataset that these settings describe; returns its directory.
+
+    progress: whether it is shown. workers: processes that encode, 0 for this one; None: see `workers_for`.
 
     Does nothing if the directory already holds this dataset. Everything is written into a temporary directory beside it, which is
     renamed at the end. After an error, Ctrl-C, a full disk or a kill, the same call continues: no document is repeated or lost, and the shards
@@ -57,7 +59,7 @@ def prepare(cfg: Source, progress: bool = True) -> Path:
             if not _holds(directory, cfg):  # another process may have prepared it meanwhile
                 with Progress(temporary, cfg) as work:
                     _require_space(directory, cfg, _estimated_bytes(work), work.tokens * TOKEN.itemsize)
-                    manifest = _write(work, progress)
+                    manifest = _write(work, progress, workers)
                 write_manifest(temporary, manifest)
                 sync_directory(temporary)
                 temporary.rename(directory)
@@ -93,13 +95,15 @@ def _holds(directory: Path, cfg: Source) -> bool:
     return True
 
 
-def _write(work: Progress, shown: bool) -> Manifest:
+def _write(work: Progress, shown: bool, workers: int | None) -> Manifest:
     """Write the shards of both splits, after those that are there already; returns their manifest."""
     cfg, tokenizer = work.cfg, get_tokenizer(work.cfg.tokenizer)
-    size = sum(file.size for file in work.files) - work.read if work.files else None
+    if workers is None:
+        left = sum(file.size for file in work.files) - work.read if work.files else None
+        workers = workers_for(cfg.tokenizer, left)
     chunks = cfg.chunks(work.files, work.position)
     with (
-        contextlib.closing(encoded(cfg.tokenizer, chunks, workers_for(cfg.tokenizer, size))) as found,
+        contextlib.closing(encoded(cfg.tokenizer, chunks, workers)) as found,
         _shown(work, shown) as show,
     ):
         while not work.full and (part := next(found, None)) is not None:
