@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from training.config import CONFIGS, refused, resolved
+from training.config import CONFIGS, error_of_words, resolved
 from training.help import help_text
 from training.overrides import REFUSALS, jobs_of, parsed, problems_of_words, swept_keys
 from training.validate import ConfigError
@@ -62,7 +62,7 @@ def run_command(about: str) -> int:
         run()
     except REFUSALS as error:
         if not composed:
-            return _refuse(refused([word for word in words if not word.startswith("-")], error, sweep))
+            return _refuse(error_of_words([word for word in words if not word.startswith("-")], error, sweep))
         first = str(error).partition("\n")[0]
         print(f"not every job of the sweep ended; the first that failed: {first}", file=sys.stderr)
         return 1
@@ -147,7 +147,7 @@ def wrong_jobs(words: Sequence[str], jobs: Sequence[tuple[str, list[str]]]) -> E
     plain = [word for word in words if not word.startswith(("-", "hydra"))]
     try:
         if problems := problems_of_words(plain, sweep=True)[0]:  # they concern all jobs
-            raise refused(plain, ConfigError(problems), sweep=True)
+            raise error_of_words(plain, ConfigError(problems), sweep=True)
         check_jobs(jobs, here=not any(word.startswith("hydra/launcher=") for word in words))
     except USER_ERRORS as error:
         return error

@@ -136,7 +136,7 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
 
 def _changes(saved: Mapping[str, Any], cfg: Settings) -> list[str]:
     """A line for every setting that changes numbers and has another value than in the saved configuration."""
-    return check_same(completed(saved), cfg.plain(), ignore=HARMLESS)
+    return differences(completed(saved), cfg.plain(), ignore=HARMLESS)
 
 
 def check_parts(loaded: Loaded) -> None:
@@ -188,7 +188,7 @@ def agreed_checkpoint(ranks: Ranks, cfg: Settings, directory: Path, data: str) -
 # ---- comparing configurations ----
 
 
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
     """List each key whose value differs between two nested configurations, as `"schedule.lr: 0.1 → 0.2"`.
 
     `ignore` names dotted keys; a name covers everything below it (`"logger"` covers `logger.mode`). A key that one of them does not

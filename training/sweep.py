@@ -27,7 +27,7 @@ from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
-from training.resume import HARMLESS, check_same
+from training.resume import HARMLESS, differences
 from training.run import end_of
 from training.settings import Settings, completed
 from training.signals import Stopped
@@ -166,7 +166,7 @@ def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name"
 def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two configurations that make them different runs, as "key: before → after"."""
     # A run may be continued with another max_steps, but a run that ended has another result.
-    return check_same(completed(saved), now, ignore=[key for key in HARMLESS if key != "max_steps"])
+    return differences(completed(saved), now, ignore=[key for key in HARMLESS if key != "max_steps"])
 
 
 def note_failure(directory: Path, error: BaseException, cfg: Settings | None = None) -> None:
