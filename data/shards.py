@@ -207,7 +207,6 @@ class Prepared(Dataset):
 
     train: Split
     val: Split
-    directory: Path
     manifest: Manifest
 
 
@@ -316,7 +315,7 @@ def open_dataset(directory: str | Path, verify: bool = True, settings: Source | 
     train, val = (Split(directory, manifest.splits[split].shards) for split in ("train", "val"))
     separator = eot_of(manifest.tokenizer)
     about = (manifest.fingerprint, manifest.vocab_size, manifest.tokenizer, separator, False)
-    return Prepared(*about, train, val, directory, manifest)
+    return Prepared(*about, train, val, manifest)
 
 
 def eot_of(tokenizer: str) -> int | None:
