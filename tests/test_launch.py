@@ -293,7 +293,7 @@ def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fa
 def test_jobs_that_differ_in_where_they_run_have_directories_of_their_own(tiny, tmp_path, train_here):
     """Settings that are left out of the names of directories otherwise."""
     few = ["max_steps=1", "log.interval_spectra=null", "probe.interval=null", "log.interval_certificate=null"]
-    done = train_here("-m", *tiny[:-1], "assignment=adamw", *few, "launcher.timeout_s=60,61", "sweep.name=mine")
+    done = train_here(*tiny[:-1], "assignment=adamw", *few, "launcher.timeout_s=60,61", "sweep.name=mine", "-m")
     assert done.returncode == 0 and "is finished" not in done.stdout
     found = tmp_path.glob("outputs/mine/timeout_s=*/config.yaml")
     assert {yaml.safe_load(path.read_text())["launcher"]["timeout_s"] for path in found} == {60, 61}

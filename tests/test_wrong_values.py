@@ -327,6 +327,7 @@ LINES = [
     ([f"output_dir={'x' * 300}"], "each name of it up to 255"),
     (["~log"], "log is missing"),
     (["global_batch_tokens=2000", "launcher.nproc=3"], "use global_batch_tokens=1920 or 2304"),
+    (["max_stepz=3", "--cfg", "job"], "has 1 problem;"),
 ]
 
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -40,15 +41,17 @@ def run_command(about: str) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
         print(help_text(about, words))
         return 0
-    sweep = bool(SWEEP_FLAGS & set(words))
-    jobs = jobs_of(words) if sweep else None
+    given = get_args_parser().parse_args(words)
+    jobs = jobs_of(given.overrides) if given.multirun else None
     if (why := refusal(words)) is not None:
         return _refuse(why)
-    if jobs is not None and "--cfg" not in words and (wrong := wrong_jobs(words, jobs)) is not None:
+    if jobs is not None and given.cfg is None and (wrong := wrong_jobs(given.overrides, jobs)) is not None:
         return _refuse(wrong)
     # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
-    sys.argv += naming(swept_keys(words)) if sweep else []
+    if given.multirun and (swept := swept_keys(given.overrides)):
+        first = sys.argv.index(given.overrides[0])
+        sys.argv[first:first] = naming(swept)  # the parser of Hydra refuses overrides behind options
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; otherwise it prints the first one
     composed = False
 
@@ -62,7 +65,7 @@ def run_command(about: str) -> int:
         run()
     except REFUSALS as error:
         if not composed:
-            return _refuse(error_of_words([word for word in words if not word.startswith("-")], error, sweep))
+            return _refuse(error_of_words(given.overrides, error, given.multirun))
         first = str(error).partition("\n")[0]
         print(f"not every job of the sweep ended; the first that failed: {first}", file=sys.stderr)
         return 1
@@ -71,8 +74,6 @@ def run_command(about: str) -> int:
 
 def naming(swept: Sequence[str]) -> list[str]:
     """Words for Hydra: the directories of a sweep are named by the keys that differ between its jobs, whichever these are."""
-    if not swept:
-        return []
     name = "hydra.job.config.override_dirname.exclude_keys"
     left_out = OmegaConf.select(OmegaConf.load(CONFIGS / "config.yaml"), name)
     return [
@@ -144,7 +145,7 @@ def wrong_jobs(words: Sequence[str], jobs: Sequence[tuple[str, list[str]]]) -> E
     from training.checks import USER_ERRORS
     from training.sweep import check_jobs
 
-    plain = [word for word in words if not word.startswith(("-", "hydra"))]
+    plain = [word for word in words if not word.startswith("hydra")]
     try:
         if problems := problems_of_words(plain, sweep=True)[0]:  # they concern all jobs
             raise error_of_words(plain, ConfigError(problems), sweep=True)
