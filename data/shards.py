@@ -383,13 +383,16 @@ def _write_verified(directory: Path, states: Mapping[str, list]) -> None:
 
 
 def hash_file(path: Path, skip: int = 0) -> tuple[str, int]:
-    """SHA-256 and largest token (-1: none) of a shard, without its first `skip` bytes."""
+    """SHA-256 and largest token (-1: none) of a shard, without its first `skip` bytes; DataError if it cannot be read."""
     sha, largest = hashlib.sha256(), -1
-    with open(path, "rb") as file:
-        file.seek(skip)
-        while block := file.read(1 << 22):
-            sha.update(block)
-            largest = max(largest, int(np.frombuffer(block, TOKEN).max()))
+    try:
+        with open(path, "rb") as file:
+            file.seek(skip)
+            while block := file.read(1 << 22):
+                sha.update(block)
+                largest = max(largest, int(np.frombuffer(block, TOKEN).max()))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); make it readable") from error
     return sha.hexdigest(), largest
 
 

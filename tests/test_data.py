@@ -204,6 +204,11 @@ def test_what_training_does_not_need_is_asked_for_when_the_data_is_missing(tmp_p
         prepare(replace(cfg, dir=str(tmp_path / "out")), progress=False)
 
 
+def test_a_shard_that_cannot_be_read_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\); make it readable"):
+        shards.hash_file(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", None, 3])
 def test_a_name_stays_in_its_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
