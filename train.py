@@ -72,10 +72,11 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "") -> floa
     try:
         with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as folder:
             run = Run(ranks, cfg, folder, label)
-            if not (run.finished and ranks.from_main(end_of, folder)):
-                if stop.requested(ranks):
-                    stop.end(ranks, run.step)
-                run.train(stop)
+            if run.finished and ranks.from_main(end_of, folder):
+                return run.stability.best  # it had ended before
+            if stop.requested(ranks):
+                stop.end(ranks, run.step)
+            run.train(stop)
             return run.stability.best
     finally:
         ranks.close()

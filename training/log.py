@@ -6,18 +6,19 @@ written. Floats have full precision. JSON has no NaN and no infinity: they are w
 
 Fields that the sinks use, all optional:
 
-=========  ================================================================================================
-kind       fields
-=========  ================================================================================================
-train      ``loss``, ``lr``, ``tokens_per_s``, ``time``: phase → seconds since the last such record
-eval       ``loss``, ``average_loss``: of the average of the weights, if there is one
-full_eval  ``loss``, ``tokens``: of the whole validation split, once, at the end
-spectra    ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
-update     ``name`` of a parameter, and what ``training.coordinate`` measured of the last step; one record a parameter
-probe      the record of ``model.probes.probe``
-scales     ``name`` of a learned scale, and its ``model.scale.scale_statistics``; one record a scale, with every probe
-event      ``event``: its type, such as "unstable" or "warning"; ``message``: one sentence
-=========  ================================================================================================
+===========  ================================================================================================
+kind         fields
+===========  ================================================================================================
+train        ``loss``, ``lr``, ``tokens_per_s``, ``time``: phase → seconds since the last such record
+eval         ``loss``, ``average_loss``: of the average of the weights, if there is one
+full_eval    ``loss``, ``tokens``: of the whole validation split, once, at the end
+spectra      ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
+certificate  ``name`` of a matrix, and how close its last step was to the best one; one record a matrix
+update       ``name`` of a parameter, and what ``training.coordinate`` measured of the last step; one record a parameter
+probe        the record of ``model.probes.probe``
+scales       ``name`` of a learned scale, and its ``model.scale.scale_statistics``; one record a scale, with every probe
+event        ``event``: its type, such as "unstable" or "warning"; ``message``: one sentence
+===========  ================================================================================================
 """
 
 from __future__ import annotations

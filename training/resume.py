@@ -122,10 +122,10 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             "resume=auto to continue the run there"
         )
     changed = [] if cfg.allow_changes else _changes(loaded.state["config"], cfg)
-    if loaded.state["data"] != data:
+    same_data = loaded.state["data"] == data
+    if not same_data:
         changed.append(f"data: the shards in {cfg.data.dir} are not the data of the run")
     if changed:
-        same_data = loaded.state["data"] == data
         go_on = ", or add allow_changes=true to go on under the new settings" if same_data else ""
         raise CheckpointError(
             f"{loaded.path} belongs to another run, so it is not resumed; go back to its settings, or start a new run with "

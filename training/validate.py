@@ -58,8 +58,9 @@ def problems_of_capture(cfg: Settings) -> list[str]:
 
 
 def problems_of_compiler(cfg: Settings) -> list[str]:
-    """Why the compiler refuses the step of ManifoldMuon: torch 2.9.0 alone cannot compile `bmm` with `out_dtype`
-    (github.com/pytorch/pytorch/issues/165892).
+    """Why the compiler refuses the step of ManifoldMuon.
+
+    torch 2.9.0 alone cannot compile `bmm` with `out_dtype` (github.com/pytorch/pytorch/issues/165892).
     """
     import torch
 
