@@ -317,6 +317,8 @@ def test_a_job_whose_directory_holds_another_run_is_refused(tiny, tmp_path):
     assert planned == going_on and best == records(run)[-1]["best_val_loss"]
     with pytest.raises(ConfigError, match=r"grad_clip: 1.0 → 2.0.*choose a sweep.name"):
         plan_job(replace(cfg, grad_clip=2.0), run)
+    with pytest.raises(ConfigError, match=r"init_from: None → other"):
+        plan_job(replace(cfg, init_from="other"), run)
     with pytest.raises(ConfigError, match=r"sweep.resume=true"):
         plan_job(replace(cfg, sweep=replace(cfg.sweep, resume=False)), run)
 

@@ -165,8 +165,9 @@ def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name"
 
 def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two configurations that make them different runs, as "key: before → after"."""
-    # A run may be continued with another max_steps, but a run that ended has another result.
-    return differences(completed(saved), now, ignore=[key for key in HARMLESS if key != "max_steps"])
+    # A run may be continued with another value of these, but a whole run has another result with it.
+    decisive = ("max_steps", "init_from")
+    return differences(completed(saved), now, ignore=[key for key in HARMLESS if key not in decisive])
 
 
 def note_failure(directory: Path, error: BaseException, cfg: Settings | None = None) -> None:
