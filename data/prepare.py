@@ -12,7 +12,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def _holds(directory: Path, cfg: Source) -> bool:
     """Whether the directory holds the data of these settings; DataError if it holds anything else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    manifest = open_dataset(directory, verify=False, settings=replace(cfg, dir=str(directory))).manifest
+    manifest = open_dataset(directory, verify=False, settings=cfg).manifest
     settings = cfg.content
     remedy = f"move {directory} elsewhere to prepare it again, or set data.dir to another folder"
     keys = sorted(settings.keys() | manifest.settings.keys())

@@ -1,4 +1,7 @@
-"""Compose a configuration without the command line: for scripts and tests."""
+"""From overrides to a configuration, and to the name of the directory of a job.
+
+What imports torch is imported only where something is composed, since help does without it.
+"""
 
 from __future__ import annotations
 
