@@ -34,7 +34,6 @@ from torch import Tensor
 from data.loader import Prefetcher
 from training.attention import Backend, choose
 from training.average import average_of
-from training.batch import micro_batch_size
 from training.build import build
 from training.checks import check
 from training.data import batches_of, open_data, separator_of
@@ -51,10 +50,9 @@ from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
 from training.stability import Stability
-from training.start import open_log, print_start
-from training.step import FiniteGuard, accumulate, clip
+from training.start import open_log, print_start, shortened
+from training.step import FiniteGuard, accumulate, clip, micro_batch_size
 from training.trace import Trace
-from training.validate import cut_windows, shortened
 
 
 def train(cfg: Settings, directory: Path | None = None, label: str = "") -> float:
@@ -74,10 +72,11 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "") -> floa
     try:
         with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as folder:
             run = Run(ranks, cfg, folder, label)
-            if not (run.finished and ranks.from_main(end_of, folder)):
-                if stop.requested(ranks):
-                    stop.end(ranks, run.step)
-                run.train(stop)
+            if run.finished and ranks.from_main(end_of, folder):
+                return run.stability.best  # it had ended before
+            if stop.requested(ranks):
+                stop.end(ranks, run.step)
+            run.train(stop)
             return run.stability.best
     finally:
         ranks.close()
@@ -129,8 +128,8 @@ class Run:
         # The loss of the current weights; None if it was not computed.
         self.val_loss: float | None = resumed.metric if resumed is not None else None
         if ranks.is_main:
-            cut = cut_windows(cfg, len(self.observer.held_out), len(self.observer.probe_windows))
-            remarks = [*shortened(cfg, ranks.world), *cut, *resumption(resumed, cfg, notes)]
+            cut = shortened(cfg, ranks.world, len(self.observer.held_out), len(self.observer.probe_windows))
+            remarks = [*cut, *resumption(resumed, cfg, notes)]
             print_start(cfg, ranks, directory, self.model, self.optimizers, self.attention, remarks)
 
     @property
@@ -254,7 +253,7 @@ class Run:
     @as_phase("checkpoint")
     def save(self, log: RunLog | NoLog) -> None:
         """Save a checkpoint. A run resumed from it has exactly the records that are written so far."""
-        self.observer.spectra.write(log)
+        self.observer.finish_spectra(log)
         log.sync()
         state = state_of(
             cfg=self.cfg,
@@ -281,12 +280,13 @@ class Run:
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float) -> None:
         """Write one training record, for which the host waits for the device; other training steps do not wait."""
-        skipped, now = self.guard.count, time.perf_counter()
-        rate, self.seconds, self.clock = self.tokens / (now - self.clock), self.seconds + now - self.clock, now
-        self.tokens, rates = 0, self.optimizers.rates(multiplier)
-        numbers = {"loss": loss, "grad_norm": norm, "lr": rates, "skipped_updates": skipped, "time": self.phase.read()}
-        log.write("train", self.step, **numbers, **speed(rate, self.model, self.device, self.ranks))
-        self.observer.spectra.write(log, wait=False)
+        skipped = self.guard.count
+        now = time.perf_counter()
+        rate = speed(self.tokens / (now - self.clock), self.model, self.device, self.ranks)
+        self.seconds, self.clock, self.tokens = self.seconds + now - self.clock, now, 0
+        numbers = {"loss": loss, "grad_norm": norm, "lr": self.optimizers.rates(multiplier), "skipped_updates": skipped}
+        log.write("train", self.step, **numbers, time=self.phase.read(), **rate)
+        self.observer.finish_spectra(log, wait=False)
         self.stability.skipped(skipped)
         if skipped and self.stability.unstable_step is None and self.stability.nonfinite(*self.guard.first(self.ranks)):
             self.note_unstable(log)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import parallel, prepare
 from data.files import Rows
 from data.loader import ORDERS, Loader
+from data.prepare import prepare
 from data.shards import open_dataset
 from data.sources import TextFiles
 
@@ -102,14 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for workers in (0, *(n for n in (1, 2, 4, 8, 16) if n <= cores)):
             cfg = settings(files, f"{folder}/{workers}")
-            parallel.MOST_WORKERS, chosen = workers, prepare.workers_for
-            prepare.workers_for = lambda tokenizer, size, workers=workers: workers  # type: ignore[misc]
             start, cpu = time.perf_counter(), os.times()
             with peak_memory() as most:
-                prepare.prepare(cfg, progress=False)
+                prepare(cfg, progress=False, workers=workers)
             seconds, after = time.perf_counter() - start, os.times()
             used = sum(after[:4]) - sum(cpu[:4])
-            prepare.workers_for = chosen
             dataset = open_dataset(cfg.dir, verify=False)
             tokens = dataset.train.tokens + dataset.val.tokens
             print(

@@ -39,7 +39,7 @@ class Bin(Data):
     vocab_size: Annotated[int, ("low", 1), ("high", 1 << 16)]
 
     def open(self) -> Dataset:
-        folder = Path(self.dir).expanduser()
+        folder = Path(self.dir)
         train, val = (open_split(folder, names, self.vocab_size) for names in (self.train, self.val))
         if bool(train.header) != bool(val.header):
             raise DataError(

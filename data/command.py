@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
+_EXAMPLES = {"files": "your/folder/*.txt", "repository": "owner/name"}
+"""What the command shows for settings that a preparation needs and training does not."""
+
 
 def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
     """The `python -m data.prepare` that leads to these settings.
@@ -26,9 +29,8 @@ def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
     changed = {} if cfg.name == group else {"name": cfg.name}
     wanted = {"dir": cfg.dir, **cfg.content}
     changed |= {key: value for key, value in wanted.items() if key != "name" and defaults.get(key, ...) != value}
+    changed |= {key: example for key, example in _EXAMPLES.items() if key in wanted and not wanted[key]}
     words = [f"data={group}", *(f"data.{key}={_word(value)}" for key, value in changed.items())]
-    if cfg.source == "text" and not wanted["files"]:
-        words = [w for w in words if not w.startswith("data.files=")] + ["data.files=your/folder/*.txt"]
     return shlex.join(["python", "-m", "data.prepare", *words])
 
 

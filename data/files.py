@@ -157,9 +157,14 @@ def _json_lines(file: IO[str], path: str, form: Format) -> Iterator[str]:
 
 
 def _text(value: Any, row: int, path: str, column: str, columns: Any) -> str:
+    """A value of the column with the text; DataError if it is no text."""
     if isinstance(value, str):
         return value
-    raise DataError(
+    raise _no_text(row, path, column, columns)
+
+
+def _no_text(row: int, path: str, column: str, columns: Any) -> DataError:
+    return DataError(
         f"row {row} of {path} holds no text in the column {column!r} (columns: {', '.join(columns)}); set data.column to the "
         "column with the text, or remove such rows from a copy of the file"
     )
@@ -212,7 +217,7 @@ def _parquet(path: str, skip: int, form: Format) -> Iterator[Item]:
     except Exception as error:  # pyarrow and fsspec have no common base class of errors
         raise _unreadable(path, error) from error
     if form.column not in names:
-        _text(None, 0, path, form.column, names)
+        raise _no_text(0, path, form.column, names)
     first, read, whole = 0, 0, max(1, sum(sizes))
     packed = sum(g.column(i).total_compressed_size for g in groups for i in range(g.num_columns))
     for group, (count, size) in enumerate(zip(rows, sizes)):

@@ -38,7 +38,7 @@ class Hub(Source):
     if it is interrupted.
     """
 
-    repository: str
+    repository: Annotated[str, ("shortest", 0)]  # training does not need it
     subset: Annotated[str | None, ("null", "is the only one")]
     split: str
     revisions: tuple[Annotated[str | None, ("null", "is the current one")], ...]
@@ -47,6 +47,8 @@ class Hub(Source):
     expected: Annotated[Expected | None, ("null", "compares nothing")]
 
     def inputs(self) -> list[InputFile]:
+        if not self.repository:
+            raise DataError("data.repository names no dataset; set it, such as data.repository=wikimedia/wikipedia")
         errors = []
         for revision in self.revisions:
             try:

@@ -22,9 +22,8 @@ class InOrder(Loader):
         super().__init__(split, block_size, seed, windows, rank, world)
         size = windows * block_size
         starts = np.cumsum([0, *(shard.tokens for shard in split.shards)])
-        batches = [
-            max(0, shard.tokens - 2) // size for shard in split.shards
-        ]  # a token behind a batch must not be the last
+        # A token behind a batch must not be the last of the shard.
+        batches = [max(0, shard.tokens - 2) // size for shard in split.shards]
         self._source = split
         self._starts = np.concatenate([start + size * np.arange(n) for start, n in zip(starts, batches)]).astype(int)
         if not len(self._starts):

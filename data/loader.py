@@ -10,6 +10,7 @@ import numpy as np
 
 from data.shards import DataError, Split, Tokens
 
+ORDERS = ("replacement", "epoch")
 PERIOD = 10_000
 """The corpora of a mixture take turns in a pattern of so many windows, in which each has its share."""
 _ROUNDS = 6
@@ -68,9 +69,11 @@ class Loader:
         number = step * self.windows + np.arange(self.windows, dtype=np.int64)[mine]
         turn = number % PERIOD
         part = self._pattern[turn]
-        return part, (self._drawn(step, mine, part) if self.order == "replacement" else self._next(number, turn, part))
+        if self.order == "replacement":
+            return part, self._with_replacement(step, mine, part)
+        return part, self._in_epochs(number, turn, part)
 
-    def _drawn(self, step: int, mine: slice, part: np.ndarray) -> np.ndarray:
+    def _with_replacement(self, step: int, mine: slice, part: np.ndarray) -> np.ndarray:
         # Philox is a function of (key, counter), so there is no state to save. NumPy guarantees a stable stream for bit generators
         # only, so we reduce the raw output ourselves; the bias, tokens / 2^64, is below 1e-9.
         key = np.array([self.seed % 2**64, step], dtype=np.uint64)
@@ -78,7 +81,7 @@ class Loader:
         drawn = np.random.Philox(key=key).random_raw(self.windows)[mine] % places[part]
         return drawn.astype(np.int64)
 
-    def _next(self, number: np.ndarray, turn: np.ndarray, part: np.ndarray) -> np.ndarray:
+    def _in_epochs(self, number: np.ndarray, turn: np.ndarray, part: np.ndarray) -> np.ndarray:
         nth = number // PERIOD * self._turns[part] + self._before[turn]  # the windows of this part before this one
         offset = np.empty_like(number)
         for p, split in enumerate(self.parts):
@@ -96,9 +99,6 @@ class Loader:
         length = self.block_size + 1
         places = zip(*(values.tolist() for values in self.places(step)))
         return np.stack([self.parts[part].read(offset, length) for part, offset in places])
-
-
-ORDERS = ("replacement", "epoch")
 
 
 def _random(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:

@@ -24,7 +24,7 @@ class Mix(Bin):
         opened, problems = [], []
         for name in self.parts:
             try:
-                part = self._part(Path(self.dir).expanduser() / name)
+                part = self._part(Path(self.dir) / name)
             except DataError as error:
                 problems.append(f"data.parts: {name}: {error}")
                 continue

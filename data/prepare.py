@@ -12,7 +12,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,10 @@ from data.writer import PROGRESS, Progress, sync_directory
 log = logging.getLogger(__name__)
 
 
-def prepare(cfg: Source, progress: bool = True) -> Path:
+def prepare(cfg: Source, progress: bool = True, workers: int | None = None) -> Path:
     """Prepare the dataset that these settings describe; returns its directory.
+
+    progress: whether it is shown. workers: processes that encode, 0 for this one; None: see `workers_for`.
 
     Does nothing if the directory already holds this dataset. Everything is written into a temporary directory beside it, which is
     renamed at the end. After an error, Ctrl-C, a full disk or a kill, the same call continues: no document is repeated or lost, and the shards
@@ -41,7 +42,7 @@ def prepare(cfg: Source, progress: bool = True) -> Path:
         DataError: the directory holds something else, the source or the tokenizer cannot be read, or the directory cannot be written.
     """
     require_name(cfg.name)
-    directory = Path(cfg.dir).expanduser()
+    directory = Path(cfg.dir)
     if _holds(directory, cfg):
         with contextlib.suppress(OSError):  # a killed process may have left it
             (directory / PROGRESS).unlink(missing_ok=True)
@@ -57,7 +58,7 @@ def prepare(cfg: Source, progress: bool = True) -> Path:
             if not _holds(directory, cfg):  # another process may have prepared it meanwhile
                 with Progress(temporary, cfg) as work:
                     _require_space(directory, cfg, _estimated_bytes(work), work.tokens * TOKEN.itemsize)
-                    manifest = _write(work, progress)
+                    manifest = _write(work, progress, workers)
                 write_manifest(temporary, manifest)
                 sync_directory(temporary)
                 temporary.rename(directory)
@@ -74,7 +75,7 @@ def _holds(directory: Path, cfg: Source) -> bool:
     """Whether the directory holds the data of these settings; DataError if it holds anything else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    manifest = open_dataset(directory, verify=False, settings=replace(cfg, dir=str(directory))).manifest
+    manifest = open_dataset(directory, verify=False, settings=cfg).manifest
     settings = cfg.content
     remedy = f"move {directory} elsewhere to prepare it again, or set data.dir to another folder"
     keys = sorted(settings.keys() | manifest.settings.keys())
@@ -93,13 +94,15 @@ def _holds(directory: Path, cfg: Source) -> bool:
     return True
 
 
-def _write(work: Progress, shown: bool) -> Manifest:
+def _write(work: Progress, shown: bool, workers: int | None) -> Manifest:
     """Write the shards of both splits, after those that are there already; returns their manifest."""
     cfg, tokenizer = work.cfg, get_tokenizer(work.cfg.tokenizer)
-    size = sum(file.size for file in work.files) - work.read if work.files else None
+    if workers is None:
+        left = sum(file.size for file in work.files) - work.read if work.files else None
+        workers = workers_for(cfg.tokenizer, left)
     chunks = cfg.chunks(work.files, work.position)
     with (
-        contextlib.closing(encoded(cfg.tokenizer, chunks, workers_for(cfg.tokenizer, size))) as found,
+        contextlib.closing(encoded(cfg.tokenizer, chunks, workers)) as found,
         _shown(work, shown) as show,
     ):
         while not work.full and (part := next(found, None)) is not None:

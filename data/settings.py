@@ -41,7 +41,7 @@ class Data:
         raise NotImplementedError
 
     def vocabulary(self) -> int:
-        """The number of token ids; DataError if it cannot be found out."""
+        """The number of token ids."""
         from data.tokenizer import TOKENIZERS
 
         return TOKENIZERS[self.tokenizer].vocab_size

@@ -207,7 +207,6 @@ class Prepared(Dataset):
 
     train: Split
     val: Split
-    directory: Path
     manifest: Manifest
 
 
@@ -316,7 +315,7 @@ def open_dataset(directory: str | Path, verify: bool = True, settings: Source | 
     train, val = (Split(directory, manifest.splits[split].shards) for split in ("train", "val"))
     separator = eot_of(manifest.tokenizer)
     about = (manifest.fingerprint, manifest.vocab_size, manifest.tokenizer, separator, False)
-    return Prepared(*about, train, val, directory, manifest)
+    return Prepared(*about, train, val, manifest)
 
 
 def eot_of(tokenizer: str) -> int | None:
@@ -384,13 +383,16 @@ def _write_verified(directory: Path, states: Mapping[str, list]) -> None:
 
 
 def hash_file(path: Path, skip: int = 0) -> tuple[str, int]:
-    """SHA-256 and largest token (-1: none) of a shard, without its first `skip` bytes."""
+    """SHA-256 and largest token (-1: none) of a shard, without its first `skip` bytes; DataError if it cannot be read."""
     sha, largest = hashlib.sha256(), -1
-    with open(path, "rb") as file:
-        file.seek(skip)
-        while block := file.read(1 << 22):
-            sha.update(block)
-            largest = max(largest, int(np.frombuffer(block, TOKEN).max()))
+    try:
+        with open(path, "rb") as file:
+            file.seek(skip)
+            while block := file.read(1 << 22):
+                sha.update(block)
+                largest = max(largest, int(np.frombuffer(block, TOKEN).max()))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); make it readable") from error
     return sha.hexdigest(), largest
 
 

@@ -22,10 +22,8 @@ from data.bin import Bin
 from data.files import Format, read_chunks
 from data.hub import Hub, OpenWebText
 from data.mix import Mix
-from data.settings import Chunk, Count, Data, Document, InputFile, Position, Source, evenly_spaced
+from data.settings import Chunk, Data, Document, InputFile, Position, Source, evenly_spaced
 from data.shards import DataError
-
-__all__ = ["SOURCES", "Count", "Iterator", "Stdlib", "TextFiles", "np"]
 
 # --- this Python's own library --------------------------------------------------------------------------------------
 

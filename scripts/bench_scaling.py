@@ -229,7 +229,7 @@ def _measure(rank: int, world: int, shard: str, folder: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     cfg = compose(["assignment=hetero", "model=demo", *SMALL, f"launcher.shard={shard}", "device=cpu", "compile=false"])
-    ranks = Ranks(rank, rank, world, torch.device("cpu"), 600.0, dist.group.WORLD)
+    ranks = Ranks(rank, world, torch.device("cpu"), 600.0, dist.group.WORLD)
     torch.manual_seed(0)
     x = torch.randint(cfg.model.vocab_size, (1, cfg.model.block_size))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -130,7 +130,7 @@ def check_programs(device, overrides=()):
 
 def one_rank(device):
     """A world of one."""
-    return Ranks(0, 0, 1, torch.device(device), 60.0)
+    return Ranks(0, 1, torch.device(device), 60.0)
 
 
 # ---- training steps ----

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from model.gpt import GPT, GPTConfig
-from training.batch import micro_batch_size
 from training.checks import check
 from training.config import compose
-from training.step import accumulate
-from training.validate import ConfigError, shortened
+from training.start import shortened
+from training.step import accumulate, micro_batch_size
+from training.validate import ConfigError
 
 
 def test_the_micro_batch_is_what_fits():
@@ -58,10 +58,10 @@ def test_only_an_impossible_batch_is_refused():
 
 
 def test_what_is_cut_is_said_in_one_line():
-    assert shortened(compose([]), 1) == []
-    assert shortened(compose(["experiment=paper"]), 8) == [
+    assert shortened(compose([]), 1, 64, 2) == []
+    assert shortened(compose(["experiment=paper"]), 8, 10**6, 2) == [
         "micro_batch_size=64: a rank has 8 windows in an update and uses 8 at a time"
     ]
-    assert shortened(compose(["max_steps=10"]), 1) == [
+    assert shortened(compose(["max_steps=10"]), 1, 64, 2) == [
         "schedule.warmup_steps=30 is too long for 10 updates; 7 of them are warm-up"
     ]

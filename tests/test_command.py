@@ -80,6 +80,7 @@ def test_all_misspelt_words_are_named_at_once_with_what_was_meant():
         "optim.muon.rule.dual_steps is no setting here; it belongs to optim=paper"
     ]
     assert problems_of_words(["seed=1,2", "assignment=hetero,adamw"], sweep=True)[0] == []
+    assert problems_of_words(["hydra/launcher=basic", "seed=1"])[0] == []  # Hydra has choices that configs/ does not
 
 
 def test_wrong_values_are_named_together_with_misspelt_words():

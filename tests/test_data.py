@@ -191,10 +191,22 @@ def test_a_recommended_command_prepares_what_was_asked_for(overrides):
     assert replace(compose(words[3:]).data, auto_prepare=asked.auto_prepare) == asked
 
 
-def test_a_name_without_files_asks_for_them():
-    assert prepare_command(compose(["data=text", "data.name=mine"]).data) == (
-        "python -m data.prepare data=text data.name=mine 'data.files=your/folder/*.txt'"
-    )
+@pytest.mark.parametrize(
+    ("source", "asked"), [("text", "'data.files=your/folder/*.txt'"), ("hub", "data.repository=owner/name")]
+)
+def test_what_training_does_not_need_is_asked_for_when_the_data_is_missing(tmp_path, source, asked):
+    """As the first lines of configs/data/text.yaml and hub.yaml show: the second command names no files."""
+    cfg = compose([f"data={source}", "data.name=mine"]).data
+    with pytest.raises(DataError, match="no prepared data in data/prepared/mine") as caught:
+        cfg.open()
+    assert str(caught.value).endswith(f": python -m data.prepare data={source} data.name=mine {asked}")
+    with pytest.raises(DataError, match=r"data\.\w+ names no (file|dataset); set it"):
+        prepare(replace(cfg, dir=str(tmp_path / "out")), progress=False)
+
+
+def test_a_shard_that_cannot_be_read_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\); make it readable"):
+        shards.hash_file(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", None, 3])

@@ -30,7 +30,7 @@ from scripts import design_iterator
 from training.build import build_optimizers, gpt_config, step_rule
 from training.checks import check
 from training.config import compose
-from training.resume import check_same
+from training.resume import differences
 from training.settings import completed, read_sound
 from training.validate import ConfigError
 
@@ -228,7 +228,7 @@ def test_a_run_of_a_program_without_the_setting_is_resumed_and_read():
     del older["optim"]["muon"]["rule"]["iterator"]
     assert completed(older) == now and gpt_config(read_sound(completed(older))[0]).n_layer == 4
     del older["seed"]
-    assert check_same(completed(older), now) == ["seed: (absent) → 1337"]
+    assert differences(completed(older), now) == ["seed: (absent) → 1337"]
 
 
 # ---- the command ----

@@ -1,9 +1,11 @@
 """Starting and stopping: one process, ranks of its own, ranks of torchrun, sweeps, and jobs of a cluster."""
 
 import importlib.util
+import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +28,7 @@ from training.config import compose, directory_name
 from training.overrides import jobs_of
 from training.ranks import LostRanks, Ranks
 from training.signals import Stopped, StopSignal
-from training.sweep import plan_job
+from training.sweep import plan_job, run_job
 from training.validate import ConfigError
 
 SETTINGS = compose(["device=cpu", "launcher.nproc=2", "launcher.timeout_s=60"])
@@ -267,6 +269,8 @@ def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fa
     assert "nothing was written" not in first.stderr
     jobs = {yaml.safe_load(p.read_text())["init_from"]: p.parent for p in tmp_path.glob("outputs/mine/*/config.yaml")}
     assert set(jobs) == {str(missing), None} and not list(tmp_path.rglob(".hydra"))
+    written = json.loads((jobs[None] / "environment.json").read_text())
+    assert written["command"] == shlex.join(["python", "train.py", *words])
     best, job = first.stdout.splitlines()[-1], jobs[None]
     assert best.startswith("best validation loss")
     assert [r["event"] for r in records(jobs[str(missing)])] == ["failed"]
@@ -286,6 +290,24 @@ def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fa
     assert (job / "metrics.jsonl").stat().st_mtime_ns == written
 
 
+def test_jobs_that_differ_in_where_they_run_have_directories_of_their_own(tiny, tmp_path, train_here):
+    """Settings that are left out of the names of directories otherwise."""
+    few = ["max_steps=1", "log.interval_spectra=null", "probe.interval=null", "log.interval_certificate=null"]
+    done = train_here(*tiny[:-1], "assignment=adamw", *few, "launcher.timeout_s=60,61", "sweep.name=mine", "-m")
+    assert done.returncode == 0 and "is finished" not in done.stdout
+    found = tmp_path.glob("outputs/mine/timeout_s=*/config.yaml")
+    assert {yaml.safe_load(path.read_text())["launcher"]["timeout_s"] for path in found} == {60, 61}
+
+
+def test_a_failure_that_cannot_be_noted_does_not_hide_the_reason(tmp_path):
+    def configure():
+        raise ConfigError(["seed is wrong"])
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="seed is wrong"):
+        run_job(train_in_process, configure, tmp_path / "file" / "run")
+
+
 def test_a_job_whose_directory_holds_another_run_is_refused(tiny, tmp_path):
     cfg = compose([*tiny, "assignment=adamw", "max_steps=5"])
     run, going_on = tmp_path / "run", replace(cfg, resume="auto")
@@ -295,6 +317,8 @@ def test_a_job_whose_directory_holds_another_run_is_refused(tiny, tmp_path):
     assert planned == going_on and best == records(run)[-1]["best_val_loss"]
     with pytest.raises(ConfigError, match=r"grad_clip: 1.0 → 2.0.*choose a sweep.name"):
         plan_job(replace(cfg, grad_clip=2.0), run)
+    with pytest.raises(ConfigError, match=r"init_from: None → other"):
+        plan_job(replace(cfg, init_from="other"), run)
     with pytest.raises(ConfigError, match=r"sweep.resume=true"):
         plan_job(replace(cfg, sweep=replace(cfg.sweep, resume=False)), run)
 

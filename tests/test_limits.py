@@ -46,9 +46,10 @@ def test_want_of_memory_names_size_and_remedy(tiny, monkeypatch, error):
 
     monkeypatch.setattr(module, "accumulate", hungry)
     with pytest.raises(
-        MachineError, match=r"1 layers of width 16, .*micro_batch_size=4 .*lower micro_batch_size"
+        MachineError,
+        match=r"1 layers of width 16, .*micro_batch_size=4 .*lower micro_batch_size .*continue with (resume=auto.*), or",
     ) as caught:
-        train(compose(tiny))
+        train(compose([*tiny, "max_steps=6"]))
     assert isinstance(caught.value, USER_ERRORS) and caught.value.exit_code == 1
 
 

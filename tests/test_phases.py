@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import time
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from training.build import gpt_config
 from training.config import compose
 from training.log import read_records
 from training.phases import Phases
-from training.trace import WAITED
+from training.trace import WAITED, Trace
 from training.validate import ConfigError, problems_of_capture
 
 STEP = {"data", "forward_backward", "optimizer"}
@@ -89,6 +90,20 @@ def test_the_phases_of_a_run_add_up_to_its_time(tiny, tmp_path):
     assert all(names.count(name) == 2 for name in STEP) and WAITED + 2 <= 6
     table = (tmp_path / "run/profile/table.txt").read_text()
     assert all(name in table for name in STEP) and "calls" in table
+
+
+@pytest.mark.parametrize(("updates", "traced"), [(WAITED + 2, 2), (WAITED + 1, 1), (WAITED, 0), (2, 0)])
+def test_a_trace_that_is_cut_short_counts_the_updates_that_it_has(tmp_path, capsys, updates, traced):
+    trace = Trace(5, tmp_path, torch.device("cpu"))
+    for _ in range(updates):
+        torch.ones(3).cumsum(0)
+        trace.step()
+    trace.close()
+    assert ("the run ended before the trace began" in capsys.readouterr().out) == (traced == 0)
+    assert (tmp_path / "profile" / "table.txt").exists() == (traced > 0)
+    if traced:
+        [line] = re.findall(r"aten::cumsum .*", (tmp_path / "profile" / "table.txt").read_text())
+        assert float(line.split()[-2]) == 1.0  # calls in an update
 
 
 def test_mfu_is_a_share_of_the_peak_of_all_devices(monkeypatch):

@@ -22,7 +22,7 @@ from training.checks import USER_ERRORS
 from training.config import compose
 from training.log import METRICS_FILE, read_records
 from training.ranks import Ranks
-from training.resume import check_same, restore
+from training.resume import differences, restore
 from training.stability import Stability
 from training.step import FiniteGuard
 from training.validate import ConfigError
@@ -383,7 +383,7 @@ def test_the_first_failure_is_remembered_over_a_stop(tiny, tmp_path, monkeypatch
 
 
 def test_the_guard_tells_its_first_failure_after_a_resume():
-    alone, one = Ranks(0, 0, 1, torch.device("cpu"), 1.0), torch.tensor(1.0)
+    alone, one = Ranks(0, 1, torch.device("cpu"), 1.0), torch.tensor(1.0)
     guard, later = (FiniteGuard(["a", "b"], torch.device("cpu")) for _ in range(2))
     assert guard.state_dict(alone) == {"count": 0, "first": None}
     guard.check(3, one, one, torch.tensor([1.0, math.inf]))
@@ -428,7 +428,7 @@ def test_the_files_of_a_run_are_whole_or_as_before(tmp_path, monkeypatch):
 # ---- comparing configurations ----
 
 
-def test_check_same_lists_each_changed_key():
+def test_differences_list_each_changed_key():
     saved = {"seed": 1, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "gone": True, "x": float("nan"), "rules": {}}
     now = {
         "seed": 1,
@@ -437,12 +437,12 @@ def test_check_same_lists_each_changed_key():
         "x": float("nan"),
         "rules": {"*.attn.*": "dgram"},
     }
-    assert check_same(saved, saved) == []
-    assert check_same(saved, now) == [
+    assert differences(saved, saved) == []
+    assert differences(saved, now) == [
         "gone: True → (absent)",
         "optim.lr: 0.1 → 0.2",
         "rules: {} → (absent)",
         "rules.*.attn.*: (absent) → dgram",
     ]
-    assert check_same(saved, now, ignore=("optim", "rules")) == ["gone: True → (absent)"]
-    assert check_same({"optimizer": 1}, {"optimizer": 2}, ignore=("optim",)) == ["optimizer: 1 → 2"]
+    assert differences(saved, now, ignore=("optim", "rules")) == ["gone: True → (absent)"]
+    assert differences({"optimizer": 1}, {"optimizer": 2}, ignore=("optim",)) == ["optimizer: 1 → 2"]

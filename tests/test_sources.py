@@ -212,11 +212,11 @@ def test_workers_give_the_same_shards_as_this_process(tmp_path, monkeypatch):
     cfg = config("text", files=str(tmp_path / "*.*"), val_fraction=0.1, tokenizer="bytes", dir=str(tmp_path / "one"))
     one = open_dataset(prepare(cfg, progress=False))
     monkeypatch.setattr(files, "CHUNK_CHARS", 100)
-    monkeypatch.setattr("data.prepare.workers_for", lambda tokenizer, size: 2)
-    assert open_dataset(prepare(replace(cfg, dir=str(tmp_path / "two")), progress=False)).fingerprint == one.fingerprint
+    two = prepare(replace(cfg, dir=str(tmp_path / "two")), progress=False, workers=2)
+    assert open_dataset(two).fingerprint == one.fingerprint
     parquet(tmp_path / "d.parquet", [*DOCUMENTS, None])
     with pytest.raises(DataError, match=r"row 40 of .*d\.parquet holds no text"):
-        prepare(replace(cfg, dir=str(tmp_path / "three")), progress=False)
+        prepare(replace(cfg, dir=str(tmp_path / "three")), progress=False, workers=2)
 
 
 def test_a_worker_that_is_killed_is_explained(monkeypatch):

@@ -287,6 +287,13 @@ def test_whole_numbers_may_be_written_with_an_exponent():
     checks.check(cfg)
 
 
+def test_a_path_may_begin_at_home(monkeypatch):
+    """The commands that prepare data and that train find the same folder, whatever the shell leaves to them."""
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = compose(["data.dir='~/data'", "output_dir='~/run'"])
+    assert (cfg.data.dir, cfg.output_dir) == ("/home/me/data", "/home/me/run")
+
+
 def test_settings_are_typed(configurations):
     for cfg in configurations.values():
         settings = checks.read(cfg)
@@ -320,6 +327,7 @@ LINES = [
     ([f"output_dir={'x' * 300}"], "each name of it up to 255"),
     (["~log"], "log is missing"),
     (["global_batch_tokens=2000", "launcher.nproc=3"], "use global_batch_tokens=1920 or 2304"),
+    (["max_stepz=3", "--cfg", "job"], "has 1 problem;"),
 ]
 
 

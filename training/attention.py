@@ -92,9 +92,8 @@ def measured(shape: tuple[int, int, int, int], dtype: torch.dtype, dropout: floa
 
 def refusal(name: str, shape: tuple[int, ...], dtype: torch.dtype, dropout: float, device: torch.device) -> str | None:
     """Why a backend does not accept the shape, in the words of torch; None if it does."""
-    with warnings.catch_warnings(
-        record=True
-    ) as said:  # the reasons, and the names of the backends that are switched off
+    # `said` is the reasons, and the names of the backends that are switched off.
+    with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             _call(name, *_inputs(shape, dtype, device), dropout)

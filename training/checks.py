@@ -56,7 +56,7 @@ def read(cfg: Mapping[str, Any]) -> Settings:
 
 
 def _lines(found: Iterable[Problem]) -> list[str]:
-    """The messages. Missing settings of the model are one, and others may be those of an experiment."""
+    """The messages, with one for all settings of the model that are missing. An experiment may give what else is missing."""
     lines, shape = [], []
     for problem in found:
         section = problem.key.partition(".")[0]

@@ -12,10 +12,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
-from training.config import CONFIGS, refused, resolved
+from training.config import CONFIGS, error_of_words, resolved
 from training.help import help_text
 from training.overrides import REFUSALS, jobs_of, parsed, problems_of_words, swept_keys
 from training.validate import ConfigError
@@ -39,34 +41,45 @@ def run_command(about: str) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
         print(help_text(about, words))
         return 0
-    sweep = bool(SWEEP_FLAGS & set(words))
-    jobs = jobs_of(words) if sweep else None
+    given = get_args_parser().parse_args(words)
+    jobs = jobs_of(given.overrides) if given.multirun else None
     if (why := refusal(words)) is not None:
         return _refuse(why)
-    if jobs is not None and "--cfg" not in words and (wrong := wrong_jobs(words, jobs)) is not None:
+    if jobs is not None and given.cfg is None and (wrong := wrong_jobs(given.overrides, jobs)) is not None:
         return _refuse(wrong)
     # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
-    if sweep and (keys := swept_keys(words)):
-        sys.argv.append(f"hydra.sweep.subdir='${{directory_name:${{hydra.job.override_dirname}},{' '.join(keys)}}}'")
+    if given.multirun and (swept := swept_keys(given.overrides)):
+        first = sys.argv.index(given.overrides[0])
+        sys.argv[first:first] = naming(swept)  # the parser of Hydra refuses overrides behind options
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; otherwise it prints the first one
     composed = False
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def run(config: Any) -> float:
         nonlocal composed
-        composed = True
+        composed, sys.argv[1:] = True, words  # the run notes what was typed, without the words of `naming`
         return _job(config, len(jobs) if jobs is not None else None)
 
     try:
         run()
     except REFUSALS as error:
         if not composed:
-            return _refuse(refused([word for word in words if not word.startswith("-")], error, sweep))
+            return _refuse(error_of_words(given.overrides, error, given.multirun))
         first = str(error).partition("\n")[0]
         print(f"not every job of the sweep ended; the first that failed: {first}", file=sys.stderr)
         return 1
     return 0
+
+
+def naming(swept: Sequence[str]) -> list[str]:
+    """Words for Hydra: the directories of a sweep are named by the keys that differ between its jobs, whichever these are."""
+    name = "hydra.job.config.override_dirname.exclude_keys"
+    left_out = OmegaConf.select(OmegaConf.load(CONFIGS / "config.yaml"), name)
+    return [
+        f"{name}=[{','.join(key for key in left_out if key not in swept)}]",
+        f"hydra.sweep.subdir='${{directory_name:${{hydra.job.override_dirname}},{' '.join(swept)}}}'",
+    ]
 
 
 def _refuse(why: object) -> int:
@@ -82,7 +95,7 @@ def _job(config: Any, jobs: int | None) -> float:
     """Run a composed configuration: the run of the command, or one job of its sweep, which has `jobs` of them."""
     from train import train
     from training.checks import USER_ERRORS, check, read
-    from training.launch import USER_ERROR, RankFailed, launch, tell_user
+    from training.launch import RankFailed, launch, tell_user
     from training.sweep import hydra_job
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -93,8 +106,7 @@ def _job(config: Any, jobs: int | None) -> float:
             check(cfg)
         return report(launch(train, cfg, None, USER_ERRORS))
     except (*USER_ERRORS, RankFailed) as error:
-        tell_user(error)
-        raise SystemExit(getattr(error, "exit_code", USER_ERROR)) from None
+        raise SystemExit(tell_user(error)) from None
 
 
 def report(best: float) -> float:
@@ -133,10 +145,10 @@ def wrong_jobs(words: Sequence[str], jobs: Sequence[tuple[str, list[str]]]) -> E
     from training.checks import USER_ERRORS
     from training.sweep import check_jobs
 
-    plain = [word for word in words if not word.startswith(("-", "hydra"))]
+    plain = [word for word in words if not word.startswith("hydra")]
     try:
         if problems := problems_of_words(plain, sweep=True)[0]:  # they concern all jobs
-            raise refused(plain, ConfigError(problems), sweep=True)
+            raise error_of_words(plain, ConfigError(problems), sweep=True)
         check_jobs(jobs, here=not any(word.startswith("hydra/launcher=") for word in words))
     except USER_ERRORS as error:
         return error

@@ -1,4 +1,7 @@
-"""Compose a configuration without the command line: for scripts and tests."""
+"""From overrides to a configuration, and to the name of the directory of a job.
+
+What imports torch is imported only where something is composed, since help does without it.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,10 @@ def compose_plain(overrides: Sequence[str] = ()) -> dict[str, Any]:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return resolved(hydra_compose("config", list(overrides)))
     except REFUSALS as error:
-        raise refused(overrides, error) from None
+        raise error_of_words(overrides, error) from None
 
 
-def refused(words: Sequence[str], error: Exception, sweep: bool = False) -> ConfigError:
+def error_of_words(words: Sequence[str], error: Exception, sweep: bool = False) -> ConfigError:
     """What to raise for words that Hydra refuses with `error`: it lists all of them, and the wrong values of the others."""
     from training.checks import read
     from training.overrides import problems_of_words

@@ -72,12 +72,13 @@ class CoordinateCheck:
             busy = True  # a module may call others
             for leaf, name in own.items():
                 p, (source, target) = self.params[name], self.pairs[name]
-                x = inputs[0]
-                change = FEATURES[target]((after - _output_with(module, x, p, self.before[name])).float())
+                given = inputs[0]
+                change = FEATURES[target]((after - _output_with(module, given, p, self.before[name])).float())
                 if p.ndim < 2 and leaf != "bias":  # a gain multiplies what its module has made of the input
                     ones, zeros = torch.ones_like(p), torch.zeros_like(p)
-                    x = _output_with(module, x, p, ones) - _output_with(module, x, p, zeros)
-                size = FEATURES[source](x.float()) if x.is_floating_point() and leaf != "bias" else torch.ones(())
+                    given = _output_with(module, given, p, ones) - _output_with(module, given, p, zeros)
+                numbers = given.is_floating_point() and leaf != "bias"
+                size = FEATURES[source](given.float()) if numbers else torch.ones(())
                 found[name] = {"change_max": change.max().item(), "change_mean": change.mean().item()}
                 found[name]["input_max"] = size.max().item()
             busy = False

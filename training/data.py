@@ -13,19 +13,23 @@ from training.settings import Settings
 from training.validate import ConfigError
 
 
-def separator_of(cfg: Settings, data: Dataset) -> tuple[int, bool] | None:
-    """`GPT.separator`: the token between documents and whether it begins one, if `batches.documents` asks for it.
+def open_data(cfg: Settings) -> Dataset:
+    """Open the data. With `data.auto_prepare`, prepare it first if it is missing.
 
     Raises:
-        ConfigError: the data does not say it.
+        DataError: the data is missing or damaged. ConfigError: the vocabulary of the model is too small for it.
     """
-    if not cfg.batches.documents:
-        return None
-    if data.separator is None:
+    if isinstance(cfg.data, Source) and cfg.data.auto_prepare:
+        prepare(cfg.data)
+    dataset = cfg.data.open()
+    if dataset.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
-            [f"batches.documents=true: the token between documents of {cfg.data.name} is not known; use false"]
+            [
+                f"model.vocab_size={cfg.model.vocab_size} is smaller than the data's vocabulary of {dataset.vocab_size} "
+                f"({dataset.tokenizer} tokens); raise it to at least that, or set it to auto"
+            ]
         )
-    return data.separator, data.separator_first
+    return dataset
 
 
 def batches_of(cfg: Settings, train: Tokens, rank: int, world: int) -> Loader:
@@ -48,26 +52,22 @@ def held_out_windows(cfg: Settings, val: Tokens) -> np.ndarray:
     return first_windows(_one(val), cfg.model.block_size, cfg.eval_windows)
 
 
+def separator_of(cfg: Settings, data: Dataset) -> tuple[int, bool] | None:
+    """`GPT.separator`: the token between documents and whether it begins one, if `batches.documents` asks for it.
+
+    Raises:
+        ConfigError: the data does not say it.
+    """
+    if not cfg.batches.documents:
+        return None
+    if data.separator is None:
+        raise ConfigError(
+            [f"batches.documents=true: the token between documents of {cfg.data.name} is not known; use false"]
+        )
+    return data.separator, data.separator_first
+
+
 def _one(split: Tokens) -> Split:
     if not isinstance(split, Split):
         raise ConfigError(["batches.order=in_order: a mixture has no order; use replacement or epoch"])
     return split
-
-
-def open_data(cfg: Settings) -> Dataset:
-    """Open the data. With `data.auto_prepare`, prepare it first if it is missing.
-
-    Raises:
-        DataError: the data is missing or damaged. ConfigError: the vocabulary of the model is too small for it.
-    """
-    if isinstance(cfg.data, Source) and cfg.data.auto_prepare:
-        prepare(cfg.data)
-    dataset = cfg.data.open()
-    if dataset.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(
-            [
-                f"model.vocab_size={cfg.model.vocab_size} is smaller than the data's vocabulary of {dataset.vocab_size} "
-                f"({dataset.tokenizer} tokens); raise it to at least that, or set it to auto"
-            ]
-        )
-    return dataset

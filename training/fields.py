@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ class Text(Kind):
 
 @dataclass(frozen=True)
 class PathText(Text):
-    """The path of a file or folder."""
+    """The path of a file or folder. A ~ at its start is the home directory, which not every shell replaces after "key="."""
 
     longest: int = 3500
     part: int = 255  # the longest name that file systems allow, in bytes
@@ -195,6 +196,9 @@ class PathText(Text):
 
     def fits(self, value: Any) -> bool:
         return super().fits(value) and all(len(name.encode(errors="replace")) <= self.part for name in value.split("/"))
+
+    def read(self, value: Any) -> str:
+        return os.path.expanduser(value)
 
 
 @dataclass(frozen=True)

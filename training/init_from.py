@@ -61,10 +61,14 @@ def start_from(
         lines[0] += f", {after:.4f} after these matrices moved onto their manifolds, by ‖ΔW‖/‖W‖ (and to ‖W‖ times)"
         width = max(map(len, moved))
         lines += [f"  {name.ljust(width)}  {by:.4f}  ({to:.4f})" for name, (by, to) in moved.items()]
-    record = {"source": weights.source, "loss_before": before, "loss": after}
-    return record | {
-        key: {name: pair[i] for name, pair in moved.items()} for i, key in enumerate(("moved", "length"))
-    }, lines
+    record = {
+        "source": weights.source,
+        "loss_before": before,
+        "loss": after,
+        "moved": {name: by for name, (by, _) in moved.items()},
+        "length": {name: to for name, (_, to) in moved.items()},
+    }
+    return record, lines
 
 
 def movement(start: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
@@ -95,7 +99,7 @@ def located(source: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.exists():
         return path
     here = "/" in source and path.parent.is_dir()  # a misspelt path, such as outputs/frist

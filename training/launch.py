@@ -211,9 +211,9 @@ def _signals_passed_on() -> Iterator[None]:
     """Pass stop signals on to the ranks; at the end, restore the previous handlers.
 
     For a SignalException, the launcher of torch sends the signal to the ranks and waits until they have saved; a second signal changes
-    nothing, but a second Ctrl-C kills them. This thread blocks the signals, and a new rank inherits that, until it can handle them (`exit_on_stop_signals`): so a signal
-    neither ends it with a traceback while Python starts, nor gets lost. Another thread receives the signals; Python still runs the
-    handlers in this one.
+    nothing, but a second Ctrl-C kills them. This thread blocks the signals, and a new rank inherits that, until it can handle them
+    (`exit_on_stop_signals`): so a signal neither ends it with a traceback while Python starts, nor gets lost. Another thread receives
+    the signals; Python still runs the handlers in this one.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 

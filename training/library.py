@@ -22,13 +22,12 @@ from training.settings import Library
 KEY = "optim.library.optimizer"
 EXTRA = "pip install '.[baselines]'"
 _OURS = ("lr", "weight_decay", "params")  # have their own keys, or are given by the program
-ADAMW_ITSELF = "AdamW"
 
 
 def display_name(library: Library) -> str:
     """What tables, records and checkpoints call the optimizer: the name of its class. AdamW is there already, for other parameters."""
     name = library.optimizer.rpartition(".")[2]
-    return f"{name} of matrices" if name == ADAMW_ITSELF else name
+    return f"{name} of matrices" if name == "AdamW" else name
 
 
 def find_class(library: Library) -> type[torch.optim.Optimizer]:

@@ -45,5 +45,5 @@ def _out_of_memory(cfg: Settings, error: BaseException) -> str:
     return (
         f"out of memory with {model.n_layer} layers of width {model.n_embd}, a vocabulary of {model.vocab_size}, and "
         f"micro_batch_size={cfg.micro_batch_size} windows of {model.block_size} tokens; lower micro_batch_size (gradients are "
-        f"accumulated, so an update stays the same) or choose a smaller model, then continue with resume=auto ({cause})"
+        f"accumulated, so only the last bits change) and continue with resume=auto allow_changes=true, or choose a smaller model ({cause})"
     )

@@ -6,18 +6,19 @@ written. Floats have full precision. JSON has no NaN and no infinity: they are w
 
 Fields that the sinks use, all optional:
 
-=========  ================================================================================================
-kind       fields
-=========  ================================================================================================
-train      ``loss``, ``lr``, ``tokens_per_s``, ``time``: phase → seconds since the last such record
-eval       ``loss``, ``average_loss``: of the average of the weights, if there is one
-full_eval  ``loss``, ``tokens``: of the whole validation split, once, at the end
-spectra    ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
-update     ``name`` of a parameter, and what ``training.coordinate`` measured of the last step; one record a parameter
-probe      the record of ``model.probes.probe``
-scales     ``name`` of a learned scale, and its ``model.scale.scale_statistics``; one record a scale, with every probe
-event      ``event``: its type, such as "unstable" or "warning"; ``message``: one sentence
-=========  ================================================================================================
+===========  ================================================================================================
+kind         fields
+===========  ================================================================================================
+train        ``loss``, ``lr``, ``tokens_per_s``, ``time``: phase → seconds since the last such record
+eval         ``loss``, ``average_loss``: of the average of the weights, if there is one
+full_eval    ``loss``, ``tokens``: of the whole validation split, once, at the end
+spectra      ``name`` of a matrix, ``sigma``: all its singular values; one record a matrix
+certificate  ``name`` of a matrix, and how close its last step was to the best one; one record a matrix
+update       ``name`` of a parameter, and what ``training.coordinate`` measured of the last step; one record a parameter
+probe        the record of ``model.probes.probe``
+scales       ``name`` of a learned scale, and its ``model.scale.scale_statistics``; one record a scale, with every probe
+event        ``event``: its type, such as "unstable" or "warning"; ``message``: one sentence
+===========  ================================================================================================
 """
 
 from __future__ import annotations
@@ -138,36 +139,6 @@ class NoLog:
 
     def close(self) -> None:
         """Nothing."""
-
-
-class Found(Protocol):
-    """Records that are found while training goes on, such as model.spectra.Spectra."""
-
-    @property
-    def done(self) -> bool:
-        """Whether `records` has nothing to wait for."""
-
-    def records(self) -> list[tuple[str, dict[str, Any]]]:
-        """(name, fields) of each record."""
-
-
-class Later:
-    """Writes the records of one kind as soon as they are found, under the step to which they belong."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._pending: tuple[int, Found] | None = None
-
-    def expect(self, step: int, found: Found) -> None:
-        """Records that will be found; earlier ones must have been written."""
-        self._pending = step, found
-
-    def write(self, log: RunLog | NoLog, wait: bool = True) -> None:
-        """Write what is expected; without `wait`, only if it is found."""
-        if self._pending is not None and (wait or self._pending[1].done):
-            (step, found), self._pending = self._pending, None
-            for name, fields in found.records():
-                log.write(self.kind, step, name=name, **fields)
 
 
 def read_records(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from model.spectra import Spectra
 from training.average import Average
 from training.coordinate import coordinate_check
 from training.data import held_out_windows
-from training.log import Later, NoLog, RunLog
+from training.log import NoLog, RunLog
 from training.optimizers import Optimizers
 from training.phases import Phases, as_phase
 from training.placement import Placement
@@ -49,7 +49,7 @@ class Observer:
         self.held_out = held_out_windows(cfg, val)
         self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, ranks.device))
         self.coordinates = coordinate_check(model, cfg)
-        self.spectra = Later("spectra")
+        self.begun: tuple[int, Spectra] | None = None  # spectra that are not written yet, and their step
 
     def watch(self, certificate: bool, update: bool) -> None:
         """Keep of the step that comes what its certificates, and the records of its updates, need."""
@@ -80,12 +80,21 @@ class Observer:
 
     @as_phase("spectra")
     def write_spectra(self, log: RunLog | NoLog, step: int, placement: Placement, wait: bool) -> None:
-        """Record all singular values of every matrix that matches a rule of the assignment; without `wait`, as soon as a GPU's are known."""
+        """Record all singular values of every matrix that matches a rule of the assignment; without `wait`, a GPU's may be left to
+        `finish_spectra`.
+        """
         with placement.whole() as params:
             if self.ranks.is_main:
-                self.spectra.write(log)
-                self.spectra.expect(step, Spectra(self.optimizers.ruled_matrices(params)))
-                self.spectra.write(log, wait=wait or placement.lends)
+                self.finish_spectra(log)
+                self.begun = step, Spectra(self.optimizers.ruled_matrices(params))
+                self.finish_spectra(log, wait=wait or placement.lends)
+
+    def finish_spectra(self, log: RunLog | NoLog, wait: bool = True) -> None:
+        """Record the spectra that were begun, under their step; without `wait`, only if they are known by now."""
+        if self.begun is not None and (wait or self.begun[1].done):
+            (step, spectra), self.begun = self.begun, None
+            for name, record in spectra.records():
+                log.write("spectra", step, name=name, **record)
 
     @as_phase("certificate")
     def write_certificates(self, log: RunLog | NoLog, step: int) -> None:

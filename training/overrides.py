@@ -54,7 +54,7 @@ def swept_keys(words: Sequence[str]) -> list[str]:
 
 
 def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
-    """The jobs of a sweep over all combinations, in their order: the swept words of each, with commas, and all its overrides.
+    """The jobs of a sweep over all combinations, in order: what distinguishes each (`seed=1,optim.muon.lr=0.1`), and all its overrides.
 
     None if the sweeper chooses the values. Words about Hydra itself are left out.
     """
@@ -72,11 +72,14 @@ def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
 def problems_of_words(
     words: Sequence[str], sweep: bool = False, configs: Path = CONFIGS
 ) -> tuple[list[str], list[str]]:
-    """A line for each word that cannot be an override of the configuration, and the other words; of several values, with the first.
+    """Check each word of a command line against the files of the configuration.
 
     Args:
         words: the command line without options.
         sweep: whether a word may give several values, as in seed=1,2.
+
+    Returns:
+        A line for each word that is refused; and the other words, each with the first of its values.
     """
     found, groups, keys = [], [], []
     for word in words:
@@ -87,7 +90,7 @@ def problems_of_words(
             continue
         name, values = override.key_or_group, _values(override)
         single = f"{word.partition('=')[0]}={values[0]}" if override.is_sweep_override() and values else word
-        if not (configs / name).is_dir() or override.is_delete():
+        if name.startswith("hydra") or not (configs / name).is_dir() or override.is_delete():
             keys.append((name, single))
         elif wrong := [value for value in values if not (configs / name / f"{value}.yaml").exists()]:
             found += [f"{name} has no choice {value}{hint(value, group_choices(name, configs))}" for value in wrong]

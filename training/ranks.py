@@ -46,14 +46,13 @@ def world_size() -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process as one of `world` ranks. `local_rank` counts within the node; `device` belongs to this rank."""
+    """This process as one of `world` ranks; `device` belongs to this rank."""
 
     rank: int
-    local_rank: int
     world: int
     device: torch.device
     timeout_s: float = field(repr=False)
-    _control: Any = field(default=None, repr=False)  # the gloo group
+    control: Any = field(default=None, repr=False)  # the gloo group of all ranks; None in a world of 1
 
     @classmethod
     def init(cls, cfg: Settings) -> Ranks:
@@ -67,29 +66,24 @@ class Ranks:
         """
         device, timeout_s, world = resolve_device(cfg)[0], cfg.launcher.timeout_s, world_size()
         if world == 1:
-            return cls(0, 0, 1, device, timeout_s)
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+            return cls(0, 1, device, timeout_s)
+        rank = int(os.environ["RANK"])
         timeout = timedelta(seconds=timeout_s)
         with _explained(rank, world, timeout_s):
             if device.type == "cuda":
-                device = _own_cuda_device(local_rank)
+                device = _own_cuda_device(int(os.environ["LOCAL_RANK"]))
                 grace = timedelta(seconds=_NCCL_GRACE_S)
                 dist.init_process_group("nccl", timeout=timeout + grace, device_id=device)
                 control = dist.new_group(backend="gloo", timeout=timeout)
             else:
                 dist.init_process_group("gloo", timeout=timeout)
                 control = dist.group.WORLD
-        return cls(rank, local_rank, world, device, timeout_s, control)
+        return cls(rank, world, device, timeout_s, control)
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that writes."""
         return self.rank == 0
-
-    @property
-    def control(self) -> Any:
-        """The gloo group of all ranks, for numbers and objects on the CPU; None in a world of 1."""
-        return self._control
 
     def close(self) -> None:
         """Leave the process group, without waiting for the other ranks, which may have ended."""
@@ -121,7 +115,7 @@ class Ranks:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.int64)
         with self.explained():
-            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._control)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.control)
         return numbers.tolist()
 
     def max(self, value: int) -> int:
@@ -138,7 +132,7 @@ class Ranks:
             return value
         box = [value]
         with self.explained():
-            dist.broadcast_object_list(box, src=0, group=self._control)
+            dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather_objects(self, value: T) -> list[T]:
@@ -147,7 +141,7 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.world
         with self.explained():
-            dist.all_gather_object(found, value, group=self._control)
+            dist.all_gather_object(found, value, group=self.control)
         return found
 
     def require_equal(self, tensors: Mapping[str, Tensor]) -> None:

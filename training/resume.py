@@ -122,10 +122,10 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             "resume=auto to continue the run there"
         )
     changed = [] if cfg.allow_changes else _changes(loaded.state["config"], cfg)
-    if loaded.state["data"] != data:
+    same_data = loaded.state["data"] == data
+    if not same_data:
         changed.append(f"data: the shards in {cfg.data.dir} are not the data of the run")
     if changed:
-        same_data = loaded.state["data"] == data
         go_on = ", or add allow_changes=true to go on under the new settings" if same_data else ""
         raise CheckpointError(
             f"{loaded.path} belongs to another run, so it is not resumed; go back to its settings, or start a new run with "
@@ -136,7 +136,7 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
 
 def _changes(saved: Mapping[str, Any], cfg: Settings) -> list[str]:
     """A line for every setting that changes numbers and has another value than in the saved configuration."""
-    return check_same(completed(saved), cfg.plain(), ignore=HARMLESS)
+    return differences(completed(saved), cfg.plain(), ignore=HARMLESS)
 
 
 def check_parts(loaded: Loaded) -> None:
@@ -188,7 +188,7 @@ def agreed_checkpoint(ranks: Ranks, cfg: Settings, directory: Path, data: str) -
 # ---- comparing configurations ----
 
 
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
     """List each key whose value differs between two nested configurations, as `"schedule.lr: 0.1 → 0.2"`.
 
     `ignore` names dotted keys; a name covers everything below it (`"logger"` covers `logger.mode`). A key that one of them does not

@@ -115,9 +115,8 @@ class StopSignal:
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self._noted = signum
-        if (
-            signum != signal.SIGINT or "RANK" in os.environ
-        ):  # a rank may get a Ctrl-C twice: from the terminal and from its parent
+        # A rank may get one Ctrl-C twice, from the terminal and from its parent; the parent counts them.
+        if signum != signal.SIGINT or "RANK" in os.environ:
             return
         if is_second_press(signum, self._interrupted_at):
             leave_at_once()

@@ -19,7 +19,9 @@ from training.optimizers import Optimizers
 from training.progress import ProgressSink
 from training.ranks import Ranks
 from training.run import device_name, environment, run_name
+from training.schedule import warmup_updates
 from training.settings import Settings
+from training.step import micro_batch_size
 from training.transfer import transfer_table
 from training.wandb_sink import WandbSink
 
@@ -34,9 +36,8 @@ def open_log(
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
-    command = shlex.join(
-        ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
-    )  # what was typed; of a sweep, for all of its jobs
+    # What was typed; of a sweep, for all of its jobs.
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     write_whole(directory / "environment.json", json.dumps({**environment(), "command": command}, indent=2) + "\n")
     about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name, "name": directory.name}
     has_history = resumed and (directory / METRICS_FILE).exists()
@@ -81,3 +82,29 @@ def machine(cfg: Settings, ranks: Ranks, attention: Backend) -> str:
     dtype = str(attention.dtype).removeprefix("torch.")
     how = attention.describe() if cfg.attention.logit_cap is None else "explicit attention"
     return f"{devices}{device_name(ranks.device)}, {dtype}, {how}"
+
+
+def shortened(cfg: Settings, world: int, held_out: int, probed: int) -> list[str]:
+    """A line for each setting that is larger than this run can use, and what it uses instead.
+
+    held_out, probed: how many windows of the validation split the run evaluates, and how many it probes.
+    """
+    found = []
+    windows, wanted = cfg.global_batch_tokens // cfg.model.block_size // world, cfg.micro_batch_size
+    size = micro_batch_size(windows, wanted)
+    if size < wanted:
+        found.append(f"micro_batch_size={wanted}: a rank has {windows} windows in an update and uses {size} at a time")
+    asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
+    steps = warmup_updates(asked, updates)
+    if asked >= 1 and steps < asked:
+        found.append(f"schedule.warmup_steps={asked} is too long for {updates} updates; {steps} of them are warm-up")
+    for key, wanted, there in (
+        ("eval_windows", cfg.eval_windows, held_out),
+        ("probe.windows", cfg.probe.windows, probed),
+    ):
+        if there < wanted:
+            block = cfg.model.block_size
+            found.append(
+                f"{key}={wanted}: the data has only {there} validation windows of {block} tokens; all are used"
+            )
+    return found

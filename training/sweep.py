@@ -27,7 +27,7 @@ from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
-from training.resume import HARMLESS, check_same
+from training.resume import HARMLESS, differences
 from training.run import end_of
 from training.settings import Settings, completed
 from training.signals import Stopped
@@ -62,8 +62,7 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None  # `launch` has printed the message
     except Exception as error:
-        with suppress(OSError):  # the reason may be a full disk
-            note_failure(directory, error, cfg)
+        note_failure(directory, error, cfg)
         raise
     finally:
         with suppress(OSError, InUse):
@@ -166,13 +165,14 @@ def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name"
 
 def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two configurations that make them different runs, as "key: before → after"."""
-    # A run may be continued with another max_steps, but a run that ended has another result.
-    return check_same(completed(saved), now, ignore=[key for key in HARMLESS if key != "max_steps"])
+    # A run may be continued with another value of these, but a whole run has another result with it.
+    decisive = ("max_steps", "init_from")
+    return differences(completed(saved), now, ignore=[key for key in HARMLESS if key not in decisive])
 
 
 def note_failure(directory: Path, error: BaseException, cfg: Settings | None = None) -> None:
     """Write into a job's records that it failed, and its configuration if it has none; not if another process is running it."""
-    with suppress(InUse), DirectoryLock(directory):
+    with suppress(InUse, OSError), DirectoryLock(directory):  # the reason may be a full disk
         if cfg is not None and not (directory / CONFIG_FILE).exists():
             write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
         exists = (directory / METRICS_FILE).exists()
@@ -186,17 +186,16 @@ def add_cost(directory: Path, seconds: float) -> None:
     """Add this process's seconds to the cost of the job, and note the peak memory (bytes) of its largest process."""
     if not directory.exists() or os.environ.get("SLURM_NODEID", "0") != "0":
         return  # the run wrote nothing; or the first node notes the cost
-    path = directory / COST_FILE
-    before = json.loads(path.read_text()) if path.exists() else {"wall_seconds": 0.0, "peak_bytes": 0}
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    path, unit = directory / COST_FILE, 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     used = (resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    cost = {
-        "wall_seconds": before["wall_seconds"] + seconds,
-        "peak_bytes": max(before["peak_bytes"], *used),
-        "cores": available_cores(),
-        "threads": torch.get_num_threads(),
-    }
     with DirectoryLock(directory):
+        before = json.loads(path.read_text()) if path.exists() else {"wall_seconds": 0.0, "peak_bytes": 0}
+        cost = {
+            "wall_seconds": before["wall_seconds"] + seconds,
+            "peak_bytes": max(before["peak_bytes"], *used),
+            "cores": available_cores(),
+            "threads": torch.get_num_threads(),
+        }
         write_whole(path, json.dumps(cost) + "\n")
 
 

@@ -23,6 +23,7 @@ class Trace:
 
     def __init__(self, steps: int | None, directory: Path, device: torch.device) -> None:
         self.steps, self.folder, self.device = steps, directory / "profile", device
+        self.updates = 0
         self.profiler: profile | None = None
         if steps is not None:
             plan = schedule(wait=WAITED - 1, warmup=1, active=steps, repeat=1)
@@ -31,21 +32,29 @@ class Trace:
 
     def step(self) -> None:
         """An update is done."""
+        self.updates += 1
         if self.profiler is not None:
             self.profiler.step()
+
+    @property
+    def traced(self) -> int:
+        """How many updates the trace has so far."""
+        return max(0, min(self.steps or 0, self.updates - WAITED))
 
     def close(self) -> None:
         """End the trace; if fewer updates were made than it was to have, it has those."""
         if self.profiler is not None:
             profiler, self.profiler = self.profiler, None
             profiler.stop()
-            if not self.folder.exists():
+            if not self.traced:
                 print(f"profile={self.steps}: the run ended before the trace began, after {WAITED} updates", flush=True)
 
     def _write(self, profiler: profile) -> None:
+        if not self.traced:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        text = table(profiler, self.steps or 1, self.device)
+        text = table(profiler, self.traced, self.device)
         (self.folder / "table.txt").write_text(text)
         print(f"{text}written: {self.folder / 'trace.json.gz'}", flush=True)
 

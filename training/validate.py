@@ -7,9 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.batch import micro_batch_size
-from training.schedule import warmup_updates
-
 if TYPE_CHECKING:
     from training.settings import Settings
 
@@ -61,8 +58,9 @@ def problems_of_capture(cfg: Settings) -> list[str]:
 
 
 def problems_of_compiler(cfg: Settings) -> list[str]:
-    """Why the compiler refuses the step of ManifoldMuon: torch 2.9.0 alone cannot compile `bmm` with `out_dtype`
-    (github.com/pytorch/pytorch/issues/165892).
+    """Why the compiler refuses the step of ManifoldMuon.
+
+    torch 2.9.0 alone cannot compile `bmm` with `out_dtype` (github.com/pytorch/pytorch/issues/165892).
     """
     import torch
 
@@ -158,28 +156,4 @@ def problems_of_documents(cfg: Settings) -> list[str]:
         f"batches.documents=true does not work with {key}, which does not know documents; switch one of them off"
         for key, value in parts.items()
         if value and cfg.batches.documents
-    ]
-
-
-def shortened(cfg: Settings, world: int) -> list[str]:
-    """Settings that are larger than this run can use, and what it uses instead; one line each."""
-    found = []
-    windows, wanted = cfg.global_batch_tokens // cfg.model.block_size // world, cfg.micro_batch_size
-    size = micro_batch_size(windows, wanted)
-    if size < wanted:
-        found.append(f"micro_batch_size={wanted}: a rank has {windows} windows in an update and uses {size} at a time")
-    asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
-    steps = warmup_updates(asked, updates)
-    if asked >= 1 and steps < asked:
-        found.append(f"schedule.warmup_steps={asked} is too long for {updates} updates; {steps} of them are warm-up")
-    return found
-
-
-def cut_windows(cfg: Settings, held_out: int, probed: int) -> list[str]:
-    """Settings that ask for more validation windows than the data has, and what the run uses instead; one line each."""
-    wanted = (("eval_windows", cfg.eval_windows, held_out), ("probe.windows", cfg.probe.windows, probed))
-    return [
-        f"{key}={asked}: the data has only {have} validation windows of {cfg.model.block_size} tokens; all are used"
-        for key, asked, have in wanted
-        if have < asked
     ]

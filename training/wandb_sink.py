@@ -174,9 +174,8 @@ def flatten(rec: Mapping[str, Any]) -> Iterator[Curve]:
     """Yield the curves of a record: ``("layer_00/attn/c_attn/sigma_max", 1.0)``.
 
     Of a probe, a list over layers and heads, or over depths, becomes one curve for each layer; of learned scales, a list over layers
-    does. Any other non-empty list of numbers is
-    yielded as a list, for a histogram. Dicts become paths; None is left out. For a list ``sigma`` of singular values,
-    ``sigma_max``, ``sigma_min`` and ``stable_rank`` = Σσ²/σ_max² are yielded too.
+    does. Any other non-empty list of numbers is yielded as a list, for a histogram. Dicts become paths; None is left out. For a list
+    ``sigma`` of singular values, ``sigma_max``, ``sigma_min`` and ``stable_rank`` = Σσ²/σ_max² are yielded too.
     """
     fields = {key: value for key, value in rec.items() if key not in ("kind", "step", "name")}
     if rec["kind"] == "probe":
