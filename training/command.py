@@ -41,7 +41,9 @@ def run_command(about: str) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
         print(help_text(about, words))
         return 0
-    given = get_args_parser().parse_args(words)
+    given, unknown = get_args_parser().parse_known_args(words)
+    if unknown:
+        return _refuse(f"{' '.join(unknown)}: {rewritten(words, given.overrides, unknown)}")
     jobs = jobs_of(given.overrides) if given.multirun else None
     if (why := refusal(words)) is not None:
         return _refuse(why)
@@ -58,7 +60,8 @@ def run_command(about: str) -> int:
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def run(config: Any) -> float:
         nonlocal composed
-        composed, sys.argv[1:] = True, words  # the run notes what was typed, without the words of `naming`
+        composed = True
+        sys.argv[1:] = words  # the run notes what was typed, without the words of `naming`
         return _job(config, len(jobs) if jobs is not None else None)
 
     try:
@@ -66,10 +69,19 @@ def run_command(about: str) -> int:
     except REFUSALS as error:
         if not composed:
             return _refuse(error_of_words(given.overrides, error, given.multirun))
-        first = str(error).partition("\n")[0]
-        print(f"not every job of the sweep ended; the first that failed: {first}", file=sys.stderr)
+        reason = str(error).partition("\n")[0]
+        print(f"not every job of the sweep ended; the first that failed: {reason}", file=sys.stderr)
         return 1
     return 0
+
+
+def rewritten(words: Sequence[str], overrides: Sequence[str], unknown: Sequence[str]) -> str:
+    """The remedy for words that are no options: settings have no dashes, and stand together, behind the options."""
+    settings = [word.lstrip("-") for word in words if word in (*overrides, *unknown)]
+    options = [word for word in words if word not in (*overrides, *unknown)]
+    return "write settings without dashes, behind the options: " + shlex.join(
+        ["python", "train.py", *options, *settings]
+    )
 
 
 def naming(swept: Sequence[str]) -> list[str]:

@@ -28,6 +28,21 @@ REFUSALS = (HydraException, OmegaConfBaseException)
 
 _MOST_HINTS = 3
 
+_OTHER_NAMES = {  # of other programs: theirs → ours
+    "learning_rate": ["optim.muon.lr", "optim.adamw.lr"],
+    "min_lr": ["schedule.floor"],
+    "max_iters": ["max_steps"],
+    "warmup_iters": ["schedule.warmup_steps"],
+    "gradient_accumulation_steps": ["global_batch_tokens", "micro_batch_size"],
+    "batch_size": ["global_batch_tokens", "micro_batch_size"],
+    "grad_clip": ["grad_clip"],
+    "out_dir": ["output_dir"],
+    **dict.fromkeys(("context", "context_length", "seq_len", "max_seq_len"), ["model.block_size"]),
+    **dict.fromkeys(("width", "d_model", "dim", "hidden_size"), ["model.n_embd"]),
+    **dict.fromkeys(("depth", "n_layers", "num_layers"), ["model.n_layer"]),
+    **dict.fromkeys(("n_heads", "num_heads"), ["model.n_head"]),
+}
+
 
 def group_choices(group: str, configs: Path = CONFIGS) -> list[str]:
     """The choices of a configuration group, sorted; empty if there is no such group. A name that begins with `_` is shared by others."""
