@@ -138,6 +138,7 @@ class Study:
         return [*found, *self._derived(case)]
 
     def _derived(self, case: Case) -> Sequence[str]:
+        """The overrides that the experiment computes for a case."""
         try:
             return self.experiment.derived(self, case)
         except ValueError as error:  # such as int("abc")
