@@ -50,15 +50,16 @@ def run_command(about: str) -> int:
     # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
     if given.multirun and (swept := swept_keys(given.overrides)):
-        first = sys.argv.index(given.overrides[0])
-        sys.argv[first:first] = naming(swept)  # the parser of Hydra refuses overrides behind options
+        place = sys.argv.index(given.overrides[0])
+        sys.argv[place:place] = naming(swept)  # the parser of Hydra refuses overrides behind options
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; otherwise it prints the first one
     composed = False
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def run(config: Any) -> float:
         nonlocal composed
-        composed, sys.argv[1:] = True, words  # the run notes what was typed, without the words of `naming`
+        composed = True
+        sys.argv[1:] = words  # the run notes what was typed, without the words of `naming`
         return _job(config, len(jobs) if jobs is not None else None)
 
     try:
