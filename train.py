@@ -125,8 +125,7 @@ class Run:
             self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
             self.average = average_of(cfg.average, self.model)  # of the weights that the run starts from
         self.resumed_at = self.step if resumed is not None else None
-        # The loss of the current weights; None if it was not computed.
-        self.val_loss: float | None = resumed.metric if resumed is not None else None
+        self.val_loss = resumed.metric if resumed is not None else None  # of the current weights; None: not computed
         if ranks.is_main:
             cut = shortened(cfg, ranks.world, len(self.observer.held_out), len(self.observer.probe_windows))
             remarks = [*cut, *resumption(resumed, cfg, notes)]
@@ -237,7 +236,7 @@ class Run:
             observer.write_updates(log, self.step)
         if self.due(cfg.probe.interval):
             seen = observer.write_probe(log, self.step, placement)
-            if alarm := self.stability.probe(self.step, seen):
+            if alarm := self.stability.observe_probe(self.step, seen):
                 log.write("event", self.step, event="warning", **vars(alarm))
         if self.due(cfg.launcher.checksum_interval):
             placement.check()
@@ -245,7 +244,7 @@ class Run:
     def evaluate(self, log: RunLog | NoLog) -> None:
         """Evaluate, and observe the stability of the loss; at the end, with `full_eval`, also on the whole validation split."""
         self.val_loss = self.observer.evaluate(log, self.step, self.placement, self.average)
-        if self.stability.validation(self.step, self.val_loss):
+        if self.stability.observe_val_loss(self.step, self.val_loss):
             self.note_unstable(log)
         if self.finished and self.cfg.full_eval:
             self.observer.evaluate_split(log, self.step, self.placement)
@@ -287,10 +286,11 @@ class Run:
         numbers = {"loss": loss, "grad_norm": norm, "lr": self.optimizers.rates(multiplier), "skipped_updates": skipped}
         log.write("train", self.step, **numbers, time=self.phase.read(), **rate)
         self.observer.finish_spectra(log, wait=False)
-        self.stability.skipped(skipped)
-        if skipped and self.stability.unstable_step is None and self.stability.nonfinite(*self.guard.first(self.ranks)):
+        self.stability.observe_skipped(skipped)
+        if skipped and self.stability.unstable_step is None:
+            self.stability.observe_nonfinite(*self.guard.first(self.ranks))
             self.note_unstable(log)
-        if self.stability.train(self.step, loss.item()):
+        if self.stability.observe_train_loss(self.step, loss.item()):
             self.note_unstable(log)
 
     def note_unstable(self, log: RunLog | NoLog) -> None:

@@ -52,7 +52,8 @@ class Stdlib(Source):
         for path in root.rglob("*.py"):
             relative = path.relative_to(root)
             # _sysconfigdata holds the compiler flags and folders of the machine that Python was built on.
-            if NOT_LIBRARY.isdisjoint(relative.parts) and not path.name.startswith("_sysconfigdata"):
+            own = NOT_LIBRARY.isdisjoint(relative.parts) and not path.name.startswith("_sysconfigdata")
+            if own and path.is_file():  # a link may lead nowhere
                 digest = hashlib.sha256(relative.as_posix().encode()).digest()
                 ranked.append((int.from_bytes(digest[:8], "big") / 2**64, path))
         if not ranked:

@@ -452,6 +452,13 @@ def test_stdlib_is_deterministic_and_split_by_module(tmp_path):
     assert first.manifest.made_by["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
+def test_a_link_in_the_stdlib_that_leads_nowhere_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "gone.py")
+    (tmp_path / "module.py").write_text("x = 1")
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert [text for _, text in config("stdlib", tmp_path).documents()] == ["x = 1"]
+
+
 def test_a_zipped_stdlib_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
     cfg = config("stdlib", tmp_path)

@@ -47,6 +47,11 @@ def test_a_run_that_was_continued_after_its_end_is_not_finished(tiny_grid, tmp_p
     assert not job.ended
 
 
+def test_a_mistake_of_the_user_is_one_message(tmp_path, capsys):
+    assert run_here(Job(("max_steps=-1",), tmp_path / "run")).failure.startswith("ConfigError: ")
+    assert "max_steps is -1" in (said := capsys.readouterr().err) and "Traceback" not in said
+
+
 def test_a_failure_is_an_outcome_and_what_it_cost_is_known(tiny_grid, tmp_path, monkeypatch, capsys):
     job = Job((*tiny_grid, *SMALL, "max_steps=2", "logger.mode=disabled"), tmp_path / "run")
 

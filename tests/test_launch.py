@@ -206,6 +206,11 @@ def test_a_plugin_that_is_not_installed_is_named(tmp_path, monkeypatch, others_a
     assert refusal(["-m", "seed=1,2"]) is None
 
 
+def test_a_sweep_does_not_ignore_the_directory_of_a_run():
+    assert "use sweep.name" in refusal(["-m", "seed=1,2", "output_dir=outputs/mine"])
+    assert refusal(["seed=1", "output_dir=outputs/mine"]) is None
+
+
 def test_endings_cross_between_processes():
     for error in (Stopped(signal.SIGTERM, "stopped at step 7"), launch.RankFailed("rank 1 failed", 2)):
         copy = pickle.loads(pickle.dumps(error))

@@ -26,7 +26,7 @@ def feed(stability: Stability, steps: int, seed: int = 0) -> int:
     """A healthy run of ``steps`` steps; returns the next step."""
     rng = random.Random(seed)
     for step in range(1, steps + 1):
-        assert not stability.train(step, healthy_loss(step, rng))
+        assert not stability.observe_train_loss(step, healthy_loss(step, rng))
     return steps + 1
 
 
@@ -38,30 +38,30 @@ def test_a_healthy_run_is_stable():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("observe", ["train", "validation"])
+@pytest.mark.parametrize("observe", ["observe_train_loss", "observe_val_loss"])
 def test_a_loss_that_is_not_finite(observe, loss):
     stability = make(z_threshold=None)
     assert not getattr(stability, observe)(4, 3.0)
     assert getattr(stability, observe)(5, loss)
     assert stability.unstable_step == 5 and str(loss) in stability.reason
-    assert math.isfinite(stability.best) or observe == "train"
+    assert math.isfinite(stability.best) or observe == "observe_train_loss"
 
 
 def test_what_is_not_finite_is_named_with_its_rank_if_it_has_one():
     stability = make()
-    assert stability.nonfinite(7, "the loss", rank=3)
+    assert stability.observe_nonfinite(7, "the loss", rank=3)
     assert stability.unstable_step == 7 and stability.reason == "the loss is not finite on rank 3"
     of_all = make()
-    assert of_all.nonfinite(7, "the gradient of h.0.attn.c_attn.weight")
+    assert of_all.observe_nonfinite(7, "the gradient of h.0.attn.c_attn.weight")
     assert of_all.reason == "the gradient of h.0.attn.c_attn.weight is not finite"
 
 
 def test_the_validation_loss_may_rise_by_max_rise_and_no_more():
     stability = make()
     for step, loss in [(0, 10.0), (100, 4.0), (200, 4.25), (300, 3.5), (400, 4.0)]:
-        assert not stability.validation(step, loss)
+        assert not stability.observe_val_loss(step, loss)
     assert (stability.best, stability.best_step) == (3.5, 300)
-    assert stability.validation(500, 4.0 + 1e-9)
+    assert stability.observe_val_loss(500, 4.0 + 1e-9)
     assert stability.unstable_step == 500 and "step 300" in stability.reason
 
 
@@ -70,19 +70,19 @@ def test_the_best_is_the_least_and_its_first_step():
     assert stability.best == math.inf and stability.best_step is None
     losses = [5.0, 3.0, 4.0, 3.0, 2.0, 9.0]
     for step, loss in enumerate(losses):
-        stability.validation(step, loss)
+        stability.observe_val_loss(step, loss)
         assert stability.best == min(losses[: step + 1])
         assert stability.best_step == losses.index(stability.best)
 
 
 def test_the_first_reason_stands_and_the_run_may_go_on():
     stability = make()
-    assert stability.nonfinite(5, "loss")
+    assert stability.observe_nonfinite(5, "loss")
     first = stability.reason
-    assert not stability.nonfinite(6, "gradient of wte")
-    assert not stability.train(7, math.nan)
-    assert not stability.validation(8, 2.0)
-    assert not stability.validation(9, 9.0)
+    assert not stability.observe_nonfinite(6, "gradient of wte")
+    assert not stability.observe_train_loss(7, math.nan)
+    assert not stability.observe_val_loss(8, 2.0)
+    assert not stability.observe_val_loss(9, 9.0)
     assert stability.unstable_step == 5 and stability.reason == first
     assert stability.best == 2.0, "the best is kept on"
 
@@ -93,11 +93,11 @@ def test_the_z_score_must_stay_high_for_m_steps_on_end(z_steps):
     step = feed(stability, 500)
     for _ in range(4):  # spikes one step too short, each followed by a healthy loss
         for _ in range(z_steps - 1):
-            assert not stability.train(step, 6.0)
+            assert not stability.observe_train_loss(step, 6.0)
             step += 1
-        assert not stability.train(step, 3.0)
+        assert not stability.observe_train_loss(step, 3.0)
         step += 1
-    assert [stability.train(step + k, 6.0) for k in range(z_steps)] == [False] * (z_steps - 1) + [True]
+    assert [stability.observe_train_loss(step + k, 6.0) for k in range(z_steps)] == [False] * (z_steps - 1) + [True]
     assert stability.unstable_step == step + z_steps - 1
 
 
@@ -111,17 +111,17 @@ def flags_at(rise: float) -> bool:
     stability = make(z_steps=1)
     rng = random.Random(3)
     for step in range(1000):
-        stability.train(step, rng.gauss(3.0, 0.1))
+        stability.observe_train_loss(step, rng.gauss(3.0, 0.1))
     assert stability._mean == pytest.approx(3.0, abs=0.05)
     assert math.sqrt(stability._variance) == pytest.approx(0.1, rel=0.3)
-    return stability.train(1000, stability._mean + rise)
+    return stability.observe_train_loss(1000, stability._mean + rise)
 
 
 def test_the_first_averages_are_plain_ones():
     stability = make()
     losses = [random.Random(1).uniform(2, 4) for _ in range(50)]
     for step, loss in enumerate(losses):
-        stability.train(step, loss)
+        stability.observe_train_loss(step, loss)
     values = torch.tensor(losses, dtype=torch.float64)
     assert stability._mean == pytest.approx(values.mean().item(), rel=1e-12)
     assert stability._variance == pytest.approx(values.var(correction=0).item(), rel=1e-12, abs=1e-15)
@@ -130,13 +130,13 @@ def test_the_first_averages_are_plain_ones():
 def test_the_z_score_waits_for_its_statistics_and_can_be_switched_off():
     early = make(z_steps=1)
     step = feed(early, 49)
-    assert not early.train(step, 100.0)
+    assert not early.observe_train_loss(step, 100.0)
     off = make(z_threshold=None, z_steps=1)
     step = feed(off, 500)
-    assert not any(off.train(step + k, 100.0) for k in range(50))
+    assert not any(off.observe_train_loss(step + k, 100.0) for k in range(50))
     constant = make(z_steps=1)
-    assert not any(constant.train(step, 3.0 + 1e-9 * (step % 2)) for step in range(500))
-    assert constant.train(501, 3.1)
+    assert not any(constant.observe_train_loss(step, 3.0 + 1e-9 * (step % 2)) for step in range(500))
+    assert constant.observe_train_loss(501, 3.1)
 
 
 def test_a_record_taken_over_goes_on_as_if_never_interrupted():
@@ -147,11 +147,11 @@ def test_a_record_taken_over_goes_on_as_if_never_interrupted():
         for step, loss in enumerate(losses):
             if step == cut:
                 second.load_state_dict(first.state_dict())
-            (first if step < cut else second).train(step, loss)
-            straight.train(step, loss)
+            (first if step < cut else second).observe_train_loss(step, loss)
+            straight.observe_train_loss(step, loss)
             if step % 50 == 0 and step < 600:
-                (first if step < cut else second).validation(step, loss)
-                straight.validation(step, loss)
+                (first if step < cut else second).observe_val_loss(step, loss)
+                straight.observe_val_loss(step, loss)
         assert straight.unstable_step == 602
         assert second.state_dict() == straight.state_dict()
 

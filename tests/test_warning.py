@@ -94,7 +94,7 @@ def test_a_warning_taken_over_goes_on_as_if_never_interrupted():
             current = first if step < cut else second
             if step >= cut and step - 10 < cut:
                 second.load_state_dict(first.state_dict())
-            told.append(current.probe(step, curve(step)))
+            told.append(current.observe_probe(step, curve(step)))
         assert [i * 10 for i, alarm in enumerate(told) if alarm] == [400]
 
 
@@ -110,14 +110,14 @@ def test_a_senseless_setting_names_itself_and_what_to_give(key, value):
 def test_the_lead_is_told_when_both_came_in_this_order():
     early = stability(warning=WarningRules(**SETTINGS))
     assert early.lead is None
-    early.probe(0, seen(500.0))
+    early.observe_probe(0, seen(500.0))
     assert early.lead is None
-    early.validation(10, 2.0)
-    early.validation(120, 3.0)
+    early.observe_val_loss(10, 2.0)
+    early.observe_val_loss(120, 3.0)
     assert early.lead == 120
     late = stability(warning=WarningRules(**SETTINGS))
-    late.nonfinite(5, "loss")
-    late.probe(10, seen(500.0))
+    late.observe_nonfinite(5, "loss")
+    late.observe_probe(10, seen(500.0))
     assert late.lead is None
 
 
@@ -125,7 +125,7 @@ def test_on_unstable():
     marked, stopped = stability(on_unstable="mark"), stability(on_unstable="stop")
     for record in (marked, stopped):
         assert not record.stopped
-        record.nonfinite(5, "loss")
+        record.observe_nonfinite(5, "loss")
     assert stopped.stopped and not marked.stopped
     [problem] = Section(StabilityRules).problems("stability", {**vars(marked.rules), "on_unstable": "halt"})
     assert str(problem) == "stability.on_unstable is 'halt'; choose mark or stop"

@@ -52,8 +52,8 @@ def run_command(about: str) -> int:
     # Our settings of a plugin have the name of its schema; Hydra warns that it checks them against this schema.
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
     if given.multirun and (swept := swept_keys(given.overrides)):
-        first = sys.argv.index(given.overrides[0])
-        sys.argv[first:first] = naming(swept)  # the parser of Hydra refuses overrides behind options
+        place = sys.argv.index(given.overrides[0])
+        sys.argv[place:place] = naming(swept)  # the parser of Hydra refuses overrides behind options
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; otherwise it prints the first one
     composed = False
 
@@ -135,14 +135,17 @@ def refusal(arguments: Sequence[str]) -> str | None:
     for word, plugin, extra in EXTRAS:
         if any(a.startswith(word) for a in arguments) and not _is_installed(plugin):
             return f"{word}... needs a plugin that is not installed; get it with: pip install -e '.[{extra}]'"
-    # Hydra creates the directory of a sweep before a job can check the name.
+    sweep = bool(SWEEP_FLAGS & set(arguments))
     for override in parsed(arguments):
+        if sweep and override.key_or_group == "output_dir":
+            return "output_dir names the directory of one run; a sweep has one for each job: use sweep.name to name the sweep's"
+        # Hydra creates the directory of a sweep before a job can check the name.
         if override.key_or_group == "sweep.name" and not override.is_sweep_override():
             from training.run import refused_name
 
             if why := refused_name(override.value()):
                 return f"sweep.name {why}"
-    if "RANK" not in os.environ or not SWEEP_FLAGS & set(arguments):
+    if "RANK" not in os.environ or not sweep:
         return None
     # Every rank would start its own sweep, and the second job would find the process group of the first.
     wanted = [a for a in arguments if a not in SWEEP_FLAGS and not a.startswith("launcher.nproc=")]

@@ -32,7 +32,7 @@ from training.checks import USER_ERRORS
 from training.config import CONFIGS, compose
 from training.data import open_data
 from training.files import CONFIG_FILE
-from training.launch import USER_ERROR
+from training.launch import USER_ERROR, RankFailed
 from training.lock import InUse
 from training.run import end_of
 from training.signals import STOP_SIGNALS, Stopped, StopSignal, exit_on_stop_signals
@@ -111,7 +111,10 @@ def run_here(job: Job) -> Outcome:
     except InUse:
         raise
     except Exception as error:  # of any kind: the other jobs are still run
-        traceback.print_exc()
+        if isinstance(error, (*USER_ERRORS, RankFailed)):
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exc()
         return Outcome(job, None, f"{type(error).__name__}: {error}")
 
 

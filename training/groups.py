@@ -17,8 +17,8 @@ Groups = list[tuple[list[str], dict[str, Any]]]
 """Parameter groups: names of parameters, and what they share."""
 
 
-def optimizer_names(rows: list[Row]) -> dict[str, str]:
-    """Parameter name → the name of its optimizer."""
+def owners(rows: list[Row]) -> dict[str, str]:
+    """The name of each parameter's optimizer."""
     return {row.name: row.optimizer for row in rows}
 
 
@@ -29,8 +29,8 @@ def muon_groups(rows: list[Row], muon: Muon) -> Groups:
         AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or the step rule does not know an option.
     """
     mine = [row.name for row in rows if row.manifold]
-    scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale", optimizer_names(rows))
-    blocks = by_pattern(mine, muon.blocks or {}, 1, "optim.muon.blocks", optimizer_names(rows))
+    scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale", owners(rows))
+    blocks = by_pattern(mine, muon.blocks or {}, 1, "optim.muon.blocks", owners(rows))
     undivided: dict[tuple[int, int], list[str]] = {}  # by blocks and rows
     groups: dict[tuple, list[str]] = {}  # by manifold, factor of the rate, blocks, radius
     options = {
@@ -70,7 +70,7 @@ def at_radius(rows: list[Row], muon: Muon) -> list[Row]:
         AssignmentError: see `by_pattern`; or a radius that is 0, or one for a manifold without a fixed size.
     """
     mine = [row for row in rows if row.manifold]
-    radii = by_pattern([row.name for row in mine], muon.radius or {}, 1.0, "optim.muon.radius", optimizer_names(rows))
+    radii = by_pattern([row.name for row in mine], muon.radius or {}, 1.0, "optim.muon.radius", owners(rows))
     wrong: dict[tuple[str, float], list[str]] = {}  # by manifold and radius
     for row in mine:
         radius = radii[row.name]
@@ -162,9 +162,7 @@ def library_groups(rows: list[Row], library: Library) -> Groups:
     """
     groups: dict[float, list[str]] = {}
     mine = [row.name for row in rows if row.manifold]
-    for name, scale in by_pattern(
-        mine, library.lr_scale or {}, 1.0, "optim.library.lr_scale", optimizer_names(rows)
-    ).items():
+    for name, scale in by_pattern(mine, library.lr_scale or {}, 1.0, "optim.library.lr_scale", owners(rows)).items():
         groups.setdefault(scale, []).append(name)
     return [(names, {"lr": library.lr * scale}) for scale, names in groups.items()]
 
@@ -177,9 +175,7 @@ def adamw_groups(rows: list[Row], adamw: AdamW) -> Groups:
     """
     mine = {row.name: row for row in rows if row.optimizer == "AdamW"}
     groups: dict[tuple[float, float], list[str]] = {}
-    for name, scale in by_pattern(
-        mine, adamw.lr_scale or {}, 1.0, "optim.adamw.lr_scale", optimizer_names(rows)
-    ).items():
+    for name, scale in by_pattern(mine, adamw.lr_scale or {}, 1.0, "optim.adamw.lr_scale", owners(rows)).items():
         decay = adamw.weight_decay if len(mine[name].shape) >= 2 else 0.0
         groups.setdefault((decay, adamw.lr * scale), []).append(name)
     return [(names, {"weight_decay": decay, "lr": lr}) for (decay, lr), names in groups.items()]

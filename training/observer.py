@@ -49,7 +49,7 @@ class Observer:
         self.held_out = held_out_windows(cfg, val)
         self.probe_windows, _ = next(micro_batches(self.held_out, cfg.probe.windows, ranks.device))
         self.coordinates = coordinate_check(model, cfg)
-        self.begun: tuple[int, Spectra] | None = None  # spectra that are not written yet, and their step
+        self.begun_spectra: tuple[int, Spectra] | None = None  # their step, and spectra that are not recorded yet
 
     def watch(self, certificate: bool, update: bool) -> None:
         """Keep of the step that comes what its certificates, and the records of its updates, need."""
@@ -80,19 +80,17 @@ class Observer:
 
     @as_phase("spectra")
     def write_spectra(self, log: RunLog | NoLog, step: int, placement: Placement, wait: bool) -> None:
-        """Record all singular values of every matrix that matches a rule of the assignment; without `wait`, a GPU's may be left to
-        `finish_spectra`.
-        """
+        """Record all singular values of every matrix that matches a rule; without `wait`, those of a GPU may be left to `finish_spectra`."""
         with placement.whole() as params:
             if self.ranks.is_main:
                 self.finish_spectra(log)
-                self.begun = step, Spectra(self.optimizers.ruled_matrices(params))
+                self.begun_spectra = step, Spectra(self.optimizers.ruled_matrices(params))
                 self.finish_spectra(log, wait=wait or placement.lends)
 
     def finish_spectra(self, log: RunLog | NoLog, wait: bool = True) -> None:
         """Record the spectra that were begun, under their step; without `wait`, only if they are known by now."""
-        if self.begun is not None and (wait or self.begun[1].done):
-            (step, spectra), self.begun = self.begun, None
+        if self.begun_spectra is not None and (wait or self.begun_spectra[1].done):
+            (step, spectra), self.begun_spectra = self.begun_spectra, None
             for name, record in spectra.records():
                 log.write("spectra", step, name=name, **record)
 

@@ -128,7 +128,8 @@ def claim(cfg: Settings, directory: Path | None = None) -> DirectoryLock:
     given = directory or (Path(cfg.output_dir) if cfg.output_dir else None)
     try:
         if given is None:
-            return (_claim_newest(run_name(cfg)) if cfg.resume == "auto" else None) or _claim_new(run_name(cfg))
+            newest = _claim_newest(run_name(cfg)) if cfg.resume == "auto" else None
+            return newest or _claim_new(run_name(cfg))
         lock = DirectoryLock(given)
     except OSError as error:
         where = given or error.filename

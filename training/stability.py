@@ -70,7 +70,7 @@ class Stability:
             return None
         return self.unstable_step - warned
 
-    def probe(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
+    def observe_probe(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
         """Observe the record of a probe; returns the early warning, at most once in a run."""
         return None if self._early is None else self._early.observe(step, seen)
 
@@ -80,11 +80,11 @@ class Stability:
         too_many = self.rules.max_skipped is not None and self._skipped > self.rules.max_skipped
         return too_many or (self.rules.on_unstable == "stop" and self.unstable_step is not None)
 
-    def skipped(self, count: int) -> None:
+    def observe_skipped(self, count: int) -> None:
         """Observe the number of skipped updates so far."""
         self._skipped = count
 
-    def train(self, step: int, loss: float) -> bool:
+    def observe_train_loss(self, step: int, loss: float) -> bool:
         """Observe the training loss of a step (nats, mean over ranks)."""
         if not math.isfinite(loss):
             return self._mark(step, f"training loss is {loss}")
@@ -102,7 +102,7 @@ class Stability:
         self._average(loss)
         return False
 
-    def validation(self, step: int, loss: float) -> bool:
+    def observe_val_loss(self, step: int, loss: float) -> bool:
         """Observe a validation loss (nats); updates ``best`` and ``best_step``."""
         if not math.isfinite(loss):
             return self._mark(step, f"validation loss is {loss}")
@@ -116,7 +116,7 @@ class Stability:
             )
         return False
 
-    def nonfinite(self, step: int, what: str, rank: int | None = None) -> bool:
+    def observe_nonfinite(self, step: int, what: str, rank: int | None = None) -> bool:
         """Observe that ``what``, a loss or a gradient, was not finite; on ``rank``, or None for what is of all ranks."""
         return self._mark(step, f"{what} is not finite" + ("" if rank is None else f" on rank {rank}"))
 
