@@ -12,6 +12,7 @@ from conftest import ROOT
 from data import bench as data_bench
 from scripts import bench, evaluate, experiment, probe, report, reproduce, sample, watch
 from scripts.command import UsageError, parse
+from training.command import run_command
 from training.config import CONFIGS, compose, directory_name
 from training.help import help_text
 from training.overrides import group_choices, jobs_of, problems_of_words, swept_keys
@@ -63,6 +64,11 @@ WRONG = {
     "lr=0.1": "lr is no setting; did you mean optim.muon.lr, optim.adamw.lr or optim.matrices.lr?",
     "warmup=3": "warmup is no setting; did you mean schedule.warmup_steps?",
     "nproc=2": "nproc is no setting; did you mean launcher.nproc?",
+    "learning_rate=3": "learning_rate is no setting; did you mean optim.muon.lr or optim.adamw.lr?",
+    "model.d_model=64": "model.d_model is no setting; did you mean model.n_embd?",
+    "optim.muon.blocks.c_attn=3": "optim.muon.blocks.c_attn is no setting; write 'optim.muon.blocks={c_attn: 3}'",
+    "assignment.rules.mlp.c_fc=dgram": "assignment.rules.mlp.c_fc is no rule of this assignment; rules of your own belong to",
+    "assignment.rules={mlp.c_fc: dgram}": "assignment.rules={mlp.c_fc: dgram}: rules of your own belong to assignment=custom",
     "~foobar": "foobar is no setting; python train.py --help lists the settings",
     "max_steps": "max_steps has no value; write max_steps=<value>",
     "seed=1,2": "seed=1,2 gives several values; add -m for a sweep",
@@ -81,6 +87,14 @@ def test_all_misspelt_words_are_named_at_once_with_what_was_meant():
     ]
     assert problems_of_words(["seed=1,2", "assignment=hetero,adamw"], sweep=True)[0] == []
     assert problems_of_words(["hydra/launcher=basic", "seed=1"])[0] == []  # Hydra has choices that configs/ does not
+
+
+def test_words_with_dashes_are_answered_with_the_command_that_was_meant(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--cfg", "job", "--max_steps=5", "seed=1", "--assignment=hetero"])
+    assert run_command("About.") == 2
+    said = "--max_steps=5 --assignment=hetero: write settings without dashes, behind the options: "
+    meant = "python train.py --cfg job max_steps=5 seed=1 assignment=hetero"
+    assert capsys.readouterr() == ("", f"{said}{meant}\n")
 
 
 def test_wrong_values_are_named_together_with_misspelt_words():

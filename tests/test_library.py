@@ -209,7 +209,7 @@ AS = "optim.library.optimizer="
             "'stiefel' is for .* but SGD of optim.library knows no manifolds; use assignment=unconstrained",
         ),
         (["assignment=adamw"], "no matrix is left for SGD .* use assignment=unconstrained"),
-        ([f"{AS}nowhere.SOAP"], r"there is no module nowhere; pip install '\.\[baselines\]'"),
+        ([f"{AS}nowhere.SOAP"], "there is no module nowhere; install it, or mend the path"),
         ([f"{AS}torch.optim.SOAP"], "names no class"),
         ([f"{AS}SOAP"], "names no class; give an import path such as torch.optim.SGD"),
         ([f"{AS}torch.nn.Linear"], "is not a torch.optim.Optimizer"),

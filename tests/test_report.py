@@ -19,9 +19,8 @@ from conftest import ROOT
 
 from scripts import report
 from scripts.analysis import figures, thin
-from scripts.analysis.page.details import at_paper_scale
 from scripts.analysis.runs import RecordedRun, find_runs
-from scripts.analysis.tables import about, different, footer, grouped, settings_columns
+from scripts.analysis.tables import about, at_paper_scale, different, footer, grouped, report_columns, settings_columns
 from training.config import compose
 from training.log import METRICS_FILE, RunLog
 
@@ -152,6 +151,18 @@ def test_the_papers_losses_stand_at_its_scale_only():
     assert at_paper_scale(run()) and at_paper_scale(run("assignment=hetero", "max_steps=60000"))
     for smaller in ("max_steps=10000", "model=gpt2_350m", "data=books", "global_batch_tokens=4096"):
         assert not at_paper_scale(run(smaller))
+
+
+def test_a_table_says_nothing_of_what_a_run_does_not_have():
+    def keys(*words):
+        run = RecordedRun("run", compose(["experiment=paper", *words]).plain(), {}, {}, {})
+        return {c.key: c.value(run) for c in report_columns([[run]])}
+
+    whole, small = keys("assignment=hetero"), keys("assignment=hetero", "max_steps=10")
+    assert whole["step_rule"] == "published" and "paper_val_loss" in whole and "paper_val_loss" not in small
+    assert (small["attention"], small["mlp"]) == ("stiefel", "dgram")  # without records of spectra
+    for words in (["optim=adamw"], ["optim=modular"], ["assignment=adamw"]):
+        assert "step_rule" not in keys("assignment=unconstrained", *words)
 
 
 def test_settings_of_muon_stand_below_runs_with_muon_only():

@@ -173,7 +173,7 @@ def _saving(directory: Path, step: int, removes: bool = True) -> Iterator[Path]:
             _remove(temp)
         raise CheckpointError(
             f"cannot save the checkpoint of step {step} in {directory}: {error.strerror or error}; {remedy(error)}; "
-            "then resume from the older checkpoints, which are unchanged"
+            "then give the same command with resume=auto; earlier checkpoints are unchanged"
         ) from error
 
 

@@ -130,7 +130,7 @@ class Number(Kind):
         return f", and at most {MOST:.0e}" if is_number(value) and value > MOST else ""
 
     def read(self, value: Any) -> Any:
-        return int(value) if self.whole else value
+        return int(value) if self.whole else float(value)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ def find_class(library: Library) -> type[torch.optim.Optimizer]:
     try:
         found = getattr(importlib.import_module(module), name, None) if module else None
     except ModuleNotFoundError as error:
+        remedy = f"{EXTRA} installs it" if error.name == "pytorch_optimizer" else "install it, or mend the path"
         raise LookupError(
-            f"{KEY} is {library.optimizer}, but there is no module {error.name}; {EXTRA} installs the baselines' library, "
+            f"{KEY} is {library.optimizer}, but there is no module {error.name}; {remedy}, "
             "or choose an optimizer of torch, such as torch.optim.SGD"
         ) from None
     except Exception as error:  # of the library's own code

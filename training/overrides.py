@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.config import CONFIGS
@@ -28,19 +28,22 @@ REFUSALS = (HydraException, OmegaConfBaseException)
 
 _MOST_HINTS = 3
 
+_RULES = "assignment.rules"
+_OWN_RULES = (
+    f"rules of your own belong to assignment=custom: assignment=custom '{_RULES}={{attn: stiefel, mlp: dgram}}'"
+)
+
 _OTHER_NAMES = {  # of other programs: theirs → ours
-    "learning_rate": ["optim.muon.lr", "optim.adamw.lr"],
-    "min_lr": ["schedule.floor"],
-    "max_iters": ["max_steps"],
-    "warmup_iters": ["schedule.warmup_steps"],
-    "gradient_accumulation_steps": ["global_batch_tokens", "micro_batch_size"],
-    "batch_size": ["global_batch_tokens", "micro_batch_size"],
-    "grad_clip": ["grad_clip"],
-    "out_dir": ["output_dir"],
-    **dict.fromkeys(("context", "context_length", "seq_len", "max_seq_len"), ["model.block_size"]),
-    **dict.fromkeys(("width", "d_model", "dim", "hidden_size"), ["model.n_embd"]),
-    **dict.fromkeys(("depth", "n_layers", "num_layers"), ["model.n_layer"]),
-    **dict.fromkeys(("n_heads", "num_heads"), ["model.n_head"]),
+    "learning_rate": ("optim.muon.lr", "optim.adamw.lr"),
+    "min_lr": ("schedule.floor",),
+    "max_iters": ("max_steps",),
+    "warmup_iters": ("schedule.warmup_steps",),
+    "out_dir": ("output_dir",),
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps"), ("global_batch_tokens", "micro_batch_size")),
+    **dict.fromkeys(("context", "context_length", "seq_len", "max_seq_len"), ("model.block_size",)),
+    **dict.fromkeys(("width", "d_model", "dim", "hidden_size"), ("model.n_embd",)),
+    **dict.fromkeys(("depth", "n_layers", "num_layers"), ("model.n_layer",)),
+    **dict.fromkeys(("n_heads", "num_heads"), ("model.n_head",)),
 }
 
 
@@ -121,9 +124,15 @@ def problems_of_words(
     for name, word in keys:
         if _has(config, name) or word.startswith("+") or name.startswith("hydra"):
             rest.append(word)
+        elif name.startswith(f"{_RULES}.") and len(config["assignment"].get("rules") or ()):
+            found.append(f"{name} is no rule of this assignment; {_OWN_RULES}")
+        elif mapping := _empty_mapping(name, config):
+            key, value = name.removeprefix(f"{mapping}."), word.partition("=")[2]
+            found.append(f"{name} is no setting; write '{mapping}={{{key}: {value}}}'")
         else:
             found.append(_no_setting(name, config, groups, configs))
     errors = _errors_of_each(rest, groups, configs)
+    errors |= {word: f"{word}: {_OWN_RULES}" for word in errors if word.lstrip("+").startswith(f"{_RULES}=")}
     return [*found, *errors.values()], [*groups, *(word for word in rest if word not in errors)]
 
 
@@ -165,6 +174,8 @@ def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: P
     """The sentence about a name that is no setting: almost the same names, other choices of its group that have it, or similar last parts."""
     names = list(_dotted(config))
     last = name.rpartition(".")[2]
+    if last in _OTHER_NAMES:
+        return f"{name} is no setting; did you mean {_either(_OTHER_NAMES[last])}?"
     parts = {known: known.rpartition(".")[2] for known in names}
     alike = [known for known, part in parts.items() if get_close_matches(last, [part], 1)]
     near = get_close_matches(name, alike, 1, 0.85)
@@ -176,6 +187,16 @@ def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: P
     near = near or [known for known, part in parts.items() if part in get_close_matches(last, parts.values(), 1, 0.75)]
     meant = f"did you mean {_either(near[:_MOST_HINTS])}?" if near else "python train.py --help lists the settings"
     return f"{name} is no setting; {meant}"
+
+
+def _empty_mapping(name: str, config: DictConfig) -> str | None:
+    """The setting whose value is null or an empty mapping, and of which a dotted name would be a key."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        if _has(config, mapping := ".".join(parts[:i])):
+            value = OmegaConf.select(config, mapping, throw_on_missing=False)
+            return mapping if value is None or (isinstance(value, DictConfig) and not value) else None
+    return None
 
 
 def _choices_with(name: str, groups: Sequence[str], configs: Path) -> list[str]:

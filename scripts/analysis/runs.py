@@ -13,7 +13,7 @@ from typing import Any
 
 from data.tokenizer import get_tokenizer
 from model.gpt import GPT
-from optim.assignment import matches
+from optim.assignment import ADAMW, matches
 from scripts.command import UsageError
 from training.average import average_of
 from training.build import gpt_config
@@ -170,8 +170,18 @@ class RecordedRun:
         return list(dict.fromkeys(choice for name in names for pattern, choice in rules if matches(pattern, name)))
 
     def geometry(self, sublayer: str) -> str:
-        """The manifold of a sublayer's matrices; "-" means unconstrained Muon, and several manifolds are joined by "+"."""
-        return "+".join("-" if choice == "euclidean" else choice for choice in self.chosen(self.spectra(sublayer)))
+        """The manifold of a sublayer's matrices; "-" means none, and several manifolds are joined by "+"."""
+        part, layers = SUBLAYERS[sublayer], range(int(at(self.config, "model.n_layer") or 0))
+        matrices = {"attn": ("c_attn", "c_proj"), "mlp": ("c_fc", "c_proj")}[part]
+        names = [f"transformer.h.{i}.{part}.{matrix}.weight" for i in layers for matrix in matrices]
+        return "+".join("-" if choice == "euclidean" else choice for choice in self.chosen(names))
+
+    @property
+    def has_muon(self) -> bool:
+        """Whether ManifoldMuon updates a matrix: the assignment gives it one, and no other optimizer has them all."""
+        if at(self.config, "optim.library") or at(self.config, "optim.modular"):
+            return False
+        return any(choice != ADAMW for choice in (at(self.config, "assignment.rules") or {}).values())
 
 
 def final_losses(runs: Iterable[RecordedRun]) -> list[float]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optim.assignment import ADAMW
 from scripts.analysis.runs import RecordedRun, at, text_at
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
@@ -26,6 +25,10 @@ PUBLISHED = {
     "Hetero-Inv": "unstable",
 }
 """Validation losses of arXiv 2606.13276 (GPT-2 124M, 3.28B tokens of OpenWebText, one seed), in the paper's order."""
+PAPER_TOKENS = 3.2e9
+"""At least so many tokens is a run at the paper's scale."""
+PAPER_SHAPE = {"model.n_layer": "12", "model.n_embd": "768", "data.name": "openwebtext"}
+"""The paper's model and data."""
 
 Value = float | str | None
 Groups = Sequence[Sequence[RecordedRun]]
@@ -226,12 +229,23 @@ def of_setting(heading: str, name: str, key: str) -> Column:
 
 
 def report_columns(groups: Groups) -> list[Column]:
-    """The columns of the paper's table, the step rule, the settings in which the groups differ, and the steps of each run."""
-    rule = of_setting("step rule", "step_rule", "optim.muon.rule.kind")
+    """The columns of the paper's table, the step rule, the settings in which the groups differ, and the steps of each run.
+
+    The losses of the paper are left out unless all runs are at its scale.
+    """
+    rule = Column("step rule", "step_rule", lambda r: text_at(r.config, "optim.muon.rule.kind") if r.has_muon else None)
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
     status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
     columns = [*COLUMNS[:3], rule, *settings_columns(groups), *COLUMNS[3:status], steps, *COLUMNS[status:]]
-    return columns_with_values(columns, [r for group in groups for r in group])
+    runs = [r for group in groups for r in group]
+    kept = columns_with_values(columns, runs)
+    return kept if all(map(at_paper_scale, runs)) else [c for c in kept if c.key != "paper_val_loss"]
+
+
+def at_paper_scale(run: RecordedRun) -> bool:
+    """Whether the paper's losses can stand beside those of a run: its model, its data, and at least as many tokens."""
+    tokens = run.config["max_steps"] * float(text_at(run.config, "global_batch_tokens") or 0)
+    return tokens >= PAPER_TOKENS and all(text_at(run.config, key) == v for key, v in PAPER_SHAPE.items())
 
 
 # ---- what is written ----
@@ -240,9 +254,7 @@ def report_columns(groups: Groups) -> list[Column]:
 def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
     """The text below a table: command, settings and machine. A setting in which the runs differ is left out, as is Muon's without Muon."""
     searched = any(text_at(r.config, "optim.matrices.lr") for r in runs)  # then it stands for that of Muon
-    muon = not searched and any(
-        choice != ADAMW for r in runs for choice in (at(r.config, "assignment.rules") or {}).values()
-    )
+    muon = not searched and any(r.has_muon for r in runs)
     parts = [
         f"{len(runs)} runs" if runs else "",
         *_scale(runs),

@@ -15,14 +15,6 @@ from scripts.analysis.tables import Table, different, known_columns
 
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28}\b")  # of a commit, of which twelve digits are enough
 PARAMETERS_FILE = "parameters.txt"
-PAPER_TOKENS = 3.2e9  # arXiv 2606.13276 trains on 3.28e9
-PAPER_SHAPE = {"model.n_layer": "12", "model.n_embd": "768", "data.name": "openwebtext"}
-
-
-def at_paper_scale(run: RecordedRun) -> bool:
-    """Whether the paper's losses can stand beside those of a run: its model, its data, and at least as many tokens."""
-    tokens = run.config["max_steps"] * float(text_at(run.config, "global_batch_tokens") or 0)
-    return tokens >= PAPER_TOKENS and all(text_at(run.config, key) == v for key, v in PAPER_SHAPE.items())
 
 
 def costs(settings: Sequence[Setting]) -> Table:

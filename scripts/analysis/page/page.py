@@ -18,7 +18,7 @@ from scripts.analysis import thin
 from scripts.analysis.figures import colours_of, label_of, loss_limits
 from scripts.analysis.page import charts
 from scripts.analysis.page.charts import Line
-from scripts.analysis.page.details import at_paper_scale, costs, geometries, machines, settings_table
+from scripts.analysis.page.details import costs, geometries, machines, settings_table
 from scripts.analysis.page.verdict import Setting, verdict
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.tables import Column, Groups, about, make_table, report_columns
@@ -38,8 +38,7 @@ def make(groups: Groups, name: str, command: str, reload_s: float = 0) -> str:
     runs = [r for s in settings for r in s.runs]
     names = {r.directory: s.label for s in settings for r in s.runs}
     first = Column("setting", "setting", lambda r: names[r.directory])
-    elsewhere = {"steps", *([] if all(map(at_paper_scale, runs)) else ["paper_val_loss"])}
-    columns = [c for c in report_columns(groups)[1:] if c.key not in elsewhere]
+    columns = [c for c in report_columns(groups)[1:] if c.key != "steps"]
     found = {key: chart for key, chart in _curves(settings, groups).items() if chart}
     stores = {f"run-{i}": _store(r) for i, r in enumerate(runs)}
     found |= _maps(settings, stores)
