@@ -66,7 +66,7 @@ def meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float
 def _meeting(sigma: float, correlation: float, tokens: int) -> tuple[float, float, float]:
     step, n, wide, narrow = 0.5, tokens, sigma * math.sqrt(correlation), sigma * math.sqrt(1 - correlation)
     (shared, likely), (own, weight) = (_normal(min(0.4, 0.8 / max(size, 1.0))) for size in (wide, narrow))
-    # log t; beyond these ends, nothing is left of the integrands in float64.
+    # log t; less than 1e-8 of each integral lies beyond these ends.
     log_t = torch.arange(-math.log(n) - 8 * sigma - 20, 8 * sigma + 5, step, dtype=torch.float64)
     size = torch.exp(log_t[:, None, None] + wide * shared[:, None] + narrow * own)  # t·e^logit, (t, shared, own)
     terms = itertools.accumulate([torch.exp(-size), size, size, size, size], torch.mul)  # size^k e^-size, k = 0 .. 4

@@ -343,7 +343,7 @@ def inverse_sqrt_increment(E: Tensor, rounded: Tensor, mm: Products) -> Tensor:
 
 
 def cap_fit(degree: int, lower: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """48 nodes u (48,) in [lower, 1], and the matrix (degree + 1, 48) that fits values at them by a polynomial in u².
+    """48 nodes u in [lower, 1], (48,), and the matrix (degree + 1, 48) that fits values at them by a polynomial in u².
 
     Least squares of u·p(u²): what a singular value u is multiplied by matters in proportion to u. On the device of `like`, in its dtype.
     """

@@ -87,7 +87,7 @@ class Effort:
     stages, lower: of the matrix sign, see optim.linalg.matrix_sign.
     iterator: of the sign of an unconstrained matrix, in place of `stages` and `lower`.
     caps, cap_degree: rounds that lower singular values above 1, at least one, and their degree in TᵀT.
-    cap_relaxation: a round makes σ + cap_relaxation·(1 - σ) of a singular value σ above 1.
+    cap_relaxation: a round makes about σ + cap_relaxation·(1 - σ) of a singular value σ above 1.
     """
 
     su: int = 0

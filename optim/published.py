@@ -136,4 +136,5 @@ class PublishedStep:
             A = self.polar(momentum).float()
         if not manifold.constrained:
             return manifold.move(W, G, eta * A, eta, shrink), A
-        return self.retract((W * shrink if self.decay_manifolds else W) - eta * A, manifold), A
+        kept = W * shrink if self.decay_manifolds else W
+        return self.retract(kept - eta * A, manifold), A
