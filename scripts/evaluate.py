@@ -123,8 +123,12 @@ def data_of(cfg: Settings, folder: str) -> Dataset:
     path, wanted = Path(folder), cfg.data.tokenizer
     if not (path / MANIFEST).exists() and any(path.glob("*.bin")):
         return bin_of(path, tokenizer=wanted, vocab_size=cfg.data.vocabulary()).open()
-    if path.is_dir() and not (path / MANIFEST).exists():
-        raise UsageError(f"data={folder} holds no prepared data; name a folder that data.prepare wrote")
+    if path.exists() and not (path / MANIFEST).exists():
+        text = f"{folder}/*.txt" if path.is_dir() else folder
+        raise UsageError(
+            f"data={folder} is no prepared data; prepare text with: python -m data.prepare data=text data.name=mine "
+            f"data.tokenizer={wanted} data.files=<any other text> 'data.val_files={text}', and give data=data/prepared/mine"
+        )
     dataset = open_dataset(folder)
     if dataset.tokenizer != wanted:
         raise UsageError(

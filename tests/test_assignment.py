@@ -78,6 +78,11 @@ def test_hetero_gives_every_parameter_to_one_optimizer():
             ["'atn' matches no matrix; did you mean 'attn'?", "'h.9.mlp' matches no matrix; remove it"],
         ),
         (
+            {"h.0.attn|h.2.attn": "stiefel"},
+            ["matches no matrix; alternatives stand between two dots, such as h.0|2.attn"],
+        ),
+        ({"h.0|h.2": "stiefel"}, ["matches no matrix; alternatives stand between two dots"]),
+        (
             {"attn": "stiefel", "mlp": "dgram", "wte": "stiefel"},
             ["claims 'transformer.wte.weight', which is always AdamW's"],
         ),

@@ -114,6 +114,7 @@ def test_other_data_and_longer_contexts(tiny_data, tmp_path, capsys):
         ),
         (["{run}", "contexts=2"], "every position is learned"),
         (["{run}", "data={tmp}/none"], "there is no prepared data"),
+        (["{run}", "data={run}/config.yaml"], "is no prepared data; prepare text with: python -m data.prepare"),
         (["{run}", "tasks=hellaswag"], "pip install -e '.[eval]'"),
     ],
 )

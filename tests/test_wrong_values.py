@@ -280,11 +280,16 @@ def test_the_message_says_what_to_give(override, message):
     assert message in said and not ("did you mean" in said and "did you mean" not in message)
 
 
-def test_whole_numbers_may_be_written_with_an_exponent():
+def test_whole_numbers_may_have_an_exponent_and_other_numbers_may_be_whole():
     cfg = compose(["eval_windows=1e9", "data.max_tokens=2e6", "optim.adamw.lr=1"])
     assert (cfg.eval_windows, cfg.data.max_tokens) == (10**9, 2 * 10**6)
-    assert type(cfg.eval_windows) is int and type(cfg.optim.adamw.lr) is int
+    assert type(cfg.eval_windows) is int and type(cfg.optim.adamw.lr) is float
     checks.check(cfg)
+
+
+def test_a_rate_of_matrices_that_adamw_has_is_refused():
+    with pytest.raises(ConfigError, match="optim.matrices has no effect here: AdamW has every matrix"):
+        checks.check(compose(["assignment=adamw", "optim.matrices.lr=0.1"]))
 
 
 def test_a_path_may_begin_at_home(monkeypatch):

@@ -6,7 +6,7 @@ A configuration may transfer settings from another model size (training/transfer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from training.groups import (
     norm_pairs,
 )
 from training.optimizers import Optimizers
-from training.settings import AdamW, CertifiedRule, Library, Muon, Optim, Settings
+from training.settings import CertifiedRule, Library, Optim, Settings
 from training.settings import Modular as ModularSettings
 from training.transfer import transferred
 
@@ -88,7 +88,7 @@ def rehearse(
         )
     try:
         rows = assign(shapes, cfg.assignment.rules or {}, cfg.optim.always_adamw, unit_vectors)
-        rows, mine, rest = _shared_out(rows, cfg.optim)
+        rows, mine, _ = _shared_out(rows, cfg.optim)
         norm_pairs(shapes, cfg.optim.norms)
     except AssignmentError as error:
         return rows, [*problems, *error.problems]
@@ -96,22 +96,7 @@ def rehearse(
         problems.append(
             "optim.matrices has no effect here: AdamW has every matrix; set optim.adamw, or choose another assignment"
         )
-    return rows, [*problems, *_overshooting([(mine, matrices), (rest, cfg.optim.adamw)])]
-
-
-def _overshooting(groups: Sequence[tuple[Groups, Muon | Library | ModularSettings | AdamW]]) -> list[str]:
-    """A problem for each optimizer with a group whose weight decay alone, w - lr · decay · w, would change the sign of a weight."""
-    found = []
-    for own, section in groups:
-        rates = [
-            (group.get("lr", section.lr), group.get("weight_decay", section.weight_decay), names[0])
-            for names, group in own
-        ]
-        lr, decay, name = max(rates, key=lambda rate: rate[0] * rate[1], default=(0.0, 0.0, ""))
-        if lr * decay >= 1:
-            product = f"learning rate {lr:g} times weight decay {decay:g} is {lr * decay:g} for '{name}'"
-            found.append(f"{product}; from 1 on, decay changes the sign of a weight in every step: give smaller ones")
-    return found
+    return rows, problems
 
 
 def _shared_out(rows: list[Row], optim: Optim) -> tuple[list[Row], Groups, Groups]:
