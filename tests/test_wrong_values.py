@@ -288,7 +288,7 @@ def test_whole_numbers_may_have_an_exponent_and_other_numbers_may_be_whole():
 
 
 def test_a_rate_of_matrices_that_adamw_has_is_refused():
-    with pytest.raises(ConfigError, match="optim.matrices has no effect here: AdamW has every matrix"):
+    with pytest.raises(ConfigError, match=r"optim\.matrices has no effect here: AdamW has every matrix"):
         checks.check(compose(["assignment=adamw", "optim.matrices.lr=0.1"]))
 
 
