@@ -25,6 +25,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from scripts.analysis.search import TRIALS
 from scripts.command import UsageError, parse, run
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, parse_record
@@ -131,7 +132,7 @@ class Watched:
 
 
 def find_jobs(sweep: Path, known: dict[Path, Watched]) -> dict[Path, Watched]:
-    """The jobs of a sweep by directory, sorted by name. A single run counts as a sweep of one job.
+    """The jobs of a sweep by directory, sorted by name, with the trials of an experiment. A single run counts as a sweep of one job.
 
     Raises:
         UsageError: the directory cannot be read.
@@ -140,7 +141,8 @@ def find_jobs(sweep: Path, known: dict[Path, Watched]) -> dict[Path, Watched]:
         found = [sweep]
     else:
         try:
-            found = sorted(p for p in sweep.iterdir() if p.is_dir() and not p.name.startswith("."))
+            inside = sorted([*sweep.iterdir(), *(sweep / TRIALS).glob("*")])
+            found = [p for p in inside if p.is_dir() and not p.name.startswith(".") and p != sweep / TRIALS]
         except OSError as error:
             raise UsageError(f"{sweep} cannot be read ({error.strerror}); name a sweep's directory") from error
     return {path: known.get(path) or Watched(path) for path in found}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from scripts import watch
+from scripts.analysis.search import TRIALS
 from training.log import RunLog
 
 
@@ -55,13 +56,14 @@ def test_every_state(tmp_path, capsys):
     for name, (records, _, _) in CASES.items():
         write_job(tmp_path, f"model=demo,{name}", *records)
     write_job(tmp_path, "model=demo,seed=9", train(40), silent_s=1000)
+    write_job(tmp_path / TRIALS, "model=demo,seed=0", train(40))
     (tmp_path / ".submitit").mkdir()
     found = rows(capsys, tmp_path)
     for name, (_, state, cells) in CASES.items():
         assert found[name][0] == state, name  # what all jobs share is not in their names
         assert cells is None or tuple(found[name][1:]) == cells, name
-    assert found["seed=9"] == ["stalled", "40/100", "2.5000"]
-    assert len(found) == len(CASES) + 1
+    assert found["seed=9"] == ["stalled", "40/100", "2.5000"] and found["seed=0"][0] == "running"
+    assert len(found) == len(CASES) + 2
     assert rows(capsys, tmp_path, "stalled_s=2000")["seed=9"][0] == "running"
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+TRIALS = "trials"
+"""The folder of the trials, beside the runs of an experiment."""
+
 Point = tuple[Fraction, ...]
 """The place of a trial: for each searched setting, how many factors it is away from the first value."""
 

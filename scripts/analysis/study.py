@@ -12,7 +12,7 @@ from typing import Any
 from scripts.analysis.figures import sign
 from scripts.analysis.optima import EXTEND_OPTIONS, further_cases
 from scripts.analysis.runs import RecordedRun, at, final_losses, read_run
-from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
+from scripts.analysis.search import SEARCH_OPTIONS, TRIALS, Found, Search
 from scripts.analysis.statistics import Estimate
 from scripts.analysis.tables import ENDS, Column, Table, footer, make_table, rows_of, write_tables
 from scripts.command import UsageError, key_of, refuse
@@ -330,7 +330,7 @@ class Study:
             for key, (case, own) in going.items():
                 searched = self.found[key].values(points[key])
                 judged = [*own, "full_eval=false"]  # a trial is judged by the windows
-                jobs[key] = self.job(parent / "trials", case, str(self.options["search_seed"]), judged, searched)
+                jobs[key] = self.job(parent / TRIALS, case, str(self.options["search_seed"]), judged, searched)
             failures |= run_all(list(jobs.values()), workers, launcher)
             for key, job in jobs.items():
                 if not job.ended:
