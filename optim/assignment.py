@@ -134,7 +134,7 @@ def _problems(
         elif name in matrices and name in unit and rules[found[0]] in MANIFOLDS.keys() - _BESIDE_UNIT_LENGTH:
             contested.setdefault(found[0], []).append(name)
     problems += [
-        f"assignment: rule '{rule}' claims {listed(names)}, which is always AdamW's (optim.always_adamw); narrow the rule, or take it out there"
+        f"assignment: rule '{rule}' claims {listed(names)}, which is always AdamW's; narrow the rule, or optim.always_adamw"
         for rule, names in claimed.items()
     ]
     problems += [f"assignment: {_unclear(found, names)}" for found, names in unclear.items()]
@@ -165,7 +165,7 @@ def _unclear(hits: Sequence[str], names: Sequence[str]) -> str:
 
 def _meant(pattern: str, rules: Mapping[str, str], unused: Collection[str], left: Iterable[str]) -> str:
     """What to do about a rule that matches no matrix: a similar part of the names that are left without a rule, or the other rules alone."""
-    if "|" in pattern and "." in pattern:
+    if "|" in pattern and all(any(matches(part, name) for name in left) for part in pattern.split("|")):
         return "alternatives stand between two dots, such as h.0|2.attn for two layers"
     components = {part for name in left for part in name.split(".") if not part.isdigit()}
     if near := get_close_matches(pattern.split(".")[-1], components, 1):

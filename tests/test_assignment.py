@@ -82,6 +82,7 @@ def test_hetero_gives_every_parameter_to_one_optimizer():
             ["matches no matrix; alternatives stand between two dots, such as h.0|2.attn"],
         ),
         ({"h.0|h.2": "stiefel"}, ["matches no matrix; alternatives stand between two dots"]),
+        ({"h.0|2.atn": "stiefel"}, ["'h.0|2.atn' matches no matrix; did you mean 'attn'?"]),
         (
             {"attn": "stiefel", "mlp": "dgram", "wte": "stiefel"},
             ["claims 'transformer.wte.weight', which is always AdamW's"],

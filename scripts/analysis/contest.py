@@ -1,4 +1,4 @@
-"""Contests: cases that were searched with equally many trials, then run with several seeds, and compared seed by seed."""
+"""Contests: cases that were searched by one rule, then run with several seeds, and compared seed by seed."""
 
 from __future__ import annotations
 

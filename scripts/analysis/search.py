@@ -1,4 +1,4 @@
-"""The search for the best settings of every case of an experiment: equally many trials for each case, and no edges.
+"""The search for the best settings of every case of an experiment: one rule for all cases, and no edges.
 
 A compass search: the settings lie on a grid of equal factors without ends. The next trial is a neighbour of the best trial so far
 that was not tried yet; when all neighbours were tried, the distance is halved. So a best value can be at the edge of what was tried
