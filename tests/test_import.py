@@ -249,7 +249,7 @@ def test_a_source_that_cannot_be_read_is_one_message(run, tmp_path, capsys):  # 
         read_weights(damaged)
 
 
-def test_a_name_is_downloaded_and_a_failure_names_the_remedy(tmp_path, monkeypatch):
+def test_a_name_is_downloaded_and_a_failure_names_the_remedy(tmp_path, monkeypatch, capsys):
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -265,6 +265,7 @@ def test_a_name_is_downloaded_and_a_failure_names_the_remedy(tmp_path, monkeypat
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert located("gpt2-medium") == tmp_path / "hf"
+    assert "huggingface.co is asked" in capsys.readouterr().err
     assert asked == [("gpt2-medium", "config.json"), ("gpt2-medium", "model.safetensors")]
     assert_bitwise(from_folder(located("gpt2"), bias=True, mlp="gelu_tanh").state_dict(), model.state_dict())
     (tmp_path / "hf/model.safetensors").unlink()

@@ -10,6 +10,7 @@ import torch
 from conftest import CLOCK, run_train
 
 from data.loader import validation_windows
+from optim.manifolds import Stiefel
 from scripts.analysis.runs import load_model
 from train import train
 from training import checkpoint
@@ -19,6 +20,7 @@ from training.config import compose
 from training.data import open_data
 from training.log import read_records
 from training.observer import Observer
+from training.optimizers import Optimizers
 from training.validate import ConfigError
 
 ASSIGNMENTS = ["unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv", "adamw"]
@@ -289,3 +291,23 @@ def test_sweep_has_one_directory_a_job(tiny, tmp_path, train_here):
         assert f"job {number}/4: {job},{constant}\n" in sweep.stdout
         name, seed = job.removeprefix("assignment=").split(",seed=")
         assert f"{name}, job {number}/4, seed {seed}" in sweep.stderr
+
+
+def test_matrices_off_their_manifold_and_steps_uphill_are_reported(tiny, tmp_path, monkeypatch, capsys):
+    train(compose([*tiny[:-1], "assignment=all_stiefel", "max_steps=2", f"output_dir={tmp_path / 'sound'}"]))
+    assert not records(tmp_path / "sound", "event")
+    monkeypatch.setattr(Stiefel, "_retract", lambda self, W, polar: 1.5 * polar(W))  # WᵀW = 2.25·I
+    seen = [("h.0.attn", {"feas": 0.9}), ("h.0.mlp", {"feas": -0.1})]
+    monkeypatch.setattr(Optimizers, "certificates", lambda self, gather: seen)
+    train(compose([*tiny, "assignment=all_stiefel", "max_steps=2"]))
+    events = {r["event"]: r["message"] for r in records(tmp_path / "run", "event")}
+    assert events["off_manifold"].startswith("4 matrices are off their manifold; the worst is transformer.h.0.")
+    assert events["off_manifold"].endswith("by 0.56 of ‖WᵀW‖_F")
+    assert events["uphill"] == "steps went uphill: of 1 matrices, such as h.0.mlp"
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("off their manifold") == 1  # of each type, a run shows the first
+
+
+def test_a_run_without_matrices_for_manifold_muon_says_so(tiny, capsys):
+    train(compose([*tiny, "assignment=adamw", "max_steps=1"]))
+    assert "ManifoldMuon has no matrix: optim.muon is not used" in capsys.readouterr().out

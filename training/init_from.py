@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def located(source: str) -> Path:
         raise ConfigError(
             [f"init_from={source}: there is no such file; {_REMEDY}, for which: pip install huggingface_hub"]
         ) from None
+    print(f"init_from={source}: there is no such file here; huggingface.co is asked", file=sys.stderr, flush=True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every attempt
     try:
         folder = Path(hf_hub_download(source, _HF_CONFIG)).parent

@@ -17,7 +17,7 @@ certificate  ``name`` of a matrix, and how close its last step was to the best o
 update       ``name`` of a parameter, and what ``training.coordinate`` measured of the last step; one record a parameter
 probe        the record of ``model.probes.probe``
 scales       ``name`` of a learned scale, and its ``model.scale.scale_statistics``; one record a scale, with every probe
-event        ``event``: its type, such as "unstable" or "warning"; ``message``: one sentence
+event        ``event``: its type, such as "unstable", "warning", "off_manifold" or "uphill"; ``message``: one sentence
 ===========  ================================================================================================
 """
 

@@ -71,6 +71,8 @@ def print_start(
         print(carried_over)
     if optimizers.muon is not None:
         print(f"ManifoldMuon: {optimizers.muon.rule.describe(model.lm_head.weight.device)}")
+    else:
+        print("ManifoldMuon has no matrix: optim.muon is not used")
     if cfg.optim.library is not None:
         print(f"{library.display_name(cfg.optim.library)}: {library.describe(cfg.optim.library)}")
     print(f"{model.describe()} → {directory}", machine(cfg, ranks, attention), *remarks, sep="\n", flush=True)
