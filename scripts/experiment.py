@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.analysis.conduct import Conductor, write
+from scripts.analysis.decided import refuse_decided
 from scripts.analysis.optima import EXTEND_OPTIONS
 from scripts.analysis.search import SEARCH_OPTIONS
 from scripts.analysis.study import Experiment, Study
@@ -112,7 +114,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
         options={key: options[key] for key in experiment.all_options},
         overrides=overrides,
     )
-    study.refuse_decided()
+    refuse_decided(study)
     return study, {key: options[key] for key in own}, launcher
 
 
@@ -130,8 +132,8 @@ def work(arguments: list[str]) -> int:
     output_dir = Path(own["output_dir"] or f"outputs/{name}")
     results = Path(own["results"] or ROOT / "results" / name)
     refuse([*problems_of_directory(output_dir), *problems_of_directory(results, "results")])
-    failures = study.run(output_dir, own["workers"], launcher)
-    print("\n" + study.write(results, command_line("experiment.py", *arguments)))
+    failures = Conductor(study, output_dir, own["workers"], launcher).run()
+    print("\n" + write(study, results, command_line("experiment.py", *arguments)))
     for directory, reason in failures.items():
         print(f"failed: {directory}: {reason}", file=sys.stderr)
     return 1 if failures else 0

@@ -10,6 +10,7 @@ from conftest import HERE, ROOT, SMALL
 
 from model.residual import RESIDUAL_RULES
 from scripts import experiment
+from scripts.analysis.conduct import check_all
 from scripts.command import UsageError
 from training.config import compose
 
@@ -44,7 +45,7 @@ def test_an_experiment_is_data(name, capsys):
     assert len(lines) < 60
     fewer = NEEDED if name == "family" and not find_spec("pytorch_optimizer") else FEWER.get(name, ())
     found = study(name, *fewer)
-    found.check_all()
+    check_all(found)
     jobs = found.jobs(Path("out"))
     assert len({job.directory for _, job in jobs}) == len(jobs) == len(found.cases()) * len(found.seeds)
     assert experiment.main([name, "--help"]) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from data.shards import Split
 from model.gpt import GPT, GPTConfig
-from scripts.analysis import optima, speed_up, study
+from scripts.analysis import conduct, optima, speed_up, study
 from scripts.analysis.optima import further_cases, optimum_table, seed_slopes, slope_table
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.speed_up import Race, context_table, speed_table, steps_needed
@@ -76,19 +76,19 @@ def test_an_experiment_is_extended_until_no_best_rate_is_at_an_end(monkeypatch, 
         loss = abs(math.log(float(case[RATE]) / best[case[WIDTH]]))
         return RecordedRun(directory, {"seed": int(case["seed"])}, {"eval": [{"step": 1, "loss": loss}]}, {}, {})
 
-    monkeypatch.setattr(study, "run_all", run_all)
-    monkeypatch.setattr(study, "read_run", read_run)
+    monkeypatch.setattr(conduct, "run_all", run_all)
+    monkeypatch.setattr(conduct, "read_run", read_run)
     monkeypatch.setattr(Job, "ended", True)
-    monkeypatch.setattr(study, "compose", lambda overrides: None)
-    monkeypatch.setattr(study, "check", lambda cfg: None)
+    monkeypatch.setattr(conduct, "compose", lambda overrides: None)
+    monkeypatch.setattr(conduct, "check", lambda cfg: None)
     axes = {WIDTH: ["32", "64"], RATE: ["0.01", "0.02"]}
     found = study.Study(experiment, axes, {}, ["1", "2"], dict(experiment.all_options), [])
-    found.run(tmp_path, 1, [])
+    conduct.Conductor(found, tmp_path, 1).run()
     tried = {width: [float(r.case[RATE]) for r in found.runs if r.case[WIDTH] == width] for width in best}
     assert set(tried["32"]) == {0.01, 0.02, 0.04, 0.08, 0.16} and set(tried["64"]) == {0.01, 0.02, 0.04}
     assert jobs[0] == 8 and sum(jobs) == len(found.runs) == 2 * 8
     bounded = study.Study(experiment, axes, {}, ["1"], {"extensions": 1}, [])
-    bounded.run(tmp_path, 1, [])
+    conduct.Conductor(bounded, tmp_path, 1).run()
     assert {r.case[RATE] for r in bounded.runs if r.case[WIDTH] == "32"} == {"0.01", "0.02", "0.04"}
 
 

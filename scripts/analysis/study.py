@@ -1,26 +1,22 @@
-"""An experiment as data, and the study that is made of it: its cases, their jobs, and the table and pictures of the runs that ended."""
+"""An experiment as data, and the study that a command makes of it: its cases, their jobs, and the runs that ended."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.figures import sign
-from scripts.analysis.optima import EXTEND_OPTIONS, further_cases
-from scripts.analysis.runs import RecordedRun, at, final_losses, read_run
-from scripts.analysis.search import SEARCH_OPTIONS, TRIALS, Found, Search
+from scripts.analysis.optima import EXTEND_OPTIONS
+from scripts.analysis.runs import RecordedRun, final_losses
+from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
 from scripts.analysis.statistics import Estimate
-from scripts.analysis.tables import ENDS, Column, Table, footer, make_table, rows_of, write_tables
-from scripts.command import UsageError, key_of, refuse
-from training.checks import check
-from training.config import CONFIGS, compose, compose_plain, directory_name
-from training.engine import Job, run_all
-from training.run import environment
-from training.validate import ConfigError
+from scripts.analysis.tables import Column, Table, make_table
+from scripts.command import UsageError
+from training.config import directory_name
+from training.engine import Job
 
 Case = Mapping[str, str]
 """One value for each axis."""
@@ -78,7 +74,7 @@ class Experiment:
 
 @dataclass
 class Study:
-    """An experiment with the axes, seeds, options and overrides of the command line.
+    """An experiment with the axes, seeds, options and overrides of the command line. `conduct.Conductor` runs it and fills the rest.
 
     groups: the runs that ended, by case. found: the search of each case, by the values of the case. further: the cases of the extension.
     """
@@ -123,6 +119,13 @@ class Study:
         every = (dict(zip(self.axes, combination)) for combination in itertools.product(*values))
         return [*(case for case in every if any(self._varies(case, group) for group in groups)), *self.further]
 
+    def stages(self) -> list[list[dict[str, str]]]:
+        """The cases in the order in which they are run: all together, or by the value of the axis along which a search goes."""
+        along = self.experiment.search.along if self.experiment.search else None
+        if along is None:
+            return [self.cases()]
+        return [[case for case in self.cases() if case[along] == value] for value in self.axes[along]]
+
     def _varies(self, case: Case, group: Sequence[str]) -> bool:
         """Whether the axes of `around` that are not in a group have their values of `around`, and all others have one of their own."""
         free = {axis: axis in group or axis not in self.around for axis in case}
@@ -134,10 +137,10 @@ class Study:
         Raises:
             UsageError: an axis with named values has no such value, or the experiment cannot compute with a value.
         """
-        found = [word for axis, value in case.items() for word in self._of_axis(axis, value)]
-        return [*found, *self._derived(case)]
+        found = [word for axis, value in case.items() for word in self.of_axis(axis, value)]
+        return [*found, *self.derived(case)]
 
-    def _derived(self, case: Case) -> Sequence[str]:
+    def derived(self, case: Case) -> Sequence[str]:
         """The overrides that the experiment computes for a case."""
         try:
             return self.experiment.derived(self, case)
@@ -147,56 +150,14 @@ class Study:
                 f"{values}: {error}; give numbers where the values of the experiment are numbers"
             ) from error
 
-    def _of_axis(self, axis: str, value: str) -> Sequence[str]:
+    def of_axis(self, axis: str, value: str) -> Sequence[str]:
+        """The overrides of a value of an axis. Raises UsageError as `settings` does."""
         named = self.experiment.axes[axis]
         if isinstance(named, str):
             return [f"{axis}={value}"]
         if value not in named:
             raise UsageError(f"there is no {axis} '{value}'; choose from {', '.join(named)}")
         return named[value]
-
-    def refuse_decided(self) -> None:
-        """Refuse overrides of what the cases decide: an override comes last, so all cases would have it, whatever the table calls them.
-
-        Raises:
-            UsageError: there is one. The message lists all. Or an axis with named values has no such value.
-        """
-        decided, problems = self._decided(), []
-        for override in self.overrides:
-            key = key_of(override)
-            nearest = sorted(decided, key=lambda known: known != key)
-            if known := next((k for k in nearest if self._decides(k, key)), None):
-                problems.append(f"{override} cannot be given here: {decided[known]}")
-        refuse(problems)
-
-    def _decided(self) -> dict[str, str]:
-        """Key of train.py that the cases decide → what to do instead. A derived key is decided if it has several values."""
-        found: dict[str, str] = {}
-        derived: dict[str, set[str]] = {}
-        cases, search = self.cases(), self.experiment.search
-        for case in cases:
-            for axis, value in case.items():
-                why = f"the axis `{axis}` decides it; give {axis}="
-                found |= {key_of(word): why for word in self._of_axis(axis, value)}
-            for word in self._derived(case):
-                derived.setdefault(key_of(word), set()).add(word)
-            if search and (searched := self._searched(case)) in cases:
-                found |= {axis.key: "the experiment searches it" for axis in search.axes(self, searched)}
-        return {key: "the experiment computes it for each case" for key, own in derived.items() if len(own) > 1} | found
-
-    def _decides(self, decided: str, key: str) -> bool:
-        """Whether an override of a key changes what a decided key stands for.
-
-        The choice of a group does not change a decided setting in it, as Hydra reads choices first. A setting in a decided group is
-        decided if its choices differ in it.
-        """
-        if key == decided or (decided.startswith(f"{key}.") and not (CONFIGS / key).is_dir()):
-            return True
-        if not key.startswith(f"{decided}."):
-            return False
-        choices = {tuple(w for w in self.settings(case) if key_of(w) == decided) for case in self.cases()}
-        values = [at(compose_plain([*self.experiment.base, *words]), key) for words in choices]
-        return len({repr(value) for value in values if value is not None}) > 1
 
     def job(self, parent: Path, case: Case, seed: str, settings: Sequence[str], searched: Case) -> Job:
         """The run of a case with a seed. searched: key → value of the settings that were searched."""
@@ -215,10 +176,10 @@ class Study:
         """
         ready = []
         for case in self.cases() if cases is None else cases:
-            searched = self._searched(case)
+            searched = self.searched(case)
             search = self.found.get(tuple(searched.values()))
             if search is None:
-                ready.append((case, self.settings(case), self._new_search(searched).best))
+                ready.append((case, self.settings(case), self.new_search(searched).best))
             elif search.tried:
                 ready.append((case, self.settings(case), search.best))
         return [
@@ -227,124 +188,11 @@ class Study:
             for case, own, best in ready
         ]
 
-    def run(self, parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
-        """Check all, run what has not ended, read the runs, and measure. Returns directory → reason, for the runs that failed.
-
-        Raises:
-            UsageError, ConfigError: something is wrong, and nothing was run; or no run has ended, and the experiment has no table without runs.
-        """
-        self.check_all()
-        failures: dict[Path, str] = {}
-        groups: dict[tuple[str, ...], list[RecordedRun]] = {}
-        for cases in self._stages():
-            if self.experiment.search:
-                failures |= self._search(cases, parent, workers, launcher)
-            failures |= self._train(cases, groups, parent, workers, launcher)
-        for _ in range(self.options.get("extensions", 0) if self.experiment.extended else 0):
-            runs = [r for group in groups.values() for r in group]
-            more = [c for c in further_cases(runs, self.experiment.extended or "", self.axes) if c not in self.further]
-            if not more:
-                break
-            self.further += more
-            failures |= self._train(more, groups, parent, workers, launcher)
-        order = {tuple(case.values()): i for i, case in enumerate(self.cases())}
-        self.groups = [groups[key] for key in sorted(groups, key=order.__getitem__)]
-        if not self.groups and not self.experiment.untrained and workers == 0 and not launcher:
-            raise UsageError(f"workers=0 trains nothing, and no run in {parent} came to its end, so there is no table")
-        if not self.groups and not self.experiment.untrained:
-            raise UsageError("no run came to its end, so there is no table; the lines above tell the reason")
-        self.facts = self.experiment.measure(self)
-        return failures
-
-    def check_all(self) -> None:
-        """Check each case, with the values at which its search starts, and each seed.
-
-        Raises:
-            UsageError, ConfigError: something is wrong. The ConfigError lists problems until one comes again.
-        """
-        cases, seeds, problems = self.cases(), self.seeds, dict[str, None]()
-        if self.experiment.search:
-            self._check_search()
-            seeds = [*seeds, str(self.options["search_seed"])]
-        wanted = [*((case, seeds[0]) for case in cases), *((cases[0], seed) for seed in seeds[1:])]
-        for case, seed in wanted:  # a seed changes nothing else
-            start = self._new_search(self._searched(case)).best
-            try:
-                check(compose(self.job(Path(), case, seed, self.settings(case), start).overrides))
-            except ConfigError as error:
-                if problems.keys() >= {*error.problems}:
-                    break  # it is wrong in every case, and each takes a second
-                problems |= dict.fromkeys(error.problems)
-        if problems:
-            raise ConfigError(problems)
-
-    def _check_search(self) -> None:
-        trials, seed, cases = self.options["trials"], str(self.options["search_seed"]), self.cases()
-        if trials < 1:
-            raise UsageError(f"trials={trials} is too few; give at least 1")
-        if seed in self.seeds:
-            raise UsageError(f"seeds= has the seed of the trials, {seed}; leave it out, or give another search_seed=")
-        for case in cases:
-            if (searched := self._searched(case)) not in cases:
-                raise UsageError(
-                    f"{', '.join(case.values())} takes the best settings of {', '.join(searched.values())}; add that to the values"
-                )
-
-    def _train(
-        self,
-        cases: Sequence[Case],
-        groups: dict[tuple[str, ...], list[RecordedRun]],
-        parent: Path,
-        workers: int,
-        launcher: Sequence[str],
-    ) -> dict[Path, str]:
-        """Run some cases with every seed, and put those that ended into the groups. Returns directory → reason, for those that failed."""
-        jobs = self.jobs(parent, cases)
-        failures = run_all([job for _, job in jobs], workers, launcher)
-        for case, job in jobs:
-            if job.ended:
-                key = tuple(case[axis] for axis in self.axes)
-                groups.setdefault(key, []).append(replace(read_run(job.directory), case=case))
-        return failures
-
-    def _stages(self) -> list[list[dict[str, str]]]:
-        """The cases in the order in which they are run: all together, or by the value of the axis along which a search goes."""
-        along = self.experiment.search.along if self.experiment.search else None
-        if along is None:
-            return [self.cases()]
-        return [[case for case in self.cases() if case[along] == value] for value in self.axes[along]]
-
-    def _search(self, cases: Sequence[Case], parent: Path, workers: int, launcher: Sequence[str]) -> dict[Path, str]:
-        """Run the trials of some cases, a trial of each at a time. Returns directory → reason, for those that failed; such a search ends."""
-        failures: dict[Path, str] = {}
-        going = {}
-        for case in cases:
-            key, searched = tuple(case.values()), self._searched(case)
-            if case == searched:
-                self.found[key] = self._new_search(case)
-                going[key] = case, self.settings(case)
-        trials, further = self.options["trials"], self.options["further_trials"]
-        while going := {key: case for key, case in going.items() if self.found[key].goes_on(trials, further)}:
-            points = {key: self.found[key].next_point() for key in going}
-            jobs = {}
-            for key, (case, own) in going.items():
-                searched = self.found[key].values(points[key])
-                judged = [*own, "full_eval=false"]  # a trial is judged by the windows
-                jobs[key] = self.job(parent / TRIALS, case, str(self.options["search_seed"]), judged, searched)
-            failures |= run_all(list(jobs.values()), workers, launcher)
-            for key, job in jobs.items():
-                if not job.ended:
-                    del going[key]
-                    continue
-                r = read_run(job.directory)
-                self.found[key].tried[points[key]] = r.final if r.stable and r.final is not None else math.inf
-        return failures
-
-    def _searched(self, case: Case) -> Case:
+    def searched(self, case: Case) -> Case:
         """The case in whose search the settings of a case are found."""
         return self.experiment.search.of(case) if self.experiment.search else case
 
-    def _new_search(self, case: Case) -> Found:
+    def new_search(self, case: Case) -> Found:
         """The search of a case before its first trial."""
         search, before = self.experiment.search, self.found.get(self._previous(case))
         return Found(search.axes(self, case) if search else [], before.point if before and before.tried else None)
@@ -355,34 +203,6 @@ class Study:
         if along is None or (i := self.axes[along].index(case[along])) == 0:
             return ()
         return tuple({**case, along: self.axes[along][i - 1]}.values())
-
-    def write(self, results: Path, command: str) -> str:
-        """Write table.md, table.json and the pictures; returns the tables for a terminal."""
-        tables, columns = self.experiment.tables(self), self.experiment.columns(self)
-        remark, about_losses = self.experiment.remark(self), ""
-        if self.runs:
-            minutes = sum(e["train_seconds"] for r in self.runs for e in r.records.get("end", [])) / 60
-            about_losses = (
-                f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."
-            )
-        foot = footer(command, self.runs, about_losses, remark)
-        env = dict(self.runs[0].environment if self.runs else environment())
-        env.pop("command", None)  # of one run, with the paths of its machine
-        rows = rows_of(self.runs, columns or ENDS)
-        data = {"command": command, "environment": env, **self.facts, "rows": rows}
-        if self.found:
-            data["trials"] = [line for key, search in self.found.items() for line in self._trials(key, search)]
-        write_tables(results, tables, foot, data)
-        drawn = [name for name, draw in self.experiment.figures.items() if draw(self, results / name)]
-        for name in drawn:
-            sign(results / name, self.runs)
-        parts = [*(table.text() for table in tables), remark]
-        written = ", ".join(["table.md", "table.json", *drawn])
-        return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
-
-    def _trials(self, key: Sequence[str], found: Found) -> list[dict[str, Any]]:
-        """The trials of a case as data, in their order."""
-        return [{**dict(zip(self.axes, key)), **found.values(p), "val_loss": loss} for p, loss in found.tried.items()]
 
 
 # ---- tables of experiments ----

@@ -1,0 +1,186 @@
+"""Conduct a study: check it, search, train, extend, and write what came out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from scripts.analysis.figures import sign
+from scripts.analysis.optima import further_cases
+from scripts.analysis.runs import RecordedRun, read_run
+from scripts.analysis.search import TRIALS, Found
+from scripts.analysis.study import Case, Study
+from scripts.analysis.tables import ENDS, footer, rows_of, write_tables
+from scripts.command import UsageError
+from training.checks import check
+from training.config import compose
+from training.engine import Job, run_all
+from training.run import environment
+from training.validate import ConfigError
+
+
+@dataclass
+class Conductor:
+    """Runs the jobs of a study, and fills the study.
+
+    parent: the directory of the runs. workers: how many runs at a time; with 0, the runs that have ended are read. launcher: the overrides that
+    choose one of Hydra's launchers. groups: the runs that ended, by the values of their case. failures: directory → reason.
+    """
+
+    study: Study
+    parent: Path
+    workers: int
+    launcher: Sequence[str] = ()
+    groups: dict[tuple[str, ...], list[RecordedRun]] = field(default_factory=dict)
+    failures: dict[Path, str] = field(default_factory=dict)
+
+    def run(self) -> dict[Path, str]:
+        """Check all, run what has not ended, read the runs, and measure. Returns the failures.
+
+        Raises:
+            UsageError, ConfigError: something is wrong, and nothing was run; or no run has ended, and the experiment has no table without runs.
+        """
+        study = self.study
+        check_all(study)
+        for cases in study.stages():
+            if study.experiment.search:
+                self._search(cases)
+            self._train(cases)
+        self._extend()
+        order = {tuple(case.values()): i for i, case in enumerate(study.cases())}
+        study.groups = [self.groups[key] for key in sorted(self.groups, key=order.__getitem__)]
+        if not study.groups and not study.experiment.untrained:
+            raise UsageError(self._without_runs())
+        study.facts = study.experiment.measure(study)
+        return self.failures
+
+    def _without_runs(self) -> str:
+        if self.workers == 0 and not self.launcher:
+            return f"workers=0 trains nothing, and no run in {self.parent} came to its end, so there is no table"
+        return "no run came to its end, so there is no table; the lines above tell the reason"
+
+    def _start(self, jobs: Sequence[Job]) -> None:
+        self.failures |= run_all(list(jobs), self.workers, self.launcher)
+
+    def _train(self, cases: Sequence[Case]) -> None:
+        """Run some cases with every seed, and put those that ended into the groups."""
+        jobs = self.study.jobs(self.parent, cases)
+        self._start([job for _, job in jobs])
+        for case, job in jobs:
+            if job.ended:
+                key = tuple(case[axis] for axis in self.study.axes)
+                self.groups.setdefault(key, []).append(replace(read_run(job.directory), case=case))
+
+    def _extend(self) -> None:
+        """Give the extended axis further values, again and again, until no best value is at an end."""
+        study = self.study
+        for _ in range(study.options["extensions"] if study.experiment.extended else 0):
+            runs = [r for group in self.groups.values() for r in group]
+            found = further_cases(runs, study.experiment.extended or "", study.axes)
+            more = [case for case in found if case not in study.further]
+            if not more:
+                break
+            study.further += more
+            self._train(more)
+
+    def _search(self, cases: Sequence[Case]) -> None:
+        """Run the trials of some cases, a trial of each at a time. A search of which a trial fails ends."""
+        study = self.study
+        going = [case for case in cases if study.searched(case) == case]
+        found = {tuple(case.values()): study.new_search(case) for case in going}
+        study.found |= found
+
+        def search_of(case: Case) -> Found:
+            return found[tuple(case.values())]
+
+        trials, further = study.options["trials"], study.options["further_trials"]
+        while going := [case for case in going if search_of(case).goes_on(trials, further)]:
+            points = [search_of(case).next_point() for case in going]
+            jobs = [self._trial(case, search_of(case).values(point)) for case, point in zip(going, points)]
+            self._start(jobs)
+            for case, point, job in zip(going, points, jobs):
+                if job.ended:
+                    r = read_run(job.directory)
+                    search_of(case).tried[point] = r.final if r.stable and r.final is not None else math.inf
+            going = [case for case, job in zip(going, jobs) if job.ended]
+
+    def _trial(self, case: Case, searched: Case) -> Job:
+        settings = [*self.study.settings(case), "full_eval=false"]  # a trial is judged by the windows
+        return self.study.job(self.parent / TRIALS, case, str(self.study.options["search_seed"]), settings, searched)
+
+
+# ---- before the first run ----
+
+
+def check_all(study: Study) -> None:
+    """Check each case, with the values at which its search starts, and each seed.
+
+    Raises:
+        UsageError, ConfigError: something is wrong. The ConfigError lists problems until one comes again.
+    """
+    cases, seeds, problems = study.cases(), study.seeds, dict[str, None]()
+    if study.experiment.search:
+        _check_search(study)
+        seeds = [*seeds, str(study.options["search_seed"])]
+    wanted = [*((case, seeds[0]) for case in cases), *((cases[0], seed) for seed in seeds[1:])]
+    for case, seed in wanted:  # a seed changes nothing else
+        start = study.new_search(study.searched(case)).best
+        try:
+            check(compose(study.job(Path(), case, seed, study.settings(case), start).overrides))
+        except ConfigError as error:
+            if problems.keys() >= {*error.problems}:
+                break  # it is wrong in every case, and each takes a second
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_search(study: Study) -> None:
+    trials, seed, cases = study.options["trials"], str(study.options["search_seed"]), study.cases()
+    if trials < 1:
+        raise UsageError(f"trials={trials} is too few; give at least 1")
+    if seed in study.seeds:
+        raise UsageError(f"seeds= has the seed of the trials, {seed}; leave it out, or give another search_seed=")
+    for case in cases:
+        if (searched := study.searched(case)) not in cases:
+            raise UsageError(
+                f"{', '.join(case.values())} takes the best settings of {', '.join(searched.values())}; add that to the values"
+            )
+
+
+# ---- after the last run ----
+
+
+def write(study: Study, results: Path, command: str) -> str:
+    """Write table.md, table.json and the pictures; returns the tables for a terminal."""
+    experiment = study.experiment
+    tables, columns, remark = experiment.tables(study), experiment.columns(study), experiment.remark(study)
+    about_losses = ""
+    if study.runs:
+        minutes = sum(e["train_seconds"] for r in study.runs for e in r.records.get("end", [])) / 60
+        about_losses = (
+            f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."
+        )
+    foot = footer(command, study.runs, about_losses, remark)
+    env = dict(study.runs[0].environment if study.runs else environment())
+    env.pop("command", None)  # of one run, with the paths of its machine
+    rows = rows_of(study.runs, columns or ENDS)
+    data = {"command": command, "environment": env, **study.facts, "rows": rows}
+    if study.found:
+        data["trials"] = [line for key, search in study.found.items() for line in _trials(study, key, search)]
+    write_tables(results, tables, foot, data)
+    drawn = [name for name, draw in experiment.figures.items() if draw(study, results / name)]
+    for name in drawn:
+        sign(results / name, study.runs)
+    parts = [*(table.text() for table in tables), remark]
+    written = ", ".join(["table.md", "table.json", *drawn])
+    return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
+
+
+def _trials(study: Study, key: Sequence[str], search: Found) -> list[dict[str, Any]]:
+    """The trials of a case as data, in their order."""
+    case = dict(zip(study.axes, key))
+    return [{**case, **search.values(point), "val_loss": loss} for point, loss in search.tried.items()]
