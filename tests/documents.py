@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from data import prepare as preparing
-from scripts.analysis import study
+from scripts.analysis import conduct
 from training.engine import run_here
 
 FRONT, EXPERIMENTS, FORMULAS = ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "formulas.md"
@@ -133,7 +133,7 @@ def without_workers(monkeypatch):
         outcomes = [run_here(job) for job in jobs]
         return {outcome.job.directory: outcome.failure for outcome in outcomes if outcome.failure}
 
-    monkeypatch.setattr(study, "run_all", run_all)
+    monkeypatch.setattr(conduct, "run_all", run_all)
 
 
 # ---- results ----
