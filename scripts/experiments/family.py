@@ -17,15 +17,17 @@ POINTS = {  # name → overrides, first learning rate, first weight decay; None:
     "NorMuon": (("assignment=unconstrained", MUON, "optim.muon.row_beta=0.95"), 0.05, 0.1),
     "Hyperball": (("assignment=all_hyperball", MUON), 0.05, None),
     "spectral sphere": (("assignment=all_spectral_sphere", MUON), 0.05, None),
+    "spectral ball": (("assignment=all_spectral_ball", MUON), 0.05, 0.1),
     "oblique with gains": (("assignment=all_oblique_gain", MUON), 0.05, 0.1),
     "Stiefel": (("assignment=all_stiefel", MUON), 0.1, None),
     "DGram": (("assignment=all_dgram", MUON), 0.05, 0.1),
     "Hetero": (("assignment=hetero", MUON), 0.1, 0.1),
+    "modular": (("assignment=unconstrained", "optim=modular"), 0.02, 0.1),
 }
 
 
 def searched(study: Study, case: Case) -> list[Axis]:
-    """Learning rate and weight decay of the matrices; embeddings, head and norms have the same AdamW in every case."""
+    """Learning rate and weight decay of the matrices, and with `modular` of all parameters; else the others have the same AdamW in every case."""
     _, rate, decay = POINTS[case["optimizer"]]
     return [Axis("optim.matrices.lr", rate)] + ([Axis("optim.matrices.weight_decay", decay, 4.0)] if decay else [])
 
@@ -37,12 +39,12 @@ def tables(study: Study) -> list[Table]:
 
 
 EXPERIMENT = Experiment(
-    hypothesis="Which point of the family reaches the lowest loss, if each has the same number of trials over rate and decay?",
+    hypothesis="Which point of the family reaches the lowest loss, if each is searched by the same rule over rate and decay?",
     base=("experiment=family",),
     axes={"optimizer": {name: overrides for name, (overrides, _, _) in POINTS.items()}, "max_steps": "100,400"},
     search=Search(searched, along="max_steps"),
     seeds="1,2,3",
-    options={"trials": 8},
+    options={"trials": 6, "further_trials": 6},
     measure=lambda study: {"targets": targets(study, "AdamW"), "costs": costs(study)},
     tables=tables,
     figures={"trials.png": lambda study, path: loss_of_trials(trials_by(study, "max_steps", "optimizer"), path)},
