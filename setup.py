@@ -9,7 +9,8 @@ class OptimizerAlone(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:
-            self.packages, self.py_modules = ["manifold_muon"], []
+            self.packages = self.distribution.packages = ["manifold_muon"]
+            self.py_modules = self.distribution.py_modules = []
         super().run()
 
 

@@ -29,6 +29,9 @@ def for_model(
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.0,
+    block_length: str = "each",
+    cautious: bool = False,
+    row_beta: float | None = None,
     rule: StepRule | None = None,
 ) -> tuple[ManifoldMuon, torch.optim.AdamW]:
     """The optimizers of a model: ManifoldMuon for the matrices that a rule gives a manifold, AdamW for everything else.
@@ -44,7 +47,8 @@ def for_model(
         adamw_for: patterns of further parameters that are AdamW's whatever the rules say: the output layer, as a rule.
         blocks: pattern → into how many matrices the rows are cut, such as {"in_proj_weight": 3} for queries, keys and values.
         radius: pattern → the size of a manifold of fixed size, such as {"linear1": 2.0}: W / 2 is on it; 1 for all others.
-        momentum, nesterov, weight_decay, rule: see ManifoldMuon; the rule is the certified step, unless another is given.
+        momentum, nesterov, weight_decay, block_length, cautious, row_beta: see ManifoldMuon.
+        rule: the step rule; None for the certified step.
 
     Raises:
         AssignmentError: a 2-D parameter matches no rule or several, a pattern matches nothing, blocks that do not divide a matrix; or
@@ -70,6 +74,9 @@ def for_model(
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=weight_decay,
+        block_length=block_length,
+        cautious=cautious,
+        row_beta=row_beta,
     )
     vectors = {"params": [params[row.name] for row in rest if len(row.shape) < 2], "weight_decay": 0.0}
     others = {"params": [params[row.name] for row in rest if len(row.shape) >= 2]}

@@ -40,7 +40,7 @@ class Row:
     """One parameter: its name, shape, optimizer ("ManifoldMuon", "AdamW" or another's class), manifold or None, and whether a rule spoke of it.
 
     unit: the dimension along which its vectors are kept at unit length beside the optimizer, or None. norm: in which it steps, in words,
-    if its optimizer asks for one. radius: the size of a manifold of fixed size.
+    if its optimizer asks for one. radius: the size of a manifold of fixed size. blocks: into how many matrices the rows are cut.
     """
 
     name: str
@@ -51,11 +51,13 @@ class Row:
     unit: int | None = None
     norm: str | None = None
     radius: float = 1.0
+    blocks: int = 1
 
     @property
     def geometry(self) -> str:
         """The manifold or norm and unit vectors in words, "-" for none."""
         words = [word for word in (self.manifold, self.norm) if word]
+        words += [] if self.blocks == 1 else [f"{self.blocks} blocks"]
         words += [] if self.radius == 1 else [f"radius {self.radius:g}"]
         words += [] if self.unit is None else [("unit columns", "unit rows")[self.unit]]
         return ", ".join(words) or "-"

@@ -117,6 +117,14 @@ class ManifoldMuon(torch.optim.Optimizer):
         self.under_way: list[tuple[list[Tensor], Tensor, Any]] = []
         self.bring_onto_manifold()
 
+    def describe(self, device: torch.device) -> str:
+        """The step rule on this device, and the options that are not the default ones, in one line."""
+        given, words = self.defaults, [self.rule.describe(device)]
+        words += ["cautious"] if given["cautious"] else []
+        words += [] if given["row_beta"] is None else [f"rows normalised by squares of decay {given['row_beta']:g}"]
+        words += ["blocks step as far as the whole"] if given["block_length"] == "whole" else []
+        return ", ".join(words)
+
     @cached_property
     def compiled_advance(self) -> Any:
         """`advance`, compiled: one pass instead of four."""

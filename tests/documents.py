@@ -109,7 +109,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "collapses": ["model.n_layer=2", "model.skips=false", "mlp=gelu", "seeds=1"],
     "crossing": ["assignment=hetero", "residual=geonorm", "seeds=1"],
     "exponents": [*UNSCALED, "init.weight_scale=1,4", "assignment=adamw", "residual=pre_norm", "assignments=adamw"],
-    "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=2", "seeds=1"],
+    "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=2", "further_trials=0", "seeds=1"],
     "geonorm_adamw": ["residual=geonorm", "trials=1", "seeds=1"],
     "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "seeds=1"],
     "instability_one_gpu": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram,hetero"],

@@ -69,6 +69,12 @@ def tagger(steps=0, watch=False):
     return model, optimizers, monitor, train(model, optimizers, tokens[:, :-1], tokens[:, 1:], steps)
 
 
+def test_the_options_of_a_step_reach_the_optimizer():
+    given = {"block_length": "whole", "cautious": True, "row_beta": 0.9}
+    muon, _ = for_model(Tagger(), {"lstm": "stiefel"}, adamw_for=["head"], blocks={"lstm": 4}, **MUON, **given)
+    assert all(given.items() <= group.items() for group in muon.param_groups)
+
+
 def test_an_lstm_trains_with_its_gates_on_the_manifold():
     model, (muon, adamw), _, losses = tagger(20)
     assert losses[-1] < losses[0] - 0.1
@@ -227,5 +233,6 @@ def test_what_pip_installs_is_the_optimizer_alone(tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     assert {path.name.partition("-")[0] for path in site.iterdir()} == {"manifold_muon", "manifold_gpt"}
+    assert next(site.glob("*.dist-info/top_level.txt")).read_text().split() == ["manifold_muon"]
     there = subprocess.run([sys.executable, "-I", "-c", USE, site], cwd=tmp_path, capture_output=True, text=True)
     assert there.stdout == "installed: manifold_muon\n", there.stderr

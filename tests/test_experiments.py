@@ -208,6 +208,7 @@ def test_equally_many_trials_for_each_case_and_runs_at_the_best(tiny_grid, tmp_p
     tried = {}
     for trial in data["trials"]:
         tried.setdefault((trial["arm"], trial["max_steps"]), []).append((trial["val_loss"], trial["optim.matrices.lr"]))
+    assert "minutes of training, and 0 of trials." in (tmp_path / "results/table.md").read_text()
     assert len(tried) == 4 and {len(found) for found in tried.values()} == {2}
     for row in data["rows"]:
         assert row["optim.matrices.lr"] == min(tried[row["arm"], row["max_steps"]])[1] and row["seed"] == 1
@@ -225,7 +226,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "blocks": ["cut=uncut,heads_whole", "seeds=1"],
     "collapses": ["model.skips=false", "mlp=none", "seeds=1"],
     "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
-    "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=1"],
+    "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=1", "further_trials=0"],
     "geonorm_adamw": ["residual=geonorm", "trials=1", "seeds=1"],
     "horizon": [
         "arm=unconstrained,all_stiefel",

@@ -28,7 +28,7 @@ def needs(name):
     """A mark that skips where the optimizer's package is not installed."""
     module = LIBRARY[name]["optimizer"].partition(".")[0]
     absent = importlib.util.find_spec(module) is None
-    return pytest.mark.skipif(absent, reason=f"{module} is not installed; pip install '.[baselines]'")
+    return pytest.mark.skipif(absent, reason=f"{module} is not installed; pip install -e '.[baselines]'")
 
 
 EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in LIBRARY])

@@ -334,6 +334,22 @@ def test_a_radius_by_name():
 
 # ---- the configuration ----
 
+
+def test_the_start_of_a_run_names_cuts_and_options():
+    small = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16"]
+    cut = ["optim.muon.blocks={c_attn: 3}", "optim.muon.block_length=whole"]
+    _, plain = build(compose(["assignment=all_stiefel", *small]))
+    _, given = build(
+        compose([*small, "assignment=all_stiefel", *cut, "optim.muon.cautious=true", "optim.muon.row_beta=0.9"])
+    )
+    geometry = {row.name: row.geometry for row in given.rows if row.manifold}
+    assert geometry.pop("transformer.h.0.attn.c_attn.weight") == "stiefel, 3 blocks"
+    assert set(geometry.values()) == {row.geometry for row in plain.rows if row.manifold} == {"stiefel"}
+    cpu = torch.device("cpu")
+    options = "cautious, rows normalised by squares of decay 0.9, blocks step as far as the whole"
+    assert given.muon.describe(cpu) == f"{plain.muon.describe(cpu)}, {options}"
+
+
 ASSIGNMENTS = ["all_hyperball", "all_spectral_ball", "all_spectral_sphere", "all_oblique", "all_oblique_gain"]
 
 

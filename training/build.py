@@ -27,7 +27,7 @@ from training.capture import CudaGraphs
 from training.groups import (
     Groups,
     adamw_groups,
-    at_radius,
+    cut_and_sized,
     given_to_library,
     library_groups,
     modular_groups,
@@ -112,7 +112,7 @@ def _shared_out(rows: list[Row], optim: Optim) -> tuple[list[Row], Groups, Group
         rows = given_to_library(rows, library.display_name(matrices))
         groups = library_groups(rows, matrices)
     else:
-        rows = at_radius(rows, matrices)
+        rows = cut_and_sized(rows, matrices)
         groups = muon_groups(rows, matrices)
     return rows, groups, adamw_groups(rows, optim.adamw)
 

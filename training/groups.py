@@ -23,15 +23,13 @@ def owners(rows: list[Row]) -> dict[str, str]:
 
 
 def muon_groups(rows: list[Row], muon: Muon) -> Groups:
-    """ManifoldMuon's parameter groups: names of the matrices that share a manifold, a learning rate and a cut into blocks.
+    """ManifoldMuon's parameter groups: names of the matrices that share a manifold, its radius, a learning rate and a cut into blocks.
 
     Raises:
-        AssignmentError: see `by_pattern`; or the blocks do not divide a matrix's rows, or the step rule does not know an option.
+        AssignmentError: see `by_pattern`; or the step rule does not know an option.
     """
     mine = [row.name for row in rows if row.manifold]
     scales = by_pattern(mine, muon.lr_scale or {}, 1.0, "optim.muon.lr_scale", owners(rows))
-    blocks = by_pattern(mine, muon.blocks or {}, 1, "optim.muon.blocks", owners(rows))
-    undivided: dict[tuple[int, int], list[str]] = {}  # by blocks and rows
     groups: dict[tuple, list[str]] = {}  # by manifold, factor of the rate, blocks, radius
     options = {
         "block_length": muon.block_length != "each",
@@ -45,16 +43,8 @@ def muon_groups(rows: list[Row], muon: Muon) -> Groups:
         if mine and given and muon.rule.kind == "published"
     ]
     for row in rows:
-        if not row.manifold:
-            continue
-        scale, cut = scales[row.name], blocks[row.name]
-        if row.shape[0] % cut:
-            undivided.setdefault((cut, row.shape[0]), []).append(row.name)
-        groups.setdefault((row.manifold, scale, cut, row.radius), []).append(row.name)
-    problems += [
-        f"optim.muon.blocks of {listed(names)} is {cut}; give a whole number that divides its {height} rows"
-        for (cut, height), names in undivided.items()
-    ]
+        if row.manifold:
+            groups.setdefault((row.manifold, scales[row.name], row.blocks, row.radius), []).append(row.name)
     if problems:
         raise AssignmentError(problems)
     return [
@@ -63,28 +53,41 @@ def muon_groups(rows: list[Row], muon: Muon) -> Groups:
     ]
 
 
-def at_radius(rows: list[Row], muon: Muon) -> list[Row]:
-    """The rows, with the radius of each matrix's manifold.
+def cut_and_sized(rows: list[Row], muon: Muon) -> list[Row]:
+    """The rows, with the blocks of each matrix and the radius of its manifold.
 
     Raises:
-        AssignmentError: see `by_pattern`; or a radius that is 0, or one for a manifold without a fixed size.
+        AssignmentError: see `by_pattern`; or blocks that do not divide the rows, a radius that is 0, or one for a manifold without a fixed size.
     """
     mine = [row for row in rows if row.manifold]
-    radii = by_pattern([row.name for row in mine], muon.radius or {}, 1.0, "optim.muon.radius", owners(rows))
-    wrong: dict[tuple[str, float], list[str]] = {}  # by manifold and radius
+    names = [row.name for row in mine]
+    blocks = by_pattern(names, muon.blocks or {}, 1, "optim.muon.blocks", owners(rows))
+    radii = by_pattern(names, muon.radius or {}, 1.0, "optim.muon.radius", owners(rows))
+    undivided: dict[tuple[int, int], list[str]] = {}  # by blocks and rows
+    unsized: dict[tuple[str, float], list[str]] = {}  # by manifold and radius
     for row in mine:
-        radius = radii[row.name]
+        cut, radius = blocks[row.name], radii[row.name]
+        if row.shape[0] % cut:
+            undivided.setdefault((cut, row.shape[0]), []).append(row.name)
         if row.manifold and radius != 1 and not (radius > 0 and MANIFOLDS[row.manifold].sized):
-            wrong.setdefault((row.manifold, radius), []).append(row.name)
-    if wrong:
-        raise AssignmentError(
-            [
-                f"optim.muon.radius of {listed(names)} on '{manifold}' is {radius:g}; give a number above 0, or 1 for a set of matrices "
-                f"without a fixed size; these have one: {', '.join(name for name, own in MANIFOLDS.items() if own.sized)}"
-                for (manifold, radius), names in wrong.items()
-            ]
-        )
-    return [replace(row, radius=float(radii.get(row.name, 1.0))) for row in rows]
+            unsized.setdefault((row.manifold, radius), []).append(row.name)
+    sized = ", ".join(name for name, own in MANIFOLDS.items() if own.sized)
+    problems = [
+        *(
+            f"optim.muon.blocks of {listed(wrong)} is {cut}; give a whole number that divides its {height} rows"
+            for (cut, height), wrong in undivided.items()
+        ),
+        *(
+            f"optim.muon.radius of {listed(wrong)} on '{manifold}' is {radius:g}; give a number above 0, or 1 for a set of matrices "
+            f"without a fixed size; these have one: {sized}"
+            for (manifold, radius), wrong in unsized.items()
+        ),
+    ]
+    if problems:
+        raise AssignmentError(problems)
+    return [
+        replace(row, blocks=blocks[row.name], radius=float(radii[row.name])) if row.manifold else row for row in rows
+    ]
 
 
 def norm_pairs(shapes: Mapping[str, tuple[int, ...]], norms: Norms) -> dict[str, tuple[str, str]]:

@@ -20,7 +20,7 @@ from training.checkpoint import CheckpointError, refuse_foreign
 from training.settings import Library
 
 KEY = "optim.library.optimizer"
-EXTRA = "pip install '.[baselines]'"
+EXTRA = "pip install -e '.[baselines]'"
 _OURS = ("lr", "weight_decay", "params")  # have their own keys, or are given by the program
 
 

@@ -70,7 +70,7 @@ def print_start(
     if carried_over := transfer_table(cfg):
         print(carried_over)
     if optimizers.muon is not None:
-        print(f"ManifoldMuon: {optimizers.muon.rule.describe(model.lm_head.weight.device)}")
+        print(f"ManifoldMuon: {optimizers.muon.describe(model.lm_head.weight.device)}")
     else:
         print("ManifoldMuon has no matrix: optim.muon is not used")
     if cfg.optim.library is not None:

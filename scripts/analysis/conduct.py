@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Conductor:
                 if job.ended:
                     r = read_run(job.directory)
                     search_of(case).tried[point] = r.final if r.stable and r.final is not None else math.inf
+                    study.trial_seconds += train_seconds([r])
             going = [case for case, job in zip(going, jobs) if job.ended]
 
     def _trial(self, case: Case, searched: Case) -> Job:
@@ -160,10 +161,9 @@ def write(study: Study, results: Path, command: str) -> str:
     tables, columns, remark = experiment.tables(study), experiment.columns(study), experiment.remark(study)
     about_losses = ""
     if study.runs:
-        minutes = sum(e["train_seconds"] for r in study.runs for e in r.records.get("end", [])) / 60
-        about_losses = (
-            f"Losses are in nats a token, mean ± standard error over seeds; {minutes:.0f} minutes of training."
-        )
+        trials = f", and {study.trial_seconds / 60:.0f} of trials" if study.found else ""
+        spent = f"{train_seconds(study.runs) / 60:.0f} minutes of training{trials}"
+        about_losses = f"Losses are in nats a token, mean ± standard error over seeds; {spent}."
     foot = footer(command, study.runs, about_losses, remark)
     env = dict(study.runs[0].environment if study.runs else environment())
     env.pop("command", None)  # of one run, with the paths of its machine
@@ -178,6 +178,11 @@ def write(study: Study, results: Path, command: str) -> str:
     parts = [*(table.text() for table in tables), remark]
     written = ", ".join(["table.md", "table.json", *drawn])
     return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
+
+
+def train_seconds(runs: Iterable[RecordedRun]) -> float:
+    """The seconds of training of some runs that ended."""
+    return sum(end["train_seconds"] for r in runs for end in r.records.get("end", []))
 
 
 def _trials(study: Study, key: Sequence[str], search: Found) -> list[dict[str, Any]]:

@@ -77,6 +77,7 @@ class Study:
     """An experiment with the axes, seeds, options and overrides of the command line. `conduct.Conductor` runs it and fills the rest.
 
     groups: the runs that ended, by case. found: the search of each case, by the values of the case. further: the cases of the extension.
+    trial_seconds: the training of all trials.
     """
 
     experiment: Experiment
@@ -89,6 +90,7 @@ class Study:
     found: dict[tuple[str, ...], Found] = field(default_factory=dict)
     further: list[dict[str, str]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    trial_seconds: float = 0.0
 
     @property
     def runs(self) -> list[RecordedRun]:
