@@ -70,14 +70,16 @@ def _best_settings(study: Study, key: tuple[str, ...]) -> str:
     return text if found.bracketed else f"{text} (edge)"
 
 
-def trials_by(study: Study, panel: str, curve: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The trials for `loss_of_trials`, by the learning rate, which is the first setting of a search: a panel for each value of one axis, a
-    curve for each value of another."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+def trials_by(study: Study, panel: str, curve: str) -> dict[str, dict[str, dict[str, list[tuple[float, float]]]]]:
+    """The trials for `loss_of_trials`: a row for each searched setting, a panel for each value of one axis, a curve for each of another."""
+    found: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for key, search in study.found.items():
-        case, rate = dict(zip(study.axes, key)), search.axes[0]
-        rates = [(float(rate.text(point[0])), loss) for point, loss in search.tried.items()]
-        found.setdefault(f"{panel.rpartition('.')[2]} {case[panel]}", {}).setdefault(case[curve], []).extend(rates)
+        case = dict(zip(study.axes, key))
+        for i, axis in enumerate(search.axes):
+            row = found.setdefault(axis.key.rpartition(".")[2].replace("_", " "), {})
+            curves = row.setdefault(f"{panel.rpartition('.')[2]} {case[panel]}", {})
+            tried = ((float(axis.text(point[i])), loss) for point, loss in search.tried.items())
+            curves.setdefault(case[curve], []).extend(tried)
     return found
 
 

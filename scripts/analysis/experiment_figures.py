@@ -85,42 +85,49 @@ def _rate_axis(axes: Axes, words: str) -> None:
     """Make the horizontal axis of a finished drawing one of learning rates: logarithmic, with plain numbers that do not overlap."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
+    subs = (1, 2, 5) if high < 30 * low else (1, 3) if high < 1000 * low else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(words)
 
 
-def loss_of_trials(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path) -> Path:
-    """Draw every trial of a search: title of a panel → label of a curve → pairs of learning rate and loss.
+def loss_of_trials(rows: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]], path: Path) -> Path:
+    """Draw every trial of a search: searched setting → title of a panel → label of a curve → pairs of the setting's value and loss.
 
-    Trials of one case that differ in other settings have the same learning rate; the line joins the best of each. The best of all has a large dot.
+    Trials of one case may have the same value and differ in other settings; the line joins the best of each. The best of all has a large dot.
     """
-    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    labels = list(dict.fromkeys(label for panels in rows.values() for curves in panels.values() for label in curves))
     colours = colours_by_label(labels)
-    with picture(path, max(7.4, 3.4 * len(panels)), 4.2) as figure:
-        for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
-            for label, trials in curves.items():
-                finite = sorted((rate, loss) for rate, loss in trials if math.isfinite(loss))
-                if not finite:
-                    continue
-                lowest = dict(reversed(finite))  # of equal rates, the last one stays, which is that of the lowest loss
-                axes.plot(*zip(*finite), linestyle="", marker=".", color=colours[label], alpha=0.6)
-                axes.plot(sorted(lowest), [lowest[r] for r in sorted(lowest)], color=colours[label], linewidth=1.2)
-                best = min(finite, key=lambda pair: pair[1])
-                axes.plot(*best, marker="o", color=colours[label], markersize=6)
-            losses = [loss for trials in curves.values() for _, loss in trials if math.isfinite(loss)]
-            if losses:
-                low = min(losses)
-                axes.set_ylim(low - 0.03, min(max(losses), low + 0.6) + 0.03)
-            _rate_axis(axes, "learning rate of the matrices")
-            axes.set_title(title, loc="left")
-        figure.axes[0].set_ylabel("validation loss (nats a token)")
+    columns = list(dict.fromkeys(title for panels in rows.values() for title in panels))
+    with picture(path, max(7.4, 3.4 * len(columns)), 1.0 + 3.2 * len(rows)) as figure:
+        grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for line, (setting, panels) in zip(grid, rows.items()):
+            line[0].set_ylabel("validation loss (nats a token)")
+            for axes, title in zip(line, columns):
+                _trials(axes, panels.get(title, {}), colours)
+                _rate_axis(axes, "learning rate of the matrices" if setting == "lr" else setting)
+                axes.set_title(title, loc="left")
         handles = [Line2D([], [], color=colours[label], linewidth=2) for label in labels]
         figure.legend(
             handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=7.5
         )
     return path
+
+
+def _trials(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, Any]) -> None:
+    """A panel of `loss_of_trials`."""
+    every = [loss for trials in curves.values() for _, loss in trials if math.isfinite(loss)]
+    for label, trials in curves.items():
+        finite = sorted((value, loss) for value, loss in trials if math.isfinite(loss))
+        if finite:
+            lowest = dict(reversed(finite))  # of equal values, the last one stays, which is that of the lowest loss
+            axes.plot(*zip(*finite), linestyle="", marker=".", color=colours[label], alpha=0.6)
+            axes.plot(sorted(lowest), [lowest[value] for value in sorted(lowest)], color=colours[label], linewidth=1.2)
+            axes.plot(*min(finite, key=lambda pair: pair[1]), marker="o", color=colours[label], markersize=6)
+    if every:
+        low = min(every)
+        axes.set_ylim(low - 0.03, min(max(every), low + 0.6) + 0.03)
 
 
 def gap_by_tokens(
