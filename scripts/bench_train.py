@@ -83,9 +83,10 @@ class RandomTraining:
     def step(self) -> None:
         """One training step, without a wait for the device."""
         norm = self.gradients()
-        self.updates.append(Phases(self.device))
-        with self.updates[-1]("optimizer"):
+        phase = Phases(self.device)
+        with phase("optimizer"):
             self.optimizers.step(skip=~norm.isfinite())
+        self.updates.append(phase)
         self.optimizers.zero_grad()
 
     def update_seconds(self) -> list[float]:

@@ -141,11 +141,12 @@ def test_a_stage_asks_for_a_gpu(monkeypatch, tmp_path, capsys):
     """It would otherwise measure a CPU for ten minutes."""
     places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu_check, "run_stage", lambda stage, o, end: 7)
+    monkeypatch.setattr(gpu_check, "run_stage", lambda stage, o, end: round(end - gpu_check._STARTED))
     monkeypatch.chdir(tmp_path)
     for word in ("c", "data"):
         assert gpu_check.main([word, *places]) == 2 and "finds no GPU here" in capsys.readouterr().err
-    assert gpu_check.main(["c", "tiny=true", *places]) == 7 and gpu_check.main(["environment"]) == 0
+    assert gpu_check.main(["c", "tiny=true", "seconds=100", *places]) == 75  # 25 to end, from the start of the process
+    assert gpu_check.main(["environment"]) == 0
 
 
 def test_every_command_of_every_stage_is_well_formed(options):
