@@ -17,7 +17,8 @@ assignments= and optims= (lists; train and profile), variants= (train: a list of
 train, residual: seconds after which no further call is timed, but for the first of each; the exit code is 1 if a row is not measured),
 traces= (profile: a folder for the traces), measured= (memory: a list of numbers of CPU ranks, on which a small model is measured),
 results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The
-table and a JSON file with every time are written to results/<device>/. The same command works on a CPU and on CUDA.
+table and a JSON file with every time are written to results/<device>/. A benchmark that SIGTERM stops writes what it has; its exit
+code is 1. The same command works on a CPU and on CUDA.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ from scripts.bench_residual import residual_rows
 from scripts.bench_scaling import memory_rows, scaling_rows
 from scripts.bench_train import probe_rows, profile_rows, training_rows
 from scripts.command import ROOT, UsageError, as_code, command_line, parse, refuse, run
-from scripts.timing import NOT_MEASURED, Rows, device, device_folder, median, take_turns
+from scripts.timing import NOT_MEASURED, Rows, device, device_folder, median, seconds_of, stoppable, take_turns
 from training.build import build_optimizers
 from training.config import compose
 from training.overrides import hint
 from training.run import device_name, environment
 from training.settings import CertifiedRule
+from training.signals import Stopped
 
 COUNTED = ("scaling", "memory", "counts", "predicted")
 """The benchmarks that time nothing: their results depend on no device."""
@@ -156,7 +158,7 @@ def lmo_rows(options: dict[str, Any]) -> Rows:
             for calls in (1,) if method == "least_squares" else (1, 3, 6, 12, 24):
                 solvers[method, calls] = partial(solved, W, G, manifold, method, calls)
         for (solver, calls), call in solvers.items():
-            T, seconds = call(), statistics.median(take_turns({"": call}, 3, warmup=0)[""])
+            T, seconds = call(), statistics.median(seconds_of(call) for _ in range(3))
             value = (T.double() * G.double()).sum().item() / float(data[f"{key}/optimum"])
             row = {"problem": key, "solver": solver, "calls": calls, "⟨G,A⟩/optimum": value}
             rows.append({**row, "certified feas": certify(W, G, T, manifold).feas.item(), "seconds": seconds})
@@ -231,7 +233,11 @@ BENCHES: dict[str, Callable[[dict[str, Any]], Rows]] = {
 
 
 def work(arguments: list[str]) -> int:
-    """Run a benchmark; print and write its table. Returns 1 if a row is not measured because the time was too short."""
+    """Run a benchmark; print and write its table. Returns 1 if a row is not measured because the time was too short.
+
+    Raises:
+        UsageError: the command line is wrong. Stopped: a signal came before anything was measured.
+    """
     numbers = {"layers": 0, "width": 0, "repeats": 0, "micro_batch_size": 0, "limit_s": 0}
     numbers["tokens"] = 65536 if torch.cuda.is_available() else 4096
     texts = dict.fromkeys(("problems", "model", "traces", "measured", "results", "file"), "")
@@ -243,7 +249,10 @@ def work(arguments: list[str]) -> int:
     if len(others) != 1:
         raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")
     [name] = others
-    rows = BENCHES[name](options)
+    with stoppable() as stopped:
+        rows = BENCHES[name](options)
+    if stopped and not rows:
+        raise Stopped(stopped[0], "stopped before anything was measured")
     tables = [table_of(rows), *([table_of(calls_needed(rows))] if name == "lmo" else [])]
     print("\n\n".join(table.text() for table in tables))
     folder = Path(options["results"] or ROOT / "results" / ("counted" if name in COUNTED else device_folder()))
@@ -252,7 +261,8 @@ def work(arguments: list[str]) -> int:
     foot = f"Written by {as_code(command)} on {device_name()}, torch {torch.__version__}."
     write_tables(folder, tables, foot, facts, file)
     print(f"\nwritten to {folder}: {file}.md, {file}.json")
-    return 1 if options["limit_s"] and any(NOT_MEASURED in row.values() for row in rows) else 0
+    too_short = options["limit_s"] and any(NOT_MEASURED in row.values() for row in rows)
+    return 1 if stopped or too_short else 0
 
 
 main = partial(run, work, __doc__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import BACKENDS, computed_by
-from scripts.timing import NOT_MEASURED, Rows, device, seconds_of
+from scripts.timing import NOT_MEASURED, Rows, device, seconds_of, several
+from training.signals import Stopped
 
 CEILING_SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"copy": 2**25, "product": 512, "batch": (2, 128), "matrix": (256, 64)} | {"attention": (1, 2, 128, 32)},
@@ -150,28 +151,28 @@ def attention(size: tuple[int, int, int, int], random: Callable[..., Tensor]) ->
             yield Ceiling(what, make, forward * (3.5 if backward else 1), "TFLOP/s")
 
 
-def several(call: Callable[[], object], times: int) -> None:
-    """Make the same call several times."""
-    for _ in range(times):
+def ceiling_row(ceiling: Ceiling, repeats: int) -> dict[str, Any]:
+    """Median seconds of a call, and its work per second."""
+    row: dict[str, Any] = {"what": ceiling.what, "median s": NOT_MEASURED, "rate": "", "unit": "", "note": ""}
+    try:
+        call = ceiling.make()
         call()
+        together = min(_MOST_TOGETHER, 1 + int(_SAMPLE_S / seconds_of(call)))
+        seconds = [seconds_of(partial(several, call, together)) / together for _ in range(repeats)]
+        row |= {"median s": statistics.median(seconds), "all s": seconds}
+        if ceiling.work:
+            row |= {"rate": ceiling.work / row["median s"], "unit": ceiling.unit}
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # no such kernel, dtype or argument here
+        row["note"] = " ".join(str(error).split())[:80]
+    return row
 
 
 def ceiling_rows(options: dict[str, Any]) -> Rows:
-    """One row for each ceiling: median seconds of a call, and work per second."""
-    where, repeats, rows = device(), options["repeats"] or 10, []
-    for ceiling in ceilings(CEILING_SIZES[where.type], where):
-        row: dict[str, Any] = {"what": ceiling.what, "median s": NOT_MEASURED, "rate": "", "unit": "", "note": ""}
-        try:
-            call = ceiling.make()
-            call()
-            together = min(_MOST_TOGETHER, 1 + int(_SAMPLE_S / seconds_of(call)))
-            seconds = [seconds_of(partial(several, call, together)) / together for _ in range(repeats)]
-            row |= {"median s": statistics.median(seconds), "all s": seconds}
-            if ceiling.work:
-                row |= {"rate": ceiling.work / row["median s"], "unit": ceiling.unit}
-        except (RuntimeError, TypeError, NotImplementedError) as error:  # no such kernel, dtype or argument here
-            row["note"] = " ".join(str(error).split())[:80]
-        rows.append(row)
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
+    """One row for each ceiling."""
+    where, rows = device(), []
+    with suppress(Stopped):
+        for ceiling in ceilings(CEILING_SIZES[where.type], where):
+            rows.append(ceiling_row(ceiling, options["repeats"] or 10))
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
     return rows

@@ -3,8 +3,8 @@
 `scripts/bench.py predicted` runs this module. Nothing is timed. The time of a step under AdamW is what others measured on an H100
 (modded-nanogpt of October 2024, under Adam: 473,000 tokens a second of each GPU, which is 41% of the peak). Another assignment replaces
 AdamW on the matrices by the certified step. Its time is its products plus its other bytes, as in bench_counts, plus the passes of the
-optimizer around it. The launch of kernels is taken to be hidden behind the device's work. A row is measured as soon as results/ has a
-`bench_train.json` of such a device.
+optimizer around it. The launch of kernels is taken to be hidden behind the device's work. The measurements are those of one device of this
+class: of the newest `bench_train.json` in results/ that has a rate for AdamW.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ BARS = {"adamw": 500e3, "hetero": 0.95}
 ADAMW_BYTES, MUON_BYTES = 28, 48
 
 
+@cache
 def groups_of(assignment: str) -> Counter[tuple[int, int, str]]:
     """(m, n, manifold) of every matrix of ManifoldMuon in GPT-2 124M, tall, with the number of such matrices."""
     cfg = compose(["model=gpt2_124m", f"assignment={assignment}"])
@@ -57,28 +58,37 @@ def step_seconds(m: int, n: int, manifold: str) -> tuple[float, float]:
 
 def predicted_rows() -> Rows:
     """A row for each assignment."""
-    base, measured, rows = TOKENS / ADAMW_TOKENS_PER_S, measurements(), []
+    base, rows = TOKENS / ADAMW_TOKENS_PER_S, []
+    folder, measured = measurements()
     for assignment in ("adamw", *ASSIGNMENTS):
         groups = groups_of(assignment)
         numbers = sum(k * m * n for (m, n, _), k in groups.items())
         around = numbers * (MUON_BYTES - ADAMW_BYTES) / BYTES_PER_S
         slow, fast = (base + around + sum(k * step_seconds(*group)[i] for group, k in groups.items()) for i in range(2))
-        bar = BARS.get(assignment, "none")
+        bar, rate = BARS.get(assignment, "none"), measured.get(assignment)
         rows.append(
             {"assignment": assignment, "tokens/s, predicted": TOKENS / slow, "at faster products": TOKENS / fast}
             | {"share of AdamW's, predicted": base / slow, "at faster": base / fast, "bar": bar}
-            | {"tokens/s, measured": measured.get(assignment, NOT_MEASURED)}
+            | {"tokens/s, measured": rate or NOT_MEASURED}
+            | {"share of AdamW's, measured": rate / measured["adamw"] if rate else NOT_MEASURED}
+            | {"measured in": folder if rate else "-"}
         )
     return rows
 
 
-def measurements() -> dict[str, float]:
-    """Assignment → tokens a second of the certified step on a device of this class, from results/; empty without any."""
-    found: dict[str, float] = {}
-    for file in sorted(ROOT.glob("results/*h[12]00*/bench_train.json")):
+def measurements() -> tuple[str, dict[str, float]]:
+    """The folder of results/ with the newest measurement of AdamW on a device of this class; in it, assignment → tokens a second of the
+    certified step. Without such a folder, both are empty."""
+    files = ROOT.glob("results/*h[12]00*/bench_train.json")
+    for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
-        for row in rows:
-            fits = row["model"] == "gpt2_124m" and row["optim"] in ("-", "manifold_muon") and row["variant"] == "-"
-            if fits and isinstance(row["tokens/s"], float):
-                found[row["assignment"]] = row["tokens/s"]
-    return found
+        found = {row["assignment"]: row["tokens/s"] for row in rows if _fits(row)}
+        if "adamw" in found:
+            return file.parent.name, found
+    return "", {}
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    """Whether a row of bench_train.json has the rate of AdamW or of the certified step, without further settings."""
+    asked = row["model"] == "gpt2_124m" and row["optim"] in ("-", "manifold_muon") and row["variant"] == "-"
+    return asked and isinstance(row["tokens/s"], float)

@@ -1,13 +1,14 @@
 """Training steps on random tokens: their rate and memory by assignment, their operations, and the cost of a probe.
 
 `scripts/bench.py train`, `profile` and `probes` run this module. A step is forward, backward, clipping and update, as in train.py. It is
-compiled and in bfloat16 on CUDA, plain float32 on a CPU. On CUDA the host runs ahead of the device and waits only at the end of a step. The
-time of the update alone is then that of the device, from the moment at which it has the gradients.
+compiled and in bfloat16 on CUDA, plain float32 on a CPU. On CUDA the host runs ahead of the device: some steps are timed together, with one
+wait at their end. The time of the update alone is then that of the device, from the moment at which it has the gradients.
 """
 
 from __future__ import annotations
 
 import statistics
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from model.gpt import GPT
 from model.probes import probe
 from model.spectra import Spectra
 from scripts.command import UsageError
-from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, take_turns
+from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, steps_together, take_turns
 from training.attention import choose
 from training.build import build_optimizers, gpt_config
 from training.capture import WARM_UP, CudaGraphs
@@ -29,6 +30,7 @@ from training.optimizers import Optimizers
 from training.phases import Phases
 from training.run import compiled, peak_flops, resolve_device
 from training.settings import Settings
+from training.signals import Stopped
 from training.step import accumulate, clip
 from training.trace import activities, longest_operations
 
@@ -81,9 +83,10 @@ class RandomTraining:
     def step(self) -> None:
         """One training step, without a wait for the device."""
         norm = self.gradients()
-        self.updates.append(Phases(self.device))
-        with self.updates[-1]("optimizer"):
+        phase = Phases(self.device)
+        with phase("optimizer"):
             self.optimizers.step(skip=~norm.isfinite())
+        self.updates.append(phase)
         self.optimizers.zero_grad()
 
     def update_seconds(self) -> list[float]:
@@ -128,8 +131,8 @@ def _size(options: dict[str, Any]) -> str:
 def training_rows(options: dict[str, Any]) -> Rows:
     """Some steps of every assignment, by turns; then one step of each for its memory."""
     trainings = trainings_by_assignment(options)
-    steps = {key: training.step for key, training in trainings.items()}
-    times = take_turns(steps, options["repeats"] or 5, warmup=WARM_UP + 1, limit_s=options["limit_s"])
+    steps, together = {key: training.step for key, training in trainings.items()}, steps_together()
+    times = take_turns(steps, options["repeats"] or 5, WARM_UP + 1, options["limit_s"], together=together)
     peak = peak_flops(device())
     rows = []
     for (assignment, optim, variant), training in trainings.items():
@@ -139,7 +142,7 @@ def training_rows(options: dict[str, Any]) -> Rows:
         row |= dict.fromkeys(("tokens/s", "MFU", "optimizer s", "optimizer share"), NOT_MEASURED)
         row |= {"step s": median(seconds), "peak GiB": NOT_MEASURED, "all s": seconds}
         if seconds:
-            update = statistics.median(training.update_seconds()[-len(seconds) :])
+            update = statistics.median(training.update_seconds()[-len(seconds) * together :])
             rate = training.tokens / row["step s"]
             row |= {"tokens/s": rate, "MFU": rate * training.model.flops_per_token() / peak if peak else "n/a"}
             row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
@@ -151,23 +154,26 @@ def training_rows(options: dict[str, Any]) -> Rows:
 
 def profile_rows(options: dict[str, Any]) -> Rows:
     """The operations of a step that take longest, by torch.profiler. The traces are written to the folder `traces`."""
-    where = device()
-    rows = []
-    for (assignment, optim, _), training in trainings_by_assignment(options | {"variants": ""}).items():
-        for _ in range(3):
-            training.step()
-        with profile(activities=activities(where)) as profiler:
-            for _ in range(_TRACED_STEPS):
-                training.step()
-        if options["traces"]:
-            folder = Path(options["traces"])
-            folder.mkdir(parents=True, exist_ok=True)
-            word = f"{assignment}_{optim}".rstrip("_-")
-            profiler.export_chrome_trace(str(folder / f"trace_{word}.json.gz"))
-        for row in longest_operations(profiler, _TRACED_STEPS, where):
-            row["operation"] = row["operation"].replace("|", "/")
-            rows.append({"assignment": assignment, "optim": optim, **row})
+    rows: Rows = []
+    with suppress(Stopped):
+        for (assignment, optim, _), training in trainings_by_assignment(options | {"variants": ""}).items():
+            rows += traced(training, {"assignment": assignment, "optim": optim}, options["traces"])
     return rows
+
+
+def traced(training: RandomTraining, names: dict[str, Any], folder: str) -> Rows:
+    """The longest operations of some steps, a row each, which begins with `names`. The trace goes to the folder, if one is named."""
+    for _ in range(3):
+        training.step()
+    with profile(activities=activities(training.device)) as profiler:
+        for _ in range(_TRACED_STEPS):
+            training.step()
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        word = "_".join(names.values()).rstrip("_-")
+        profiler.export_chrome_trace(str(Path(folder) / f"trace_{word}.json.gz"))
+    rows = longest_operations(profiler, _TRACED_STEPS, training.device)
+    return [{**names, **row, "operation": row["operation"].replace("|", "/")} for row in rows]
 
 
 def probe_rows(options: dict[str, Any]) -> Rows:
@@ -197,6 +203,8 @@ def probe_rows(options: dict[str, Any]) -> Rows:
         "spectra": lambda: Spectra(matrices).records(),
     }
     times = take_turns(calls, options["repeats"] or 3)
+    if not all(times.values()):
+        return []  # a signal came
     whole = statistics.median(times["step"]) * cfg.global_batch_tokens / training.tokens
     seconds = statistics.median(times["probe"])
     row: dict[str, Any] = {

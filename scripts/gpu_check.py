@@ -1,16 +1,17 @@
-"""All measurements that need a GPU, in stages of under ten minutes. `scripts/gpu_check.sh [a] [b] [c] [d]` runs them, all by default.
+"""All measurements that need a GPU, in stages of under ten minutes. `scripts/gpu_check.sh [a] [b] [c] [d]` runs them, all by default:
+scripts/gpu_check.sh a b c d data=text data.name=mine 'data.files=mine/train*.txt.gz' 'data.val_files=mine/val*.txt.gz'
 
     a    environment, ceilings of the device, tests/cuda, the optimizer step
-    b    training steps by assignment under both step rules, their longest operations, every residual rule
+    b    training steps by assignment under both step rules, every residual rule, probes and spectra, the longest operations
     c    AdamW and the five assignments at 124M: the same number of steps, as many as time allows, with spectra and probes
     d    the same runs, continued
 
-    scripts/gpu_check.sh a b
-    scripts/gpu_check.sh c d data=books 'data.files=books_train.txt.gz' 'data.val_files=books_val.txt.gz'
+    scripts/gpu_check.sh b seconds=480     what has a bar, if there is little time; then a seconds=240
     scripts/gpu_check.sh tiny=true         all stages with small models, on a CPU, in two minutes
 
-Without a GPU, and without tiny=true, the stages are refused. A stage that is started again skips its finished steps and continues with
-the others. Options (key=value; paths are relative to the repository, or absolute):
+Without a GPU, and without tiny=true, the stages are refused. Before the first stage, the data of c and d is prepared, so that a mistake
+in its settings is found at once. A stage that is started again skips its finished steps and continues with the others. Options
+(key=value; paths are relative to the repository, or absolute):
 
     seconds=            time of a stage (560); a step that takes longer is stopped, and runs are saved before
     work=               folder for everything that is written (outputs/gpu_check_work)
@@ -18,8 +19,11 @@ the others. Options (key=value; paths are relative to the repository, or absolut
     results=            folder for the tables, in the format of results/ (results/<device>)
     micro_batch_size=   windows of a forward pass (64)
     tiny=true           small models and few steps
-    data=, data.key=    the data of c and d, as in train.py (data=books); stage c prepares it if necessary
+    data=, data.key=    the data of c and d, as in train.py (data=stdlib: every machine has it, but its 9 million tokens, single bytes, are
+                        read several times; for losses that mean something, give more text)
 """
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -38,10 +42,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+_STARTED = time.monotonic()  # the clock of `timeout` runs while torch is imported
+
 import torch
 
+from data.shards import DataError
+from scripts import gpu_runs
 from scripts.command import ROOT, UsageError, parse, run
-from scripts.gpu_runs import RUNS
 from scripts.timing import device_folder
 from training.run import environment
 
@@ -110,7 +117,7 @@ def options_of(arguments: Sequence[str]) -> tuple[list[str], Options]:
 
 
 def steps_of(stage: str, o: Options) -> list[Step]:
-    """The commands of a stage."""
+    """The commands of a stage. What has a bar comes first, in case the time is short."""
     python, results = sys.executable, f"results={o.results}"
 
     def bench(
@@ -132,21 +139,37 @@ def steps_of(stage: str, o: Options) -> list[Step]:
         ]
     if stage == "b":
         few = [*small, "assignments=adamw,hetero"]
-        every = [micro, f"assignments={','.join(RUNS)}"]
+        every = [micro, f"assignments={','.join(gpu_runs.RUNS)}"]
         options = [micro, "assignments=adamw,hetero", "variants=capture=true,model.stream_dtype=bfloat16"]
         profile = [micro, "assignments=adamw,hetero", f"traces={o.work / 'b'}"]
         return [
             bench("train", *every, most=210, tiny=few),
-            bench("profile", *profile, most=110, limit="", tiny=small),
             bench("residual", "layers=4", "repeats=5", most=170, tiny=["layers=1", "width=96", "repeats=1"]),
-            bench("train", *every, "optims=paper", most=120, tiny=few, file="bench_train_published"),
+            bench("probes", micro, "repeats=3", most=100, limit="", tiny=small),
             bench("train", *options, most=150, tiny=[*small, "variants="], file="bench_train_options"),
+            bench("train", *every, "optims=paper", most=120, tiny=few, file="bench_train_published"),
+            bench("profile", *profile, most=110, limit="", tiny=small),
         ]
-    runs = [python, "scripts/gpu_runs.py", f"folder={o.work / 'runs'}", f"results={o.results / 'assignments'}"]
-    data = o.data or (["data=stdlib"] if o.tiny else ["data=books"])
-    tiny = ["tiny=true"] if o.tiny else [micro]
-    prepare = Step("data", [python, "-m", "data.prepare", *data])
-    return [*([prepare] if stage == "c" else []), Step("runs", [*runs, *tiny, *data], limit="seconds")]
+    return [Step("runs", [python, "scripts/gpu_runs.py", *runs_words(o)], limit="seconds")]
+
+
+def runs_words(o: Options) -> list[str]:
+    """The words of scripts/gpu_runs.py in the stages c and d."""
+    places = [f"folder={o.work / 'runs'}", f"results={o.results / 'assignments'}"]
+    return [*places, "tiny=true" if o.tiny else f"micro_batch_size={o.micro}", *(o.data or ["data=stdlib"])]
+
+
+def prepare_data(o: Options) -> int:
+    """Check the settings of c and d and prepare their data. Returns 0.
+
+    Raises:
+        UsageError: the data cannot be prepared. ConfigError: a setting is wrong.
+    """
+    try:
+        return gpu_runs.work([*runs_words(o), "prepare=true"])
+    except DataError as error:
+        remedy = "the stages c and d need text: give data=text data.name=... data.files=... data.val_files=..., or leave out data= for data=stdlib"
+        raise UsageError(f"{error}\n{remedy}") from error
 
 
 def tests_command(ledger: Path, alone: bool = False) -> list[str]:
@@ -160,9 +183,8 @@ def tests_command(ledger: Path, alone: bool = False) -> list[str]:
     return [sys.executable, "-m", "pytest", "tests/cuda", *options]
 
 
-def run_stage(stage: str, o: Options) -> int:
-    """Run the steps that are not done. Returns 0 if all are done now, else 1."""
-    end = time.monotonic() + o.seconds - _TO_END
+def run_stage(stage: str, o: Options, end: float) -> int:
+    """Run the steps that are not done, until the time.monotonic() `end`. Returns 0 if all are done now, else 1."""
     folder = o.work / stage
     folder.mkdir(parents=True, exist_ok=True)
     states = states_of(folder)
@@ -207,14 +229,19 @@ def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ask a process and its children to end; kill them if they do not."""
-    for signum, patience in ((signal.SIGTERM, _TO_END - 10), (signal.SIGKILL, 5)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signum)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            if signum == signal.SIGKILL:
-                return
+    """Ask a process and its children to end; kill them if they do not, also if this process is told to end meanwhile."""
+    try:
+        _signal(process, signal.SIGTERM, _TO_END - 10)
+    finally:
+        _signal(process, signal.SIGKILL, 5)
+
+
+def _signal(process: subprocess.Popen, signum: int, patience: float) -> None:
+    """Send a signal to a process and its children, and wait for the process so many seconds."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signum)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
 
 
 # ---- what is kept ----
@@ -267,16 +294,18 @@ def print_environment() -> None:
 
 
 def work(arguments: list[str]) -> int:
-    """Run one stage, `pack` or `environment`.
+    """Run one stage, `data`, `pack` or `environment`.
 
     Raises:
         UsageError: the command line is wrong, or a stage needs a GPU and torch finds none.
     """
     words, options = options_of(arguments)
-    if len(words) != 1 or words[0] not in (*STAGES, "pack", "environment"):
-        raise UsageError(f"name one of {', '.join(STAGES)}, pack, environment, not '{' '.join(words)}'; see --help")
+    if len(words) != 1 or words[0] not in (*STAGES, "data", "pack", "environment"):
+        raise UsageError(
+            f"name one of {', '.join(STAGES)}, data, pack, environment, not '{' '.join(words)}'; see --help"
+        )
     [what] = words
-    if what in STAGES and not options.tiny and not torch.cuda.is_available():
+    if what in (*STAGES, "data") and not options.tiny and not torch.cuda.is_available():
         raise UsageError(
             f"torch {torch.__version__} (for CUDA {torch.version.cuda or '-'}) finds no GPU here; install torch for the CUDA of this machine's "
             "driver, which nvidia-smi names, or try the stages with small models by tiny=true"
@@ -287,9 +316,11 @@ def work(arguments: list[str]) -> int:
     elif what == "pack":
         pack(options)
         print(f"packed into {options.out}")
+    elif what == "data":
+        return prepare_data(options)
     else:
         signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # then the running command is ended too
-        return run_stage(what, options)
+        return run_stage(what, options, _STARTED + options.seconds - _TO_END)
     return 0
 
 

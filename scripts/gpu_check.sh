@@ -19,6 +19,7 @@ for word in "$@"; do
 done
 [[ $seconds =~ ^[1-9][0-9]*$ ]] || { echo "seconds=$seconds is no whole number above 0; give the seconds of a stage" >&2; exit 2; }
 [ ${#stages[@]} -gt 0 ] || stages=(a b c d)
+[[ ${stages[*]} == *[cd]* ]] && stages=(data "${stages[@]}") # a mistake in the data of c and d is found before a and b
 
 child=0
 pack() { "$python" scripts/gpu_check.py pack ${options[@]+"${options[@]}"}; }

@@ -4,9 +4,11 @@
 
 The runs are those of `experiment=one_gpu` and follow its schedule as far as the time allows. The model is compiled once for all of them.
 First every run is trained for a few steps. Their time tells how many more steps fit into the remaining seconds, and every run is trained to
-that number. The same command again continues the runs in the same way. It writes a table and pictures to `results`.
+that number; then again, while time is left. The same command again continues the runs in the same way. It writes a table and pictures to
+`results`. The data is prepared if it is missing.
 
-micro_batch_size= is the number of windows of a forward pass; tiny=true takes a small model. Every other word is an override of train.py.
+micro_batch_size= is the number of windows of a forward pass; tiny=true takes a small model; prepare=true only checks the settings and
+prepares the data. Every other word is an override of train.py.
 """
 
 from __future__ import annotations
@@ -21,10 +23,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from data.prepare import prepare
+from data.settings import Source
 from scripts.analysis.figures import draw
-from scripts.analysis.runs import find_runs
-from scripts.analysis.tables import footer, grouped, make_table, report_columns, rows_of, write_tables
+from scripts.analysis.runs import RecordedRun, find_runs
+from scripts.analysis.tables import (
+    Column,
+    columns_with_values,
+    footer,
+    grouped,
+    make_table,
+    report_columns,
+    rows_of,
+    write_tables,
+)
 from scripts.command import UsageError, command_line, parse, run
 from scripts.reproduce import ASSIGNMENTS
 from train import train
@@ -34,7 +48,7 @@ from training.data import open_data
 from training.log import read_records
 from training.settings import Settings
 
-RUNS = ("adamw", *ASSIGNMENTS)
+RUNS = tuple(dict.fromkeys(("adamw", "hetero", *ASSIGNMENTS)))  # those with a bar come first, if time is short
 SETTINGS = [
     *("experiment=one_gpu", "eval_interval=50", "eval_windows=128", "probe.interval=50", "log.interval_spectra=250"),
     *("checkpoint.interval=1000000", "checkpoint.keep=1", "full_eval=false"),
@@ -54,7 +68,9 @@ class TimedRuns:
     """The runs, each in a directory of `folder` named after its assignment.
 
     first: the steps that every run makes before the rest is planned. most: the steps of the whole schedule. end: the time.monotonic() at
-    which the time is over. failed: runs that ended with an error, which the others do not wait for.
+    which the time is over. costs: run → seconds of a step (`step`), and the seconds that a call of `train` takes beside its steps: if this
+    process has not trained the run before and compiles its update (`new`), and otherwise (`known`). failed: runs that ended with an error,
+    which the others do not wait for.
     """
 
     folder: Path
@@ -62,10 +78,8 @@ class TimedRuns:
     first: int
     most: int
     end: float
-    costs: dict[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # seconds of a step, most seconds outside the steps
-    compiled: bool = False  # whether this process has trained one of them
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)  # by this process
     failed: list[str] = field(default_factory=list)
 
     def config(self, name: str, steps: int) -> Settings:
@@ -88,55 +102,84 @@ class TimedRuns:
             cfg, start = self.config(name, steps), time.monotonic()
             try:
                 train(cfg, self.folder / name)
+                self.note(name, cfg, before, time.monotonic() - start)
             except Exception:
                 traceback.print_exc()
                 self.failed.append(name)
-                continue
-            self.note(name, cfg, steps - before, time.monotonic() - start)
             gc.collect()  # frees this model before the next one is made
 
-    def note(self, name: str, cfg: Settings, steps: int, seconds: float) -> None:
-        """Note the cost of a run: the seconds of a step by its last record, and the seconds outside the steps."""
-        last = list(read_records(self.folder / name, "train"))[-1]
-        a_step = cfg.global_batch_tokens / last["tokens_per_s"]
-        _, before = self.costs.get(name, (0.0, 0.0))
-        self.costs[name], self.compiled = (a_step, max(before, seconds - a_step * steps)), True
+    def note(self, name: str, cfg: Settings, before: int, seconds: float) -> None:
+        """Note what a call of `train` cost that began at the step `before`: the steps of its records include the compilation of the update.
+
+        Raises:
+            ValueError: the run has ended before its last step.
+        """
+        records = [r for r in read_records(self.folder / name, "train") if r["step"] > before]
+        if not records or records[-1]["step"] < cfg.max_steps:
+            raise ValueError(f"{name} ended before step {cfg.max_steps}; its records say why")
+        ends = [before, *(r["step"] for r in records)]
+        spans = [cfg.global_batch_tokens / r["tokens_per_s"] for r in records]  # seconds of a step
+        in_steps = sum((b - a) * span for a, b, span in zip(ends, ends[1:], spans))
+        cost = {"step": statistics.median(spans), "known": seconds - in_steps}
+        if name not in self.trained:
+            cost["new"] = seconds - cost["step"] * (cfg.max_steps - before)
+        self.trained.add(name)
+        self.costs[name] = self.costs.get(name, {}) | cost
         (self.folder / "costs.json").write_text(json.dumps(self.costs, indent=2) + "\n")
 
-    def affordable(self) -> int:
-        """The number of steps that all runs can reach in the remaining time; at least the number that all have reached."""
+    def next_goal(self) -> int:
+        """The number of steps to which all runs are trained next; 0 if the time allows no more, or all are done."""
         runs = [name for name in RUNS if name not in self.failed]
-        if not runs:
+        here, few = min(map(self.reached, runs), default=self.most), max(1, self.first // 4)
+        left = self.end - time.monotonic()
+        if here >= self.most or left <= 0:
             return 0
-        here = min(map(self.reached, runs))
-        a_step = sum(self.costs[name][0] for name in runs)
-        rest = [self.costs[name][1] for name in runs]  # the first run compiles
-        beside = statistics.median(rest) * len(runs) if self.compiled else sum(rest)
-        left = _PLANNED * (self.end - time.monotonic()) - beside
-        return min(self.most, here + max(0, int(left / a_step)))
+        if any(name not in self.costs for name in runs):  # a signal came between its save and its note
+            return min(self.most, here + few)
+        known = statistics.median(self.costs[name]["known"] for name in runs)  # the first run also compiles the model
+        beside = sum(known if name in self.trained else self.costs[name]["new"] for name in runs)
+        more = int((_PLANNED * left - beside) / sum(self.costs[name]["step"] for name in runs))
+        return min(self.most, here + more) if more >= few else 0
 
     def run(self) -> None:
         """Train all runs to the same number of steps, as many as the time allows."""
         plan, costs = self.folder / "plan.json", self.folder / "costs.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        target = json.loads(plan.read_text())["steps"] if plan.exists() else self.first
         if costs.exists():
-            self.costs = {name: tuple(pair) for name, pair in json.loads(costs.read_text()).items()}
-        self.train_to(target)  # the first steps, or the rest of an interrupted command
-        further = self.affordable()
-        if further > target:
-            plan.write_text(json.dumps({"steps": further}) + "\n")
-            self.train_to(further)
+            self.costs = json.loads(costs.read_text())
+        goal = json.loads(plan.read_text())["steps"] if plan.exists() else self.first
+        while goal:
+            self.train_to(goal)  # at first: the first steps, or the rest of an interrupted command
+            if goal := self.next_goal():
+                plan.write_text(json.dumps({"steps": goal}) + "\n")
+
+
+def of_speed(heading: str, key: str, digits: int, unit: float = 1.0) -> Column:
+    """A column of a field of the training records: its median over the run, in a unit."""
+
+    def value(run: RecordedRun) -> float | None:
+        found = [r[key] for r in run.records.get("train", []) if r.get(key) is not None]
+        return statistics.median(found) / unit if found else None
+
+    return Column(heading, key, value, digits)
+
+
+SPEED = [
+    of_speed("tokens/s", "tokens_per_s", 0),
+    of_speed("MFU", "mfu", 3),
+    of_speed("peak GiB", "peak_device_bytes", 1, 2**30),
+]
 
 
 def write_runs(timed: TimedRuns, results: Path, arguments: Sequence[str]) -> str:
     """Write the table of all runs and its pictures; returns the table for a terminal."""
     groups = grouped(find_runs([timed.folder]))
-    runs, columns = [r for group in groups for r in group], report_columns(groups)
+    runs = [r for group in groups for r in group]
+    columns = [*report_columns(groups), *columns_with_values(SPEED, runs)]
     table, command = make_table(groups, columns), command_line("gpu_runs.py", *arguments)
     remark = (
-        f"The runs made {min(r.step for r in runs):,} of the schedule's {timed.most:,} steps. The last column is the paper's loss after "
-        "50,000 steps on other text: no number here can be compared with it."
+        f"The runs made {min(r.step for r in runs):,} of the schedule's {timed.most:,} steps. Losses after fewer steps than the paper's, or on "
+        "other text, cannot be compared with its losses."
     )
     data = {"command": command, "environment": runs[0].environment, "rows": rows_of(runs, columns)}
     write_tables(results, [table], footer(command, runs, remark), data)
@@ -146,7 +189,8 @@ def write_runs(timed: TimedRuns, results: Path, arguments: Sequence[str]) -> str
 
 def work(arguments: list[str]) -> int:
     """Train; then print and write the table, also if the training was stopped."""
-    options = {"folder": "", "results": "", "tiny": False, "seconds": 500, "micro_batch_size": 0}
+    options: dict[str, Any] = {"folder": "", "results": "", "seconds": 500, "micro_batch_size": 0}
+    options |= {"tiny": False, "prepare": False}
     overrides, o = parse(arguments, options)
     if not (o["folder"] and o["results"]):
         raise UsageError("give folder= for the runs and results= for the table; see --help")
@@ -156,7 +200,12 @@ def work(arguments: list[str]) -> int:
     timed = TimedRuns(Path(o["folder"]), settings, first, most, time.monotonic() + o["seconds"])
     for name in RUNS:
         check(timed.config(name, first))
-    open_data(timed.config(RUNS[0], first))
+    cfg = timed.config(RUNS[0], first)
+    if isinstance(cfg.data, Source):
+        prepare(cfg.data)
+    open_data(cfg)
+    if o["prepare"]:
+        return 0
     try:
         timed.run()
     finally:

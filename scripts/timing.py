@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import random
 import re
+import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from training.run import device_name
+from training.signals import Stopped
 
 NOT_MEASURED = "not measured"
 
@@ -37,6 +41,11 @@ def device_folder() -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
+def steps_together() -> int:
+    """How many training steps are timed as one. A single step on a GPU begins with an idle device and ends with a wait; those of training do not."""
+    return 4 if torch.cuda.is_available() else 1
+
+
 def synchronize() -> None:
     """Wait until the device has done its work."""
     if torch.cuda.is_available():
@@ -52,34 +61,72 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def several(call: Callable[[], object], times: int) -> None:
+    """Make the same call several times."""
+    for _ in range(times):
+        call()
+
+
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """Within this context, the first SIGTERM raises Stopped, and the list has its number from then on.
+
+    What measures catches it and returns what it has, so that a benchmark that is stopped loses nothing.
+    """
+    came: list[int] = []
+
+    def stop(signum: int, _: object) -> None:
+        signal.signal(signum, before)
+        came.append(signum)
+        raise Stopped(signum, "stopped outside of a measurement")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def take_turns(
-    calls: Mapping[Key, Callable[[], object]], repeats: int, warmup: int = 1, limit_s: float = 0, shuffled: bool = False
+    calls: Mapping[Key, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    limit_s: float = 0,
+    shuffled: bool = False,
+    together: int = 1,
 ) -> dict[Key, list[float]]:
     """Seconds of every call. Each turn makes every call once, so that a machine whose speed drifts is fair to all.
+
+    A stop signal ends it as the limit does, see `stoppable`.
 
     Args:
         repeats, warmup: turns that are timed, after calls that are not: these compile.
         limit_s: after this time no further call is made, and after a share of it no further call is compiled: then the others are timed,
             each once at least. A call without a turn has no seconds. 0: no limit.
         shuffled: whether each turn has a new random order (of a fixed seed).
+        together: a turn makes each call so many times, without a wait between them, and its seconds are those of one.
     """
     times: dict[Key, list[float]] = {name: [] for name in calls}
     start, limit = time.perf_counter(), limit_s or float("inf")
     order: list[Key] = []
     shuffle = random.Random(0).shuffle
-    for name, call in calls.items():
-        if time.perf_counter() > start + _TO_COMPILE * limit:
-            break
-        for _ in range(warmup):
-            seconds_of(call)
-        order.append(name)
-    for turn in range(repeats):
-        if shuffled:
-            shuffle(order)
-        for name in order:
-            if turn and time.perf_counter() > start + limit:
-                return times
-            times[name].append(seconds_of(calls[name]))
+    try:
+        for name, call in calls.items():
+            if time.perf_counter() > start + _TO_COMPILE * limit:
+                break
+            for _ in range(warmup):
+                seconds_of(call)
+            order.append(name)
+    except Stopped:
+        limit = 0
+    with suppress(Stopped):
+        for turn in range(repeats):
+            if shuffled:
+                shuffle(order)
+            for name in order:
+                if turn and time.perf_counter() > start + limit:
+                    return times
+                times[name].append(seconds_of(partial(several, calls[name], together)) / together)
     return times
 
 

@@ -1,12 +1,14 @@
 """The benchmarks: each measures what it says and writes what it prints."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from scripts import bench, bench_predicted, bench_residual, timing
+from scripts import bench, bench_ceilings, bench_predicted, bench_residual, timing
 from scripts.bench_train import RandomTraining
 from training.config import compose
 
@@ -64,6 +66,41 @@ def test_a_bench_that_had_too_little_time_says_so(tmp_path, monkeypatch):
     assert bench.main(["optimizer", "limit_s=1", f"results={tmp_path}"]) == 0
 
 
+def test_a_bench_that_is_stopped_writes_what_it_has(tmp_path, monkeypatch, capsys):
+    """A signal that comes while the second is compiled: the first is timed once. Before anything is measured, nothing is written."""
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def rows(options):
+        times = timing.take_turns({"one": lambda: None, "two": stop}, repeats=3)
+        return [{"step": name, "median s": timing.median(seconds)} for name, seconds in times.items()]
+
+    monkeypatch.setitem(bench.BENCHES, "optimizer", rows)
+    assert bench.main(["optimizer", f"results={tmp_path}"]) == 1 and signal.getsignal(signal.SIGTERM) == before
+    one, two = json.loads((tmp_path / "bench_optimizer.json").read_text())["rows"]
+    assert one["median s"] >= 0 and two["median s"] == "not measured"
+    monkeypatch.setattr(bench_ceilings, "ceiling_row", lambda *_: stop())
+    assert bench.main(["ceilings", f"results={tmp_path}"]) == 143
+    assert "before anything was measured" in capsys.readouterr().err and not (tmp_path / "bench_ceilings.md").exists()
+
+
+def test_steps_that_are_timed_together_wait_once(monkeypatch):
+    waits, made = [], []
+    monkeypatch.setattr(timing, "synchronize", lambda: waits.append(1))
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def step():
+        made.append(1)
+        now[0] += 2
+
+    assert timing.take_turns({"": step}, repeats=3, warmup=2, together=4) == {"": [2, 2, 2]}
+    assert len(made) == 2 + 3 * 4 and len(waits) == 2 * (2 + 3)
+
+
 def test_a_timed_step_waits_only_at_its_end(monkeypatch):
     """As in training, where the host runs ahead of the device; the update alone is timed beside."""
     training = RandomTraining(compose(["model=demo", "model.n_layer=1", "assignment=hetero"]), micro=1, tokens=256)
@@ -99,13 +136,24 @@ def test_bench_lmo_measures_the_step_and_every_method(tmp_path, capsys):
 
 
 def test_predictions_are_judged_by_measurements(tmp_path, monkeypatch):
-    """Those of a device of the predictions' class, of the certified step and without further settings."""
+    """Those of one device of the predictions' class, which has AdamW; of the certified step and without further settings."""
     monkeypatch.setattr(bench_predicted, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_predicted, "step_seconds", lambda *group: (1e-4, 1e-4))
     row = {"model": "gpt2_124m", "optim": "manifold_muon", "variant": "-", "assignment": "hetero", "tokens/s": 4.0e5}
     others = [row | {"variant": "capture=true", "tokens/s": 1.0}, row | {"optim": "paper", "tokens/s": 2.0}]
-    for device, rows in (("nvidia-h100-80gb-hbm3", [row, *others]), ("nvidia-a100", [row | {"tokens/s": 3.0}])):
+    adamw = row | {"assignment": "adamw", "optim": "-", "tokens/s": 5.0e5}
+    devices = {
+        "nvidia-h100-80gb-hbm3": [row, *others, adamw],
+        "nvidia-h200": [row | {"tokens/s": 6.0e5}],  # newer, without AdamW: no share of it
+        "nvidia-a100": [row | {"tokens/s": 3.0}, adamw],
+    }
+    for i, (device, rows) in enumerate(devices.items()):
         (tmp_path / "results" / device).mkdir(parents=True)
-        (tmp_path / "results" / device / "bench_train.json").write_text(json.dumps({"rows": rows}))
-    assert bench_predicted.measurements() == {"hetero": 4.0e5}
+        (file := tmp_path / "results" / device / "bench_train.json").write_text(json.dumps({"rows": rows}))
+        os.utime(file, (i, i))
+    assert bench_predicted.measurements() == ("nvidia-h100-80gb-hbm3", {"hetero": 4.0e5, "adamw": 5.0e5})
+    table = {row["assignment"]: row for row in bench_predicted.predicted_rows()}
+    assert table["hetero"]["share of AdamW's, measured"] == 0.8
+    assert table["hetero"]["measured in"] == "nvidia-h100-80gb-hbm3" and table["all_dgram"]["measured in"] == "-"
     counted = {name: bench_predicted.groups_of(name).total() for name in ("adamw", *bench_predicted.ASSIGNMENTS)}
     assert counted == {name: 0 if name == "adamw" else 48 for name in counted}

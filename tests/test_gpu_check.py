@@ -15,6 +15,7 @@ from conftest import ROOT
 
 from scripts import gpu_check, gpu_runs, timing
 from scripts.command import UsageError
+from training.signals import Stopped
 
 SCRIPT = str(ROOT / "scripts" / "gpu_check.sh")
 
@@ -24,7 +25,9 @@ def driver(tmp_path):
     """The shell script with a Python that writes down what it is asked for; stage b sleeps, stage d fails."""
     told = tmp_path / "told"
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\necho "$2" >> {told}\ncase $2 in b) sleep 60 ;; d) exit 3 ;; esac\n')
+    fake.write_text(
+        f'#!/bin/sh\necho "$2" >> {told}\ncase "$2 $*" in "b "*) sleep 60 ;; "d "*) exit 3 ;; data*wrong*) exit 2 ;; esac\n'
+    )
     fake.chmod(0o755)
 
     def start(*words):
@@ -37,9 +40,11 @@ def driver(tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "asked"),
     [
-        (["a", "c"], 0, "a pack c pack"),
-        (["b", "c", "seconds=1"], 124, "b pack c pack"),  # out of time: packed, and on with the next
-        (["d", "tiny=true"], 3, "d pack"),
+        (["a"], 0, "a pack"),
+        (["a", "c"], 0, "data pack a pack c pack"),
+        (["b", "c", "seconds=1"], 124, "data pack b pack c pack"),  # out of time: packed, and on with the next
+        (["d", "tiny=true"], 3, "data pack d pack"),
+        (["a", "c", "data=wrong"], 2, "data pack"),  # found before the first stage
     ],
 )
 def test_the_driver_packs_after_every_stage(driver, words, code, asked):
@@ -53,11 +58,11 @@ def test_the_driver_packs_when_it_is_stopped(driver):
     start, told = driver
     process = start("b", "c")
     until = time.monotonic() + 10
-    while not told.exists() and time.monotonic() < until:
+    while not (told.exists() and "b" in told.read_text().split()) and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
-    assert told.read_text().split() == ["b", "pack"]
+    assert told.read_text().split() == ["data", "pack", "b", "pack"]
 
 
 @pytest.mark.parametrize(("word", "message"), [("e", "is no stage"), ("seconds=soon", "is no whole number")])
@@ -86,7 +91,7 @@ def test_a_stage_ends_its_steps_in_time_and_is_resumed(options, monkeypatch, tmp
     ]
     monkeypatch.setattr(gpu_check, "steps_of", lambda stage, o: steps)
     for _ in range(2):
-        assert gpu_check.run_stage("a", options) == 1
+        assert gpu_check.run_stage("a", options, time.monotonic() + 35) == 1
     assert marker.read_text() == "x"  # done once, passed over then
     states = json.loads((options.work / "a" / "steps.json").read_text())
     assert {name: state["code"] for name, state in states.items()} == {"fine": 0, "long": 124, "wrong": 7}
@@ -116,7 +121,7 @@ def test_a_benchmark_ends_before_it_is_stopped(options, monkeypatch):
     monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(gpu_check, "steps_of", lambda stage, o: steps)
     monkeypatch.setattr(gpu_check, "pack", lambda o: now.__setitem__(0, now[0] + 150))
-    assert gpu_check.run_stage("a", replace(options, seconds=385)) == 1  # of 360, each takes 150
+    assert gpu_check.run_stage("a", options, end=360.0) == 1  # each takes 150
     told = [(options.work / "a" / f"{name}.log").read_text() for name in ("first", "second")]
     assert "'limit_s=190'" in told[0] and "'limit_s=150'" in told[1]
     assert json.loads((options.work / "a" / "steps.json").read_text())["third"]["note"] == "not reached"
@@ -128,7 +133,7 @@ def test_every_benchmark_that_has_a_limit_is_told_one(options):
         step.name: step for stage in "ab" for step in gpu_check.steps_of(stage, options) if "bench" in step.command[1]
     }
     for name, step in found.items():
-        assert step.limit == ("" if name in ("ceilings", "profile") else "limit_s"), name
+        assert step.limit == ("" if name in ("ceilings", "probes", "profile") else "limit_s"), name
         assert 0 < step.beside < step.fewest < step.most
 
 
@@ -136,10 +141,12 @@ def test_a_stage_asks_for_a_gpu(monkeypatch, tmp_path, capsys):
     """It would otherwise measure a CPU for ten minutes."""
     places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu_check, "run_stage", lambda stage, o: 7)
+    monkeypatch.setattr(gpu_check, "run_stage", lambda stage, o, end: round(end - gpu_check._STARTED))
     monkeypatch.chdir(tmp_path)
-    assert gpu_check.main(["c", *places]) == 2 and "finds no GPU here" in capsys.readouterr().err
-    assert gpu_check.main(["c", "tiny=true", *places]) == 7 and gpu_check.main(["environment"]) == 0
+    for word in ("c", "data"):
+        assert gpu_check.main([word, *places]) == 2 and "finds no GPU here" in capsys.readouterr().err
+    assert gpu_check.main(["c", "tiny=true", "seconds=100", *places]) == 75  # 25 to end, from the start of the process
+    assert gpu_check.main(["environment"]) == 0
 
 
 def test_every_command_of_every_stage_is_well_formed(options):
@@ -154,28 +161,61 @@ def test_every_command_of_every_stage_is_well_formed(options):
         gpu_check.options_of(["tiny=1"])
 
 
+def test_what_has_a_bar_is_measured_first(options):
+    steps = gpu_check.steps_of("b", replace(options, tiny=False))
+    assert [step.name for step in steps[:3]] == ["train", "residual", "probes"]
+    assert any(word.startswith("assignments=adamw,hetero,") for word in steps[0].command)
+
+
+def test_a_mistake_in_the_data_is_found_before_the_first_stage(options, monkeypatch, tmp_path, capsys):
+    places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
+    monkeypatch.chdir(tmp_path)
+    assert gpu_check.main(["data", "tiny=true", "data=books", "data.files=none.gz", *places]) == 2
+    told = capsys.readouterr().err
+    assert "no file matches 'none.gz'" in told and "give data=text data.name=... data.files=..." in told
+    (tmp_path / "two.txt").write_text("one\n<|endoftext|>\ntwo " * 50)
+    words = ["data=text", "data.name=two", f"data.files={tmp_path}/two.txt", "data.val_fraction=0.5"]
+    words += ["data.tokenizer=bytes", f"data.dir={tmp_path}/prepared"]
+    assert gpu_check.main(["data", "tiny=true", *words, *places]) == 0 and (tmp_path / "prepared").is_dir()
+    assert "data=stdlib" in gpu_check.runs_words(options) and not (tmp_path / "work").exists()
+
+
+def test_a_command_that_does_not_end_is_killed_even_if_the_stage_is_stopped_meanwhile(monkeypatch):
+    ready = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", ready], stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    monkeypatch.setattr(process, "wait", lambda patience: sys.exit(143))
+    with pytest.raises(SystemExit):
+        gpu_check._end(process)
+    assert subprocess.Popen.wait(process, 10) == -signal.SIGKILL
+
+
 def settings_of(overrides):
     """What `TimedRuns` asks of a configuration."""
     steps = next(int(o.removeprefix("max_steps=")) for o in overrides if o.startswith("max_steps="))
     return SimpleNamespace(max_steps=steps, global_batch_tokens=128)
 
 
-def pretend_to_train(cfg, directory):
+def pretend_to_train(cfg, directory, begun=0, compiling=0):
     """Write what `TimedRuns` reads of a run."""
-    (directory / "checkpoints" / f"step_{cfg.max_steps:08d}").mkdir(parents=True)
-    record = {"kind": "train", "step": cfg.max_steps, "tokens_per_s": float(cfg.global_batch_tokens)}
-    (directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (directory / "checkpoints" / f"step_{cfg.max_steps:08d}").mkdir(parents=True, exist_ok=True)
+    steps = range(1, cfg.max_steps + 1)
+    rates = {step: cfg.global_batch_tokens / (1 + compiling * (step == begun + 1)) for step in steps}
+    records = [{"kind": "train", "step": step, "tokens_per_s": rate} for step, rate in rates.items()]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
-    """A clock that trains: every assignment takes a second a step, and three beside."""
-    now, trained = [0.0], []
+    """A clock that trains: every assignment takes a second a step, three beside, and five to compile its update, once in a process."""
+    now, trained, compiled = [0.0], [], set()
 
     def train(cfg, directory):
         begun = max((int(p.name[5:]) for p in directory.glob("checkpoints/step_*")), default=0)
-        now[0] += 3 + cfg.max_steps - begun
+        compiling = 0 if directory.name in compiled else 5
+        now[0] += 3 + compiling + cfg.max_steps - begun
+        compiled.add(directory.name)
         trained.append((directory.name, cfg.max_steps))
-        pretend_to_train(cfg, directory)
+        pretend_to_train(cfg, directory, begun, compiling)
 
     monkeypatch.setattr(gpu_runs, "train", train)
     monkeypatch.setattr(gpu_runs, "compose", settings_of)
@@ -183,11 +223,50 @@ def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_runs.time, "monotonic", lambda: now[0])
     timed = gpu_runs.TimedRuns(tmp_path, gpu_runs.TINY_SETTINGS, first=4, most=100, end=200.0)
     timed.run()
-    assert [timed.reached(name) for name in gpu_runs.RUNS] == [22] * 6  # 4, and (.8 · 158 - 18) / 6 more
+    assert timed.costs == {name: {"step": 1, "known": 3, "new": 8} for name in gpu_runs.RUNS}
+    assert [timed.reached(name) for name in gpu_runs.RUNS] == [
+        18
+    ] * 6  # 4, and (.8 · 128 - 18) / 6 more: nothing is compiled again
     assert now[0] <= 200 and len(trained) == 12
-    again = gpu_runs.TimedRuns(tmp_path, gpu_runs.TINY_SETTINGS, first=4, most=100, end=now[0] + 1000)
+    again = gpu_runs.TimedRuns(tmp_path, gpu_runs.TINY_SETTINGS, first=4, most=100, end=now[0] + 100)
+    again.run()  # takes compilation into account; what that did not take is used then
+    assert [steps for name, steps in trained[12:] if name == "hetero"] == [
+        23,
+        26,
+    ]  # (80 - 48) / 6 more; (.8 · 52 - 18) / 6
+    last = gpu_runs.TimedRuns(tmp_path, gpu_runs.TINY_SETTINGS, first=4, most=100, end=now[0] + 1000)
+    last.run()
+    assert [last.reached(name) for name in gpu_runs.RUNS] == [100] * 6 and len(trained) == 30
+
+
+def test_a_signal_after_the_last_save_of_a_run_costs_only_its_note(tmp_path, monkeypatch):
+    def train(cfg, directory):
+        pretend_to_train(cfg, directory)
+        if directory.name == "hetero" and not stopped:
+            stopped.append(1)
+            raise Stopped(signal.SIGTERM)
+
+    stopped = []
+    monkeypatch.setattr(gpu_runs, "train", train)
+    monkeypatch.setattr(gpu_runs, "compose", settings_of)
+    monkeypatch.setattr(gpu_runs.gc, "collect", lambda: 0)
+    with pytest.raises(Stopped):
+        gpu_runs.TimedRuns(tmp_path, [], first=4, most=10, end=time.monotonic() + 1000).run()
+    again = gpu_runs.TimedRuns(tmp_path, [], first=4, most=10, end=time.monotonic() + 1000)
     again.run()
-    assert [again.reached(name) for name in gpu_runs.RUNS] == [100] * 6 and len(trained) == 18
+    assert [again.reached(name) for name in gpu_runs.RUNS] == [10] * 6 and not again.failed
+
+
+def test_a_run_that_ends_early_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    """Such as one that ends because it became unstable."""
+    monkeypatch.setattr(
+        gpu_runs, "train", lambda cfg, directory: pretend_to_train(settings_of(["max_steps=2"]), directory)
+    )
+    monkeypatch.setattr(gpu_runs, "compose", settings_of)
+    monkeypatch.setattr(gpu_runs.gc, "collect", lambda: 0)
+    timed = gpu_runs.TimedRuns(tmp_path, [], first=4, most=10, end=time.monotonic() + 1000)
+    timed.run()
+    assert timed.failed == list(gpu_runs.RUNS) and "hetero ended before step 4" in capsys.readouterr().err
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -200,6 +279,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_runs, "train", train)
     monkeypatch.setattr(gpu_runs, "compose", settings_of)
+    monkeypatch.setattr(gpu_runs.gc, "collect", lambda: 0)
     timed = gpu_runs.TimedRuns(tmp_path, [], first=4, most=10, end=time.monotonic() + 1000)
     timed.run()
     assert {name: timed.reached(name) for name in gpu_runs.RUNS} == dict.fromkeys(gpu_runs.RUNS, 10) | {"hetero": 0}
@@ -303,6 +383,7 @@ def test_all_of_it_in_small(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done before") == 13
     assert len(list((tmp_path / "out").iterdir())) <= 8
-    for name in ("ceilings", "optimizer", "train", "train_published", "train_options", "profile", "residual"):
+    for name in ("ceilings", "optimizer", "train", "train_published", "train_options", "profile", "residual", "probes"):
         assert "|" in (tmp_path / "results" / f"bench_{name}.md").read_text()
-    assert (tmp_path / "results" / "assignments" / "table.md").read_text().count("| ok |") == 6
+    table = (tmp_path / "results" / "assignments" / "table.md").read_text()
+    assert table.count("| ok |") == 6 and "tokens/s" in table
