@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -239,6 +240,15 @@ def test_a_torch_that_cannot_compile_the_step_is_refused(monkeypatch):
     for switched in ("assignment=adamw", "optim.muon.rule.compile=false"):
         assert problems_of_compiler(settings(switched, device="cuda")) == []
     assert problems_of_compiler(replace(refused, device="cpu")) == []
+
+
+def test_the_check_of_a_gpu_needs_no_optional_package():
+    """Its modules and those of tests/cuda are imported where these packages are missing."""
+    absent = ("wandb", "datasets", "tiktoken", "bokeh")
+    modules = ("scripts.gpu_check", "scripts.gpu_runs", "scripts.bench", "data.prepare", "device_checks")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {', '.join(modules)}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 @pytest.mark.parametrize("module", ["model.loss", "train"])

@@ -47,6 +47,7 @@ def folder(tiny_data, tmp_path_factory):
         "fsdp_from_fsdp": [f"resume={folder}/fsdp/checkpoints/step_00000002"],
         "fsdp_from_ddp": [f"resume={folder}/ddp/checkpoints/step_00000002"],
         "ddp_from_fsdp": [f"resume={folder}/fsdp/checkpoints/step_00000002", ddp],
+        "one_step": ["max_steps=1"],
         "mixed_ddp": [*broken, ddp],
         "mixed_fsdp": broken,
     }
@@ -93,6 +94,18 @@ def test_checkpoints_resume_either_way(folder, tiny_data, tmp_path):
     alone = final_state(tmp_path / "alone")
     for key, W in expected["model"].items():
         assert torch.allclose(alone["model"][key], W, atol=1e-5), key
+
+
+@pytest.mark.timeout(450)
+def test_a_step_of_two_ranks_is_that_of_one(folder, tiny_data, tmp_path):
+    """To the bit, but for matrices: a batched product of one matrix rounds otherwise than that of two."""
+    train(compose([*tiny_data, *RUN, "max_steps=1", f"output_dir={tmp_path}/alone"]))
+    alone, both = final_state(tmp_path / "alone"), final_state(folder / "one_step")
+    assert same(alone["optimizers"]["AdamW"], both["optimizers"]["AdamW"])
+    names = [name for group in alone["optimizers"]["AdamW"]["param_groups"] for name in group["names"]]
+    assert len(names) > 5 and all(torch.equal(alone["model"][name], both["model"][name]) for name in names)
+    for key, W in both["model"].items():
+        assert torch.allclose(alone["model"][key], W, atol=1e-6), key
 
 
 @pytest.mark.timeout(450)
