@@ -35,10 +35,11 @@ from training.step import accumulate, mean_loss
 from training.validate import ConfigError, problems_of_compiler
 
 QUICK = ["geonorm", "nGPT", "all switches", "chunked loss"]
+SPHERES = ["proj_sphere", "cayley_sphere", "p_sphere", "ngpt"]
 CASTS = {"to", "float", "double", "type_as", "bfloat16", "half"}
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, *SPHERES, "stream in bfloat16"])
 def test_compiled_gradients_equal_eager_ones(name):
     check_compiled_gradients(name, "cpu", autocast=True, backend="aot_eager")
 

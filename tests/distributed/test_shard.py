@@ -97,6 +97,19 @@ def test_checkpoints_resume_either_way(folder, tiny_data, tmp_path):
 
 
 @pytest.mark.timeout(450)
+def test_a_checkpoint_of_two_ranks_resumes_on_four(folder, tiny_data, tmp_path):
+    start = f"resume={folder}/fsdp/checkpoints/step_00000002"
+    cfg = compose([*tiny_data, *RUN, start, f"output_dir={tmp_path}/four"])
+    output = tmp_path / "output.txt"
+    assert finish(start_ranks(4, train_all, [cfg], [free_port()], output=str(output)), timeout=200) == [0] * 4, (
+        output.read_text()
+    )
+    expected, four = final_state(folder / "fsdp"), final_state(tmp_path / "four")
+    for key, W in expected["model"].items():
+        assert torch.allclose(four["model"][key], W, atol=1e-5), key
+
+
+@pytest.mark.timeout(450)
 def test_a_step_of_two_ranks_is_that_of_one(folder, tiny_data, tmp_path):
     """To the bit, but for matrices: a batched product of one matrix rounds otherwise than that of two."""
     train(compose([*tiny_data, *RUN, "max_steps=1", f"output_dir={tmp_path}/alone"]))
