@@ -111,10 +111,13 @@ def test_a_checkpoint_of_two_ranks_resumes_on_four(folder, tiny_data, tmp_path):
 
 @pytest.mark.timeout(450)
 def test_a_step_of_two_ranks_is_that_of_one(folder, tiny_data, tmp_path):
-    """To the bit, but for matrices: a batched product of one matrix rounds otherwise than that of two."""
+    """Gradients, and what AdamW updates, to the bit. A batched product of one matrix rounds otherwise than that of two."""
     train(compose([*tiny_data, *RUN, "max_steps=1", f"output_dir={tmp_path}/alone"]))
     alone, both = final_state(tmp_path / "alone"), final_state(folder / "one_step")
     assert same(alone["optimizers"]["AdamW"], both["optimizers"]["AdamW"])
+    ours, theirs = (run["optimizers"]["ManifoldMuon"]["state"] for run in (alone, both))
+    assert len(ours) == len(theirs) == 8
+    assert all(same(s["momentum"], theirs[i]["momentum"]) for i, s in ours.items())  # after one step, of the gradient
     names = [name for group in alone["optimizers"]["AdamW"]["param_groups"] for name in group["names"]]
     assert len(names) > 5 and all(torch.equal(alone["model"][name], both["model"][name]) for name in names)
     for key, W in both["model"].items():
