@@ -51,7 +51,7 @@ from training.settings import Settings
 from training.signals import StopSignal
 from training.stability import Stability
 from training.start import open_log, print_start, shortened
-from training.step import FiniteGuard, accumulate, clip, micro_batch_size
+from training.step import FiniteGuard, accumulate, clip, host_tokens, micro_batch_size
 from training.trace import Trace
 
 
@@ -148,7 +148,7 @@ class Run:
             log.write("init_from", self.step, **self.origin)
         if self.attention.seconds:
             log.write("event", self.step, event="attention", **self.attention.record())
-        batches = Prefetcher(self.loader, self.step)
+        batches = Prefetcher(lambda step: host_tokens(self.loader.batch(step), self.device), self.step)
         trace = Trace(cfg.profile if ranks.is_main else None, self.directory, self.device)
         self.clock = time.perf_counter()
         try:

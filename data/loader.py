@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from data.shards import DataError, Split, Tokens
+
+T = TypeVar("T")
 
 ORDERS = ("replacement", "epoch")
 PERIOD = 10_000
@@ -170,32 +173,34 @@ def _spaced(split: Split, block_size: int, count: int | None) -> np.ndarray:
     return np.stack([split.read(i * stride, block_size + 1) for i in range(count)])
 
 
-class Prefetcher:
-    """Reads the next `depth` batches of `loader` in a thread while the model trains on the current one.
+class Prefetcher(Generic[T]):
+    """Reads the batches of the next `depth` steps in a thread while the model trains on the current one.
 
     A thread is enough, because reading windows is cheap. Worker processes would also receive a SIGTERM and could prevent the save.
+
+    read: the batch of a step, such as `Loader.batch`. It is called in the thread.
     """
 
-    def __init__(self, loader: Loader, first_step: int, depth: int = 2):
+    def __init__(self, read: Callable[[int], T], first_step: int, depth: int = 2):
         if depth < 1:
             raise ValueError(f"a depth of {depth} reads no batch; use 1 or more")
-        self.loader, self.depth = loader, depth
+        self.read, self.depth = read, depth
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._pending: deque[Future] = deque()
+        self._pending: deque[Future[T]] = deque()
         self._start(first_step)
 
     def _start(self, step: int) -> None:
         for future in self._pending:
             future.cancel()
-        self._pending = deque(self._pool.submit(self.loader.batch, step + i) for i in range(self.depth))
+        self._pending = deque(self._pool.submit(self.read, step + i) for i in range(self.depth))
         self._next = step
 
-    def next(self, step: int) -> np.ndarray:
-        """`loader.batch(step)`. An error from reading it is raised here. If `step` is not the expected one, reading restarts there."""
+    def next(self, step: int) -> T:
+        """`read(step)`. An error from reading it is raised here. If `step` is not the expected one, reading restarts there."""
         if step != self._next:
             self._start(step)
         batch = self._pending.popleft()
-        self._pending.append(self._pool.submit(self.loader.batch, step + self.depth))
+        self._pending.append(self._pool.submit(self.read, step + self.depth))
         self._next = step + 1
         return batch.result()
 

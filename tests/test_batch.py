@@ -10,7 +10,7 @@ from model.gpt import GPT, GPTConfig
 from training.checks import check
 from training.config import compose
 from training.start import shortened
-from training.step import accumulate, micro_batch_size
+from training.step import accumulate, host_tokens, micro_batch_size, micro_batches
 from training.validate import ConfigError
 
 
@@ -41,6 +41,19 @@ def test_a_smaller_last_micro_batch_counts_by_its_windows(size):
     (loss, gradients), (other, others) = found
     assert other == pytest.approx(loss, abs=1e-6)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradients, others))
+
+
+def test_a_batch_for_a_gpu_is_pinned_once(monkeypatch):
+    """With a stand-in for pinning; on the CPU there is none."""
+    windows, pinned = np.arange(63, dtype=np.uint16).reshape(7, 9), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    tokens = host_tokens(windows, torch.device("cuda"))
+    assert pinned == [tokens] and tokens.dtype == torch.int64 and tokens.tolist() == windows.tolist()
+    parts = list(micro_batches(tokens, 3, torch.device("cpu")))
+    assert [len(x) for x, _ in parts] == [3, 3, 1] and len(pinned) == 1
+    for given, others in zip(parts, micro_batches(windows, 3, torch.device("cpu"))):
+        assert all(map(torch.equal, given, others))
+    assert len(pinned) == 1
 
 
 @pytest.mark.parametrize("experiment", ["demo", "paper", "one_gpu", "ngpt_124m", "instability_one_gpu"])

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,10 +35,11 @@ from training.step import accumulate, mean_loss
 from training.validate import ConfigError, problems_of_compiler
 
 QUICK = ["geonorm", "nGPT", "all switches", "chunked loss"]
+SPHERES = ["proj_sphere", "cayley_sphere", "p_sphere", "ngpt"]
 CASTS = {"to", "float", "double", "type_as", "bfloat16", "half"}
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, *SPHERES, "stream in bfloat16"])
 def test_compiled_gradients_equal_eager_ones(name):
     check_compiled_gradients(name, "cpu", autocast=True, backend="aot_eager")
 
@@ -239,6 +241,15 @@ def test_a_torch_that_cannot_compile_the_step_is_refused(monkeypatch):
     for switched in ("assignment=adamw", "optim.muon.rule.compile=false"):
         assert problems_of_compiler(settings(switched, device="cuda")) == []
     assert problems_of_compiler(replace(refused, device="cpu")) == []
+
+
+def test_the_check_of_a_gpu_needs_no_optional_package():
+    """Its modules and those of tests/cuda are imported where these packages are missing."""
+    absent = ("wandb", "datasets", "tiktoken", "bokeh")
+    modules = ("scripts.gpu_check", "scripts.gpu_runs", "scripts.bench", "data.prepare", "device_checks")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {', '.join(modules)}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 @pytest.mark.parametrize("module", ["model.loss", "train"])

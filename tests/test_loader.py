@@ -102,7 +102,7 @@ def test_validation_windows_are_spread_and_do_not_overlap(split, count):
 
 def test_prefetcher_gives_the_loaders_batches_from_any_step(split):
     loader = Loader(split, 16, seed=3, windows=4)
-    prefetcher = Prefetcher(loader, first_step=10)
+    prefetcher = Prefetcher(loader.batch, first_step=10)
     try:
         for step in (10, 11, 12, 5, 6, 6, 100):
             np.testing.assert_array_equal(prefetcher.next(step), loader.batch(step))
@@ -117,7 +117,7 @@ def test_prefetcher_works_ahead_but_not_further_than_its_depth(split):
     asked = []
     batch = loader.batch
     loader.batch = lambda step: asked.append(step) or batch(step)
-    prefetcher = Prefetcher(loader, first_step=0, depth=3)
+    prefetcher = Prefetcher(loader.batch, first_step=0, depth=3)
     prefetcher.next(0)
     prefetcher.next(1)
     prefetcher._pool.shutdown(wait=True)
@@ -126,7 +126,7 @@ def test_prefetcher_works_ahead_but_not_further_than_its_depth(split):
 
 def test_prefetcher_raises_in_the_caller(split):
     loader = Loader(split, 16, seed=3, windows=4)
-    prefetcher = Prefetcher(loader, first_step=0, depth=1)
+    prefetcher = Prefetcher(loader.batch, first_step=0, depth=1)
     for shard in split.shards:
         os.truncate(split.directory / shard.file, 0)
     with pytest.raises(DataError, match="was truncated while it was used"):
@@ -193,7 +193,7 @@ def resident() -> int:
 def test_memory_does_not_grow_over_ten_thousand_batches(tmp_path):
     """The data has 20 MB, which a memory map would add to the resident memory."""
     loader = Loader(write_split(tmp_path, np.arange(10_000_000), 1_000_000), 64, 0, windows=2, order="epoch")
-    prefetcher = Prefetcher(loader, first_step=0)
+    prefetcher = Prefetcher(loader.batch, first_step=0)
     used = []
     try:
         for step in range(10_000):

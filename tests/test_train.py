@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from training.data import open_data
 from training.log import read_records
 from training.observer import Observer
 from training.optimizers import Optimizers
+from training.step import host_tokens
 from training.validate import ConfigError
 
 ASSIGNMENTS = ["unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv", "adamw"]
@@ -155,6 +157,26 @@ def test_steps_that_a_gpu_has_still_to_do_count_as_training(tiny, tmp_path, monk
     assert [r["tokens_per_s"] for r in read_records(tmp_path / "run", "train")] == [128.0] * 5
     assert len(waits) == len({0, 3, 5, 6, 7, 9, 10, 12, 14, 15, 18, 20})  # the steps at which something is due
     assert next(read_records(tmp_path / "run", "end"))["train_seconds"] == 20.0
+
+
+def test_a_run_prepares_its_batches_beside_the_training(tiny, monkeypatch):
+    import train as module
+
+    threads, given, plain = [], [], module.accumulate
+
+    def preparing(*args):
+        threads.append(threading.current_thread().name)
+        return host_tokens(*args)
+
+    def computing(model, tokens, *args):
+        given.append((tokens.dtype, tuple(tokens.shape)))
+        return plain(model, tokens, *args)
+
+    monkeypatch.setattr(module, "host_tokens", preparing)
+    monkeypatch.setattr(module, "accumulate", computing)
+    train(compose([*tiny, "assignment=adamw", "max_steps=3"]))
+    assert given == [(torch.int64, (8, 17))] * 3
+    assert len(threads) >= 3 and all(name.startswith("prefetch") for name in threads)
 
 
 def test_every_interval_is_one_for_which_training_pauses():

@@ -29,17 +29,26 @@ def micro_batch_size(windows: int, wanted: int) -> int:
     return even if 2 * even >= most else most
 
 
-def micro_batches(windows: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (size, T) int64 on the device, from windows (N, T+1) uint16; the last micro-batch may be smaller."""
-    for start in range(0, len(windows), size):
-        part = torch.from_numpy(windows[start : start + size].astype("int64"))
-        part = part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
+def host_tokens(windows: np.ndarray, device: torch.device) -> Tensor:
+    """Windows (N, T+1) uint16 as int64 on the host; for a GPU in pinned memory, from which it copies while the host goes on."""
+    tokens = torch.from_numpy(windows.astype("int64"))
+    return tokens.pin_memory() if device.type == "cuda" else tokens
+
+
+def micro_batches(windows: np.ndarray | Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (size, T) int64 on the device, from windows (N, T+1); the last micro-batch may be smaller.
+
+    The windows are uint16, or what `host_tokens` has made of them, which saves that work here.
+    """
+    tokens = windows if isinstance(windows, Tensor) else host_tokens(windows, device)
+    for part in tokens.split(size):
+        part = part.to(device, non_blocking=True)
         yield part[:, :-1], part[:, 1:]
 
 
 def accumulate(
     model: nn.Module,
-    windows: np.ndarray,
+    windows: np.ndarray | Tensor,
     size: int,
     device: torch.device,
     autocast: AbstractContextManager,
@@ -47,7 +56,8 @@ def accumulate(
 ) -> Tensor | None:
     """Accumulate the gradient of the mean loss over all windows (N, T+1), `size` windows at a time; returns that mean (0-d).
 
-    `interrupted` is asked between two micro-batches. If it is true, the gradient is incomplete, and None is returned.
+    For the type of the windows see `micro_batches`. `interrupted` is asked between two micro-batches. If it is true, the gradient is
+    incomplete, and None is returned.
     """
     total, seen = torch.zeros((), device=device), 0
     replica = getattr(model, "_orig_mod", model)  # the module before torch.compile

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from device_checks import (
@@ -26,11 +27,12 @@ from optim.certified import step
 from optim.linalg import Products
 from optim.manifolds import MANIFOLDS
 from scripts.timing import seconds_of
-from train import train
+from train import Run, train
 from training.attention import MEASURED, measured, refusal
 from training.capture import CudaGraphs
 from training.config import compose
 from training.log import read_records
+from training.step import host_tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
@@ -95,10 +97,11 @@ def test_a_switch_for_tf32_changes_no_update(assignment):
     check_no_low_precision_in_steps(f"assignment={assignment}", device="cuda")
 
 
+@pytest.mark.parametrize("on_cpu", ["float16", "float32"])
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
-def test_a_step_equals_that_of_the_cpu(assignment):
-    """float16 products, which the CPU emulates."""
-    check_step_equals_the_cpus(f"assignment={assignment}", device="cuda", products=("float16", "float16"))
+def test_a_step_equals_that_of_the_cpu(assignment, on_cpu):
+    """float16 products, which the CPU emulates, beside its own and beside float32 ones."""
+    check_step_equals_the_cpus(f"assignment={assignment}", device="cuda", products=(on_cpu, "float16"))
 
 
 @pytest.mark.parametrize("assignment", ["all_stiefel", "all_dgram", "hetero"])
@@ -162,9 +165,27 @@ def test_phases_are_timed_by_the_device():
     check_phases("cuda", seconds_of)
 
 
-def test_a_whole_run_with_all_options(tiny, tmp_path):
-    """A graph, an average, a trace, spectra from a thread: the records of a run without them, to the rounding of bfloat16."""
-    common = [o for o in tiny if not o.startswith(("output_dir=", "device="))] + ["device=cuda"]
+def test_a_batch_is_pinned():
+    assert host_tokens(np.zeros((2, 3), np.uint16), torch.device("cuda")).is_pinned()
+
+
+def test_a_whole_run_with_all_options(tiny, tmp_path, monkeypatch):
+    """A graph, an average, a trace, spectra from a thread: the records of a run without them, to the rounding of bfloat16.
+
+    No step waits for the device, from the one on in which everything is compiled and recorded.
+    """
+    make_step = Run.make_step
+
+    def strict(run, *args):
+        torch.cuda.set_sync_debug_mode("error" if run.step >= 4 else "default")
+        try:
+            return make_step(run, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Run, "make_step", strict)
+    common = [o for o in tiny if not o.startswith(("output_dir=", "device="))]
+    common += ["device=cuda", "log.interval_certificate=null"]
     options = ["capture=true", "average=ema", "profile=2"]
     for name, extra in (("plain", []), ("all", options)):
         train(compose([*common, *extra, f"output_dir={tmp_path}/{name}"]))

@@ -47,6 +47,7 @@ def folder(tiny_data, tmp_path_factory):
         "fsdp_from_fsdp": [f"resume={folder}/fsdp/checkpoints/step_00000002"],
         "fsdp_from_ddp": [f"resume={folder}/ddp/checkpoints/step_00000002"],
         "ddp_from_fsdp": [f"resume={folder}/fsdp/checkpoints/step_00000002", ddp],
+        "one_step": ["max_steps=1"],
         "mixed_ddp": [*broken, ddp],
         "mixed_fsdp": broken,
     }
@@ -93,6 +94,34 @@ def test_checkpoints_resume_either_way(folder, tiny_data, tmp_path):
     alone = final_state(tmp_path / "alone")
     for key, W in expected["model"].items():
         assert torch.allclose(alone["model"][key], W, atol=1e-5), key
+
+
+@pytest.mark.timeout(450)
+def test_a_checkpoint_of_two_ranks_resumes_on_four(folder, tiny_data, tmp_path):
+    start = f"resume={folder}/fsdp/checkpoints/step_00000002"
+    cfg = compose([*tiny_data, *RUN, start, f"output_dir={tmp_path}/four"])
+    output = tmp_path / "output.txt"
+    assert finish(start_ranks(4, train_all, [cfg], [free_port()], output=str(output)), timeout=200) == [0] * 4, (
+        output.read_text()
+    )
+    expected, four = final_state(folder / "fsdp"), final_state(tmp_path / "four")
+    for key, W in expected["model"].items():
+        assert torch.allclose(four["model"][key], W, atol=1e-5), key
+
+
+@pytest.mark.timeout(450)
+def test_a_step_of_two_ranks_is_that_of_one(folder, tiny_data, tmp_path):
+    """Gradients, and what AdamW updates, to the bit. A batched product of one matrix rounds otherwise than that of two."""
+    train(compose([*tiny_data, *RUN, "max_steps=1", f"output_dir={tmp_path}/alone"]))
+    alone, both = final_state(tmp_path / "alone"), final_state(folder / "one_step")
+    assert same(alone["optimizers"]["AdamW"], both["optimizers"]["AdamW"])
+    ours, theirs = (run["optimizers"]["ManifoldMuon"]["state"] for run in (alone, both))
+    assert len(ours) == len(theirs) == 8
+    assert all(same(s["momentum"], theirs[i]["momentum"]) for i, s in ours.items())  # after one step, of the gradient
+    names = [name for group in alone["optimizers"]["AdamW"]["param_groups"] for name in group["names"]]
+    assert len(names) > 5 and all(torch.equal(alone["model"][name], both["model"][name]) for name in names)
+    for key, W in both["model"].items():
+        assert torch.allclose(alone["model"][key], W, atol=1e-6), key
 
 
 @pytest.mark.timeout(450)

@@ -3,6 +3,7 @@
 import copy
 import os
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,32 @@ def test_every_matrix_is_in_one_message_of_its_owner():
         messages = [m for sent in plan_messages(optimizer.param_groups, owners, world) for m in sent]
         assert sorted(id(p) for _, params in messages for p in params) == sorted(map(id, owners))
         assert all(owners[p] == owner for owner, params in messages for p in params)
+
+
+def test_weights_travel_while_the_next_bucket_is_computed(monkeypatch):
+    """With a stand-in for the communication, that of rank 0 of two: what was begun is waited for only after all is computed."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    params, optimizer = build()
+    calls, update = [], optimizer._update
+
+    def broadcast(flat, src, async_op):
+        assert async_op
+        calls.append("send")
+        return SimpleNamespace(wait=lambda: calls.append("wait"))
+
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    monkeypatch.setattr(optimizer, "_update", lambda *args: calls.append("compute") or update(*args))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step(wait=False)
+    expected = []
+    for i, sent in enumerate(optimizer.messages):
+        expected += ["compute"] * (i < len(optimizer.buckets)) + ["send"] * len(sent)
+    assert calls == expected and calls.count("compute") > 1
+    optimizer.receive()
+    assert calls == expected + ["wait"] * expected.count("send")
 
 
 @pytest.fixture(scope="module")
