@@ -40,10 +40,11 @@ def micro_batches(windows: np.ndarray | Tensor, size: int, device: torch.device)
 
     The windows are uint16, or what `host_tokens` has made of them, which saves that work here.
     """
-    tokens = windows if isinstance(windows, Tensor) else host_tokens(windows, device)
-    for part in tokens.split(size):
-        part = part.to(device, non_blocking=True)
-        yield part[:, :-1], part[:, 1:]
+    for start in range(0, len(windows), size):
+        part = windows[start : start + size]
+        tokens = part if isinstance(part, Tensor) else host_tokens(part, device)
+        tokens = tokens.to(device, non_blocking=True)
+        yield tokens[:, :-1], tokens[:, 1:]
 
 
 def accumulate(
