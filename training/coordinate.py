@@ -75,7 +75,8 @@ class CoordinateCheck:
             for leaf, name in own.items():
                 p, (source, target) = self.params[name], self.pairs[name]
                 feature = _feature(module, inputs[0], sublayers, p)
-                change = FEATURES[target]((feature(p.data) - feature(self.before[name])).float())
+                now = feature(p.data) if sublayers else after
+                change = FEATURES[target]((now - feature(self.before[name])).float())
                 # A gain multiplies what its module has made of the input.
                 gain = p.ndim < 2 and leaf != "bias"
                 given = feature(torch.ones_like(p)) - feature(torch.zeros_like(p)) if gain else inputs[0]
