@@ -224,7 +224,8 @@ class GPT(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """The logits (..., V) of the last hidden state h (..., d)."""
-        return capped(F.linear(h, self.head_weight(), self.lm_head.bias), self.config.head_cap)
+        z = self.lm_head(h) if self.s_z is None else F.linear(h, self.head_weight(), self.lm_head.bias)
+        return capped(z, self.config.head_cap)
 
     def generate(self, x: Tensor, new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Continue x (B, T) int64 by `new_tokens` sampled tokens, → (B, T + new_tokens). temperature 0: the most likely token.

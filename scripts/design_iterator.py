@@ -78,6 +78,19 @@ def interval_of(text: str) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
+def l_and_r(options: dict) -> tuple[float, float] | None:
+    """l and r of the options; None if they name neither.
+
+    Raises:
+        UsageError: one of the two is missing, or is not a number.
+    """
+    if not (options["l"] or options["r"]):
+        return None
+    if not (options["l"] and options["r"]):
+        raise UsageError("l= and r= belong together, for the fixed points 1-l and 1+r; give both")
+    return number("l", options["l"]), number("r", options["r"])
+
+
 def design(options: dict) -> tuple[list[Quintic], str]:
     """The coefficients that the options ask for, and what they are, in words.
 
@@ -94,27 +107,28 @@ def design(options: dict) -> tuple[list[Quintic], str]:
             raise UsageError("name= and l=, r= are two ways to a list; give one of them")
         known = iterator(options["name"])
         return list(widened(known.coefficients, options["safety"])), options["name"]
-    if options["l"] or options["r"]:
-        if not (options["l"] and options["r"]):
-            raise UsageError("l= and r= belong together, for the fixed points 1-l and 1+r; give both")
-        l, r = number("l", options["l"]), number("r", options["r"])
-        quintics = [steepest(l, r)] * options["steps"]
-        return list(
-            widened(quintics, options["safety"])
-        ), f"fixed points {1 - l:g} and {1 + r:g}, as steep as they allow"
+    if chosen := l_and_r(options):
+        l, r = chosen
+        quintics = widened([steepest(l, r)] * options["steps"], options["safety"])
+        return list(quintics), f"fixed points {1 - l:g} and {1 + r:g}, as steep as they allow"
     found = polar_express_coefficients(options["steps"], lower, upper, options["cushion"], options["safety"])
     return list(found), f"nearest to 1 on [{lower:g}, {upper:g}]"
 
 
-def describe(coefficients: list[Quintic], lower: float, upper: float) -> str:
-    """What a person wants to know of a list: slope, band, what rounding does to it."""
+def describe(coefficients: list[Quintic], lower: float, upper: float, chosen: tuple[float, float] | None = None) -> str:
+    """What a person wants to know of a list: slope, band, what rounding does to it.
+
+    chosen: l and r of one repeated quintic. Its trough is then the least value on [1-l, 1+r]; without them, that at its local minimum, which
+    may lie before 1-l.
+    """
     low, high = band(coefficients, lower, upper)
     lines = [
         f"slope at 0   {slope_at_zero(coefficients):.6g}",
         f"band         [{low:.5g}, {high:.5g}] on [{lower:g}, {upper:g}]",
     ]
     if len(set(coefficients)) == 1 and (turns := peak_and_trough(coefficients[0])):
-        lines.append(f"one step     gamma {coefficients[0][2]:.6g}, peak {turns[0]:.5g}, trough {turns[1]:.5g}")
+        trough = band(coefficients[:1], 1 - chosen[0], 1 + chosen[1])[0] if chosen else turns[1]
+        lines.append(f"one step     gamma {coefficients[0][2]:.6g}, peak {turns[0]:.5g}, trough {trough:.5g}")
     if reason := unsound(coefficients):
         return "\n".join([*lines, f"not usable   {reason}"])
     for dtype in (torch.bfloat16, torch.float16):
@@ -147,7 +161,7 @@ def work(arguments: list[str]) -> int:
     print(f"{what}: {len(coefficients)} steps")
     for a, b, c in coefficients if len(set(coefficients)) > 1 else coefficients[:1]:
         print(f"  a {a:<12g} b {b:<12g} c {c:g}")
-    print(describe(coefficients, lower, upper))
+    print(describe(coefficients, lower, upper, l_and_r(options)))
     if unsound(coefficients):
         raise UsageError("train.py would refuse this list; give more digits, or another interval, l or r")
     print(f"override     'optim.muon.rule.iterator={[list(q) for q in coefficients]}'")

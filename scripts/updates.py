@@ -75,7 +75,12 @@ def work(arguments: list[str]) -> int:
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/first; see --help")
     for recorded in find_runs(places):
-        print(update_table(recorded, options["step"]).text())
+        table = update_table(recorded, options["step"])
+        print(table.text())
+        if unknown := [name for name, _, _, change, _ in table.lines if not change]:
+            print(
+                f"\nWithout a change of features, since their modules are not called with features alone: {', '.join(unknown)}"
+            )
     return 0
 
 

@@ -261,6 +261,13 @@ def test_the_command_prints_what_a_configuration_takes(capsys, tmp_path):
     assert "rounding     this iterator is not safe in bfloat16" in printed
 
 
+@pytest.mark.parametrize(("l", "r"), RECIPE)
+def test_the_printed_trough_lies_between_the_fixed_points(l, r):
+    """For l of .0625 and less, the local minimum lies before 1-l; it is not the trough of the recipe."""
+    printed = design_iterator.describe([steepest(l, r)], LOWER, 1.0, (l, r))
+    assert float(re.search(r"trough (\S+)", printed)[1]) == pytest.approx(RECIPE[l, r][3], abs=6e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

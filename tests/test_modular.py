@@ -1,12 +1,16 @@
 """Steps in each parameter's own norm, and the coordinate check that measures what they do to features."""
 
+import json
 import math
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_remedies import tiny_gpt
+from torch import nn
 
+from model.residual import PostNormJoint, Stream
 from optim.modular import Modular, norm_of
 from optim.norms import FEATURES
 from scripts import updates
@@ -14,7 +18,7 @@ from train import train
 from training.build import build_optimizers
 from training.checks import check
 from training.config import compose
-from training.coordinate import coordinate_check
+from training.coordinate import CoordinateCheck, coordinate_check
 from training.log import read_records
 from training.validate import ConfigError
 
@@ -61,9 +65,10 @@ def test_momentum_decay_and_a_skipped_step():
     assert torch.allclose(p, 0.9 * kept - 0.1 * torch.tensor([1.0, -1.0, -1.0]))
 
 
-def test_every_parameter_of_a_model_steps_by_the_same_size_and_no_feature_changes_by_more():
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_of_a_model_steps_by_the_same_size_and_no_feature_changes_by_more(tied):
     torch.manual_seed(0)
-    model, cfg = tiny_gpt(), compose([*SETTINGS, "optim.modular.lr=0.01"])
+    model, cfg = tiny_gpt(tied=tied), compose([*SETTINGS, "optim.modular.lr=0.01"])
     optimizers = build_optimizers(model, cfg)
     assert {row.optimizer for row in optimizers.rows} == {"Modular"}
     assert {row.geometry for row in optimizers.rows} == {"one → rms", "rms → rms"}
@@ -74,22 +79,58 @@ def test_every_parameter_of_a_model_steps_by_the_same_size_and_no_feature_change
     x = torch.randint(40, (2, 16))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     inputs = {}
-    handle = model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda m, i, o: inputs.update(c_fc=i[0]))
+    block = model.transformer.h[0]
+
+    def keep(module, given):
+        inputs.setdefault(module, given[0])
+
+    handles = [module.register_forward_pre_hook(keep) for module in (block.ln_1, block.mlp.c_fc)]
     records = dict(checks.records(x))
-    handle.remove()
-    assert records.keys() == weights.keys()
+    for handle in handles:
+        handle.remove()
+    assert records.keys() == weights.keys() and ("lm_head.weight" in records) == (not tied)
     for name, record in records.items():
         assert record["size"] == pytest.approx(0.01, rel=2e-3), name
-        if record["change_max"] is not None:
-            assert 0 < record["change_mean"] <= record["change_max"] <= 1.001 * record["size"] * record["input_max"]
+        assert 0 < record["change_mean"] <= record["change_max"] <= 1.001 * record["size"] * record["input_max"], name
         assert torch.equal(weights[name], model.get_parameter(name))
     name = "transformer.h.0.mlp.c_fc.weight"
-    change = FEATURES["rms"](inputs["c_fc"] @ (weights[name] - checks.before[name]).T)
+    change = FEATURES["rms"](inputs[block.mlp.c_fc] @ (weights[name] - checks.before[name]).T)
+    assert records[name]["change_max"] == pytest.approx(change.max().item(), rel=1e-3)
+    name = "transformer.h.0.ln_1.weight"  # of what the norm gives to attention, not of what attention makes of it
+    change = FEATURES["rms"](F.layer_norm(inputs[block.ln_1], (16,)) * (weights[name] - checks.before[name]))
     assert records[name]["change_max"] == pytest.approx(change.max().item(), rel=1e-3)
     assert records["transformer.wte.weight"]["input_max"] == 1
     assert records["transformer.ln_f.weight"]["input_max"] == pytest.approx(
         1, rel=1e-2
     )  # behind the norm, not before it
+
+
+def test_a_norm_behind_its_sublayer_is_measured_too():
+    torch.manual_seed(0)
+    joint = PostNormJoint(Stream(width=16, layers=1, bias=True, radius=4.0, skips=True), 1.0)
+    sublayer, x = nn.Linear(16, 16), torch.randn(2, 4, 16)
+    model = Called(joint, sublayer)
+    checks = CoordinateCheck(model, {"joint.weight": ("rms", "rms"), "joint.bias": ("rms", "rms")})
+    checks.watch(True)
+    with torch.no_grad():
+        joint.weight += 0.5
+        joint.bias -= 0.25
+    records = dict(checks.records(x))
+    normed = FEATURES["rms"](F.layer_norm(x + sublayer(x), (16,))).max().item()
+    assert records["joint.weight"]["input_max"] == pytest.approx(normed, rel=1e-5)
+    assert records["joint.weight"]["change_max"] == pytest.approx(0.5 * normed, rel=1e-5)
+    assert records["joint.bias"]["change_max"] == pytest.approx(0.25, rel=1e-5)
+
+
+class Called(nn.Module):
+    """A joint that is called with its sublayer."""
+
+    def __init__(self, joint, sublayer):
+        super().__init__()
+        self.joint, self.sublayer = joint, sublayer
+
+    def forward(self, x):
+        return self.joint(x, self.sublayer)
 
 
 @pytest.mark.parametrize("optim", ["modular", "manifold_muon"])
@@ -104,6 +145,12 @@ def test_a_run_records_the_sizes_of_its_steps_and_resumes(tiny, tmp_path, optim,
     assert "Step 6 of" in said and re.search(
         r"h\.0\.mlp\.c_fc\.weight +rms → rms +[\d.e-]+ +[\d.e-]+ +[01](\.\d+)?\n", said
     )
+    assert "Without a change" not in said
+    last = next(r for r in records if r["step"] == 6 and "c_fc" in r["name"])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({**last, "name": "s_z.weight", "change_max": None, "change_mean": None}) + "\n")
+    assert updates.main([str(tmp_path / "run")]) == 0
+    assert "are not called with features alone: s_z.weight\n" in capsys.readouterr().out
     assert updates.main([str(tmp_path / "run"), "step=3"]) == 2
     assert "has no records 'update' of step 3; train with" in capsys.readouterr().err
     half = next(path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.rstrip("_").endswith("3"))

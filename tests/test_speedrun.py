@@ -68,6 +68,62 @@ def test_the_architecture_has_the_baselines_size():
     assert model.parameter_count() == 12 * 12 * 768**2 + 2 * 50304 * 768 + 50304 + 12 * 9 * 768 + 26 * 768
 
 
+def baseline_loss(w, x, y, heads):
+    """The loss of the baseline (records/track_3_optimization/train_gpt_simple.py of modded-nanogpt), written anew, for weights w by our names."""
+
+    def norm(u, gain=1.0):
+        return u / u.square().mean(-1, keepdim=True).sqrt() * gain
+
+    def linear(u, name):
+        return u @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    h = norm(w["transformer.wte.weight"][x], w["transformer.entry.weight"])
+    (B, T, d), quarter = h.shape, h.size(-1) // heads // 4
+    rates = torch.cat([1024.0 ** -torch.linspace(0, 1, quarter, dtype=h.dtype), torch.zeros(quarter, dtype=h.dtype)])
+    turn = torch.polar(torch.ones(T, 2 * quarter, dtype=h.dtype), -torch.outer(torch.arange(T, dtype=h.dtype), rates))
+    future = torch.ones(T, T).triu(1).bool()
+    for block in ("transformer.h.0", "transformer.h.1"):
+        z = linear(norm(h, w[f"{block}.ln_1.weight"]), f"{block}.attn.c_attn")
+        q, k, v = z.view(B, T, 3, heads, 4 * quarter).permute(2, 0, 3, 1, 4)
+        q, k = (torch.complex(*norm(u).chunk(2, -1)) * turn for u in (q, k))  # the second half of a head is imaginary
+        p = torch.softmax((0.12 * (q @ k.mH).real).masked_fill(future, -torch.inf), -1)
+        h = h + linear((p @ v).transpose(1, 2).reshape(B, T, d), f"{block}.attn.c_proj")
+        hidden = linear(norm(h, w[f"{block}.ln_2.weight"]), f"{block}.mlp.c_fc").relu().square()
+        h = h + linear(hidden, f"{block}.mlp.c_proj")
+    z = linear(norm(h, w["transformer.ln_f.weight"]), "lm_head")
+    z = 15 * z / (z.square() + 15**2).sqrt()
+    return (z.logsumexp(-1) - z.gather(-1, y[..., None]).squeeze(-1)).mean()
+
+
+def halves_exchanged(w, heads):
+    """The weights with the two halves of each head's queries and keys in each other's place, in (3d, d) and (3d,) of c_attn."""
+
+    def exchanged(p):
+        queries_and_keys, values = p.view(3, heads, 2, -1, *p.shape[1:]).split([2, 1])
+        return torch.cat([queries_and_keys.flip(2), values]).reshape(p.shape)
+
+    return {name: exchanged(p) if ".c_attn." in name else p for name, p in w.items()}
+
+
+def test_the_architecture_computes_what_the_baselines_does():
+    """In float64 but for our rotation, QK-norm and loss, which are in float32. The baseline's rotation turns the other way."""
+    from model.gpt import GPT
+    from training.build import gpt_config
+
+    size = ["model.n_layer=2", "model.n_embd=32", "model.n_head=2", "model.block_size=16", "model.vocab_size=64"]
+    model = GPT(gpt_config(compose(["model=speedrun", *size]))).double()
+    generator = torch.Generator().manual_seed(0)
+    w = dict(model.named_parameters())
+    for p in w.values():
+        p.data = 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype) + (p.data if p.ndim == 1 else 0)
+    x, y = torch.randint(64, (2, 3, 16), generator=generator)
+    ours, theirs = model(x, y)[1], baseline_loss(halves_exchanged(w, 2), x, y, 2)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for name, a, b in zip(w, *(torch.autograd.grad(loss, list(w.values())) for loss in (ours, theirs))):
+        assert torch.linalg.norm(a - b) < 2e-6 * torch.linalg.norm(b), name
+    assert abs(ours.item() - baseline_loss(w, x, y, 2).item()) > 1e-3  # without the exchange
+
+
 def test_a_tiny_copy_and_its_logs(tiny, tmp_path, capsys):
     """Two seeds; the log holds code, settings and losses, and the verdict is that of the rule."""
     small = [o for o in tiny if not o.startswith(("output_dir=", "max_steps="))] + ["model.vocab_size=320"]

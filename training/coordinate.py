@@ -7,7 +7,7 @@ after the step. It is asked of any optimizer, and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +50,9 @@ class CoordinateCheck:
         """Each parameter's name, and what the watched step did, for tokens x (B, T) int64; nothing if none was watched.
 
         input, output: the names of the norms. size: of the parameter's change, weight decay included. change_max, change_mean: of the
-        change of the module's output, over tokens. input_max: the largest size of its input (1 for tokens, as one-hot vectors; of a gain,
-        what it multiplies). The last three are None for a parameter whose module is not called, such as a head that the loss uses by itself.
+        change of the module's output, over tokens; of a norm before a sublayer, of what the sublayer is given.
+        input_max: the largest size of its input (1 for tokens, as one-hot vectors; of a gain, what it multiplies). The last three are None
+        for a parameter whose module is not called with features alone, such as a learned scale that multiplies weights.
         """
         features = self._features(x)
         for name, old in self.before.items():
@@ -61,22 +62,24 @@ class CoordinateCheck:
             yield name, {"input": source, "output": target, "size": size.item(), **features.get(name, unknown)}
 
     def _features(self, x: Tensor) -> dict[str, dict[str, float]]:
-        """The measured features of every parameter whose module is called with one tensor."""
+        """The measured features of every parameter whose module is called with a tensor; with a sublayer too, if it is a joint."""
         found: dict[str, dict[str, float]] = {}
         busy = False
 
         def measure(module: nn.Module, inputs: tuple[Any, ...], after: Any, own: dict[str, str]) -> None:
             nonlocal busy
-            if busy or len(inputs) != 1 or not isinstance(after, Tensor):
+            if busy or not inputs or not all(map(callable, inputs[1:])) or not isinstance(after, Tensor):
                 return
             busy = True  # a module may call others
+            sublayers = [_Once(sublayer) for sublayer in inputs[1:]]
             for leaf, name in own.items():
                 p, (source, target) = self.params[name], self.pairs[name]
-                given = inputs[0]
-                change = FEATURES[target]((after - _output_with(module, given, p, self.before[name])).float())
-                if p.ndim < 2 and leaf != "bias":  # a gain multiplies what its module has made of the input
-                    ones, zeros = torch.ones_like(p), torch.zeros_like(p)
-                    given = _output_with(module, given, p, ones) - _output_with(module, given, p, zeros)
+                feature = _feature(module, inputs[0], sublayers, p)
+                now = feature(p.data) if sublayers else after
+                change = FEATURES[target]((now - feature(self.before[name])).float())
+                # A gain multiplies what its module has made of the input.
+                gain = p.ndim < 2 and leaf != "bias"
+                given = feature(torch.ones_like(p)) - feature(torch.zeros_like(p)) if gain else inputs[0]
                 numbers = given.is_floating_point() and leaf != "bias"
                 size = FEATURES[source](given.float()) if numbers else torch.ones(())
                 found[name] = {"change_max": change.max().item(), "change_mean": change.mean().item()}
@@ -104,10 +107,37 @@ class CoordinateCheck:
         return found
 
 
-def _output_with(module: nn.Module, x: Tensor, p: Tensor, value: Tensor) -> Any:
-    """What a module gives for x with another value of its parameter p, which is then as it was."""
-    own, p.data = p.data, value
-    try:
-        return module.forward(x)
-    finally:
-        p.data = own
+class _Once:
+    """A sublayer that computes once and then answers the same again. handed: what it was given last."""
+
+    def __init__(self, sublayer: Callable[[Tensor], Tensor]) -> None:
+        self.sublayer = sublayer
+        self.handed: Any = None
+        self.written: Any = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.handed = x
+        if self.written is None:
+            self.written = self.sublayer(x)
+        return self.written
+
+
+def _feature(module: nn.Module, x: Tensor, sublayers: Sequence[_Once], p: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a module makes of x with a value of its parameter p, as a function of the value.
+
+    It is the module's output; or what a sublayer is handed, where that depends on p, because a joint may use p before the sublayer.
+    """
+
+    def outputs(value: Tensor) -> list[Any]:
+        own, p.data = p.data, value
+        try:
+            written = module.forward(x, *sublayers)
+        finally:
+            p.data = own
+        return [*(sublayer.handed for sublayer in sublayers), written]
+
+    place = -1
+    if sublayers:
+        pairs = zip(outputs(torch.ones_like(p)), outputs(torch.zeros_like(p)))
+        place = next((i for i, (one, none) in enumerate(pairs) if not torch.equal(one, none)), -1)
+    return lambda value: outputs(value)[place]

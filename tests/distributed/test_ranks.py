@@ -76,6 +76,15 @@ def test_every_assignment_on_two_ranks(settings, tmp_path, assignment):
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize("optim", ["torch_muon", "modular"])
+def test_optimizers_that_compute_every_step_on_every_rank(settings, tmp_path, optim):
+    few = [*settings, f"optim={optim}", "assignment=unconstrained", "max_steps=4"]
+    alone, shared = (train_on(world, tmp_path / str(world), few) for world in (1, 2))
+    assert losses(shared) == pytest.approx(losses(alone), abs=1e-3)
+    assert state(shared)["optimizers"].keys() == state(alone)["optimizers"].keys()
+
+
+@pytest.mark.timeout(240)
 def test_ranks_whose_last_micro_batch_is_smaller(settings, tmp_path):
     """14 windows: seven twos alone, four and three on each of two ranks. The largest logit of QK-clip is that of all ranks and micro-batches."""
     few = [o for o in settings if o.split("=")[0] not in ("global_batch_tokens", "micro_batch_size")]
