@@ -4,7 +4,7 @@
 (modded-nanogpt of October 2024, under Adam: 473,000 tokens a second of each GPU, which is 41% of the peak). Another assignment replaces
 AdamW on the matrices by the certified step. Its time is its products plus its other bytes, as in bench_counts, plus the passes of the
 optimizer around it. The launch of kernels is taken to be hidden behind the device's work. The measurements are those of one device of this
-class: of the newest `bench_train.json` in results/ that has a rate for AdamW.
+class: of the last folder of results/ by name whose `bench_train.json` has a rate for AdamW.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def predicted_rows() -> Rows:
 
 
 def measurements() -> tuple[str, dict[str, float]]:
-    """The folder of results/ with the newest measurement of AdamW on a device of this class; in it, assignment → tokens a second of the
-    certified step. Without such a folder, both are empty."""
+    """The last folder of results/ by name that has a rate of AdamW on a device of this class, and assignment → tokens a second of the
+    certified step in it. Without such a folder, both are empty."""
     files = ROOT.glob("results/*h[12]00*/bench_train.json")
-    for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+    for file in sorted(files, reverse=True):
         rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
         found = {row["assignment"]: row["tokens/s"] for row in rows if _fits(row)}
         if "adamw" in found:

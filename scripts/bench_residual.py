@@ -2,7 +2,8 @@
 
 A step is the one of scripts/bench_train.py under AdamW. Rules are timed by turns, each turn in a new random order. The time ratio is that of
 the fastest steps, because other work on the machine disturbs them least; the median ratio is that of the medians. The vocabulary is small, so
-the ratios are those of all but the head. Memory is what a forward pass keeps for its backward pass. nGPT is compared with a pre-norm model that has its rotary positions, SwiGLU and head.
+the ratios are those of all but the head. Memory is what a forward pass keeps for its backward pass. nGPT is compared with a pre-norm model
+that has its rotary positions, SwiGLU and head.
 """
 
 from __future__ import annotations
