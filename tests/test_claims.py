@@ -57,33 +57,53 @@ def family_losses(steps):
     return found
 
 
+def apart(steps, other):
+    """Optimizer → its difference from another one."""
+    found = family_losses(steps)
+    return {name: Difference.of(found[name], found[other]) for name in found if name != other}
+
+
+def level(steps, other):
+    """The optimizers that are not told apart from another one."""
+    return {name for name, d in apart(steps, other).items() if d.low < 0 < d.high}
+
+
 def test_the_family_is_ordered_as_the_pages_say():
     short, long = ({name: fmean(seeds.values()) for name, seeds in family_losses(n).items()} for n in ("100", "400"))
     first, last = (sorted(losses, key=losses.get) for losses in (short, long))
-    assert "SOAP is seventh at 100 steps and first at 400" in text(EXPERIMENTS)
-    assert first.index("SOAP") == 6 and last[:3] == ["SOAP", "NorMuon", "Muon"] and len(last) == 13
-    assert {"NorMuon", "Muon", "DGram"} <= {*first[:4]} & {*last[:4]}
-    assert {name for name in long if long[name] > long["AdamW"]} == {"SGD", "Lion"}
-    found = family_losses("400")
-    apart = {name: Difference.of(found[name], found["AdamW"]) for name in found if name != "AdamW"}
-    assert {name for name, d in apart.items() if d.low < 0 < d.high} == {"Stiefel", "Shampoo"}
-    assert sum(d.high < 0 for d in apart.values()) == 8
+    assert "SOAP is eighth at 100 steps and first at 400, `modular` tenth and second" in text(EXPERIMENTS)
+    assert first.index("SOAP") == 7 and first.index("modular") == 9 and len(last) == 15
+    assert last[:5] == ["SOAP", "modular", "NorMuon", "DGram", "Muon"] and set(last[:5]) - level("400", "Muon") == {
+        "Muon"
+    }
+    assert {"NorMuon", "Muon", "DGram"} <= {*first[:5]} & {*last[:5]}
+    assert {name for name, d in apart("400", "AdamW").items() if d.low > 0} == {"SGD", "Lion"}
+    assert level("400", "AdamW") == {"Stiefel", "Shampoo"}
+    assert sum(d.high < 0 for d in apart("400", "AdamW").values()) == 10
 
 
 def test_the_family_costs_what_the_page_says():
     costs = result("family/table.json")["costs"]
     assert 9 < costs["SOAP"]["state_bytes"] / costs["Muon"]["state_bytes"] < 10
     assert 4 < costs["Shampoo"]["ms_per_step"] / costs["Muon"]["ms_per_step"] < 5
+    [steps] = re.findall(r"\| 400 \| Muon \| [^|]+ \| (\d+) ±", (ROOT / "results/family/table.md").read_text())
+    assert round(int(steps) / 400, 1) == 0.6
 
 
 def test_no_constraint_beats_muon_as_the_pages_say():
-    for steps in ("100", "400"):
-        found = family_losses(steps)
-        apart = {name: Difference.of(found[name], found["Muon"]) for name in found if name != "Muon"}
-        assert apart["DGram"].low < 0 < apart["DGram"].high
-        assert all(apart[name].low > 0 for name in ("Stiefel", "Hyperball", "spectral sphere", "oblique with gains"))
-        assert (apart["Hetero"].low > 0) == (steps == "100")
-        assert steps == "100" or all(apart[name].low < 0 < apart[name].high for name in ("SOAP", "NorMuon", "Hetero"))
+    assert level("100", "Muon") == {"spectral ball", "DGram"}
+    assert level("400", "Muon") == {"SOAP", "modular", "NorMuon", "DGram", "Hetero"}
+    assert {name for name, d in apart("100", "Muon").items() if d.high < 0} == {"NorMuon"}
+    assert all(d.high > 0 for d in apart("400", "Muon").values())
+
+
+def test_the_edges_of_the_family_are_those_of_the_page():
+    edges = {"100": set(), "400": set()}
+    for line in (ROOT / "results/family/table.md").read_text().splitlines():
+        if "(edge) |" in line:
+            steps, name = (cell.strip() for cell in line.split("|")[1:3])
+            edges[steps].add(name)
+    assert edges == {"100": {"AdamW", "Shampoo", "Muon", "spectral ball"}, "400": {"SGD", "oblique with gains"}}
 
 
 # ---- the demonstration ----
