@@ -9,7 +9,7 @@ from scripts.analysis.tables import HELD_OUT, STATUS, Table, case
 
 CONTEXT = "model.block_size"
 ARMS = {"GPT": ("model=ngpt_baseline",), "nGPT": ("model=ngpt_demo", "schedule.warmup_steps=0")}
-RATES = {"GPT": 8e-3, "nGPT": 3.2e-2}  # of the first trial
+RATES = {"GPT": 4e-3, "nGPT": 3.2e-2}  # of the first trial
 RACE = Race("GPT", "nGPT", CONTEXT)
 PROBED = 1024  # the longest context whose attention a probe computes explicitly
 
@@ -38,7 +38,7 @@ EXPERIMENT = Experiment(
     around={"arm": "nGPT", "max_steps": "200"},
     search=Search(lambda study, case: [Axis("optim.adamw.lr", RATES[case["arm"]])]),
     seeds="1,2,3",
-    options={"trials": 4, "tokens": 4096},
+    options={"trials": 4, "further_trials": 4, "tokens": 4096},
     derived=shape,
     measure=lambda study: {"costs": costs(study, "arm", CONTEXT), "beyond": losses_beyond(study, RACE)},
     tables=tables,
