@@ -38,9 +38,11 @@ def claims():
 def test_a_claim_has_a_command_and_results(claim):
     command, outcome = claims()[claim]
     experiments, files = re.findall(r"`E (\w+)`", command), re.findall(r"`pytest (\S+)`", command)
-    assert experiments or files or command == "`make reproduce`"
+    benches = re.findall(r"`python scripts/bench.py (\w+)`", command)
+    assert experiments or files or benches or command == "`make reproduce`"
     assert all((ROOT / "scripts" / "experiments" / f"{name}.py").exists() for name in experiments)
     assert all((ROOT / file).exists() for file in files)
+    assert all(list((ROOT / "results").glob(f"*/bench_{name}.md")) for name in benches)
     there = [(ROOT / "results" / name / "table.md").exists() for name in experiments]
     assert not any(there) if outcome == "not run yet" else all(there)
 

@@ -275,13 +275,18 @@ def test_what_one_head_writes_is_ambiguous_in_as_many_dimensions_as_the_paper_co
     scales these columns, so PG-OP changes nothing of this count. [our reading of the count]"""
     n, W_o = 7, torch.randn(6, H * W)
     gates = 2 * torch.sigmoid(torch.randn(n, H)) if gated else torch.ones(n, H)
+    mlp = nn.Sequential(
+        nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 6)
+    )  # after the sum: it sees the sum alone, so it repairs nothing
     for h in range(H):
         A = unknown_map(W_o, gates, h)
         _, sigma, V = torch.linalg.svd(A)
         hidden = V[(sigma > 1e-9 * sigma[0]).sum() :]
         assert len(hidden) == ambiguous_dimensions(n, H, W) == n * (H - 1) * W
         unknown, change = torch.randn(A.size(1)), torch.randn(len(hidden)) @ hidden
-        assert change.norm() > 1 and torch.allclose(A @ (unknown + change), A @ unknown, atol=1e-12)
+        sums, other = ((A @ x).view(n, 6) for x in (unknown, unknown + change))
+        assert change.norm() > 1 and torch.allclose(other, sums, atol=1e-12)
+        assert torch.allclose(mlp(other), mlp(sums), atol=1e-12)
 
 
 def test_nothing_is_ambiguous_if_the_projection_is_known_and_invertible():

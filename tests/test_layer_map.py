@@ -92,6 +92,51 @@ def test_without_an_mlp_uniform_attention_divides_and_without_branches_nothing_h
     assert found.gradient == pytest.approx(math.log(1 + 4 / n))
 
 
+def block(strength, sigma_w=2.0, attention=True, mlp=True):
+    """A block whose stream keeps a share of itself such that branches of variance one leave its size as it is."""
+    return LayerMap(32, 1.0, strength * attention, sigma_w, strength * mlp, 1 - strength**2)
+
+
+def near_the_line(m):
+    """The exponents of a block for tokens that are nearly equal, in a stream whose size no longer changes."""
+    once, twice = (m.step(q, 1e-9 * q)[0] for q in (1.0, 2.0))  # the new size is linear in the old one
+    settled = (2 * once - twice) / (1 + once - twice)
+    return exponents_of([m], math.sqrt(settled), 1 - 1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6])
+@pytest.mark.parametrize("sigma_a", [0.0, 4.0])
+def test_without_an_mlp_tokens_always_become_alike(strength, sigma_a):
+    """arXiv 2403.02579: attention alone collapses, at every strength."""
+    found = exponents_of([LayerMap(32, sigma_a, strength, 1.0, 0.0, 1 - strength**2)] * 60, 1.0, 0.5)
+    assert max(found.angles) < 0 and sum(found.angles) < -10
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8])
+def test_attention_separates_the_two_lines_which_an_mlp_alone_has_as_one(strength):
+    """arXiv 2403.02579: λ_a = 0 and λ_g = 0 are one line for MLPs, and two with attention."""
+    for sigma_w in (0.5, 2.0, 8.0):
+        alone = near_the_line(block(strength, sigma_w, attention=False))
+        assert alone.angle == pytest.approx(alone.gradient, rel=1e-4)
+    low, high = 1.0, 30.0
+    for _ in range(20):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if near_the_line(block(strength, middle)).angle > 0 else (middle, high)
+    at_zero = near_the_line(block(strength, low))
+    assert abs(at_zero.angle) < 1e-4 < 1e-3 < at_zero.gradient
+
+
+def test_branches_of_one_over_the_root_of_the_depth_reach_a_limit():
+    """arXiv 2403.02579 finds α ~ 1/√L: then all blocks together change the angles of tokens by as much in a deeper network, and do not at a
+    fixed strength."""
+    scaled, fixed = (
+        [sum(exponents_of([block(strength(n))] * n, 1.0, 0.99).angles) for n in (8, 32, 128)]
+        for strength in (lambda n: n**-0.5, lambda n: 0.5)
+    )
+    assert scaled[2] == pytest.approx(scaled[0], rel=0.1) and scaled[2] == pytest.approx(scaled[1], rel=0.03)
+    assert fixed[1] / fixed[0] > 3.5 and fixed[2] / fixed[1] > 3.5  # in proportion to the depth
+
+
 def test_near_collapse_the_map_is_its_closed_form():
     """To first order in 1 - p/q, λ_a is log of a²q/(a²q + α_A²) · (m²q' + k₁)/(m²q' + k₀), k₀ = α_M²σ_2² E[φ²], k₁ its slope."""
     q = 1.3**2
