@@ -114,9 +114,10 @@ def assigned(
 def _remedy(pattern: str, model: nn.Module, names: Collection[str]) -> str:
     """What to do about a pattern that matches none of the names of parameters which a model trains."""
     first = {id(p): name for name, p in model.named_parameters()}
-    everywhere = model.named_parameters(remove_duplicate=False)  # also under the further names of tied weights
-    if (own := next((first[id(p)] for name, p in everywhere if matches(pattern, name)), None)) is None:
-        return similar(pattern, names) or f"they are {listed(names)}"
+    every = dict(model.named_parameters(remove_duplicate=False))  # also under the further names of tied weights
+    own = next((first[id(p)] for name, p in every.items() if matches(pattern, name)), None)
+    if own is None:
+        return similar(pattern, every) or f"they are {listed(names)}"
     return f"its weight is tied to '{own}'; use that name" if own in names else "it is without requires_grad; remove it"
 
 
