@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .assignment import AssignmentError, Row, assign, by_pattern, matches
+from .assignment import AssignmentError, Row, assign, by_pattern, listed, matches, similar
 from .certified import CertifiedStep
 from .manifold_muon import ManifoldMuon
 from .stack import StepRule
@@ -52,10 +52,10 @@ def for_model(
 
     Raises:
         AssignmentError: a 2-D parameter matches no rule or several, a pattern matches nothing, blocks that do not divide a matrix; or
-            there is nothing for one of the two optimizers.
+            there is nothing for one of the two optimizers. ValueError: a setting is wrong, see ManifoldMuon.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rows = assigned(model, params, rules, tuple(adamw_for))
+    rows = assigned(model, params, rules, adamw_for)
     muon, rest = [row for row in rows if row.manifold], [row for row in rows if not row.manifold]
     if not muon or not rest:
         what = (
@@ -84,27 +84,41 @@ def for_model(
 
 
 def assigned(
-    model: nn.Module, params: Mapping[str, torch.Tensor], rules: Mapping[str, str], adamw_for: tuple[str, ...]
+    model: nn.Module, params: Mapping[str, torch.Tensor], rules: Mapping[str, str], adamw_for: Iterable[str]
 ) -> list[Row]:
     """One row for each of `params`, as `for_model` assigns them; `parameter_table` prints them."""
+    if isinstance(adamw_for, str):
+        raise AssignmentError([f"adamw_for is one text; give a list of patterns: adamw_for=[{adamw_for!r}]"])
+    adamw_for = tuple(adamw_for)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, TABLES)}
     unruled = {
         name for name, p in params.items() if id(p) in tables or any(matches(pattern, name) for pattern in adamw_for)
     }
     problems = [
-        f"adamw_for: pattern '{pattern}' matches no parameter"
+        f"adamw_for: pattern '{pattern}' matches no parameter; {_remedy(pattern, model, params)}"
         for pattern in adamw_for
         if not any(matches(pattern, name) for name in params)
     ]
     rows: list[Row] = []
     try:
-        rows = assign({name: tuple(p.shape) for name, p in params.items() if name not in unruled}, rules, ())
+        shapes = {name: tuple(p.shape) for name, p in params.items() if name not in unruled}
+        rows = assign(shapes, rules, (), command_line=False)
     except AssignmentError as error:
         problems += error.problems
     if problems:
         raise AssignmentError(problems)
     by_name = {row.name: row for row in rows}
     return [by_name.get(name) or Row(name, tuple(p.shape), "AdamW", None, ruled=False) for name, p in params.items()]
+
+
+def _remedy(pattern: str, model: nn.Module, names: Collection[str]) -> str:
+    """What to do about a pattern that matches none of the names of parameters which a model trains."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))  # also under the further names of tied weights
+    own = next((first[id(p)] for name, p in every.items() if matches(pattern, name)), None)
+    if own is None:
+        return similar(pattern, every) or f"they are {listed(names)}"
+    return f"its weight is tied to '{own}'; use that name" if own in names else "it is without requires_grad; remove it"
 
 
 def _groups(rows: list[Row], blocks: Mapping[str, int], radius: Mapping[str, float]) -> list[dict[str, Any]]:

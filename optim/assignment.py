@@ -1,7 +1,8 @@
 """From parameter names to optimizers: every parameter is given to exactly one, and a table says which. Pure: names and shapes, no tensors.
 
 An assignment is a mapping from patterns to a manifold or to `adamw`. A pattern is a dotted piece of a parameter's name and matches
-wherever it fits on whole components; a component may be a glob (`c_*`, `*`), alternatives (`wte|wpe`) or a range of layers (`0-3`):
+wherever it fits on whole components; a component may be a glob (`c_*`, `*`), a range of layers (`0-3`), or alternatives of these
+(`wte|wpe`, `0-3|6`):
 
     attn                 transformer.h.7.attn.c_proj.weight, and everything else below attn
     attn.c_attn          the fused QKV matrices
@@ -64,10 +65,13 @@ class Row:
 
 
 def _component_matches(pattern: str, component: str) -> bool:
-    layers = re.fullmatch(r"(\d+)-(\d+)", pattern)
-    if layers:
+    return any(_choice_matches(choice, component) for choice in pattern.split("|"))
+
+
+def _choice_matches(choice: str, component: str) -> bool:
+    if layers := re.fullmatch(r"(\d+)-(\d+)", choice):
         return component.isdigit() and int(layers[1]) <= int(component) <= int(layers[2])
-    return any(fnmatchcase(component, choice) for choice in pattern.split("|"))
+    return fnmatchcase(component, choice)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -82,6 +86,7 @@ def assign(
     rules: Mapping[str, str],
     always_adamw: Iterable[str],
     unit_vectors: Mapping[str, int] | None = None,
+    command_line: bool = True,
 ) -> list[Row]:
     """Give every parameter to one optimizer.
 
@@ -91,6 +96,7 @@ def assign(
         always_adamw: patterns of tables (embeddings, head), which no rule may claim. Vectors are AdamW's without asking.
         unit_vectors: parameter name → dimension along which its vectors are to be kept at unit length. A matrix given to the oblique
             manifold is left to it.
+        command_line: whether the rules are the setting `assignment.rules`, which remedies then spell out.
 
     Raises:
         AssignmentError: listing every parameter matched by no rule or by several, every rule that matches nothing, every
@@ -100,7 +106,7 @@ def assign(
     hits = {name: [rule for rule in rules if matches(rule, name)] for name in shapes}
     tables = {name for name in shapes if any(matches(pattern, name) for pattern in always_adamw)}
     matrices = {name for name, shape in shapes.items() if len(shape) == 2} - tables
-    if problems := _problems(rules, hits, tables, matrices, unit):
+    if problems := _problems(rules, hits, tables, matrices, unit, command_line):
         raise AssignmentError(problems)
     rows = []
     for name, shape in shapes.items():
@@ -117,6 +123,7 @@ def _problems(
     tables: Collection[str],
     matrices: Collection[str],
     unit: Collection[str],
+    command_line: bool,
 ) -> list[str]:
     """What is wrong with rules, of which `hits` match each parameter; unit: names of matrices of unit vectors."""
     choices = [*MANIFOLDS, ADAMW]
@@ -147,10 +154,11 @@ def _problems(
     ]
     used = {rule for name, found in hits.items() if name in tables or name in matrices for rule in found}
     unused = [rule for rule in rules if rule not in used]
+    kept = {rule: choice for rule, choice in rules.items() if rule in used} if command_line else {}
     problems += [
-        f"assignment: rule '{rule}' matches vectors only, which are AdamW's; remove it"
+        f"assignment: rule '{rule}' matches no 2-D parameter, and all others are AdamW's; remove it"
         if any(rule in found for found in hits.values())
-        else f"assignment: rule '{rule}' matches no matrix; {_meant(rule, rules, unused, unclear.get((), []))}"
+        else f"assignment: rule '{rule}' matches no matrix; {_meant(rule, kept, unclear.get((), []))}"
         for rule in unused
     ]
     return problems
@@ -165,17 +173,22 @@ def _unclear(hits: Sequence[str], names: Sequence[str]) -> str:
     return f"no rule matches {listed(names)}; add one, such as {example}: adamw"
 
 
-def _meant(pattern: str, rules: Mapping[str, str], unused: Collection[str], left: Iterable[str]) -> str:
-    """What to do about a rule that matches no matrix: a similar part of the names that are left without a rule, or the other rules alone."""
+def _meant(pattern: str, kept: Mapping[str, str], left: Collection[str]) -> str:
+    """What to do about a rule that matches no matrix: a similar part of the names that are left without a rule, or the `kept` rules alone."""
     if "|" in pattern and all(any(matches(part, name) for name in left) for part in pattern.split("|")):
         return "alternatives stand between two dots, such as h.0|2.attn for two layers"
-    components = {part for name in left for part in name.split(".") if not part.isdigit()}
-    if near := get_close_matches(pattern.split(".")[-1], components, 1):
-        return f"did you mean '{near[0]}'?"
-    rest = {known: choice for known, choice in rules.items() if known not in unused}
-    if not rest or not all(re.fullmatch(r"[\w.-]+", known) for known in rest):
+    if near := similar(pattern, left):
+        return near
+    if not kept or not all(re.fullmatch(r"[\w.-]+", known) for known in kept):
         return "remove it"
-    return f"remove it: assignment=custom 'assignment.rules={{{', '.join(f'{k}: {v}' for k, v in rest.items())}}}'"
+    return f"remove it: assignment=custom 'assignment.rules={{{', '.join(f'{k}: {v}' for k, v in kept.items())}}}'"
+
+
+def similar(pattern: str, names: Iterable[str]) -> str | None:
+    """The question whether a part of the names was meant that is like the end of a pattern; None if there is none."""
+    components = {part for name in names for part in name.split(".") if not part.isdigit()}
+    near = get_close_matches(pattern.split(".")[-1], components, 1)
+    return f"did you mean '{near[0]}'?" if near else None
 
 
 def listed(names: Iterable[str]) -> str:

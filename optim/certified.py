@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -340,7 +341,8 @@ class CertifiedStep:
         compile: put `step` through torch.compile, which fuses what lies between the products; None for the device's own: on CUDA.
 
     Raises:
-        ValueError: an unknown quality, precision or length, or an iterator that diverges in the products' precision.
+        ValueError: an unknown quality, precision or length, a cap that is not above 0, or an iterator that diverges in the products'
+            precision.
     """
 
     def __init__(
@@ -357,6 +359,8 @@ class CertifiedStep:
         products_for(torch.device("cpu"), products)
         if length not in LENGTHS:
             raise ValueError(f"unknown step length {length!r}; choose one of {', '.join(LENGTHS)}")
+        if norm_cap is not None and not (isinstance(norm_cap, Real) and norm_cap > 0):
+            raise ValueError(f"norm_cap is {norm_cap!r}; give a number above 0, or None for no cap")
         if iterator:
             # By default the precision that a GPU would choose, so that a rule fits any device.
             iterator.require(getattr(torch, products or "float16"))
@@ -367,6 +371,9 @@ class CertifiedStep:
     def compiled_step(self) -> Any:
         """`step`, compiled once."""
         return compiled_whole(step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "compiled_step"}  # which no pickle takes
 
     def describe(self, device: torch.device) -> str:
         """What a person should know of the rule on this device, in one line."""

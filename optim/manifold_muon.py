@@ -11,9 +11,13 @@ With `owners_keep` nothing is sent: each rank holds only what it owns, and only 
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from copy import deepcopy
+from functools import cached_property, partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -40,6 +44,29 @@ RECORDED = {
     "step_rank": torch.amin,
 }
 """What `ManifoldMuon.certificates` returns, in order; of a parameter in several blocks the least or the largest number."""
+
+CONSTRUCTED = ("params", "names", "manifold", "blocks", "radius", "block_length", "row_beta")
+"""What a loaded state leaves as it is in a group: which matrices it has, and what state they have."""
+
+
+def _is_number(value: Any, below: float = math.inf) -> bool:
+    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool) and 0 <= float(value) < below
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (_is_number, "a finite number from 0 on"),
+    "momentum": (partial(_is_number, below=1), "a number from 0 to below 1"),
+    "nesterov": (_is_flag, "True or False"),
+    "weight_decay": (_is_number, "a finite number from 0 on"),
+    "block_length": (("each", "whole").__contains__, "'each' or 'whole'"),
+    "cautious": (_is_flag, "True or False"),
+    "row_beta": (lambda value: value is None or _is_number(value, 1), "a number from 0 to below 1, or None"),
+}
+"""Of each setting of a group, which values are allowed, and that in words."""
 
 
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,11 +96,11 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     To be set from outside: `found_inf` (0-d float, 1 for true, as torch.amp.GradScaler sets it): where true, a step changes nothing;
     `watched`: whether a step keeps what `certificates` needs; `owners_keep`, see above; `around_exchange`: makes a context in which weights
-    are sent and received.
+    are sent and received. A copy, or what a pickle gives back, has them as they were at the start.
 
     Raises:
-        ValueError: a parameter is not a matrix or cannot be cut into its blocks, a group has no matrices, a manifold is unknown, or a
-            radius does not fit it.
+        ValueError: with every problem: a parameter is not a matrix or cannot be cut into its blocks, a group has no matrices, a manifold
+            is unknown, a radius does not fit it, or SETTINGS does not allow a value.
     """
 
     def __init__(
@@ -101,21 +128,49 @@ class ManifoldMuon(torch.optim.Optimizer):
             "row_beta": row_beta,
         }
         super().__init__(groups, defaults)
+        if problems := list(dict.fromkeys(problem for group in self.param_groups for problem in _problems(group))):
+            raise ValueError("\n".join(problems))
+        for group in self.param_groups:
+            group["lr"] = torch.as_tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
         self.rule = rule
+        self._make_buckets()
+        self.bring_onto_manifold()
+
+    def _make_buckets(self) -> None:
+        """What follows from the groups and the rule: an owner for every matrix, and this rank's buckets with their state at the start."""
         self.found_inf: Tensor | None = None
         self.watched = self.owners_keep = False
         self.around_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        for group in self.param_groups:
-            self._check(group)
-            group["lr"] = torch.as_tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
-        self.owners = choose_owners(self.param_groups, rule, self.world)
+        self.owners = choose_owners(self.param_groups, self.rule, self.world)
         members = members_of_buckets(self.param_groups, self.owners, self.world)[self.rank]
         self.buckets = [self._bucket(group, params) for group, params in members]
         self.messages = plan_messages(self.param_groups, self.owners, self.world)
         self.under_way: list[tuple[list[Tensor], Tensor, Any]] = []
-        self.bring_onto_manifold()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, but only while the optimizer is constructed, which is when matrices get their owners and buckets.
+
+        Raises:
+            RuntimeError: it is called afterwards.
+        """
+        if hasattr(self, "buckets"):
+            raise RuntimeError(
+                "ManifoldMuon takes no further group; construct a new one with all groups, or a second one with this group"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of. On several ranks all must call, as of `state_dict`."""
+        groups = {"defaults": self.defaults, "param_groups": self.param_groups}
+        return groups | {"rule": self.rule, "saved": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("saved")
+        super().__setstate__(state | {"state": defaultdict(dict)})
+        self._make_buckets()
+        self.load_state_dict(saved)
 
     def describe(self, device: torch.device) -> str:
         """The step rule on this device, and the options that are not the default ones, in one line."""
@@ -129,26 +184,6 @@ class ManifoldMuon(torch.optim.Optimizer):
     def compiled_advance(self) -> Any:
         """`advance`, compiled: one pass instead of four."""
         return compiled_whole(advance)
-
-    @staticmethod
-    def _check(group: dict[str, Any]) -> None:
-        if not group["params"]:
-            raise ValueError("a parameter group has no matrices; leave it out")
-        if group.get("manifold") not in MANIFOLDS:
-            raise ValueError(f"unknown manifold {group.get('manifold')!r}; choose one of {', '.join(MANIFOLDS)}")
-        if not (group["radius"] > 0 and (group["radius"] == 1 or MANIFOLDS[group["manifold"]].sized)):
-            raise ValueError(
-                f"the radius of {group['manifold']} is {group['radius']:g}; give a number above 0, and 1 for a manifold without a fixed size"
-            )
-        for p in group["params"]:
-            if p.ndim != 2:
-                raise ValueError(
-                    f"ManifoldMuon takes matrices, not a tensor of shape {tuple(p.shape)}; give it to AdamW"
-                )
-            if p.size(0) % group["blocks"]:
-                raise ValueError(
-                    f"{group['blocks']} blocks do not divide the {p.size(0)} rows of a matrix; choose a divisor"
-                )
 
     def _bucket(self, group: dict[str, Any], params: list[Tensor]) -> Bucket:
         """A bucket of this rank, with its state at the start."""
@@ -324,10 +359,20 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of this rank's matrices; settings and learning rates stay the configuration's.
+        """Take over the state of this rank's matrices, and as in torch the settings of their groups, such as the learning rate.
 
-        Takes what `state_dict` returned on any number of ranks. What is not in it, such as another rule's levels, stays as it is.
+        Takes what `state_dict` returned on any number of ranks. What is not in it, such as another rule's levels, stays as it is, and so
+        do the settings of CONSTRUCTED.
+
+        Raises:
+            ValueError: its groups are not as large as those of this optimizer.
         """
+        saved_groups = deepcopy(state_dict["param_groups"])  # of a living optimizer it has the tensors themselves
+        sizes, own = ([len(group["params"]) for group in groups] for groups in (saved_groups, self.param_groups))
+        if sizes != own:
+            raise ValueError(
+                f"the state is of groups of {sizes} matrices, and this optimizer has {own}; construct it with the groups that were saved"
+            )
         order = [p for group in self.param_groups for p in group["params"]]
         saved = {p: state_dict["state"][i] for i, p in enumerate(order) if self.owners[p] == self.rank}
         for p, state in saved.items():
@@ -335,3 +380,32 @@ class ManifoldMuon(torch.optim.Optimizer):
                 value.copy_(state.get(name, value))
         for bucket in self.buckets:
             bucket.highest = None
+        for group, settings in zip(self.param_groups, saved_groups):
+            rate, new = group["lr"], float(settings["lr"])
+            group.update({key: value for key, value in settings.items() if key not in CONSTRUCTED})
+            group["lr"] = rate.fill_(new) if isinstance(rate, Tensor) else new
+
+
+def _problems(group: dict[str, Any]) -> list[str]:
+    """What is wrong with a parameter group, each with its remedy."""
+    if not group["params"]:
+        return ["a parameter group has no matrices; leave it out"]
+    problems = [
+        f"{name} is {group[name]!r}; give {words}"
+        for name, (allows, words) in SETTINGS.items()
+        if not allows(group[name])
+    ]
+    name, radius, blocks = group.get("manifold"), group["radius"], group["blocks"]
+    cut = int(blocks) if isinstance(blocks, Integral) else 0
+    if name not in MANIFOLDS:
+        problems.append(f"unknown manifold {name!r}; choose one of {', '.join(MANIFOLDS)}")
+    elif not (_is_number(radius) and radius > 0 and (radius == 1 or MANIFOLDS[name].sized)):
+        problems.append(
+            f"the radius of {name} is {radius!r}; give a number above 0, and 1 for a manifold without a fixed size"
+        )
+    for p in group["params"]:
+        if p.ndim != 2:
+            problems.append(f"ManifoldMuon takes matrices, not a tensor of shape {tuple(p.shape)}; give it to AdamW")
+        elif cut < 1 or p.size(0) % cut:
+            problems.append(f"{blocks!r} blocks do not divide the {p.size(0)} rows of a matrix; choose a divisor")
+    return problems

@@ -74,9 +74,21 @@ class Monitor:
     Args:
         tolerance: the distance from which to warn. The certified step keeps to a few 1e-6, on the spectral sphere to 3e-5; the published one, in
             bfloat16, to 1e-2.
+
+    Raises:
+        ValueError: the optimizer is not a ManifoldMuon, or the interval not a whole number from 1 on.
     """
 
     def __init__(self, optimizer: ManifoldMuon, *, interval: int = 100, tolerance: float = 1e-4) -> None:
+        problems = []
+        if not isinstance(optimizer, ManifoldMuon):
+            problems.append(
+                f"Monitor watches a ManifoldMuon, not {type(optimizer).__name__}; give the first optimizer that for_model returns"
+            )
+        if not (isinstance(interval, int) and interval >= 1):
+            problems.append(f"interval is {interval!r}; give a whole number of steps from 1 on")
+        if problems:
+            raise ValueError("\n".join(problems))
         self.optimizer, self.interval, self.tolerance = optimizer, interval, tolerance
         self.steps = 0
         self.certified: Mapping[str, Mapping[str, float]] = {}

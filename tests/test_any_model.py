@@ -111,6 +111,12 @@ def test_what_belongs_to_whom():
     model[1].bias.requires_grad_(False)
     rows = assigned(model, dict(model.named_parameters()), {"*": "stiefel"}, ())
     assert {row.name: row.manifold for row in rows} == {"0.weight": None, "1.weight": "stiefel", "1.bias": None}
+    for pattern, remedy in {
+        "2": "its weight is tied to '0.weight'; use that",
+        "1.bias": "without requires_grad",
+    }.items():
+        with pytest.raises(AssignmentError, match=f"pattern '{pattern}' matches no parameter; .*{remedy}"):
+            for_model(model, {"*": "stiefel"}, adamw_for=[pattern], **MUON)
     muon, adamw = for_model(model, {"*": "stiefel"}, **MUON)
     assert [p is model[0].weight for g in adamw.param_groups for p in g["params"]] == [True]
     assert muon.param_groups[0]["names"] == ["1.weight"]
@@ -121,7 +127,23 @@ def test_what_belongs_to_whom():
     [
         ({"lstm": "stifel"}, {"adamw_for": ["head"]}, "choose one of"),
         ({"lstm": "stiefel"}, {}, "no rule matches 'head.weight'"),
-        ({"*": "stiefel"}, {"adamw_for": ["hed"]}, "adamw_for: pattern 'hed' matches no parameter"),
+        ({"*": "stiefel"}, {"adamw_for": ["hed"]}, "pattern 'hed' matches no parameter; did you mean 'head'?"),
+        (
+            {"*": "stiefel"},
+            {"adamw_for": ["x"]},
+            "pattern 'x' matches no parameter; they are 'embedding.weight', 'lstm",
+        ),
+        ({"*": "stiefel"}, {"adamw_for": "head"}, r"^adamw_for is one text; give a list .*: adamw_for=\['head'\]$"),
+        (
+            {"lstm": "stiefel", "head": "adamw", "fc": "dgram"},
+            {},
+            "^assignment: rule 'fc' matches no matrix; remove it$",
+        ),
+        (
+            {"*weight*": "stiefel", "bias_hh_l0": "dgram"},
+            {},
+            "rule 'bias_hh_l0' matches no 2-D parameter, and all others",
+        ),
         ({"*": "adamw"}, {}, "no matrix has a manifold; use torch.optim.AdamW"),
         ({"*": "stiefel"}, {"blocks": {"lstm": 5}}, "blocks: 5 do not divide the 64 rows of 'lstm.weight_ih_l0'"),
         ({"*": "stiefel"}, {"blocks": {"gru": 5}}, "blocks: pattern 'gru' matches no matrix"),
@@ -200,6 +222,15 @@ def test_the_monitor_watches_an_optimizer_without_names():
     weight.grad = torch.randn(8, 4)
     muon.step()
     assert monitor.report()["group 0, matrix 0"].feas > 0.8
+
+
+def test_the_monitor_refuses_what_it_cannot_watch():
+    _, (muon, adamw), _, _ = tagger()
+    for interval in (0, -5, 2.5):
+        with pytest.raises(ValueError, match=f"interval is {interval}; give a whole number of steps from 1 on"):
+            Monitor(muon, interval=interval)
+    with pytest.raises(ValueError, match=r"not AdamW; give the first .*\ninterval is 0"):
+        Monitor(adamw, interval=0)
 
 
 # ---- the package ----

@@ -42,6 +42,10 @@ SHAPES = {
         ("h.0-3.mlp", "transformer.h.4.mlp.c_fc.weight", False),
         ("h.2-11.mlp", "transformer.h.10.mlp.c_fc.weight", True),
         ("h.1.attn", "transformer.h.11.attn.c_attn.weight", False),
+        ("h.0-1|3.mlp", "transformer.h.1.mlp.c_fc.weight", True),
+        ("h.0-1|3.mlp", "transformer.h.2.mlp.c_fc.weight", False),
+        ("h.0-1|3.mlp", "transformer.h.3.mlp.c_fc.weight", True),
+        ("h.5|0-1|ln_*", "transformer.h.1.ln_1.weight", True),
     ],
 )
 def test_patterns_match_whole_components(pattern, name, expected):
@@ -87,7 +91,7 @@ def test_hetero_gives_every_parameter_to_one_optimizer():
             {"attn": "stiefel", "mlp": "dgram", "wte": "stiefel"},
             ["claims 'transformer.wte.weight', which is always AdamW's"],
         ),
-        ({"attn|mlp": "dgram", "ln_1": "stiefel"}, ["'ln_1' matches vectors only, which are AdamW's; remove it"]),
+        ({"attn|mlp": "dgram", "ln_1": "stiefel"}, ["'ln_1' matches no 2-D parameter, and all others are AdamW's"]),
     ],
 )
 def test_mistakes_name_the_parameter_and_the_remedy(rules, complaints):

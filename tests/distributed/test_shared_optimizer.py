@@ -46,6 +46,7 @@ def work(rank, world, folder):
     state = copy.deepcopy(optimizer.state_dict())  # a state dict holds the live tensors, as everywhere in torch
     assert len(optimizer.state) == owned  # gathering leaves nothing behind
     weights = [p.detach().clone() for p in params]
+    copied, twin = copy.deepcopy((params, optimizer))
     again, resumed = build()
     resumed.load_state_dict(state)
     with torch.no_grad():
@@ -53,7 +54,8 @@ def work(rank, world, folder):
             p.copy_(w)
     advance(params, optimizer, range(3, 5))
     advance(again, resumed, range(3, 5), wait=False)
-    assert all(torch.equal(p, q) for p, q in zip(params, again))
+    advance(copied, twin, range(3, 5))
+    assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(params, again, copied))
     torch.save({"weights": [p.detach() for p in params], "state": state, "owned": owned}, f"{folder}/rank{rank}.pt")
     os._exit(0)  # the end of gloo's threads aborts a process now and then (torch 2.13), after all that is tested here
 

@@ -1,0 +1,201 @@
+"""ManifoldMuon as an optimizer of torch: schedules over a resume, copies and pickles, groups, and what its arguments may be."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from optim import CertifiedStep, ManifoldMuon, for_model
+
+STEPS = 8
+SCHEDULES = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS),
+    "step": lambda o: lr_scheduler.StepLR(o, 3),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, STEPS),  # moves momentum or betas too
+}
+
+
+def pair(**settings):
+    """A model whose matrices have two shapes and some of which are cut, and its two optimizers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 6))
+    rules = {"0|1": "stiefel", "2": "dgram"}
+    return model, *for_model(model, rules, lr=0.1, adamw={"lr": 0.1}, blocks={"1": 2}, **settings)
+
+
+def advance(model, optimizers, steps):
+    for step in steps:
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def equal(model, other):
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+
+
+def optimizer_of(*groups, **settings):
+    common = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
+    groups = [{"manifold": "stiefel", **group} for group in groups]
+    return ManifoldMuon(groups, CertifiedStep(), **{**common, **settings})
+
+
+def matrix():
+    return nn.Parameter(torch.eye(4, 2))
+
+
+# ---- schedules ----
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_goes_on_after_a_resume_as_without_one(name):
+    """Of ManifoldMuon as of AdamW: every rate, and the weights."""
+
+    def start():
+        model, *optimizers = pair()
+        return model, optimizers, [SCHEDULES[name](o) for o in optimizers]
+
+    def run(model, optimizers, schedules, steps):
+        seen = []
+        for step in steps:
+            seen.append([(float(g["lr"]), g.get("momentum")) for o in optimizers for g in o.param_groups])
+            advance(model, optimizers, [step])
+            for schedule in schedules:
+                schedule.step()
+        return seen
+
+    straight = start()
+    whole = run(*straight, range(STEPS - 1))
+    stopped = start()
+    run(*stopped, range(4))
+    file = io.BytesIO()
+    torch.save([stopped[0].state_dict(), *(part.state_dict() for pair in stopped[1:] for part in pair)], file)
+    file.seek(0)
+    resumed = model, optimizers, schedules = start()
+    for part, state in zip([model, *optimizers, *schedules], torch.load(file)):
+        part.load_state_dict(state)
+    assert run(*resumed, range(4, STEPS - 1)) == whole[4:]
+    assert equal(model, straight[0])
+    assert all(isinstance(group["lr"], torch.Tensor) for group in optimizers[0].param_groups)
+
+
+def test_a_schedule_can_be_made_for_a_loaded_state():
+    _, muon, _ = pair()
+    lr_scheduler.ExponentialLR(muon, 0.5)
+    _, again, _ = pair()
+    again.load_state_dict(muon.state_dict())
+    lr_scheduler.ExponentialLR(again, 0.5, last_epoch=3)  # asks for initial_lr
+
+
+def test_a_rate_that_the_user_made_a_number_stays_one():
+    saved, p = optimizer_of({"params": [matrix()]}, lr=0.03), matrix()
+    loaded = optimizer_of({"params": [p]})
+    loaded.param_groups[0]["lr"] = 0.2
+    loaded.load_state_dict(saved.state_dict())
+    assert type(loaded.param_groups[0]["lr"]) is float and loaded.param_groups[0]["lr"] == pytest.approx(0.03)
+    p.grad = torch.ones_like(p)
+    loaded.step()
+
+
+def test_a_loaded_state_shares_nothing_and_leaves_the_geometry():
+    saved = optimizer_of({"params": [matrix()]}, weight_decay=0.1)
+    loaded = optimizer_of({"params": [matrix()], "manifold": "hyperball", "radius": 2.0}, lr=0.2)
+    loaded.load_state_dict(saved.state_dict())
+    group = loaded.param_groups[0]
+    assert (group["manifold"], group["radius"], group["weight_decay"]) == ("hyperball", 2.0, 0.1)
+    group["lr"].fill_(5)
+    assert saved.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_a_state_of_other_groups_is_refused():
+    saved = optimizer_of({"params": [matrix(), matrix()]})
+    loaded = optimizer_of({"params": [matrix()]}, {"params": [matrix()], "manifold": "dgram"})
+    with pytest.raises(ValueError, match=r"groups of \[2\] matrices, and this optimizer has \[1, 1\]; construct it"):
+        loaded.load_state_dict(saved.state_dict())
+
+
+# ---- copies ----
+
+
+def saved_and_loaded(parts):
+    file = io.BytesIO()
+    torch.save(parts, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_with_its_model_trains_on_alike(duplicate):
+    model, *optimizers = pair(row_beta=0.9)
+    advance(model, optimizers, range(2))
+    optimizers[0].rule.compiled_step = lambda: None  # what torch.compile returns cannot be pickled either
+    other, *twins = duplicate((model, *optimizers))
+    assert [p is q for p, q in zip(other.parameters(), model.parameters())] == [False] * 6
+    advance(other, twins, range(2, 4))
+    assert not equal(model, other)  # what was copied stays where it was
+    advance(model, optimizers, range(2, 4))
+    assert equal(model, other)
+    assert str(optimizers[0].state_dict()) == str(twins[0].state_dict())
+
+
+# ---- groups and settings ----
+
+
+def test_a_further_group_is_refused():
+    optimizer = optimizer_of({"params": [matrix()]})
+    with pytest.raises(RuntimeError, match="takes no further group; construct a new one with all groups"):
+        optimizer.add_param_group({"params": [matrix()], "manifold": "stiefel"})
+    assert len(optimizer.param_groups) == 1
+
+
+WRONG = {
+    "lr": (-0.05, float("nan"), float("inf"), "0.1", True, None),
+    "momentum": (1.5, 1, -0.1, "a"),
+    "nesterov": ("no", 1),
+    "weight_decay": (-1, float("inf")),
+    "block_length": ("foo", None),
+    "cautious": ("no",),
+    "row_beta": (1.5, 1.0, -0.1),
+    "radius": (0, -1.0, "a", float("nan")),
+    "blocks": (0, 3, 2.0, "2"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_setting_is_refused(name, value):
+    with pytest.raises(ValueError, match=name) as caught:
+        optimizer_of({"params": [matrix()], name: value})
+    assert repr(value) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_all_wrong_settings_come_at_once():
+    with pytest.raises(ValueError) as caught:
+        optimizer_of(
+            {"params": [matrix()]}, {"params": [nn.Parameter(torch.ones(3))], "manifold": "steifel"}, lr=-1, momentum=2
+        )
+    for part in (
+        "lr is -1; give a finite",
+        "momentum is 2; give",
+        "manifold 'steifel'; choose",
+        "(3,); give it to AdamW",
+    ):
+        assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_what_torch_allows_is_allowed():
+    optimizer_of({"params": [matrix()]}, lr=torch.tensor(0.1), momentum=0, row_beta=0.0, block_length="whole")
+    assert optimizer_of({"params": [matrix()]}, lr=0).param_groups[0]["lr"] == 0
+
+
+@pytest.mark.parametrize("cap", [-1, 0, float("nan"), "1"])
+def test_a_wrong_cap_is_refused(cap):
+    with pytest.raises(ValueError, match=r"norm_cap is .*; give a number above 0, or None for no cap"):
+        CertifiedStep(norm_cap=cap)
