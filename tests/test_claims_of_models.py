@@ -3,7 +3,7 @@
 import math
 from itertools import product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import pytest
 from documents import EXPERIMENTS, FRONT, by_setting, mean_loss, result, text
@@ -13,6 +13,8 @@ from scripts.analysis.optima import seed_slopes
 from scripts.analysis.speed_up import steps_needed
 from scripts.analysis.statistics import Difference, best_rate
 from scripts.experiments.horizon import PAPER
+
+GEONORMS = ("geonorm_no_norms", "geonorm_with_norms")
 
 # ---- why Hetero ----
 
@@ -161,8 +163,24 @@ def test_the_residual_rules_at_their_best_are_ordered_as_the_page_says():
     assert min(adamw, key=lambda rule: adamw[rule].mean) == "cayley_sphere"
     below = {"geonorm_no_norms", "geonorm_with_norms", "peri_norm", "ngpt", "cayley_sphere", "p_sphere"}
     assert {rule for rule, d in adamw.items() if d.mean < 0} == below
-    scatter = [fmean(d.error for d in found.values()) for found in (adamw, muon)]
-    assert scatter[0] > 10 * scatter[1]
+    losses = {}
+    for r in result("residual_tuned/table.json")["rows"]:
+        losses.setdefault(r["optimizer"], {}).setdefault(r["residual"], []).append(r["val_loss"])
+    scatter = [fmean(stdev(seeds) for seeds in losses[name].values()) for name in ("adamw", "muon")]
+    assert 7 < scatter[0] / scatter[1] < 8
+
+
+def test_the_streams_of_the_residual_rules_are_as_the_page_says():
+    found = {(s["optimizer"], s["residual"]): s for s in result("residual_tuned/table.json")["stream"]}
+    assert all(fmean(found["adamw", rule]["turn"]) > math.radians(160) for rule in ("cayley_sphere", "p_sphere"))
+    muon, adamw = (found[name, "pre_norm"]["step"] for name in ("muon", "adamw"))
+    assert 3 < muon[1] / muon[-1] < 4.5 and adamw[-1] > adamw[1] / 2 and all(s[0] > 3 * s[1] for s in (muon, adamw))
+    scales = {(name, rule): found[name, rule]["scales"] for name in ("muon", "adamw") for rule in GEONORMS}
+    starts = {"scale_attn": 1, "scale_mlp": 1, "offset_attn": 0, "offset_mlp": 0}
+    moved = {key: {name: [x - starts[name] for x in given[name]] for name in starts} for key, given in scales.items()}
+    assert all(abs(x) < 0.1 for rule in GEONORMS for layers in moved["muon", rule].values() for x in layers)
+    offsets = moved["adamw", "geonorm_no_norms"]["offset_attn"]
+    assert offsets[0] > 0 > max(offsets[1:]) and -0.25 < min(offsets) < -0.2
 
 
 def test_geonorm_under_adamw_needs_what_the_page_says():

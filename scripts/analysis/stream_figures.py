@@ -13,6 +13,8 @@ from matplotlib.lines import Line2D
 from optim.geonorm import DECAYS
 from scripts.analysis.figures import DASHES, colours_by_label, picture
 from scripts.analysis.runs import RecordedRun, at
+from scripts.analysis.study import Study
+from scripts.analysis.thin import learned_scales
 
 Rules = Mapping[str, Sequence[RecordedRun]]
 """Label of a curve → its runs, one a seed."""
@@ -60,6 +62,18 @@ def turns(rows: Mapping[str, Rules], path: Path) -> Path:
 def has_scheduled_steps(config: Mapping[str, Any]) -> bool:
     """Whether the step of a run's rule is scale/D(l): under GeoNorm, if every token of the stream has the length that sublayers expect."""
     return at(config, "residual.rule") == "geonorm" and at(config, "residual.embedding") == "normalize"
+
+
+def at_the_end(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """What `turns` and `draw_scales` show at the last probe, for each optimizer and residual rule: turn (radians) and step of each sublayer,
+    means over seeds, and by layer the scales that the first seed has learned."""
+    found = []
+    for (optimizer, rule), runs in study.grouped("optimizer", "residual").items():
+        last = [probed[-1] for r in runs if (probed := [p for p in r.records.get("probe", []) if "stream" in p])]
+        fields = {field: _mean([_alternating(record, field) for record in last]) for field in ("turn", "step")}
+        scales = {name: learned["mean"][-1] for name, learned in learned_scales(runs[0]).items()}
+        found.append({"optimizer": optimizer, "residual": rule, **fields, "scales": scales})
+    return {"stream": found}
 
 
 def _rule(

@@ -5,13 +5,12 @@ from scripts.analysis.experiment_figures import loss_of_trials
 from scripts.analysis.figures import draw_scales
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.search import Axis, Search
-from scripts.analysis.stream_figures import turns
+from scripts.analysis.stream_figures import at_the_end, turns
 from scripts.analysis.study import Case, Experiment, Study
 from scripts.analysis.tables import HELD_OUT, STATUS, TURN_COLUMNS, case
 
 FLAT = ("pre_norm", "pre_rms_norm", "post_norm", "deep_norm", "sandwich_norm", "peri_norm")
 SPHERE = ("geonorm_no_norms", "geonorm_with_norms", "proj_sphere", "cayley_sphere", "p_sphere", "ngpt")
-LEARNED = ("geonorm_no_norms", "geonorm_with_norms", "p_sphere")  # numbers of each sublayer
 OPTIMIZERS = {"adamw": ("assignment=adamw",), "muon": ("assignment=unconstrained",)}
 RATES = {"adamw": ("optim.adamw.lr", 4e-3), "muon": ("optim.muon.lr", 0.05)}
 START = "init.residual_scale"  # of c_proj: how far the sublayers turn the stream before they have learned
@@ -34,10 +33,10 @@ def by_optimizer(study: Study) -> dict[str, dict[str, list[RecordedRun]]]:
     return found
 
 
-def with_scales(study: Study) -> list[tuple[str, list[RecordedRun]]]:
-    """A title and the runs of each case whose rule has learned numbers of a sublayer, for the picture of the scales."""
+def runs_of(study: Study, rule_start: str) -> list[tuple[str, list[RecordedRun]]]:
+    """A title and the runs of each case whose rule begins so, for the picture of what it learns of each sublayer."""
     cases = study.grouped("optimizer", "residual").items()
-    return [(f"{optimizer}: {rule}", runs) for (optimizer, rule), runs in cases if rule in LEARNED]
+    return [(f"{optimizer}: {rule}", runs) for (optimizer, rule), runs in cases if rule.startswith(rule_start)]
 
 
 COLUMNS = [case("optimizer", "optimizer"), case("residual", "residual"), HELD_OUT, *TURN_COLUMNS, STATUS]
@@ -48,10 +47,11 @@ EXPERIMENT = Experiment(
     search=Search(searched),
     seeds="1,2,3",
     options={"trials": 5, "further_trials": 6},
+    measure=at_the_end,
     tables=lambda study: [contest_table(study, COLUMNS, opponents("residual", "pre_norm"))],
     figures={
         "turns.png": lambda study, path: turns(by_optimizer(study), path),
-        "scales.png": lambda study, path: draw_scales(with_scales(study), path),
+        "scales.png": lambda study, path: draw_scales(runs_of(study, "geonorm"), path),
         "trials.png": lambda study, path: loss_of_trials(trials_by(study, "optimizer", "residual"), path),
     },
     remark=lambda study: REMARK,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from scripts.analysis.contest import contest_table, opponents, trials_by
 from scripts.analysis.experiment_figures import loss_of_trials
+from scripts.analysis.figures import draw_scales
 from scripts.analysis.search import Search
 from scripts.experiments import residual_tuned
 
@@ -19,5 +20,8 @@ EXPERIMENT = replace(
     axes={"optimizer": residual_tuned.OPTIMIZERS, "residual": ARMS},
     search=Search(lambda study, case: residual_tuned.searched(study, {**case, "residual": "p_sphere"})),
     tables=lambda study: [contest_table(study, residual_tuned.COLUMNS, opponents("residual", "geodesic"))],
-    figures={"trials.png": lambda study, path: loss_of_trials(trials_by(study, "optimizer", "residual"), path)},
+    figures={
+        "scales.png": lambda study, path: draw_scales(residual_tuned.runs_of(study, "learned"), path),
+        "trials.png": lambda study, path: loss_of_trials(trials_by(study, "optimizer", "residual"), path),
+    },
 )
