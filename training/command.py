@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,7 +21,15 @@ from omegaconf import OmegaConf
 
 from training.config import CONFIGS, error_of_words, resolved
 from training.help import help_text
-from training.overrides import REFUSALS, jobs_of, parsed, problems_of_words, refuse_values_for_groups, swept_keys
+from training.overrides import (
+    REFUSALS,
+    jobs_of,
+    keys_set,
+    parsed,
+    problems_of_words,
+    refuse_values_for_groups,
+    swept_keys,
+)
 from training.validate import ConfigError
 
 EXTRAS = (
@@ -112,13 +121,14 @@ def _job(config: Any, jobs: int | None) -> float:
     from training.launch import RankFailed, launch, tell_user
     from training.sweep import hydra_job
 
+    given = keys_set(HydraConfig.get().overrides.task, config)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return report(hydra_job(config, jobs))
+        return report(hydra_job(config, jobs, given))
     try:
         cfg = read(resolved(config))
         if "RANK" not in os.environ:  # each rank checks in `train`; the message is printed once
             check(cfg)
-        return report(launch(train, cfg, None, USER_ERRORS))
+        return report(launch(partial(train, given=given), cfg, None, USER_ERRORS))
     except (*USER_ERRORS, RankFailed) as error:
         raise SystemExit(tell_user(error)) from None
 

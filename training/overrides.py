@@ -6,6 +6,7 @@ Hydra stops at the first word that it does not know, and does not say what else 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -71,6 +72,25 @@ def parsed(words: Sequence[str]) -> Iterator[Override]:
 def swept_keys(words: Sequence[str]) -> list[str]:
     """The keys to which words of a command line give several values."""
     return [override.key_or_group for override in parsed(words) if override.is_sweep_override()]
+
+
+def keys_set(words: Sequence[str], config: DictConfig) -> list[str]:
+    """The dotted keys of the settings that words of a command line set, but not of those to which another setting refers.
+
+    `config` is the configuration of these words, with its references.
+    """
+    referred = re.findall(r"\$\{([\w.]+)\}", OmegaConf.to_yaml(config))
+    keys = [key for override in parsed(words) for key in _leaves(override.key_or_group, override.value())]
+    return [key for key in dict.fromkeys(keys) if key not in referred]
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    """The dotted keys of all values in a mapping; the key itself for any other value."""
+    if not isinstance(value, dict) or not value:
+        yield key
+    else:
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}", item)
 
 
 def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
