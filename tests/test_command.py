@@ -186,6 +186,7 @@ def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
         (watch.main, ["run", "stalled_s=-5"], "stalled_s=-5.0 is no time without news"),
         (experiment.main, ["crossing", "trials=3"], "trials=3 has no effect: this experiment searches nothing"),
         (experiment.main, ["crossing", "workers=-1"], "workers=-1 is below 0"),
+        (experiment.main, ["crossing", "hydra/launcher=null"], "hydra/launcher has no choice null; give a name"),
         (data_bench.main, ["/nowhere"], "there is no file /nowhere"),
     ],
 )
