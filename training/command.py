@@ -121,7 +121,10 @@ def _job(config: Any, jobs: int | None) -> float:
     from training.launch import RankFailed, launch, tell_user
     from training.sweep import hydra_job
 
-    given = keys_set(HydraConfig.get().overrides.task, config)
+    words: Any = OmegaConf.to_container(
+        HydraConfig.get().overrides.task
+    )  # a word may have a reference, which means nothing there
+    given = keys_set(words, config)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return report(hydra_job(config, jobs, given))
     try:
