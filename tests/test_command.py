@@ -74,8 +74,8 @@ WRONG = {
     "foo=1": "foo is no setting; python train.py --help lists the settings",
     "average=null": "average has no choice null; choose one of ema, none, window",
     "attention=1": "attention has no choice 1; choose one of gated,",
-    "optim.library.settings.eps=1e-6": "optim.library.settings.eps is given by no file; with an optimizer that has it, such as "
-    "optim=sgd, write +optim.library.settings.eps=1e-6",
+    "optim.library.settings.eps=1e-6": "optim.library.settings.eps is not in the chosen file of configs/optim; "
+    "write +optim.library.settings.eps=1e-6, beside an optimizer of a library, such as optim=adamw",
     "max_steps": "max_steps has no value; write max_steps=<value>",
     "seed=1,2": "seed=1,2 gives several values; add -m for a sweep",
     "name='a": "name='a cannot be read; put a value with spaces",
@@ -110,6 +110,8 @@ def test_a_group_without_the_name_of_a_choice_is_a_mistake(word, train_here, cap
 
 
 def test_a_library_optimizer_takes_settings_that_its_file_does_not_name():
+    with pytest.raises(ConfigError, match=r"; write \+optim\.library\.settings\.dampening=0\.1$"):
+        compose(["optim=sgd", "optim.library.settings.dampening=0.1"])
     library = compose(["optim=sgd", "+optim.library.settings.dampening=0.1"]).optim.library
     assert library.settings["dampening"] == 0.1
 
