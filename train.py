@@ -22,7 +22,7 @@ if __name__ == "__main__":
     raise SystemExit(run_command(__doc__))
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -50,18 +50,18 @@ from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
 from training.stability import Stability
-from training.start import open_log, print_start, shortened
+from training.start import open_log, print_start, shortened, without_effect
 from training.step import FiniteGuard, accumulate, clip, host_tokens, micro_batch_size
 from training.trace import Trace
 
 
-def train(cfg: Settings, directory: Path | None = None, label: str = "") -> float:
+def train(cfg: Settings, directory: Path | None = None, label: str = "", given: Sequence[str] = ()) -> float:
     """Train a configuration to its end; returns the best validation loss (nats a token).
 
     Args:
         cfg: from `training.config.compose`.
         directory: where the run is written; None if the configuration decides.
-        label: which job of a sweep this is, for the progress bar.
+        label: which job of a sweep this is, for the progress bar. given: keys that the user set; a remark names those without effect.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written. InUse, a ConfigError: another process writes this run.
@@ -71,7 +71,7 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "") -> floa
     ranks = Ranks.init(cfg)
     try:
         with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as folder:
-            run = Run(ranks, cfg, folder, label)
+            run = Run(ranks, cfg, folder, label, given)
             if run.finished and ranks.from_main(end_of, folder):
                 return run.stability.best  # it had ended before
             if stop.requested(ranks):
@@ -85,7 +85,7 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "") -> floa
 class Run:
     """The training of a configuration on one rank. Every rank computes its part of each batch; only rank 0 writes."""
 
-    def __init__(self, ranks: Ranks, cfg: Settings, directory: Path, label: str = "") -> None:
+    def __init__(self, ranks: Ranks, cfg: Settings, directory: Path, label: str, given: Sequence[str]) -> None:
         self.ranks, self.cfg, self.directory, self.label = ranks, cfg, directory, label
         self.device, dtype = ranks.device, resolve_device(cfg)[1]
         if self.device.type == "cuda":
@@ -128,7 +128,7 @@ class Run:
         self.val_loss = resumed.metric if resumed is not None else None  # of the current weights; None: not computed
         if ranks.is_main:
             cut = shortened(cfg, ranks.world, len(self.observer.held_out), len(self.observer.probe_windows))
-            remarks = [*cut, *resumption(resumed, cfg, notes)]
+            remarks = [*without_effect(cfg, given), *cut, *resumption(resumed, cfg, notes)]
             print_start(cfg, ranks, directory, self.model, self.optimizers, self.attention, remarks)
 
     @property

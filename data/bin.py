@@ -119,6 +119,11 @@ def layout(path: Path) -> tuple[int, int]:
             raise DataError(
                 f"{path} has {size:,} bytes, an odd number, so it is truncated or not of uint16; get it again"
             )
+        if wider := _wider(start):
+            raise DataError(
+                f"{path} looks like {wider}, and tokens here are uint16; if all ids are below 65,536, convert it with NumPy: "
+                f"np.fromfile('{path}', np.{wider}).astype(np.uint16).tofile('new.bin'); if not, use files of a smaller vocabulary"
+            )
         return 0, size // TOKEN.itemsize
     if len(start) < 256:
         raise DataError(f"{path} ends within its header of {HEADER} bytes; get it again")
@@ -131,3 +136,11 @@ def layout(path: Path) -> tuple[int, int]:
         how = "truncated" if there < tokens else "not what its header says"
         raise DataError(f"{path} is {how}: {tokens:,} tokens in its header, {there:,.10g} in the file; get it again")
     return HEADER, tokens
+
+
+def _wider(start: np.ndarray) -> str | None:
+    """The wider type of which tokens seem to be, from the first bytes as int32 (256,): read as uint16, every second token is almost 0."""
+    most = 3  # of the upper two bytes: no vocabulary has more than 262,144 ids
+    if len(start) < 32 or not 0 <= start.min() <= start.max() < (most + 1) << 16 or (start & 0xFFFF).max() <= most:
+        return None
+    return "uint32" if start[1::2].any() else "uint64"

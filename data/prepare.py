@@ -281,11 +281,10 @@ def _size(size: float) -> str:
 
 def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int:
     """The command; returns its exit code: 2 if the configuration or the data has a problem."""
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     from training.help import help_text
-    from training.overrides import REFUSALS, problems_of_words
+    from training.overrides import REFUSALS, composed, problems_of_words
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
@@ -295,8 +294,7 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
     from training.validate import ConfigError
 
     try:
-        with initialize_config_dir(str(configs), version_base="1.3"):
-            cfg = read_data(OmegaConf.to_container(compose("config", overrides=arguments).data, resolve=True))
+        cfg = read_data(OmegaConf.to_container(composed(arguments, configs).data, resolve=True))
         if not isinstance(cfg, Source):
             print(
                 f"data={cfg.source} reads tokens that are there already; check them with: python -m data.verify {cfg.dir}"
@@ -307,9 +305,9 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
     except REFUSALS as error:
         problems, rest = problems_of_words(arguments, configs=configs)
         if problems:
-            with contextlib.suppress(*REFUSALS), initialize_config_dir(str(configs), version_base="1.3"):
+            with contextlib.suppress(*REFUSALS):
                 try:  # wrong values among the other words
-                    read_data(OmegaConf.to_container(compose("config", overrides=rest).data, resolve=True))
+                    read_data(OmegaConf.to_container(composed(rest, configs).data, resolve=True))
                 except ConfigError as wrong:
                     problems += wrong.problems
         print(ConfigError(problems or [str(error)]), file=sys.stderr)

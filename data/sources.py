@@ -128,6 +128,10 @@ def _expand(patterns: str | Iterable[str], key: str) -> list[Path]:
     paths: set[Path] = set()
     for pattern in _as_list(patterns):
         files = set(map(Path, _matching(pattern)))
+        if not files and os.path.isdir(os.path.expanduser(pattern)):
+            raise DataError(
+                f"data.{key}={pattern} is a folder; name the files in it: 'data.{key}={pattern.rstrip('/')}/**/*.txt'"
+            )
         if not files:
             raise DataError(f"no file matches {pattern!r}; correct data.{key} (globs are relative to {Path.cwd()})")
         paths |= files

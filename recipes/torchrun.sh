@@ -14,5 +14,10 @@ cd "$(dirname "$0")/.."
 : "${PORT:=29500}"     # a free port there
 : "${NAME:=run}"
 : "${TORCHRUN:=$([ -x .venv/bin/torchrun ] && echo .venv/bin/torchrun || echo torchrun)}"
+for word in "GPUS=$GPUS" "NODES=$NODES"; do
+  [[ ${word#*=} =~ ^[1-9][0-9]*$ ]] && continue
+  echo "$word is not a whole number above 0; give one, such as ${word%%=*}=1" >&2
+  exit 2
+done
 exec "$TORCHRUN" --nnodes="$NODES" --node_rank="$NODE" --nproc_per_node="$GPUS" --master_addr="$HEAD" --master_port="$PORT" \
   train.py output_dir="outputs/$NAME" resume=auto device=cuda "$@"

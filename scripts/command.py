@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,28 @@ class UsageError(Exception):
     """The command line is wrong. The message names the cause and the remedy."""
 
 
-def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def parse(
+    arguments: Sequence[str],
+    defaults: Mapping[str, Any],
+    problems_of: Callable[[list[str], dict[str, Any]], Iterable[str]] = lambda others, options: (),
+) -> tuple[list[str], dict[str, Any]]:
     """Split a command line into its other arguments and the options named in `defaults`, each of its default's type.
 
     The directories of a sweep have a `=` in their names. So an argument that does not begin with a known key is an other argument, unless
-    the key is almost one of them, and no setting of train.py.
+    the key is almost one of them, and no setting of train.py. problems_of: what else is wrong with the two, a line each; an option whose
+    value is not of its type has its default there.
 
     Raises:
-        UsageError: a key is misspelt, or a value is not of the option's type.
+        UsageError: a key is misspelt, or a value is not of the option's type, or there are other problems. The message lists all.
     """
     others, options, problems = [], dict(defaults), []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in defaults:
-            others.append(argument)
             near = get_close_matches(key, list(defaults), 1, _ALMOST) if equals and key.isidentifier() else []
-            problems += [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
+            misspelt = [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
+            problems += misspelt
+            others += [] if misspelt else [argument]
             continue
         kind = type(defaults[key])
         if kind is bool:
@@ -49,8 +55,20 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[s
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             problems.append(f"{key}={value} is not {what}; give one, such as {key}={defaults[key]}")
-    refuse(problems)
+    refuse([*problems, *problems_of(others, options)])
     return others, options
+
+
+def problems_of_run(others: list[str], options: dict[str, Any]) -> list[str]:
+    """What is wrong with the words besides the options, where they must be the directory of one run."""
+    known = ", ".join(f"{key}=" for key in options)
+    wrong = [
+        word for word in others if word.partition("=")[0].isidentifier() and "=" in word and not Path(word).exists()
+    ]
+    found = [f"{word} is no option; choose of {known}" for word in wrong]
+    if len(others) - len(wrong) != 1:
+        found.append(f"name one run and, if you like, {known}; see --help")
+    return found
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -39,8 +39,9 @@ from data.tokenizer import get_tokenizer
 from model.gpt import GPT
 from scripts.analysis.runs import load_model, require_text
 from scripts.analysis.tables import Table
-from scripts.command import UsageError, parse, refuse, run
+from scripts.command import UsageError, parse, problems_of_run, run
 from training.data import open_data, separator_of
+from training.overrides import group_choices
 from training.settings import Settings, completed, read_sound
 
 EVALUATE_OPTIONS = {
@@ -116,14 +117,20 @@ def data_of(cfg: Settings, folder: str) -> Dataset:
     """The data in a folder, prepared or as data=bin reads it, or that of the run.
 
     Raises:
-        UsageError: it was prepared with another tokenizer. DataError: it cannot be read.
+        UsageError: there is none, or it was prepared with another tokenizer. DataError: it cannot be read.
     """
     if not folder:
         return open_data(cfg)
     path, wanted = Path(folder), cfg.data.tokenizer
+    if not path.exists():
+        name = path.name if path.name in group_choices("data") else "<name>"
+        raise UsageError(
+            f"there is no prepared data in {folder}; give the folder of some, such as data=data/prepared/{name}, which "
+            f"python -m data.prepare data={name} data.tokenizer={wanted} makes"
+        )
     if not (path / MANIFEST).exists() and any(path.glob("*.bin")):
         return bin_of(path, tokenizer=wanted, vocab_size=cfg.data.vocabulary()).open()
-    if path.exists() and not (path / MANIFEST).exists():
+    if not (path / MANIFEST).exists():
         text = f"{folder}/*.txt" if path.is_dir() else folder
         raise UsageError(
             f"data={folder} is no prepared data; prepare text with: python -m data.prepare data=text data.name=mine "
@@ -149,9 +156,7 @@ def multiples_of(contexts: str) -> list[int]:
 
 def problems_of(others: list[str], options: dict[str, Any]) -> list[str]:
     """A line for everything that is wrong with the command line."""
-    found = []
-    if len(others) != 1:
-        found.append(f"name one run and, if you like, {', '.join(f'{key}=' for key in EVALUATE_OPTIONS)}; see --help")
+    found = problems_of_run(others, options)
     if not multiples_of(options["contexts"]):
         found.append(
             f"contexts={options['contexts']} is not a list of whole numbers above 0; give one, such as contexts=1,2,4"
@@ -171,8 +176,7 @@ def problems_of(others: list[str], options: dict[str, Any]) -> list[str]:
 
 def work(arguments: list[str]) -> int:
     """Print the tables."""
-    others, options = parse(arguments, EVALUATE_OPTIONS)
-    refuse(problems_of(others, options))
+    others, options = parse(arguments, EVALUATE_OPTIONS, problems_of)
     model, config, step = load_model(others[0])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     cfg = read_sound(completed(config))[0]

@@ -37,7 +37,7 @@ from scripts.analysis.search import SEARCH_OPTIONS
 from scripts.analysis.study import Experiment, Study
 from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run
 from training.command import refusal
-from training.overrides import hint
+from training.overrides import hint, refuse_values_for_groups
 from training.validate import problems_of_directory
 
 EXPERIMENT_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
@@ -129,6 +129,7 @@ def work(arguments: list[str]) -> int:
     study, own, launcher = study_of(load_experiment(name), rest)
     if launcher and (refused := refusal(launcher)):
         raise UsageError(refused)
+    refuse_values_for_groups(launcher)
     output_dir = Path(own["output_dir"] or f"outputs/{name}")
     results = Path(own["results"] or ROOT / "results" / name)
     refuse([*problems_of_directory(output_dir), *problems_of_directory(results, "results")])

@@ -46,7 +46,7 @@ from scripts.analysis.experiment_figures import probe_curves
 from scripts.analysis.figures import sign
 from scripts.analysis.runs import model_of, read_run
 from scripts.analysis.tables import Table
-from scripts.command import UsageError, parse, refuse, run
+from scripts.command import UsageError, parse, problems_of_run, refuse, run
 from training.checkpoint import load
 from training.data import open_data
 from training.settings import completed, read_sound
@@ -102,9 +102,9 @@ def layer_table(model: GPT, x: torch.Tensor) -> tuple[str, dict[str, Any]]:
 
 def work(arguments: list[str]) -> int:
     """Print the tables, and draw the picture if figures= is given."""
-    others, options = parse(arguments, {"windows": 4, "figures": ""})
-    if len(others) != 1 or options["windows"] < 1:
-        raise UsageError("name one run and, if you like, windows= (at least 1) and figures=; see --help")
+    others, options = parse(arguments, {"windows": 4, "figures": ""}, problems_of_run)
+    if options["windows"] < 1:
+        raise UsageError(f"windows={options['windows']} must be at least 1")
     directory = Path(others[0])
     if options["figures"]:
         refuse(problems_of_directory(Path(options["figures"]), "figures"))

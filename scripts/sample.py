@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from data.tokenizer import END_OF_TEXT, UNKNOWN, Tokenizer, get_tokenizer
 from model.generate import Sampling, stream
 from model.gpt import GPT
 from scripts.analysis.runs import load_model, require_text
-from scripts.command import UsageError, parse, refuse, run
+from scripts.command import UsageError, parse, problems_of_run, run
 
 SAMPLE_OPTIONS = {
     "prompt": "",
@@ -94,20 +95,21 @@ def prompts_of(prompt: str, file: str) -> list[str]:
     return lines
 
 
+def problems_of(others: list[str], options: dict[str, Any]) -> list[str]:
+    """A line for everything that is wrong with the command line."""
+    wrong = {
+        "tokens={tokens} must be at least 1": options["tokens"] < 1,
+        "temperature={temperature} must be a number of at least 0": not 0 <= options["temperature"] < math.inf,
+        "top_k={top_k} must be at least 0; 0 draws from the whole vocabulary": options["top_k"] < 0,
+        "top_p={top_p} must be above 0 and at most 1": not 0 < options["top_p"] <= 1,
+        "seed={seed} must be at least 0 and below 2^63": not 0 <= options["seed"] < 2**63,
+    }
+    return problems_of_run(others, options) + [text.format(**options) for text, holds in wrong.items() if holds]
+
+
 def work(arguments: list[str]) -> int:
     """Print samples."""
-    others, options = parse(arguments, SAMPLE_OPTIONS)
-    wrong = {
-        f"name one run and, if you like, {', '.join(f'{k}=' for k in SAMPLE_OPTIONS)}; see --help": len(others) != 1,
-        f"tokens={options['tokens']} must be at least 1": options["tokens"] < 1,
-        f"temperature={options['temperature']} must be a number of at least 0": not 0
-        <= options["temperature"]
-        < math.inf,
-        f"top_k={options['top_k']} must be at least 0; 0 draws from the whole vocabulary": options["top_k"] < 0,
-        f"top_p={options['top_p']} must be above 0 and at most 1": not 0 < options["top_p"] <= 1,
-        f"seed={options['seed']} must be at least 0 and below 2^63": not 0 <= options["seed"] < 2**63,
-    }
-    refuse([problem for problem, holds in wrong.items() if holds])
+    others, options = parse(arguments, SAMPLE_OPTIONS, problems_of)
     tokens, seed = options["tokens"], options["seed"]
     sampling = Sampling(options["temperature"], options["top_k"] or None, options["top_p"])
     prompts = prompts_of(options["prompt"], options["prompts"])

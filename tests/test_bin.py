@@ -100,6 +100,13 @@ DAMAGE = {
     "truncated": (speedrun, damage("fineweb_val_000000.bin", with_header(IDS)[:-2]), r"truncated: 6,000 .*5,999 in"),
     "longer": (speedrun, damage("fineweb_val_000000.bin", with_header(IDS, count=9)), r"not what its header says: 9 "),
     "4 bytes": (speedrun, damage("fineweb_val_000000.bin", with_header(IDS, magic=20240801)), r"tokens of 4 bytes"),
+    "uint32": (nanogpt, damage("train.bin", IDS.astype("<u4").tobytes()), r"like uint32, .*\.astype\(np\.uint16\)"),
+    "large ids": (
+        nanogpt,
+        damage("val.bin", (IDS.astype("<u4") * 2).tobytes()),
+        r"like uint32, .*a smaller vocabulary",
+    ),
+    "int64": (nanogpt, damage("val.bin", IDS.astype("<i8").tobytes()), r"like uint64, and tokens here are uint16"),
     "mixed": (speedrun, damage("fineweb_train_000002.bin", IDS.tobytes()), r"have a header and some have none"),
     "one kind": (speedrun, damage("fineweb_val_000000.bin", IDS.tobytes()), r"only one of .* has a header"),
 }

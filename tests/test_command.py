@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT
 
 from data import bench as data_bench
+from data import prepare
 from scripts import bench, evaluate, experiment, probe, report, reproduce, sample, watch
 from scripts.command import UsageError, parse
 from training.command import run_command
@@ -70,6 +71,11 @@ WRONG = {
     "assignment.rules.mlp.c_fc=dgram": "assignment.rules.mlp.c_fc is no rule of this assignment; rules of your own belong to",
     "assignment.rules={mlp.c_fc: dgram}": "assignment.rules={mlp.c_fc: dgram}: rules of your own belong to assignment=custom",
     "~foobar": "foobar is no setting; python train.py --help lists the settings",
+    "foo=1": "foo is no setting; python train.py --help lists the settings",
+    "average=null": "average has no choice null; choose one of ema, none, window",
+    "attention=1": "attention has no choice 1; choose one of gated,",
+    "optim.library.settings.eps=1e-6": "optim.library.settings.eps is not in the chosen file of configs/optim; "
+    "write +optim.library.settings.eps=1e-6, beside an optimizer of a library, such as optim=adamw",
     "max_steps": "max_steps has no value; write max_steps=<value>",
     "seed=1,2": "seed=1,2 gives several values; add -m for a sweep",
     "name='a": "name='a cannot be read; put a value with spaces",
@@ -87,6 +93,33 @@ def test_all_misspelt_words_are_named_at_once_with_what_was_meant():
     ]
     assert problems_of_words(["seed=1,2", "assignment=hetero,adamw"], sweep=True)[0] == []
     assert problems_of_words(["hydra/launcher=basic", "seed=1"])[0] == []  # Hydra has choices that configs/ does not
+
+
+@pytest.mark.parametrize("word", ["transfer=null", "experiment=1", "model=[null]", "hydra/launcher=null"])
+def test_a_group_without_the_name_of_a_choice_is_a_mistake(word, train_here, capsys):
+    group, _, value = word.partition("=")
+    said = f"{group} has no choice {value.strip('[]')}; "
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compose([word])
+    done = train_here(word, "max_stepz=3")
+    assert done.returncode == 2 and said in done.stderr and "max_stepz is no setting" in done.stderr
+    if word == "transfer=null":
+        done = train_here("--cfg", "job", word)
+        assert done.returncode == 2 and said + "choose one of none, nu" in done.stderr
+        assert prepare.main([word]) == 2 and said in capsys.readouterr().err
+
+
+def test_a_library_optimizer_takes_settings_that_its_file_does_not_name():
+    with pytest.raises(ConfigError, match=r"; write \+optim\.library\.settings\.dampening=0\.1$"):
+        compose(["optim=sgd", "optim.library.settings.dampening=0.1"])
+    library = compose(["optim=sgd", "+optim.library.settings.dampening=0.1"]).optim.library
+    assert library.settings["dampening"] == 0.1
+
+
+def test_an_interval_needs_a_sweeper_that_chooses_values(train_here):
+    done = train_here("-m", "optim.muon.lr=interval(0.1,1)")
+    assert done.returncode == 2 and done.stderr.startswith("optim.muon.lr=interval(0.1,1) needs a sweeper")
+    assert "hydra/sweeper=optuna" in done.stderr and "list the values: optim.muon.lr=0.1,1\n" in done.stderr
 
 
 def test_words_with_dashes_are_answered_with_the_command_that_was_meant(monkeypatch, capsys):
@@ -155,6 +188,7 @@ def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
         (watch.main, ["run", "stalled_s=-5"], "stalled_s=-5.0 is no time without news"),
         (experiment.main, ["crossing", "trials=3"], "trials=3 has no effect: this experiment searches nothing"),
         (experiment.main, ["crossing", "workers=-1"], "workers=-1 is below 0"),
+        (experiment.main, ["crossing", "hydra/launcher=null"], "hydra/launcher has no choice null; give a name"),
         (data_bench.main, ["/nowhere"], "there is no file /nowhere"),
     ],
 )

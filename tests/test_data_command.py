@@ -53,6 +53,7 @@ def test_the_command_prepares_and_summarises(tmp_path, configs, capsys):
     [
         (["data=text"], 2, "data.files names no file"),
         (["data=text", "data.files=none/*.txt"], 2, "no file matches 'none/*.txt'; correct data.files"),
+        (["data=text", "data.files=/"], 2, "data.files=/ is a folder; name the files in it: 'data.files=/**/*.txt'"),
         (["data=text", "data.tokenizer=char"], 2, "data.tokenizer is 'char'; choose bytes or gpt2"),
         (
             ["data=text", "data.source=web"],

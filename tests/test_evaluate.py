@@ -113,7 +113,15 @@ def test_other_data_and_longer_contexts(tiny_data, tmp_path, capsys):
             "whole numbers above 0; give one, such as contexts=1,2,4\nwindows=-1 is below 0",
         ),
         (["{run}", "contexts=2"], "every position is learned"),
+        (
+            ["{run}", "foo=1", "windows=many", "split=test"],
+            "whole number; give one, such as windows=0\nfoo=1 is no option; choose",
+        ),
         (["{run}", "data={tmp}/none"], "there is no prepared data"),
+        (
+            ["{run}", "data=books"],
+            "such as data=data/prepared/books, which python -m data.prepare data=books data.tokenizer=bytes",
+        ),
         (["{run}", "data={run}/config.yaml"], "is no prepared data; prepare text with: python -m data.prepare"),
         (["{run}", "tasks=hellaswag"], "pip install -e '.[eval]'"),
     ],

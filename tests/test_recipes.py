@@ -81,6 +81,14 @@ def test_what_they_start(gpus, nodes, options, stubbed, tmp_path):
     assert overrides == [f"output_dir=outputs/{SKY['envs']['NAME']}", "resume=auto", "device=cuda", *options]
 
 
+@pytest.mark.parametrize("word", ["GPUS=0", "GPUS=a", "NODES=-1"])
+def test_an_impossible_number_of_ranks_starts_nothing(word, stubbed, tmp_path):
+    name, _, value = word.partition("=")
+    done = subprocess.run([RECIPES / "torchrun.sh"], env={**stubbed, name: value}, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.glob("torchrun*"))
+    assert done.stderr == f"{word} is not a whole number above 0; give one, such as {name}=1\n"
+
+
 def test_the_defaults_of_skypilot_are_sound():
     check(compose(SKY["envs"]["OPTIONS"].split()), 8)
     compose(SKY["envs"]["PREPARE"].split())

@@ -67,6 +67,13 @@ def test_text_is_printed_while_it_is_drawn(run, monkeypatch):  # noqa: F811
     [
         (["top_p=0", "tokens=0"], "tokens=0 must be at least 1\ntop_p=0.0 must be above 0"),
         (["speed=fast"], "true or false"),
+        (["foo=1"], "foo=1 is no option; choose of prompt=, prompts=, tokens="),
+        (["tokns=9", "top_k=-1"], "tokns= is no option; did you mean tokens=?\ntop_k=-1 must be at least 0"),
+        (
+            ["temperature=-1", "top_k=0", "top_p=2", "seed=x"],
+            "seed=x is not a whole number; give one, such as seed=0\n"
+            "temperature=-1.0 must be a number of at least 0\ntop_p=2.0 must be above 0 and at most 1\n",
+        ),
         (["prompts={tmp}/none.txt"], "cannot be read"),
         (["prompts={tmp}/empty.txt"], "is empty"),
         (["prompts={tmp}/one.txt", "prompt=x"], "give one prompt, or a file"),

@@ -257,6 +257,17 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
             "optim.muon.rule.kind=published",
             "optim.muon.rule has the settings of another kind; choose all of them with optim=, of which",
         ),
+        (
+            "residual.rule=geonorm",
+            "1 problem; nothing was written:\n  - residual.rule is 'geonorm', but residual has the settings of",
+        ),
+        ("residual.rule=geonorm", "another rule; choose all of them with residual=geonorm"),
+        ("average.kind=window", "but average has the settings of another kind; choose all of them with average=window"),
+        ("transfer.rule=nu", "choose all of them with transfer=nu"),
+        (
+            "data.source=text",
+            "1 problem; nothing was written:\n  - data.source is 'text', but data has the settings of another source",
+        ),
         ("model=gpt2", "model has no choice gpt2; did you mean gpt2_124m, "),
         ("optim.muon.rate=1", "optim.muon.rate is no setting; python train.py --help lists the settings"),
         ("optim.adamw.betas=[0.9]", "give a list of 2, and for each item a number of at least 0 and below 1"),

@@ -8,18 +8,28 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from training.config import CONFIGS, error_of_words, resolved
 from training.help import help_text
-from training.overrides import REFUSALS, jobs_of, parsed, problems_of_words, swept_keys
+from training.overrides import (
+    REFUSALS,
+    jobs_of,
+    keys_set,
+    parsed,
+    problems_of_words,
+    refuse_values_for_groups,
+    swept_keys,
+)
 from training.validate import ConfigError
 
 EXTRAS = (
@@ -65,6 +75,7 @@ def run_command(about: str) -> int:
         return _job(config, len(jobs) if jobs is not None else None)
 
     try:
+        refuse_values_for_groups(given.overrides)
         run()
     except REFUSALS as error:
         if not composed:
@@ -110,13 +121,17 @@ def _job(config: Any, jobs: int | None) -> float:
     from training.launch import RankFailed, launch, tell_user
     from training.sweep import hydra_job
 
+    words: Any = OmegaConf.to_container(
+        HydraConfig.get().overrides.task
+    )  # a word may have a reference, which means nothing there
+    given = keys_set(words, config)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return report(hydra_job(config, jobs))
+        return report(hydra_job(config, jobs, given))
     try:
         cfg = read(resolved(config))
         if "RANK" not in os.environ:  # each rank checks in `train`; the message is printed once
             check(cfg)
-        return report(launch(train, cfg, None, USER_ERRORS))
+        return report(launch(partial(train, given=given), cfg, None, USER_ERRORS))
     except (*USER_ERRORS, RankFailed) as error:
         raise SystemExit(tell_user(error)) from None
 
@@ -145,6 +160,12 @@ def refusal(arguments: Sequence[str]) -> str | None:
 
             if why := refused_name(override.value()):
                 return f"sweep.name {why}"
+        ends = override.value()
+        if sweep and isinstance(ends, IntervalSweep) and not any(a.startswith("hydra/sweeper=") for a in arguments):
+            return (
+                f"{override.input_line} needs a sweeper that chooses values: hydra/sweeper=optuna, of pip install -e '.[hpo]'; "
+                f"or list the values: {override.key_or_group}={ends.start:g},{ends.end:g}"
+            )
     if "RANK" not in os.environ or not sweep:
         return None
     # Every rank would start its own sweep, and the second job would find the process group of the first.

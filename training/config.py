@@ -39,14 +39,10 @@ def compose_plain(overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: a key or a choice is wrong; the message lists wrong values too.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
-    from training.overrides import REFUSALS
+    from training.overrides import REFUSALS, composed
 
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return resolved(hydra_compose("config", list(overrides)))
+        return resolved(composed(overrides))
     except REFUSALS as error:
         raise error_of_words(overrides, error) from None
 

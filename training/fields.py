@@ -354,17 +354,15 @@ class Variant(Kind):
         if unknown:
             return unknown
         section = Section(self.types[name], name)
-        found = section.wrong(key, value)
-        if any(p.missing for p in found) and any(other not in section.kinds for other in value):
-            group = key.partition(".")[0]
-            return [
-                Problem(
-                    _dotted(key, self.by),
-                    f"{key}.{self.by} is '{name}', but {key} has the settings of another {self.by}; choose all of them with {group}=, "
-                    f"of which python train.py {group}= --help lists the choices",
-                )
-            ]
-        return found
+        absent = [_dotted(key, other) for other in section.kinds if other not in value]
+        if not absent:
+            return section.wrong(key, value)
+        group = key.partition(".")[0]
+        remedy = f"choose all of them with {group}="
+        remedy += name if key == group else f", of which python train.py {group}= --help lists the choices"
+        why = f"{key}.{self.by} is '{name}', but {key} has the settings of another {self.by}; {remedy}"
+        own = section.wrong(key, {other: value[other] for other in section.kinds if other in value})
+        return [Problem(absent[0], why), *(problem for problem in own if problem.key not in absent)]
 
     def read(self, value: Any) -> Any:
         return Section(self.types[value[self.by]]).read(value)

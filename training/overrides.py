@@ -6,6 +6,7 @@ Hydra stops at the first word that it does not know, and does not say what else 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -17,17 +18,19 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.config import CONFIGS
+from training.fields import shown
 
 REFUSALS = (HydraException, OmegaConfBaseException)
 """The errors of Hydra for a word that it refuses."""
 
 _MOST_HINTS = 3
 
+_LIBRARY = "optim.library.settings"
 _RULES = "assignment.rules"
 _OWN_RULES = (
     f"rules of your own belong to assignment=custom: assignment=custom '{_RULES}={{attn: stiefel, mlp: dgram}}'"
@@ -71,6 +74,25 @@ def swept_keys(words: Sequence[str]) -> list[str]:
     return [override.key_or_group for override in parsed(words) if override.is_sweep_override()]
 
 
+def keys_set(words: Sequence[str], config: DictConfig) -> list[str]:
+    """The dotted keys of the settings that words of a command line set, but not of those to which another setting refers.
+
+    `config` is the configuration of these words, with its references.
+    """
+    referred = re.findall(r"\$\{([\w.]+)\}", OmegaConf.to_yaml(config))
+    keys = [key for override in parsed(words) for key in _leaves(override.key_or_group, override.value())]
+    return [key for key in dict.fromkeys(keys) if key not in referred]
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    """The dotted keys of all values in a mapping; the key itself for any other value."""
+    if not isinstance(value, dict) or not value:
+        yield key
+    else:
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}", item)
+
+
 def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
     """The jobs of a sweep over all combinations, in order: what distinguishes each (`seed=1,optim.muon.lr=0.1`), and all its overrides.
 
@@ -85,6 +107,33 @@ def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
         own = {word: f"{word.partition('=')[0]}={value}" for word, value in zip(swept, values)}
         jobs.append((",".join(own.values()), [own.get(word, word) for word, _ in plain]))
     return jobs
+
+
+def composed(words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
+    """Hydra's configuration of these words, with its references.
+
+    Raises:
+        HydraException, OmegaConfBaseException: see REFUSALS.
+    """
+    refuse_values_for_groups(words, configs)
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        return compose("config", list(words))
+
+
+def refuse_values_for_groups(words: Sequence[str], configs: Path = CONFIGS) -> None:
+    """Refuse what is no name of a choice, such as null in average=null. Hydra has errors for programmers there.
+
+    Raises:
+        ConfigCompositionException: there is such a word.
+    """
+    for override in parsed(words):
+        group = override.key_or_group
+        if override.is_delete() or override.is_sweep_override() or not ("/" in group or (configs / group).is_dir()):
+            continue
+        value = override.value()
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, str):
+                raise ConfigCompositionException(f"{group} has no choice {shown(item)}; give a name")
 
 
 def problems_of_words(
@@ -111,7 +160,10 @@ def problems_of_words(
         if name.startswith("hydra") or not (configs / name).is_dir() or override.is_delete():
             keys.append((name, single))
         elif wrong := [value for value in values if not (configs / name / f"{value}.yaml").exists()]:
-            found += [f"{name} has no choice {value}{hint(value, group_choices(name, configs))}" for value in wrong]
+            choices = group_choices(name, configs)
+            found += [
+                f"{name} has no choice {v}{hint('' if v == 'null' else v, choices)}" for v in wrong
+            ]  # null: no slip
             continue
         else:
             groups.append(single)
@@ -126,6 +178,9 @@ def problems_of_words(
             rest.append(word)
         elif name.startswith(f"{_RULES}.") and len(config["assignment"].get("rules") or ()):
             found.append(f"{name} is no rule of this assignment; {_OWN_RULES}")
+        elif name.startswith(f"{_LIBRARY}.") and not word.startswith("~"):
+            beside = "" if _has(config, _LIBRARY) else ", beside an optimizer of a library, such as optim=adamw"
+            found.append(f"{name} is not in the chosen file of configs/optim; write +{word}{beside}")
         elif mapping := _empty_mapping(name, config):
             key, value = name.removeprefix(f"{mapping}."), word.partition("=")[2]
             found.append(f"{name} is no setting; write '{mapping}={{{key}: {value}}}'")
@@ -156,7 +211,8 @@ def _values(override: Override) -> list[str]:
     """The values of an override as text; none if they cannot be listed, as those of an interval."""
     if not override.is_sweep_override():
         value = override.value()
-        return [str(item) for item in (value if isinstance(value, list) else [value])]
+        items = value if isinstance(value, list) else [value]
+        return [item if isinstance(item, str) else shown(item) for item in items]
     with suppress(AttributeError, NotImplementedError, HydraException):
         return [str(value) for value in override.sweep_string_iterator()]
     return []
@@ -184,7 +240,7 @@ def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: P
     near = near or [known for known, part in parts.items() if part == last]
     near = near or [known for known, part in parts.items() if part.startswith(f"{last}_")]
     near = near or get_close_matches(name, alike, 1, 0.7)
-    near = near or [known for known, part in parts.items() if part in get_close_matches(last, parts.values(), 1, 0.75)]
+    near = near or [known for known, part in parts.items() if part in get_close_matches(last, parts.values(), 1, 0.8)]
     meant = f"did you mean {_either(near[:_MOST_HINTS])}?" if near else "python train.py --help lists the settings"
     return f"{name} is no setting; {meant}"
 
@@ -233,8 +289,7 @@ def _tried(words: Sequence[str], configs: Path) -> tuple[DictConfig | None, Exce
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(configs), version_base="1.3"):
-            return compose("config", list(words)), None
+        return composed(words, configs), None
     except REFUSALS as error:
         return None, error
     finally:

@@ -99,10 +99,10 @@ def _where(names: Sequence[str], jobs: int) -> str:
     return f" (in {names[0]})" if len(names) == 1 else f" (in {len(names)} of {jobs} jobs; the first is {names[0]})"
 
 
-def hydra_job(config: Any, jobs: int | None = None) -> float:
+def hydra_job(config: Any, jobs: int | None = None, given: Sequence[str] = ()) -> float:
     """Run a job for one of Hydra's launchers, here or on a node of a cluster. If a job fails, the others are still run.
 
-    jobs: how many jobs the sweep has, if that is known.
+    jobs: how many jobs the sweep has, if that is known. given: see `train`.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import CompactHydraException
@@ -113,7 +113,7 @@ def hydra_job(config: Any, jobs: int | None = None) -> float:
     label = f"job {number}/{jobs}" if jobs else f"job {number}"
     print(f"\n{label}: {directory.name}", flush=True)
     try:
-        return run_job(partial(train, label=label), lambda: read(resolved(config)), directory)
+        return run_job(partial(train, label=label, given=given), lambda: read(resolved(config)), directory)
     except Exception as error:
         # the other jobs do write, so without the first line of a ConfigError
         why = "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
