@@ -37,6 +37,7 @@ from training.average import average_of
 from training.build import build
 from training.checks import check
 from training.data import batches_of, open_data, separator_of
+from training.effects import without_effect
 from training.init_from import start_from
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
@@ -50,7 +51,7 @@ from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
 from training.stability import Stability
-from training.start import open_log, print_start, shortened, without_effect
+from training.start import open_log, print_start, shortened
 from training.step import FiniteGuard, accumulate, clip, host_tokens, micro_batch_size
 from training.trace import Trace
 
@@ -61,7 +62,8 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "", given: 
     Args:
         cfg: from `training.config.compose`.
         directory: where the run is written; None if the configuration decides.
-        label: which job of a sweep this is, for the progress bar. given: keys that the user set; a remark names those without effect.
+        label: which job of a sweep this is, for the progress bar.
+        given: dotted keys that the user set; a remark names those that have no effect.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written. InUse, a ConfigError: another process writes this run.

@@ -4,8 +4,8 @@ import pytest
 
 from training.checks import check, read
 from training.config import resolved
+from training.effects import EFFECTS, without_effect
 from training.overrides import composed, keys_set
-from training.start import EFFECTS, without_effect
 
 NO_SIZE, NO_MATRIX = "no matrix has a size that is free to decay", "ManifoldMuon has no matrix"
 CASES = [
