@@ -62,8 +62,7 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "", given: 
     Args:
         cfg: from `training.config.compose`.
         directory: where the run is written; None if the configuration decides.
-        label: which job of a sweep this is, for the progress bar.
-        given: dotted keys that the user set; a remark names those that have no effect.
+        label: which job of a sweep this is. given: dotted keys that the user set, for remarks on those without effect.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written. InUse, a ConfigError: another process writes this run.
@@ -169,8 +168,7 @@ class Run:
                 if self.step % cfg.log.interval == 0 or self.step == cfg.max_steps:
                     self.read_back(log, *numbers)
             summary = end_summary(self.stability, self.elapsed, self.device)
-            own = {"time": self.phase.read(), "state_bytes": self.optimizers.state_bytes()}
-            log.write("end", self.step, **own, **summary)
+            log.write("end", self.step, time=self.phase.read(), state_bytes=self.optimizers.state_bytes(), **summary)
         finally:
             trace.close()
             batches.close()
