@@ -121,9 +121,7 @@ def _job(config: Any, jobs: int | None) -> float:
     from training.launch import RankFailed, launch, tell_user
     from training.sweep import hydra_job
 
-    words: Any = OmegaConf.to_container(
-        HydraConfig.get().overrides.task
-    )  # a word may have a reference, which means nothing there
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # not resolved: a word may have a reference
     given = keys_set(words, config)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return report(hydra_job(config, jobs, given))
