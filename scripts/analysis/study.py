@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +195,27 @@ class Study:
         return self.experiment.search.of(case) if self.experiment.search else case
 
     def new_search(self, case: Case) -> Found:
-        """The search of a case before its first trial."""
+        """The search of a case before its first trial. The option `start` counts where no search goes before along the axis of the search."""
         search, before = self.experiment.search, self.found.get(self._previous(case))
-        return Found(search.axes(self, case) if search else [], before.point if before and before.tried else None)
+        axes = search.axes(self, case) if search else []
+        axes = [*(replace(axis, start=value) for axis, value in zip(axes, self.starts)), *axes[len(self.starts) :]]
+        return Found(axes, before.point if before and before.tried else None)
+
+    @property
+    def starts(self) -> list[float]:
+        """The values of the option `start`.
+
+        Raises:
+            UsageError: one is no positive number.
+        """
+        text = self.options.get("start", "")
+        try:
+            values = [float(word) for word in text.split(",") if word]
+        except ValueError:
+            values = [math.nan]
+        if not all(0 < value < math.inf for value in values):
+            raise UsageError(f"start={text} must be positive numbers with commas, such as start=0.05,0.1")
+        return values
 
     def _previous(self, case: Case) -> tuple[str, ...]:
         """The values of the case before this one along the axis of the search; empty if there is none."""
