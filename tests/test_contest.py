@@ -1,5 +1,6 @@
 """Contests: cases that were searched, and their differences from the case that each is compared with."""
 
+import json
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ from scripts.analysis.contest import contest_table, targets
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.search import Axis, Found
 from scripts.analysis.statistics import Difference
+from scripts.command import UsageError
 from scripts.experiments import horizon
 
 LOSSES = {
@@ -55,9 +57,27 @@ def test_each_arm_is_compared_with_unconstrained_under_its_own_step_rule(contest
 
 def test_the_curves_are_those_of_adamw_and_our_step_rule(contest):
     found = horizon.curves(contest)
-    assert found.keys() == {"AdamW", "All_Stiefel"}
+    assert found.keys() == {"AdamW", "All-Stiefel"}
     assert {tokens: d.mean for tokens, d in found["AdamW"].items()} == pytest.approx({250e3: -0.5, 1e6: -0.5})
-    assert all(isinstance(d, Difference) and d.count == 2 for d in found["All_Stiefel"].values())
+    assert all(isinstance(d, Difference) and d.count == 2 for d in found["All-Stiefel"].values())
+
+
+def test_the_curves_go_on_from_an_earlier_table(contest, tmp_path):
+    def row(arm, steps, seed, loss, unstable=None):
+        return {"arm": arm, "max_steps": steps, "seed": seed, "val_loss": loss, "unstable_step": unstable}
+
+    rows = [row("unconstrained", "50", seed, 4.0 + 0.1 * seed) for seed in (1, 2)]
+    rows += [row("adamw", "50", seed, 4.3 + 0.1 * seed) for seed in (1, 2)]
+    rows += [row("all_stiefel", "50", 1, 4.1), row("all_stiefel", "50", 2, None, unstable=7)]
+    contest.options["earlier"] = str(tmp_path / "table.json")
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    found = horizon.curves(contest)
+    assert {n: d.mean for n, d in found["AdamW"].items()} == pytest.approx({50e3: 0.3, 250e3: -0.5, 1e6: -0.5})
+    assert list(found["All-Stiefel"]) == [250e3, 1e6]
+    for content in ("[]", '{"rows": [{}]}', "x"):
+        (tmp_path / "table.json").write_text(content)
+        with pytest.raises(UsageError, match=r"table.json is not the table.json of another command"):
+            horizon.curves(contest)
 
 
 def test_an_arm_with_an_unstable_run_has_no_difference_and_sets_no_target(contest):
@@ -67,5 +87,5 @@ def test_an_arm_with_an_unstable_run_has_no_difference_and_sets_no_target(contes
             runs[0].records["event"] = [{"step": 5, "event": "unstable"}]
             for r in runs:
                 del r.records["eval"]  # it ended before its first evaluation
-    assert list(horizon.curves(contest)["All_Stiefel"]) == [1_000_000]
+    assert list(horizon.curves(contest)["All-Stiefel"]) == [1_000_000]
     assert targets(contest, "unconstrained") == pytest.approx({"1000": 1.8})

@@ -218,6 +218,19 @@ def test_equally_many_trials_for_each_case_and_runs_at_the_best(tiny_grid, tmp_p
     assert "trials=0 is too few" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+def test_the_first_trial_has_the_values_of_start(tmp_path, capsys):
+    def first(arm, *words):
+        found = experiment.study_of(experiment.load_experiment("horizon"), [f"arm={arm}", "max_steps=16000", *words])[0]
+        return list(found.new_search(found.cases()[0]).best.values())
+
+    assert first("hetero") == ["0.05", "0.1"] and first("hetero", "start=0.0125") == ["0.0125", "0.1"]
+    assert first("hetero", "start=0.1,0.1") == ["0.1", "0.1"] and first("all_stiefel", "start=0.1,0.2") == ["0.1"]
+    own = ["arm=hetero,all_stiefel", "workers=0", f"output_dir={tmp_path}/none"]
+    for word, problem in (("0.1,x", "must be positive"), ("0", "must be positive"), ("1,1,1", "has more values than")):
+        assert experiment.main(["horizon", *own, f"start={word}"]) == 2
+        assert f"start={word} {problem}" in capsys.readouterr().err
+
+
 # ---- what is written ----
 
 UNSCALED = [f"init.{name}=1" for name in ("attention_scale", "attention_residual_scale", "mlp_residual_scale")]

@@ -122,6 +122,7 @@ def check_all(study: Study) -> None:
     Raises:
         UsageError, ConfigError: something is wrong. The ConfigError lists problems until one comes again.
     """
+    study.experiment.check(study)
     cases, seeds, problems = study.cases(), study.seeds, dict[str, None]()
     if study.experiment.search:
         _check_search(study)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from scripts.analysis.runs import RecordedRun, final_losses, held_out_by_seed
 from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Case, Study
-from scripts.analysis.tables import Column, Table, make_table
+from scripts.analysis.tables import HELD_OUT, Column, Table, make_table
 from scripts.bench_train import RandomTraining
+from scripts.command import UsageError
 from scripts.timing import take_turns
 from training.settings import completed, read_sound
 
@@ -32,30 +35,54 @@ def opponents(axis: str, *values: str) -> dict[str, Opponent]:
     return {value: having(value) for value in values}
 
 
-def difference(ours: Sequence[RecordedRun], theirs: Sequence[RecordedRun]) -> Difference | None:
-    """The difference of the losses at the end, paired by seed; None if no seed is in both, or if a run was unstable."""
-    mine, other = held_out_by_seed(ours), held_out_by_seed(theirs)
-    if not mine.keys() & other.keys() or not all(r.stable for r in [*ours, *theirs]):
-        return None
-    return Difference.of(mine, other)
+def losses_by_seed(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
+    """Values of a case → seed → loss at the end. A case with an unstable run is left out."""
+    runs = study.grouped(*study.axes)
+    return {key: held_out_by_seed(found) for key, found in runs.items() if all(r.stable for r in found)}
 
 
-def differences(study: Study, opponent: Opponent) -> dict[tuple[str, ...], Difference]:
-    """The difference of each case from its opponent, by the values of the case. A case that is its own opponent has none."""
-    runs, found = study.grouped(*study.axes), {}
-    for key, ours in runs.items():
-        case = dict(zip(study.axes, key))
+def earlier_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
+    """The same as `losses_by_seed`, from the file that the option `earlier` names: table.json of another command of the experiment.
+
+    Raises:
+        UsageError: the file cannot be read, or is no such table.
+    """
+    found: dict[tuple[str, ...], dict[int, float]] = {}
+    if not (table := study.options["earlier"]):
+        return found
+    try:
+        cases = [(tuple(row[axis] for axis in study.axes), row) for row in json.loads(Path(table).read_text())["rows"]]
+        for key, row in cases:
+            found.setdefault(key, {})[row["seed"]] = row[HELD_OUT.key]
+        unstable = {key for key, row in cases if row["unstable_step"] is not None}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"earlier={table} is not the table.json of another command of this experiment ({type(error).__name__}: {error})"
+        ) from error
+    return {key: losses for key, losses in found.items() if key not in unstable}
+
+
+def differences(
+    losses: Mapping[tuple[str, ...], Mapping[int, float]], axes: Sequence[str], opponent: Opponent
+) -> dict[tuple[str, ...], Difference]:
+    """The difference of each case from its opponent, paired by seed, by the values of the case: those of the axes, in their order.
+
+    losses: values of a case → seed → loss. A case that is its own opponent, or has no seed in common with it, has no difference.
+    """
+    found = {}
+    for key, mine in losses.items():
+        case = dict(zip(axes, key))
         other = tuple({**case, **opponent(case)}.values())
-        apart = difference(ours, runs.get(other, [])) if other != key else None
-        if apart is not None:
-            found[key] = apart
+        theirs = losses.get(other, {}) if other != key else {}
+        if mine.keys() & theirs.keys():
+            found[key] = Difference.of(mine, theirs)
     return found
 
 
 def contest_table(study: Study, columns: Sequence[Column], against: Mapping[str, Opponent]) -> Table:
     """The columns, the best settings of each case, and its difference from each opponent, by the name of a heading."""
     table = make_table(study.groups, columns)
-    apart = [differences(study, opponent) for opponent in against.values()]
+    apart = [differences(losses_by_seed(study), list(study.axes), opponent) for opponent in against.values()]
     for line, runs in zip(table.lines, study.groups):
         key = tuple(runs[0].case[axis] for axis in study.axes)
         line.append(_best_settings(study, key))

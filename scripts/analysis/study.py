@@ -35,7 +35,7 @@ class Experiment:
     extended: an axis of numbers that gets a further value wherever the loss of a seed is lowest at an end; None if there is none.
     seeds: with commas; every case is run with each seed.
     options: further options of the command and their defaults. workers: how many runs at a time.
-    derived: further overrides for a case.
+    derived: further overrides for a case. check: raises UsageError if an option is impossible; called before the first run.
     measure: computes further numbers before the table is made; they become `study.facts` and are written to table.json.
     columns: of the table, which has a line for each case. tables: other tables instead of that one.
     figures: file name → function that draws it. remark: sentences below the table.
@@ -53,6 +53,7 @@ class Experiment:
     options: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 2
     derived: Callable[[Study, Case], Sequence[str]] = lambda study, case: ()
+    check: Callable[[Study], Any] = lambda study: None
     measure: Callable[[Study], dict[str, Any]] = lambda study: {}
     columns: Callable[[Study], Sequence[Column]] = lambda study: ()
     tables: Callable[[Study], list[Table]] = lambda study: [make_table(study.groups, study.experiment.columns(study))]

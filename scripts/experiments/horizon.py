@@ -1,13 +1,13 @@
 """The order of the loss table, by horizon."""
 
-from scripts.analysis.contest import REMARK, contest_table, differences, trials_by
+from scripts.analysis.contest import REMARK, contest_table, differences, earlier_losses, losses_by_seed, trials_by
 from scripts.analysis.experiment_figures import gap_by_tokens, loss_of_trials
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.statistics import Difference
 from scripts.analysis.study import Case, Experiment, Study
 from scripts.analysis.tables import HELD_OUT, PUBLISHED, STATUS, case
 
-ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
+ASSIGNMENTS = {name.lower().replace("-", "_"): name for name in PUBLISHED}
 ADAMW = {"adamw": ("assignment=unconstrained", "optim=adamw")}  # on matrices; the rest is as in the other arms
 OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in ASSIGNMENTS}
 THEIRS = {f"{name}_published": (f"assignment={name}", "optim=paper") for name in ASSIGNMENTS}
@@ -30,14 +30,13 @@ def baseline(case: Case) -> dict[str, str]:
 
 
 def curves(study: Study) -> dict[str, dict[float, Difference]]:
-    """The curves of the picture: tokens → difference, of AdamW and of the assignments under our step rule."""
+    """The curves of the picture: tokens → difference, of AdamW and of the assignments under our step rule, with those of `earlier=`."""
     found: dict[str, dict[float, Difference]] = {}
-    apart = differences(study, baseline)
-    for runs in study.groups:
-        arm, steps, config = runs[0].case["arm"], runs[0].case["max_steps"], runs[0].config
-        if (arm, steps) in apart and arm not in THEIRS:
-            tokens = int(steps) * config["global_batch_tokens"]
-            found.setdefault("AdamW" if arm in ADAMW else runs[0].assignment, {})[tokens] = apart[arm, steps]
+    losses = earlier_losses(study) | losses_by_seed(study)
+    for (arm, steps), apart in differences(losses, [*study.axes], baseline).items():
+        if arm not in THEIRS:
+            tokens = int(steps) * study.runs[0].config["global_batch_tokens"]
+            found.setdefault(ASSIGNMENTS.get(arm, "AdamW"), {})[tokens] = apart
     return found
 
 
@@ -49,7 +48,8 @@ EXPERIMENT = Experiment(
     derived=lambda study, case: COMPILED if case["arm"] in OURS and case["max_steps"] == "16000" else [],
     search=Search(searched, along="max_steps"),
     seeds="1,2,3",
-    options={"trials": 6, "further_trials": 6},
+    options={"trials": 6, "further_trials": 6, "earlier": ""},  # earlier: a table.json that the picture shows too
+    check=earlier_losses,
     tables=lambda study: [contest_table(study, COLUMNS, {"Unconstrained": baseline})],
     figures={
         "gap.png": lambda study, path: gap_by_tokens(curves(study), path, PAPER),
