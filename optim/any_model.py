@@ -64,11 +64,12 @@ def for_model(
             else "no parameter is left to AdamW; construct ManifoldMuon"
         )
         raise AssignmentError([what])
-    manifold_muon = ManifoldMuon(
-        [
-            {"params": [params[name] for name in group["names"]], **group}
-            for group in _groups(muon, blocks or {}, radius or {})
-        ],
+    vectors = {"params": [params[row.name] for row in rest if len(row.shape) < 2], "weight_decay": 0.0}
+    others = {"params": [params[row.name] for row in rest if len(row.shape) >= 2]}
+    groups = _groups(muon, blocks or {}, radius or {})
+    for_rest = torch.optim.AdamW([group for group in (others, vectors) if group["params"]], **adamw)
+    manifold_muon = ManifoldMuon(  # last: it moves the matrices
+        [{"params": [params[name] for name in group["names"]], **group} for group in groups],
         rule or CertifiedStep(),
         lr=lr,
         momentum=momentum,
@@ -78,9 +79,7 @@ def for_model(
         cautious=cautious,
         row_beta=row_beta,
     )
-    vectors = {"params": [params[row.name] for row in rest if len(row.shape) < 2], "weight_decay": 0.0}
-    others = {"params": [params[row.name] for row in rest if len(row.shape) >= 2]}
-    return manifold_muon, torch.optim.AdamW([group for group in (others, vectors) if group["params"]], **adamw)
+    return manifold_muon, for_rest
 
 
 def assigned(

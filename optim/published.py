@@ -11,8 +11,10 @@ out. What else differs from the published code stands at the head of configs/opt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ class PublishedStep:
     retraction: of manifolds whose columns have free lengths (DGram): "sorted_svd", as published, or "manifold", the class's own. [ours]
 
     Raises:
-        ValueError: an unknown retraction, or an iterator that diverges in this dtype.
+        ValueError: an impossible number, an unknown retraction, or an iterator that diverges in this dtype.
     """
 
     dual_steps: int
@@ -83,6 +85,11 @@ class PublishedStep:
     iterator: Iteration | None = None
 
     def __post_init__(self) -> None:
+        for name, steps in (("dual_steps", self.dual_steps), ("msign_steps", self.msign_steps)):
+            if not (isinstance(steps, int) and steps > 0):
+                raise ValueError(f"{name} is {steps!r}; give a whole number of steps from 1 on")
+        if not (isinstance(self.alpha, Real) and 0 < self.alpha < math.inf):
+            raise ValueError(f"alpha is {self.alpha!r}; give a number above 0")
         if self.retraction not in RETRACTIONS:
             raise ValueError(f"unknown retraction {self.retraction!r}; choose one of {', '.join(RETRACTIONS)}")
         if self.iterator:

@@ -154,6 +154,14 @@ def test_what_is_wrong_is_named(rules, more, reason):
         for_model(Tagger(), rules, **more, **MUON)
 
 
+def test_a_wrong_setting_of_adamw_leaves_the_matrices_as_they_are():
+    model = Tagger()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        for_model(model, {"*": "stiefel"}, lr=0.1, adamw={"lr": -1.0})
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_a_model_without_vectors_and_a_matrix_without_a_gradient_are_refused():
     with pytest.raises(AssignmentError, match="no parameter is left to AdamW; construct ManifoldMuon"):
         for_model(nn.Linear(4, 4, bias=False), {"*": "stiefel"}, **MUON)

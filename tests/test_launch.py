@@ -424,10 +424,16 @@ def test_the_wandb_sweep_gives_valid_runs(monkeypatch):
     assert cfg.output_dir == "outputs/wandb_sweep/abc123" and cfg.logger.mode == "online"
 
 
-def test_a_timer_that_cannot_join_itself_is_not_heard_of():
+def test_a_timer_that_cannot_join_itself_is_not_heard_of(monkeypatch):
     heard = []
-    hear = launch._without_timers(heard.append)
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    launch._ignore_timers.cache_clear()
+    launch._ignore_timers()
+    hook = sys.unraisablehook
     noise, news = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("cannot join current thread", "other"))
-    hear(noise)
-    hear(news)
+    hook(noise)
+    hook(news)
     assert heard == [news]
+    launch._ignore_timers()  # of a second job of the same process
+    assert sys.unraisablehook is hook
+    launch._ignore_timers.cache_clear()

@@ -1,5 +1,7 @@
 """optim=paper: the published steps and the published tiny trainings, and the fast path against its slow twin."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,13 @@ STEP = np.load(Path(__file__).parent / "oracles" / "published_step.npz")
 TRAINING = np.load(Path(__file__).parent / "oracles" / "published_training.npz")
 BF16 = PublishedStep(dual_steps=20, alpha=0.1, msign_steps=10, msign_dtype=torch.bfloat16)
 FP32 = PublishedStep(dual_steps=20, alpha=0.1, msign_steps=10, msign_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [{"dual_steps": 0}, {"msign_steps": 2.5}, {"alpha": 0.0}, {"alpha": math.nan}])
+def test_impossible_numbers_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"^{name} is {value}; give a"):
+        replace(FP32, **wrong)
 
 
 def step_oracle(key):

@@ -18,6 +18,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -156,7 +157,7 @@ def _start_ranks(
         start_method="spawn",
         signals_to_handle="SIGHUP,SIGQUIT",  # _signals_passed_on handles the others
     )
-    sys.unraisablehook = _without_timers(sys.unraisablehook)
+    _ignore_timers()
     for name in list(logging.root.manager.loggerDict):  # each has its own level
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing.spawn")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks and this process print all that matters
@@ -177,17 +178,19 @@ def _start_ranks(
         raise ending
 
 
-def _without_timers(hook: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `sys.unraisablehook` that ignores an error of the rendezvous timer of torch.
+@cache
+def _ignore_timers() -> None:
+    """Make `sys.unraisablehook` ignore an error of the rendezvous timer of torch, from now on.
 
     If the timer is garbage-collected in its own thread, its finalizer cannot join that thread. The error has no effect.
     """
+    hook = sys.unraisablehook
 
     def report(unraisable: Any) -> None:
         if "cannot join current thread" not in str(unraisable.exc_value):
             hook(unraisable)
 
-    return report
+    sys.unraisablehook = report
 
 
 def _ending(rank: int, code: int, message: str) -> BaseException:
