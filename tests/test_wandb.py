@@ -44,6 +44,8 @@ def test_curves_come_from_the_records_alone():
     }
     certificate = {"kind": "certificate", "step": 5, "name": "transformer.h.12.mlp.c_fc.weight", "feas": 0.9}
     assert dict(flatten(certificate)) == {"layer_12/mlp/c_fc/certificate/feas": 0.9}
+    update = {"kind": "update", "step": 5, "name": "transformer.h.12.mlp.c_fc.weight", "size": 0.1, "input_max": None}
+    assert dict(flatten(update)) == {"layer_12/mlp/c_fc/update/size": 0.1}
     outside = {"kind": "spectra", "step": 5, "name": "lm_head.weight", "off": 0.5}
     assert dict(flatten(outside)) == {"weights/lm_head/off": 0.5}
     assert dict(flatten({"kind": "train", "step": 1, "loss": 2.0, "lr": {"adamw": 0.1}})) == {

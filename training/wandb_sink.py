@@ -180,9 +180,9 @@ def flatten(rec: Mapping[str, Any]) -> Iterator[Curve]:
     fields = {key: value for key, value in rec.items() if key not in ("kind", "step", "name")}
     if rec["kind"] == "probe":
         yield from _probe(fields)
-    elif rec["kind"] in ("spectra", "certificate") and isinstance(rec.get("name"), str):
+    elif rec["kind"] in ("spectra", "certificate", "update") and isinstance(rec.get("name"), str):
         place = matrix_place(rec["name"])
-        yield from _fields(fields, f"{place}/certificate" if rec["kind"] == "certificate" else place)
+        yield from _fields(fields, place if rec["kind"] == "spectra" else f"{place}/{rec['kind']}")
     elif rec["kind"] == "scales":
         yield from _scales(fields, f"scales/{rec['name']}")
     else:

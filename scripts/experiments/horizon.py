@@ -42,13 +42,13 @@ def curves(study: Study) -> dict[str, dict[float, Difference]]:
 
 COLUMNS = [case("steps", "max_steps"), case("arm", "arm"), HELD_OUT, STATUS]
 EXPERIMENT = Experiment(
-    hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?",
+    hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?\nearlier= names a table.json of another command of it, whose losses the picture shows too.",
     base=("experiment=horizon",),
     axes={"arm": {**ADAMW, **OURS, **THEIRS}, "max_steps": "250,1000,4000,16000"},
     derived=lambda study, case: COMPILED if case["arm"] in OURS and case["max_steps"] == "16000" else [],
     search=Search(searched, along="max_steps"),
     seeds="1,2,3",
-    options={"trials": 6, "further_trials": 6, "earlier": ""},  # earlier: a table.json that the picture shows too
+    options={"trials": 6, "further_trials": 6, "earlier": ""},
     check=earlier_losses,
     tables=lambda study: [contest_table(study, COLUMNS, {"Unconstrained": baseline})],
     figures={
