@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.geonorm import cast
+from optim.linalg import cast, first_derivative_only
 
 # Up to this many logits (256 MiB in float32) one product is faster than chunks of _CHUNK_LOGITS.
 _FULL_LOGITS = 2**26
@@ -58,6 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only()
         grad_h, grad_W, grad_b = (g * cast(grad, g.dtype) for g in ctx.saved_tensors)
         return grad_h, grad_W, None, None, grad_b if ctx.biased else None, None
 

@@ -134,8 +134,8 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
     if not W.shape == G.shape == T.shape:
         raise ValueError(f"W {tuple(W.shape)}, G {tuple(G.shape)} and T {tuple(T.shape)} must be equally shaped")
     W, G, T = (tall(X).double().reshape(-1, *tall(X).shape[-2:]) for X in (W, G, T))
-    finite = G.isfinite().all(dim=(-2, -1), keepdim=True)
-    G = torch.where(finite, G, 0)
+    sound, finite = ((X.isfinite() & Y.isfinite()).all(dim=(-2, -1), keepdim=True) for X, Y in ((W, T), (G, G)))
+    W, T, G = torch.where(sound, W, 0), torch.where(sound, T, 0), torch.where(finite, G, 0)
     problem = StepProblem(*MANIFOLDS[manifold].problem(W, G))
     tangent = problem.tangent(T)
     tangency = ratio(frobenius(T - tangent), frobenius(T))
@@ -148,6 +148,5 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
     size_share = ratio(inner(W, G), frobenius(W) * frobenius(G)).square()
     of_G = (feas, normal_share, _length_share(W, G), size_share, asked[:, -1:, None].square(), _effective_rank(asked))
     feas, *shares = (torch.where(finite, x, torch.nan) for x in of_G)
-    return Certificate(
-        *(x.flatten() for x in (tangency, norm, feas, bound * problem.scale, *shares, _effective_rank(taken)))
-    )
+    numbers = (tangency, norm, feas, bound * problem.scale, *shares, _effective_rank(taken))
+    return Certificate(*(torch.where(sound, x, torch.nan).flatten() for x in numbers))

@@ -77,7 +77,7 @@ TANGENT_SHARE = 4.0  # a tangent part of G below so many rounding errors of the 
 # A round of the retraction leaves an error of 5/16·‖E‖³. From these ‖E‖ on one round, and two, would leave more than 3e-7:
 SECOND_ROUND, EXACT = 0.008, 0.15
 LANDS = (0.015, 0.3)  # ‖E‖ that one round, and two, still bring onto the manifold to a few 1e-6
-DISTANCE_STEPS = 3  # Lanczos iterations for ‖E‖₂; the limits above leave room for what they fall short
+DISTANCE_STEPS = 3  # Lanczos iterations for ‖E²‖₂, a third short at most; the limits above leave room for that
 
 
 def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tensor:
@@ -243,7 +243,10 @@ def retract(
     new, M, E = polish(V, manifold, shrink, longest, mm)
     if rounds == 0:
         new, M, _ = polish(manifold.retract(torch.where(V.isfinite(), V, 0)), manifold, shrink, longest, mm)
-    distance = largest_eigenvalue(lambda v: mm.times_vector(E, v), E, DISTANCE_STEPS).flatten()
+    # By E²: E has eigenvalues of both signs, on DGram often nearly ±e, and they must not cancel.
+    distance = (
+        largest_eigenvalue(lambda v: mm.times_vector(E, mm.times_vector(E, v)), E, DISTANCE_STEPS).sqrt().flatten()
+    )
     distance = torch.where(M.to(mm.dtype).isfinite().all(dim=(-2, -1)), distance, torch.inf)
     if rounds == 2:
         again, _, _ = polish(new, manifold, 1.0, torch.inf, mm)
@@ -309,15 +312,17 @@ def step(
     if not manifold.constrained:
         new = manifold.move(W, G, trial, far, shrink)
         new = torch.where(moving[:, None, None], new, W)
+        scale = torch.where(moving[:, None, None], scale, 0)
         return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving), row_squares)
     longest = torch.inf if norm_cap is None else norm_cap
     new, distance = retract(W - trial, manifold, shrink, longest, level, rounds, mm)
     landed = distance <= torch.where(level >= 1, LANDS[1], LANDS[0]) if rounds else distance < torch.inf
+    taken = (moving & landed)[:, None, None]
     wanted = (~(distance <= SECOND_ROUND)).float() + (~(distance <= EXACT)).float()  # NaN asks for the exact one
     return Moved(
-        torch.where((moving & landed)[:, None, None], new, W),
+        torch.where(taken, new, W),
         T,
-        scale,
+        torch.where(taken, scale, 0),
         torch.where(moving, wanted, level),
         moving & ~landed if rounds else moving,
         row_squares,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .linalg import at_least_float32, cast
+from .linalg import at_least_float32, cast, first_derivative_only
 
 MAX_ANGLE = math.pi / 4
 """GeoNorm's clamp, radians."""
@@ -54,6 +54,7 @@ class _TangentMoments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_xx: Tensor, d_xg: Tensor, d_vv: Tensor) -> tuple[Tensor, Tensor]:
+        first_derivative_only()
         x, g, c = ctx.saved_tensors
         mixed = d_xg - 2 * c * d_vv
         return (
@@ -81,6 +82,7 @@ class _ToSphere(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        first_derivative_only()
         out, factor, inward = ctx.saved_tensors
         y, g = at_least_float32(out), at_least_float32(grad)
         along = (y * g).sum(-1, keepdim=True)

@@ -139,6 +139,18 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def first_derivative_only() -> None:
+    """For the backward pass of an autograd.Function that saves what it computed: a second derivative would take that for constant.
+
+    Raises:
+        RuntimeError: a second derivative is wanted (create_graph=True).
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "steps on the sphere and the loss in chunks have no second derivatives here; leave out create_graph=True"
+        )
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """x, or its float32 where it has 16 bits."""
     return x.float() if x.element_size() < 4 else x
@@ -253,7 +265,9 @@ def _start_vector(n: int, device: torch.device) -> Tensor:
 
 
 def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int) -> Tensor:
-    """max |λ| (k, 1, 1), from below, of the symmetric v ↦ apply(v), (k, n, 1) float32 → the same, by `iterations` of Lanczos.
+    """The largest eigenvalue (k, 1, 1), from below, of v ↦ apply(v), (k, n, 1) float32 → the same, by `iterations` of Lanczos.
+
+    The map must be symmetric without negative eigenvalues: λ and -λ would cancel.
 
     `like` (k, ·, n) gives k, n and device. What is largest of the small tridiagonal matrix is read from its 128th power, at most .2% short:
     an eigensolver would make the host wait.

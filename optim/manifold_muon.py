@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .certificate import certify
-from .linalg import compiled_whole
+from .linalg import compiled_whole, exact_sums
 from .manifolds import MANIFOLDS, is_wide, like
 from .ownership import choose_owners, members_of_buckets, plan_messages
 from .refine import Refine
@@ -200,7 +200,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if names is None or group["names"][i] in names:
-                    on = self.rule.init(row_blocks(p, group["blocks"]) / group["radius"], group["manifold"])
+                    with exact_sums(p.device):
+                        on = self.rule.init(row_blocks(p, group["blocks"]) / group["radius"], group["manifold"])
                     p.copy_((on * group["radius"]).reshape(p.shape))
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .iterators import Iteration, polar_express_coefficients
-from .linalg import Products, column_norms, diagonal, eye_like, frobenius, gram_stage, ratio, top_pair
+from .linalg import Products, column_norms, diagonal, exact_sums, eye_like, frobenius, gram_stage, ratio, top_pair
 from .msign import msign
 
 Polar = Callable[[Tensor], Tensor]
@@ -145,14 +145,16 @@ class Manifold:
     def retract(self, W: Tensor, polar: Polar = polar) -> Tensor:
         """A point of the manifold near W (..., m, n), in W's dtype: exact as far as `polar` is, however far W is from the manifold.
 
-        Where a zero matrix has no nearest point (all but Stiefel), it stays zero, and the first step leads onto the manifold.
+        A zero matrix has no nearest point. On Stiefel it becomes the first columns of I; elsewhere it stays zero, and the first step or
+        the second leads onto the manifold.
         """
         return like(self._retract(tall(W), polar), W).to(W.dtype)
 
     def residual(self, W: Tensor) -> Tensor:
         """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F; 0 for zero W, which has no such ratio."""
         T = tall(W if W.dtype == torch.float64 else W.float())
-        gram = T.mT @ T
+        with exact_sums(T.device):
+            gram = T.mT @ T
         return ratio(torch.linalg.matrix_norm(self.defect(gram)), torch.linalg.matrix_norm(gram))
 
     def tangency(self, W: Tensor, A: Tensor) -> Tensor:
@@ -214,7 +216,8 @@ class Stiefel(Manifold):
         return H / 2
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
-        return polar(W)
+        zero = (W == 0).all(dim=(-2, -1), keepdim=True)  # of which iterations of a polar factor make 0
+        return polar(torch.where(zero, torch.eye(*W.shape[-2:], dtype=W.dtype, device=W.device), W))
 
 
 class DGram(Manifold):

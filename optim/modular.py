@@ -22,7 +22,7 @@ from .manifolds import polar
 from .msign import msign
 from .norms import Norm, operator_norm, vector_norm
 
-SIGN_STEPS = 8  # Polar Express steps; singular values from 1e-3 of ‖G‖_F up come to 1 within .1%
+SIGN_STEPS = 8  # Polar Express steps; singular values from 1e-3 of ‖G‖_F up come to 1 within .1% in float32, .5% in bfloat16 (CUDA)
 
 
 def as_operator(p: Tensor, input: str) -> Tensor:
@@ -58,14 +58,16 @@ class Modular(torch.optim.Optimizer):
     All ranks compute all steps alike. Raises ValueError where a parameter has no such norm.
     """
 
+    found_inf: Tensor | None = None
+
     def __init__(
         self, groups: list[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool, weight_decay: float
     ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
-        self.found_inf: Tensor | None = None
-        self.norms = {p: norm_of(p, g["input"], g["output"]) for g in self.param_groups for p in g["params"]}
-        for p in self.norms:
-            self.state[p] = {"momentum": torch.zeros_like(p)}
+        for group in self.param_groups:
+            for p in group["params"]:
+                norm_of(p, group["input"], group["output"])  # refuses what has none
+                self.state[p] = {"momentum": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # one signature for both forms
@@ -82,8 +84,9 @@ class Modular(torch.optim.Optimizer):
                 buf, factor = self.state[p]["momentum"], group["momentum"]
                 advanced = p.grad + factor * buf
                 G = p.grad + factor * advanced if group["nesterov"] else advanced
+                norm = norm_of(p, group["input"], group["output"])
                 with exact_sums(p.device):
-                    d = as_operator(self.norms[p].steepest(as_operator(G, group["input"])), group["input"])
+                    d = as_operator(norm.steepest(as_operator(G, group["input"])), group["input"])
                 new = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * d.to(p.dtype)
                 skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=p.device).bool()
                 p.copy_(torch.where(skip, p, new))

@@ -17,7 +17,7 @@ are those of the spectral condition: a step RMS → RMS is √(fan_out/fan_in)·
 Sources: Bernstein and Newhouse, Old optimizer, new norm (arXiv 2409.20325) and modular duality (arXiv 2410.21265); Large et al., the modular
 norm (arXiv 2405.14813); Yang, Simon, Bernstein, the spectral condition (arXiv 2310.17813). The table of pairs is ours.
 
-Shapes: (..., m, n) for matrices, (..., n) for vectors, any float dtype; sizes are (...,). Zero has the direction zero, but for Spectral with an
+Shapes: (..., m, n) for matrices, (..., n) for vectors, float32 or float64; sizes are (...,). Zero has the direction zero, but for Spectral with an
 exact polar factor, where any isometry will do.
 """
 
@@ -30,6 +30,13 @@ from torch import Tensor
 
 from .linalg import ratio
 from .manifolds import Polar, polar
+
+
+def _unit(g: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """g over its length ‖g‖₂ along dim; zero stays zero. Scaled by a power of 2 first, exactly: squares of small entries would vanish."""
+    exponent = torch.frexp(g.abs().amax(dim, keepdim=True)).exponent.clamp(-100, 100)
+    g = torch.ldexp(g, -exponent)
+    return ratio(g, torch.linalg.vector_norm(g, dim=dim, keepdim=True))
 
 
 class Norm:
@@ -65,7 +72,7 @@ class Entries2(Entries):
         return self.size(g)
 
     def steepest(self, g: Tensor) -> Tensor:
-        return ratio(g, torch.linalg.vector_norm(g, dim=self.dim, keepdim=True))
+        return _unit(g, self.dim)
 
 
 class EntriesInf(Entries):
@@ -93,7 +100,7 @@ class Rows(Norm):
         return torch.linalg.vector_norm(g, dim=self.along).sum(-1)
 
     def steepest(self, g: Tensor) -> Tensor:
-        return ratio(g, torch.linalg.vector_norm(g, dim=self.along, keepdim=True))
+        return _unit(g, self.along)
 
 
 class Columns(Rows):

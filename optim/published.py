@@ -127,8 +127,8 @@ class PublishedStep:
             if refused:
                 raise ValueError(f"the published step has no {' and no '.join(refused)}; take the certified step")
             W, A = self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay)
-            ones, no = W.new_ones(len(W), 1, 1), torch.zeros_like(s.level, dtype=torch.bool)
-            moved.append(Moved(torch.where(s.skip, s.W, W), A, ones, s.level, no))
+            scale, no = torch.where(s.skip, 0, W.new_ones(len(W), 1, 1)), torch.zeros_like(s.level, dtype=torch.bool)
+            moved.append(Moved(torch.where(s.skip, s.W, W), A, scale, s.level, no))
         return moved
 
     def update(

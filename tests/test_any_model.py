@@ -216,6 +216,17 @@ def test_the_monitor_warns_where_a_constraint_is_violated():
     muon.step()
 
 
+def test_the_monitor_reports_a_weight_that_is_not_a_number_after_a_step():
+    model, (muon, _), monitor, _ = tagger(2, watch=True)
+    with torch.no_grad():
+        model.lstm.weight_hh_l1[0, 0] = math.nan
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.warns(ManifoldWarning, match="distance nan"):
+        muon.step()  # which is watched
+    assert math.isnan(monitor.certified["lstm.weight_hh_l1"]["feas"])
+
+
 def test_the_monitor_watches_an_optimizer_without_names():
     weight = nn.Parameter(torch.randn(8, 4))
     muon = ManifoldMuon(

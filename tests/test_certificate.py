@@ -68,6 +68,14 @@ def test_what_is_not_tangent_is_seen():
     assert (certificate.tangency > 0.999).all() and (certificate.feas.abs() < 1e-6).all()
 
 
+def test_broken_weights_and_steps_are_not_certified_and_do_not_stop_the_others():
+    W, G = make("stiefel", k=3)
+    T = MANIFOLDS["stiefel"].tangent(W, G)
+    W[0, 1, 2], T[1, 2, 3] = torch.nan, torch.inf
+    for field in certify(W, G, T, "stiefel"):
+        assert field[:2].isnan().all() and field[2].isfinite()
+
+
 def test_zero_and_broken_gradients():
     W, G = make("stiefel", k=3)
     G[0], G[1, 2, 3] = 0, torch.nan

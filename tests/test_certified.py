@@ -225,6 +225,28 @@ def test_a_point_too_far_away_is_kept_and_then_brought_back():
     assert (third.level == 0).all()
 
 
+def test_a_distance_of_both_signs_is_seen():
+    """On DGram the distance E has no diagonal: of two columns its eigenvalues are ±e, which must not cancel."""
+    W = torch.zeros(1, 64, 2)
+    W[0, 0, 0], W[0, 0, 1], W[0, 1, 1] = 1.0, 0.95, (1 - 0.95**2) ** 0.5  # unit columns of cosine .95
+    G = torch.randn(1, 64, 2, generator=torch.Generator().manual_seed(0))
+    first = one_step(W, G, "dgram", 1e-3)
+    assert torch.equal(first.W, W) and first.fallback.all() and first.level == 2
+    second = one_step(W, G, "dgram", 1e-3, level=2)
+    assert MANIFOLDS["dgram"].residual(second.W) < 1e-6
+
+
+def test_where_nothing_moved_the_step_has_no_length():
+    W, G = make("stiefel")
+    far = one_step(1.1 * W, G, "stiefel", 0.02)
+    assert far.fallback.all() and not far.scale.any()
+    for rule in (CertifiedStep(), step_rule(compose(["optim=paper"]).optim)):
+        for manifold in ("stiefel", "euclidean"):
+            stack = stack_of(W, G, manifold, 0.02, 0.0, [0] * len(W))._replace(skip=torch.tensor(True))
+            [moved] = rule([stack])
+            assert torch.equal(moved.W, W) and not moved.scale.any()
+
+
 def test_levels_of_one_stack_are_its_matrices_own():
     W, G = make("dgram", k=3)
     rule = CertifiedStep()

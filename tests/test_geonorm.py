@@ -233,3 +233,11 @@ def test_to_sphere():
     assert not y.any() and torch.autograd.grad(y.sum(), zero)[0].isfinite().all()
     tiny = torch.randn(3, 5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: to_sphere(x, 2.0), tiny)
+
+
+def test_second_derivatives_are_refused():
+    """The backward passes save what they computed, which a second derivative would take for constant."""
+    x, g = (t.requires_grad_() for t in points())
+    for loss in (to_sphere(x).sin().sum(), rotate(x, g, torch.atan).sin().sum()):
+        with pytest.raises(RuntimeError, match="leave out create_graph=True"):
+            torch.autograd.grad(loss, x, create_graph=True)

@@ -140,3 +140,20 @@ def test_published_outputs(shape, name):
 
 def relative(a, b):
     return (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
+
+
+def test_zero_on_stiefel_becomes_the_identity_whatever_makes_the_polar_factor():
+    for shape in ((2, 6, 6), (6, 4), (4, 6)):
+        for polar_of in (polar, partial(msign, steps=10, dtype=torch.bfloat16)):
+            W = MANIFOLDS["stiefel"].retract(torch.zeros(shape), polar_of)
+            torch.testing.assert_close(W, torch.eye(*shape[-2:]).expand(shape), rtol=0, atol=0.02)
+
+
+def test_the_distance_ignores_the_precision_of_other_products():
+    W = MANIFOLDS["stiefel"].retract(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)))
+    expected, before = MANIFOLDS["stiefel"].residual(W), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")  # with bfloat16 where the processor has it
+        assert MANIFOLDS["stiefel"].residual(W) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)

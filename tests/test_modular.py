@@ -1,7 +1,9 @@
 """Steps in each parameter's own norm, and the coordinate check that measures what they do to features."""
 
+import copy
 import json
 import math
+import pickle
 import re
 
 import pytest
@@ -63,6 +65,25 @@ def test_momentum_decay_and_a_skipped_step():
     p.grad = torch.tensor([-0.4, -0.6, 0.0])  # momentum .5·(1, 1, -1): its sign turns for the second alone
     optimizer.step()
     assert torch.allclose(p, 0.9 * kept - 0.1 * torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_a_copy_and_a_pickle_step_as_the_original_and_a_loaded_state_brings_its_norm():
+    def made(*pair):
+        p = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+        group = {"params": [p], "input": pair[0], "output": pair[1]}
+        return Modular([group], lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.0)
+
+    def stepped(optimizer):
+        [p] = optimizer.param_groups[0]["params"]
+        p.grad = torch.arange(24.0).view(6, 4)
+        optimizer.step()
+        return p
+
+    for optimizer in (copy.deepcopy(made("one", "rms")), pickle.loads(pickle.dumps(made("one", "rms")))):
+        assert torch.equal(stepped(optimizer), stepped(made("one", "rms")))
+    other = made("one", "rms")
+    other.load_state_dict(made("rms", "rms").state_dict())
+    assert torch.equal(stepped(other), stepped(made("rms", "rms")))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -91,6 +91,13 @@ def test_vectors_have_norms_too(pair):
     assert norm.size(d) == pytest.approx(1.0) and (g * d).sum() == pytest.approx(norm.dual(g).item())
 
 
+@pytest.mark.parametrize("norm", [Entries2(), Rows(), Columns()])
+def test_a_direction_has_length_one_at_any_scale(norm):
+    g = gaussian(6, 4).float()
+    for scale in (1e-35, 1e-23, 1.0, 1e30):
+        torch.testing.assert_close(norm.steepest(scale * g), norm.steepest(g), rtol=1e-4, atol=1e-6)
+
+
 def test_zero_has_no_direction_and_unknown_pairs_are_refused():
     for norm in (Entries2(), EntriesInf(), Rows(), Columns(), Schatten(p=3.0)):
         assert not norm.steepest(torch.zeros(4, 3)).any()
