@@ -131,8 +131,11 @@ def from_hf(source: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 def _as_gpt2(model: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a GPT-2 by dotted key, from those of its section `model` that are known."""
-    known = {"rope": False, "unit_weights": False, **model}
-    return {"residual.rule": "pre_norm", **{f"model.{key}": value for key, value in known.items()}}
+    known = {"rope": False, "unit_weights": False, "head_cap": None, **model}
+    attention = {"qk_norm": False, "scale": None, "logit_cap": None}
+    sections = {"model": known, "attention": attention}
+    every = {f"{section}.{key}": value for section, settings in sections.items() for key, value in settings.items()}
+    return {"residual.rule": "pre_norm", **every}
 
 
 # ---- nanoGPT ----
@@ -178,9 +181,21 @@ def _without_masks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def known_settings(config: GPTConfig) -> dict[str, Any]:
-    """The settings of a model of this project for `Weights.settings`. Those of `attention` are free to change: its parameters tell."""
+    """The settings of a model of this project for `Weights.settings`; of attention, those that its parameters do not tell."""
     model = {f"model.{field.name}": getattr(config, field.name) for field in fields(Shape)}
-    return {**model, **{f"residual.{key}": value for key, value in vars(config.residual).items()}}
+    attention = {f"attention.{name}": getattr(config, name) for name in ("qk_norm", "scale", "logit_cap")}
+    return {**model, **attention, **{f"residual.{key}": value for key, value in vars(config.residual).items()}}
+
+
+def changed_attention(weights: Weights, config: GPTConfig) -> list[str]:
+    """A line for each setting of attention with which a model of this configuration computes something else than the weights did. It may."""
+    have = known_settings(config)
+    theirs = {key: value for key, value in weights.settings.items() if key.startswith("attention.")}
+    return [
+        f"{key}={_word(have[key])}, where the weights had {_word(value)}: attention computes something else with them"
+        for key, value in theirs.items()
+        if have[key] != value
+    ]
 
 
 def misfits(weights: Weights, config: GPTConfig) -> list[str]:
@@ -193,6 +208,7 @@ def misfits(weights: Weights, config: GPTConfig) -> list[str]:
     may_differ = {f"model.{key}" for key in ("block_size", "vocab_size", "bias", "dropout")}
     if not config.unit_weights:
         may_differ |= {"model.storage", "model.logit_scale"}
+    may_differ |= {key for key in theirs if key.startswith("attention.")}  # see `changed_attention`
     wrong = [key for key in theirs if key not in may_differ and have.get(key) != theirs[key]]
     if theirs.get("model.vocab_size", 0) > config.vocab_size:
         wrong.append("model.vocab_size")

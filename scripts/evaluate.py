@@ -34,8 +34,9 @@ from torch import Tensor
 
 from data.bin import bin_of
 from data.loader import validation_windows
+from data.settings import Data
 from data.shards import MANIFEST, Dataset, open_dataset
-from data.tokenizer import get_tokenizer
+from data.tokenizer import TOKENIZERS, get_tokenizer
 from model.gpt import GPT
 from scripts.analysis.runs import load_model, require_text
 from scripts.analysis.tables import Table
@@ -91,6 +92,12 @@ def measure(model: GPT, windows: np.ndarray, token_bytes: list[bytes]) -> Measur
         nats += losses[lengths[y] > 0].sum()
         size += lengths[y].sum()
     return Measured(len(windows) * T, (sums / len(windows)).cpu(), (nats / size / math.log(2)).item())
+
+
+def token_bytes_of(data: Data) -> list[bytes]:
+    """The bytes of every token id; empty ones if the vocabulary is not that of the tokenizer (data=bin data.vocab_size=...)."""
+    own = data.vocabulary() == TOKENIZERS[data.tokenizer].vocab_size
+    return get_tokenizer(data.tokenizer).token_bytes() if own else [b""] * data.vocabulary()
 
 
 def position_table(found: dict[int, Measured], trained: int) -> Table:
@@ -180,7 +187,7 @@ def work(arguments: list[str]) -> int:
     model, config, step = load_model(others[0])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     cfg = read_sound(completed(config))[0]
-    tokenizer, dataset = get_tokenizer(cfg.data.tokenizer), data_of(cfg, options["data"])
+    dataset = data_of(cfg, options["data"])
     model.separator = separator_of(cfg, dataset)
     found = {}
     for T in (multiple * model.config.block_size for multiple in multiples_of(options["contexts"])):
@@ -189,7 +196,7 @@ def work(arguments: list[str]) -> int:
         except ValueError as error:
             raise UsageError(f"{others[0]}: {error}") from error
         windows = validation_windows(getattr(dataset, options["split"]), T, options["windows"] or None)
-        found[T] = measure(longer, windows, tokenizer.token_bytes())
+        found[T] = measure(longer, windows, token_bytes_of(cfg.data))
     print(
         f"{others[0]}, step {step}, on {options['split']} of {options['data'] or config['data']['name']}, loss in nats a token"
     )
@@ -199,7 +206,7 @@ def work(arguments: list[str]) -> int:
         from scripts.harness import evaluate_tasks  # lm-eval takes seconds to import
 
         limit, folder = options["limit"] or None, options["task_folder"] or None
-        results = evaluate_tasks(model, tokenizer, options["tasks"].split(","), limit, folder)
+        results = evaluate_tasks(model, get_tokenizer(cfg.data.tokenizer), options["tasks"].split(","), limit, folder)
         lines = [
             [task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"]
             for task, metric, value, error in results

@@ -86,7 +86,7 @@ def work(arguments: list[str]) -> int:
         if newer:
             names = ", ".join(str(path.relative_to(ROOT)) for path in newer[:3])
             print(f"{r.directory}: {len(newer)} files are newer than the run ({names}); its log may not have its code")
-        path = folder / f"{r.directory.name}.txt"
+        path = folder / f"{r.directory.resolve().parent.name}_{r.directory.name}.txt"
         path.write_text(log_of(r.directory))
         print(f"written: {path}")
         if (done := r.curve("eval")[0][-1]) < r.config["max_steps"]:

@@ -98,6 +98,13 @@ def test_a_checkpoint_from_before_these_settings_is_resumed(tiny):
     assert _changes(saved, compose([*tiny, "batches.order=epoch"])) == ["batches.order: replacement → epoch"]
 
 
+def test_more_steps_change_a_transferred_rate():
+    own = ["experiment=nugpt_demo", "schedule.decay_steps=400"]
+    for transfer, changed in (("none", []), ("nu", ["max_steps: 200 → 400"])):
+        before, after = (compose([*own, f"transfer={transfer}", f"max_steps={n}"]) for n in (200, 400))
+        assert _changes(before.plain(), after) == changed
+
+
 def test_places_are_those_of_an_array(tiny):
     """The type that indexing needs, whatever the step."""
     from data.loader import Loader

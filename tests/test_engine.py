@@ -16,7 +16,11 @@ import pytest
 from conftest import HERE, ROOT, SMALL
 from harness import children, command, last_step, records, wait_until
 
+from scripts.analysis.runs import find_runs
+from training import sweep
+from training.config import compose
 from training.engine import Job, run_all, run_here
+from training.sweep import other_settings
 from training.validate import ConfigError
 
 
@@ -33,6 +37,24 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(tiny_grid,
         ConfigError, match=r"holds a run with other settings \(max_steps: 2 → 3.*; give another output_dir="
     ):
         run_all([Job((*job.overrides, "max_steps=3"), job.directory)], workers=2)
+
+
+def test_a_run_with_another_last_evaluation_is_another_run():
+    saved, now = compose(["full_eval=false"]).plain(), compose(["full_eval=true"]).plain()
+    assert other_settings(saved, now) == ["full_eval: False → True"]
+
+
+def test_a_job_that_cannot_run_here_is_known_by_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "check", raises)
+    with pytest.raises(ConfigError):
+        sweep.run_job(print, lambda: compose(["seed=5"]), tmp_path / "job")
+    assert "seed: 5" in (tmp_path / "job/config.yaml").read_text()
+    [run] = find_runs([tmp_path])
+    assert run.status == "failed at step 0"
+
+
+def raises(cfg):
+    raise ConfigError(["no GPU here"])
 
 
 def test_a_run_that_was_continued_after_its_end_is_not_finished(tiny_grid, tmp_path):

@@ -50,6 +50,13 @@ def test_bits_per_byte_of_bytes_are_the_loss_in_bits():
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
 
 
+def test_tokens_of_a_vocabulary_that_is_not_known_have_no_bytes():
+    own = compose(["data=bin", "data.dir=nowhere", "data.vocab_size=40", "model.vocab_size=40"]).data
+    assert evaluate.token_bytes_of(own) == [b""] * 40
+    assert math.isnan(evaluate.measure(gpt(), windows_of(3, 16), evaluate.token_bytes_of(own)).bits_per_byte)
+    assert evaluate.token_bytes_of(compose(["data=stdlib"]).data) == BYTES.token_bytes()
+
+
 @pytest.mark.parametrize("settings", [{"rope": True}, NGPT], ids=["rotary", "nGPT"])
 def test_a_longer_context_reads_the_same_beginning(settings):
     model = gpt(**settings)

@@ -3,6 +3,8 @@
 import json
 import math
 import statistics
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +23,10 @@ from model.gpt import GPT, GPTConfig
 from model.layer_map import layer_maps
 from model.residual import RESIDUAL_RULES
 from scripts import experiment
+from scripts.analysis import exponents
 from scripts.analysis.exponents import correlations, fits, foretold, foretold_table, initial
-from scripts.analysis.statistics import rank_correlation
+from scripts.analysis.runs import RecordedRun
+from scripts.analysis.statistics import Estimate, rank_correlation
 from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.transfer import transferred
@@ -265,6 +269,20 @@ def test_the_parts_of_the_fits():
     }
     by_scale = next(r for r in fits(cells) if r["networks"] == "initial scales")
     assert by_scale["by"] == "|λ_a|" and by_scale["slopes"]["|λ_a|"][0] == pytest.approx(1)
+
+
+def test_a_network_counts_once_however_many_seeds_it_has(monkeypatch):
+    found = experiment.study_of(experiment.load_experiment("exponents"), [])[0]
+    case = dict(found.around)
+
+    def run(loss):
+        return RecordedRun(Path("nowhere"), {}, {"eval": [{"step": 1, "loss": loss}]}, {}, {}, case)
+
+    seen = {f"{kind}_synthetic": Estimate.of([0.5]) for kind in ("angle", "gradient")}
+    monkeypatch.setattr(exponents, "estimates", lambda *_: seen)
+    for losses, mean in (([2.0, 3.0], 2.5), ([2.0, math.inf], math.inf)):
+        [row] = exponents.cells(replace(found, groups=[[run(loss) for loss in losses]]), [], 0.9)
+        assert row["loss"] == mean and row["angle"] == 0.5
 
 
 def test_scales_and_networks_are_two_grids_around_one_model():

@@ -9,12 +9,13 @@ import torch
 from test_export import GPT2S, SHAPE, assert_bitwise, gpt, needs_transformers, run, tokens  # noqa: F401  # run is a fixture
 
 from data.tokenizer import get_tokenizer
-from model.convert import NotGPT2, Weights, from_hf, known_settings, misfits, take, to_hf
+from model.convert import NotGPT2, Weights, changed_attention, from_hf, known_settings, misfits, take, to_hf
 from model.gpt import GPT, GPTConfig
 from optim.manifolds import MANIFOLDS
 from scripts.export import write_hf, write_nanogpt, write_safetensors
 from train import train
-from training.checkpoint import CheckpointError
+from training import init_from
+from training.checkpoint import CheckpointError, load_newest
 from training.config import compose
 from training.init_from import located, movement, read_weights
 from training.log import read_records
@@ -105,6 +106,19 @@ def test_another_architecture_is_refused(change, said):
         from_hf("there", {**about, **change}, tensors)
 
 
+def test_attention_may_change_and_the_run_says_so():
+    """Settings that no parameter shows: without a word, a model would compute something else than its weights were trained for."""
+    plain, capped = GPTConfig(**SHAPE), GPTConfig(**SHAPE, logit_cap=5.0, scale=0.2)
+    about, tensors = to_hf(plain, gpt().state_dict(), 0)
+    for weights in (from_hf("there", about, tensors), Weights("there", {}, known_settings(plain))):
+        assert changed_attention(weights, plain) == [] and misfits(weights, capped) == []
+        scale, cap = changed_attention(weights, capped)
+        assert scale.startswith("attention.scale=0.2, where the weights had null") and "logit_cap=5.0" in cap
+    assert misfits(from_hf("there", about, tensors), GPTConfig(**SHAPE, head_cap=3.0)) == [
+        "model.head_cap=3.0 does not fit there; set model.head_cap=null"
+    ]
+
+
 def test_every_setting_that_does_not_fit_is_listed_with_its_remedy():
     model = gpt(**GPT2S["as published"])
     about, tensors = to_hf(model.config, model.state_dict(), 0)
@@ -169,6 +183,14 @@ def test_a_run_starts_from_a_run_on_its_manifolds(run, tiny_data, tmp_path, caps
     shutil.rmtree(source)
     train(compose([*more, "resume=auto", "max_steps=2", "allow_changes=true"]))
     assert len(list(read_records(tmp_path / "run", "init_from"))) == 1
+
+
+def test_a_run_of_an_older_program_gives_its_weights(run, monkeypatch):  # noqa: F811
+    """Settings that came later have the values of before."""
+    loaded = load_newest(run / "checkpoints")
+    del loaded.state["config"]["model"]["skips"], loaded.state["config"]["average"]
+    monkeypatch.setattr(init_from, "load_newest", lambda folder: loaded)
+    assert read_weights(run).settings["model.skips"] is True
 
 
 def test_free_weights_move_onto_the_manifolds_and_the_run_says_how_far(tiny_data, tmp_path, capsys):

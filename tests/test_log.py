@@ -345,3 +345,13 @@ def test_on_a_terminal_a_bar_shows_the_same(monkeypatch):
     last = shown.removesuffix("\x1b[?25h").rstrip().splitlines()[-1]
     for part in ("hetero", "50/100", "train 2.00", "val nan", "41k tokens/s", "0:50 left", "━"):
         assert part in last
+
+
+def test_the_end_of_a_run_that_goes_on_is_removed(tmp_path):
+    """`end` is written after the last checkpoint, from which a longer run is continued."""
+    path = write_run(tmp_path, 5)
+    log = RunLog(tmp_path)
+    log.write("end", 5)
+    log.close()
+    RunLog(tmp_path, keep_until=5).close()
+    assert [r["kind"] for r in read_records(path) if r["step"] == 5] == ["train", "eval"]

@@ -92,6 +92,29 @@ def test_an_experiment_is_extended_until_no_best_rate_is_at_an_end(monkeypatch, 
     assert {r.case[RATE] for r in bounded.runs if r.case[WIDTH] == "32"} == {"0.01", "0.02", "0.04"}
 
 
+def test_an_extension_runs_no_case_a_second_time(monkeypatch, tmp_path):
+    """Where a run is missing, a seed has its best rate at the end of the others, and asks for a rate of the experiment's own."""
+    experiment = study.Experiment("?", axes={RATE: "0.01,0.02,0.04"}, extended=RATE, seeds="1,2")
+    missing = "seed=2" + "," + f"{RATE}=0.04"
+
+    def read_run(directory):
+        case = dict(part.split("=") for part in directory.name.split(","))
+        loss = abs(math.log(float(case[RATE]) / 0.03))
+        return RecordedRun(directory, {"seed": int(case["seed"])}, {"eval": [{"step": 1, "loss": loss}]}, {}, {})
+
+    def ended(job):
+        return not all(part in job.directory.name for part in missing.split(","))
+
+    monkeypatch.setattr(conduct, "run_all", lambda *_: {})
+    monkeypatch.setattr(conduct, "read_run", read_run)
+    monkeypatch.setattr(Job, "ended", property(ended))
+    monkeypatch.setattr(conduct, "compose", lambda overrides: None)
+    monkeypatch.setattr(conduct, "check", lambda cfg: None)
+    found = study.Study(experiment, {RATE: ["0.01", "0.02", "0.04"]}, {}, ["1", "2"], dict(experiment.all_options), [])
+    conduct.Conductor(found, tmp_path, 0).run()
+    assert sorted((r.case[RATE], r.config["seed"]) for r in found.runs).count(("0.04", 1)) == 1
+
+
 # ---- slopes ----
 
 

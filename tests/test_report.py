@@ -144,6 +144,18 @@ def test_learned_scales_are_drawn_by_layer_and_stand_on_the_page(sweep, page, tm
 # ---- the tables ----
 
 
+def test_trials_of_a_search_and_jobs_without_settings_are_left_out(tmp_path, capsys):
+    config = configuration("hetero", steps=1)
+    for name in ("a", "trials/b"):
+        write_run(tmp_path / name, config, [{"kind": "eval", "step": 1, "loss": 2.0}])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / METRICS_FILE).write_text('{"kind": "event", "step": 0, "event": "failed", "message": "x"}\n')
+    assert [r.directory for r in find_runs([tmp_path])] == [tmp_path / "a"]
+    said = capsys.readouterr().err
+    assert "1 trials of a search left out; name their folder" in said and f"{tmp_path}/c left out: it failed" in said
+    assert [r.directory for r in find_runs([tmp_path / "trials"])] == [tmp_path / "trials/b"]
+
+
 def test_the_papers_losses_stand_at_its_scale_only():
     def run(*words):
         return RecordedRun("run", compose(["experiment=paper", *words]).plain(), {}, {}, {})

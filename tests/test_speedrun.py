@@ -142,7 +142,7 @@ def test_a_tiny_copy_and_its_logs(tiny, tmp_path, capsys):
     arguments = [f"{tmp_path}/seed_1", f"{tmp_path}/seed_2", f"logs={tmp_path}/logs"]
     assert speedrun_log.main(arguments) == 0
     assert "not reached: mean" in capsys.readouterr().out
-    log = (tmp_path / "logs" / "seed_1.txt").read_text()
+    log = (tmp_path / "logs" / f"{tmp_path.name}_seed_1.txt").read_text()
     assert (ROOT / "optim" / "manifold_muon.py").read_text().rstrip() in log and "global_batch_tokens: 128" in log
     assert "step:5/6 val_loss:" in log and log.count("step_avg:") == 3
     assert speedrun_log.main([*arguments, "target=9"]) == 0

@@ -183,6 +183,15 @@ def test_wandb_continues_online_and_links_offline(tmp_path, monkeypatch):
     assert fake.started[-1]["id"] not in {online["id"], offline["id"], second["id"]}
 
 
+def test_an_offline_run_with_a_given_id_is_sent_whole_too(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    wandb_sink(tmp_path, "offline").close()
+    wandb_sink(tmp_path, "offline", resume=True, history=[{"kind": "eval", "step": 5, "loss": 1.0}]).close()
+    assert [run["id"] for run in fake.started] == ["given"] * 2 and len(fake.logged) == 1
+
+
 def test_a_run_that_w_and_b_cannot_continue_is_sent_whole(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)

@@ -47,6 +47,12 @@ def test_a_planted_failure_is_foreseen_to_the_step():
     assert "step 500, in 100 steps" in alarm.message
 
 
+def test_what_is_expected_is_never_past():
+    warning = EarlyWarning(WarningRules(**{**SETTINGS, "probes": 3}))
+    alarms = [warning.observe(step, seen(logit)) for step, logit in ((100, 25.0), (200, 72.25), (300, 98.0))]
+    assert alarms[:2] == [None, None] and alarms[2].expected_step == 300 and "in 0 steps" in alarms[2].message
+
+
 def test_noise_moves_the_forecast_by_little():
     rng = random.Random(0)
     for _ in range(20):

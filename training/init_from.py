@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.convert import NotGPT2, Weights, from_hf, from_nanogpt, known_settings, misfits, take
+from model.convert import NotGPT2, Weights, changed_attention, from_hf, from_nanogpt, known_settings, misfits, take
 from model.gpt import GPT
 from optim.assignment import folded
 from training.build import gpt_config
@@ -26,7 +26,7 @@ from training.optimizers import Optimizers
 from training.ranks import Ranks
 from training.resume import check_parts, foreign
 from training.safetensors_file import SETTINGS, is_tensor_file, read_tensors
-from training.settings import read_sound
+from training.settings import completed, read_sound
 from training.validate import ConfigError
 
 _HF_CONFIG, _HF_WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
@@ -62,6 +62,7 @@ def start_from(
         lines[0] += f", {after:.4f} after these matrices moved onto their manifolds, by ‖ΔW‖/‖W‖ (and to ‖W‖ times)"
         width = max(map(len, moved))
         lines += [f"  {name.ljust(width)}  {by:.4f}  ({to:.4f})" for name, (by, to) in moved.items()]
+    lines += changed_attention(weights, model.config)
     record = {
         "source": weights.source,
         "loss_before": before,
@@ -160,7 +161,7 @@ def _of_run(directory: Path) -> Weights:
         raise ValueError("the run has no checkpoint yet")
     check_parts(loaded)
     with foreign(loaded):
-        config = gpt_config(read_sound(loaded.state["config"])[0])
+        config = gpt_config(read_sound(completed(loaded.state["config"]))[0])
     return Weights(str(loaded.path), loaded.state["model"], known_settings(config))
 
 

@@ -58,7 +58,8 @@ class RunLog:
 
     When ``write`` returns, the operating system has the record, so it is not lost if the process is killed. Opening the log removes an
     incomplete last line and moves damaged lines to ``metrics.jsonl.damaged``. With ``keep_until=s``, it also removes the records of
-    steps after s: the run is resumed from the checkpoint of step s, and all records of step s were written before that checkpoint.
+    steps after s: the run is resumed from the checkpoint of step s, and all records of step s were written before that checkpoint. Only
+    ``end`` comes after it, and is removed too.
     With ``fresh`` the run starts at step 0, and the log is empty: records of an earlier start are moved to ``metrics.jsonl.<n>.old``.
     """
 
@@ -186,7 +187,7 @@ def _named(lines: list[int]) -> str:
 
 
 def _rewrite(path: Path, last_step: int | None) -> None:
-    """Keep the records up to ``last_step``, atomically; damaged lines are moved to another file."""
+    """Keep the records up to ``last_step`` but ``end``, atomically; None keeps all. Damaged lines are moved to another file."""
     temp, aside = path.with_name(f".{path.name}.tmp"), path.with_name(DAMAGED_FILE)
     damaged: list[tuple[int, bytes]] = []
     try:
@@ -194,7 +195,7 @@ def _rewrite(path: Path, last_step: int | None) -> None:
             for number, line, record in _lines(path):
                 if record is None:
                     damaged.append((number, line))
-                elif last_step is None or record["step"] <= last_step:
+                elif last_step is None or (record["step"] <= last_step and record["kind"] != "end"):
                     file.write(line)
             sync(file)
         if damaged:

@@ -136,7 +136,8 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
 
 def _changes(saved: Mapping[str, Any], cfg: Settings) -> list[str]:
     """A line for every setting that changes numbers and has another value than in the saved configuration."""
-    return differences(completed(saved), cfg.plain(), ignore=HARMLESS)
+    decisive = () if cfg.transfer.rule == "none" else ("max_steps",)  # the transferred learning rates depend on it
+    return differences(completed(saved), cfg.plain(), ignore=[key for key in HARMLESS if key not in decisive])
 
 
 def check_parts(loaded: Loaded) -> None:

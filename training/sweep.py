@@ -45,18 +45,21 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
         ConfigError and others of USER_ERRORS: nothing was run. SystemExit: a signal came, and the run has saved. And everything that
         `launch` raises.
     """
+    cfg = None
     try:
         cfg = configure()
         check(cfg)
         cfg, best = plan_job(cfg, directory)
     except USER_ERRORS as error:
         if not (directory / METRICS_FILE).exists():  # it may hold another run
-            note_failure(directory, error)
+            note_failure(directory, error, cfg)
         raise
     if best is not None:
         print(f"{directory} is finished")
         return best
     started = time.perf_counter()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak memory of this process starts anew (Linux)
     try:
         return launch(worker, cfg, directory, USER_ERRORS)
     except Stopped as stopped:
@@ -166,7 +169,7 @@ def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name"
 def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two configurations that make them different runs, as "key: before → after"."""
     # A run may be continued with another value of these, but a whole run has another result with it.
-    decisive = ("max_steps", "init_from")
+    decisive = ("max_steps", "init_from", "full_eval")
     return differences(completed(saved), now, ignore=[key for key in HARMLESS if key not in decisive])
 
 

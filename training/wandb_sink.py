@@ -126,7 +126,7 @@ class WandbSink:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("val/loss", step_metric="step", summary="min")
-        continued = any(run["id"] == run_id for run in earlier)
+        continued = mode == "online" and run_id in online
         if not continued:
             write_whole(ids_file, json.dumps([*earlier, {"id": run_id, "mode": mode}]))
         return continued

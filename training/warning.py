@@ -80,7 +80,7 @@ class EarlyWarning:
         norm_limit = self.norms[-1] * limit / self.logits[-1]
         by_norm = crossing(self.steps, [math.sqrt(x) for x in self.norms], math.sqrt(norm_limit))
         latest = max(by_logit, by_norm)
-        if not latest < math.inf or (expected := round(latest)) - step > self.rules.horizon:
+        if not latest < math.inf or (expected := max(step, round(latest))) - step > self.rules.horizon:
             return None
         message = (
             f"attention's largest logit is {self.logits[-1]:.3g} and growing; at this rate it reaches {limit:g}, where the "

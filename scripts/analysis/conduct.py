@@ -80,7 +80,7 @@ class Conductor:
         for _ in range(study.options["extensions"] if study.experiment.extended else 0):
             runs = [r for group in self.groups.values() for r in group]
             found = further_cases(runs, study.experiment.extended or "", study.axes)
-            more = [case for case in found if case not in study.further]
+            more = [case for case in found if case not in study.cases()]
             if not more:
                 break
             study.further += more

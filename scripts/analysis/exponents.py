@@ -15,6 +15,7 @@ from data.loader import validation_windows
 from model import layer_map
 from model.exponents import SKIPS, Exponents, closed_form, measured_exponents, near_collapse
 from model.gpt import GPT
+from scripts.analysis.runs import final_losses
 from scripts.analysis.statistics import Estimate, holm, rank_correlation, rank_correlation_p, rank_regression
 from scripts.analysis.study import Study
 from scripts.analysis.tables import Table
@@ -169,21 +170,25 @@ def mean_or_nan(values: Sequence[float]) -> float:
 
 
 def cells(study: Study, overrides: Sequence[str], correlation: float) -> list[dict[str, Any]]:
-    """A row for each run: its settings, its exponents at initialisation, and its final loss, infinite if it became unstable.
+    """A row for each case: its settings, its exponents at initialisation, and its final loss.
+
+    The loss is the mean over seeds, and infinite if a run became unstable.
 
     scaled, other_rule, other_assignment: whether its initial scales, residual rule or assignment differ from those of `around`.
     kind: see KINDS.
     """
     found = []
-    for r in study.runs:
-        settings = [f"{key}={value}" for key, value in r.case.items()]
+    for runs in study.groups:
+        case = runs[0].case
+        settings = [f"{key}={value}" for key, value in case.items()]
         seen = estimates([*overrides, *settings], _OF_A_RUN, correlation)
         began = {kind: seen[f"{kind}_synthetic"].mean for kind in ("angle", "gradient")}
-        away = {axis for axis, value in study.around.items() if r.case[axis] != value}
+        away = {axis for axis, value in study.around.items() if case[axis] != value}
         rule, assignment = "residual" in away, "assignment" in away
         marked = {"other_rule": rule, "other_assignment": assignment, "kind": KINDS[rule, assignment]}
         marked["scaled"] = bool(away - {"residual", "assignment"})
-        found.append({**r.case, **marked, **began, "loss": r.final if r.stable else math.inf})
+        losses = final_losses(runs) if all(r.stable for r in runs) else [math.inf]
+        found.append({**case, **marked, **began, "loss": statistics.fmean(losses)})
     return found
 
 

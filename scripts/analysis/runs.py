@@ -14,6 +14,7 @@ from typing import Any
 from data.tokenizer import get_tokenizer
 from model.gpt import GPT
 from optim.assignment import ADAMW, matches
+from scripts.analysis.search import TRIALS
 from scripts.command import UsageError
 from training.average import average_of
 from training.build import gpt_config
@@ -109,8 +110,9 @@ class RecordedRun:
 
     @property
     def full(self) -> float | None:
-        """Loss on the whole validation split at the end (nats a token); None if it was not evaluated."""
-        return next((record["loss"] for record in reversed(self.records.get("full_eval", []))), None)
+        """Loss on the whole validation split at the last evaluation (nats a token); None if it was not evaluated there."""
+        last = max(self.curve("eval")[0], default=0)
+        return next((r["loss"] for r in reversed(self.records.get("full_eval", [])) if r["step"] >= last), None)
 
     @property
     def held_out(self) -> float | None:
@@ -318,6 +320,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def find_runs(places: Iterable[str | Path]) -> list[RecordedRun]:
     """All runs in the given directories and below them, each once.
 
+    Left out, with a line on stderr: jobs that failed before they had a configuration, and the trials of a search, which its experiment
+    counts; name the folder of the trials to see them.
+
     Raises:
         UsageError: a directory does not exist or holds no run.
     """
@@ -325,7 +330,14 @@ def find_runs(places: Iterable[str | Path]) -> list[RecordedRun]:
     for place in map(Path, places):
         if not place.is_dir():
             raise UsageError(f"there is no directory {place}; name runs or sweeps, such as outputs/sweep")
-        found = sorted(file.parent for file in place.rglob(METRICS_FILE))
+        every = sorted(file.parent for file in place.rglob(METRICS_FILE))
+        found = [path for path in every if TRIALS not in path.relative_to(place).parts]
+        if trials := len(every) - len(found):
+            print(f"{place}: {trials} trials of a search left out; name their folder to see them", file=sys.stderr)
+        failed = [path for path in found if path != place and not (path / CONFIG_FILE).exists()]
+        for path in failed:
+            print(f"{path} left out: it failed before it had a {CONFIG_FILE}", file=sys.stderr)
+        found = [path for path in found if path not in failed]
         if not found:
             raise UsageError(f"no run in {place} or below it (no {METRICS_FILE}); name a directory that a run wrote")
         directories.update(dict.fromkeys(found))

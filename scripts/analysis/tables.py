@@ -150,7 +150,10 @@ def known_columns(table: Table) -> Table:
 
 
 def cell(values: Sequence[Value], digits: int) -> str:
-    """The text of a cell for the values of its runs: mean ± standard error of numbers, or each different text with its count."""
+    """The text of a cell for the values of its runs: mean ± standard error of numbers, or each different text with its count.
+
+    Where only some of the runs have a number, the cell says how many.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -160,7 +163,8 @@ def cell(values: Sequence[Value], digits: int) -> str:
         return ", ".join(
             str(text) if len(counts) == 1 or count == 1 else f"{count} x {text}" for text, count in counts.items()
         )
-    return Estimate.of(numbers).text(digits)
+    some = f" ({len(numbers)} of {len(values)})" if len(numbers) < len(values) else ""
+    return Estimate.of(numbers).text(digits) + some
 
 
 def rows_of(runs: Sequence[RecordedRun], columns: Sequence[Column]) -> list[dict[str, Any]]:
