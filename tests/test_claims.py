@@ -92,6 +92,16 @@ def test_the_family_costs_what_the_page_says():
     assert round(int(steps) / 400, 1) == 0.6
 
 
+def test_the_seeds_that_reach_adamws_loss_are_those_of_the_page():
+    data, reached = result("family/table.json"), {}
+    for r in data["rows"]:
+        best = min(r["val_loss_final"], r["val_loss_best"])
+        reached.setdefault((r["optimizer"], r["max_steps"]), []).append(best <= data["targets"][r["max_steps"]])
+    partial = {key: sum(seeds) for key, seeds in reached.items() if not all(seeds)}
+    never = dict.fromkeys([("SGD", "100"), ("SGD", "400"), ("Lion", "400")], 0)
+    assert partial == {("AdamW", "100"): 2, ("AdamW", "400"): 2, ("Lion", "100"): 2, **never}
+
+
 def test_no_constraint_beats_muon_as_the_pages_say():
     assert level("100", "Muon") == {"spectral ball", "DGram"}
     assert level("400", "Muon") == {"SOAP", "modular", "NorMuon", "DGram", "Hetero"}
