@@ -142,8 +142,9 @@ def gap_by_tokens(
         axes = figure.subplots()
         for i, (label, line) in enumerate(gaps.items()):
             colour = ASSIGNMENT_COLOURS.get(label, OTHER_COLOURS[i % len(OTHER_COLOURS)])
-            tokens, found = [n * 1.04 ** (i - len(gaps) / 2) for n in sorted(line)], [line[n] for n in sorted(line)]
-            means, halves = [d.mean for d in found], [d.half for d in found]
+            points = sorted(line.items())
+            tokens = [n * 1.04 ** (i - len(gaps) / 2) for n, _ in points]
+            means, halves = [d.mean for _, d in points], [d.half for _, d in points]
             axes.errorbar(tokens, means, halves, color=colour, marker="o", capsize=3, label=label)
             if label in published:
                 axes.plot(*published[label], marker="D", markerfacecolor="none", color=colour, markersize=7)
