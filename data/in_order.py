@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.loader import Loader
+from data.loader import Loader, require_window
 from data.shards import DataError, Split
 
 
@@ -39,7 +39,12 @@ class InOrder(Loader):
 
 
 def first_windows(split: Split, block_size: int, count: int) -> np.ndarray:
-    """The first windows of a split, at most `count`; each overlaps the next by one token: (n, block_size + 1) uint16."""
+    """The first windows of a split, at most `count`; each overlaps the next by one token: (n, block_size + 1) uint16.
+
+    Raises:
+        DataError: the split is shorter than a window.
+    """
+    require_window(split, block_size)
     return _windows(split, 0, min(count, (split.tokens - 1) // block_size), block_size)
 
 

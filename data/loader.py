@@ -56,7 +56,7 @@ class Loader:
         if order not in ORDERS:
             raise ValueError(f"there is no order {order!r}; choose {' or '.join(ORDERS)}")
         for part in split.parts:
-            _require_window(part, block_size)
+            require_window(part, block_size)
         self.parts, self.block_size, self.seed = split.parts, block_size, seed
         self.windows, self.rank, self.world, self.order = windows, rank, world, order
         self._pattern = _pattern(split, seed)  # (PERIOD,): the part of each turn
@@ -166,7 +166,7 @@ def validation_windows(split: Tokens, block_size: int, count: int | None = None)
 
 
 def _spaced(split: Split, block_size: int, count: int | None) -> np.ndarray:
-    _require_window(split, block_size)
+    require_window(split, block_size)
     fitting = split.tokens // (block_size + 1)
     count = fitting if count is None else min(count, fitting)
     stride = split.tokens // count
@@ -209,7 +209,8 @@ class Prefetcher(Generic[T]):
         self._pool.shutdown(cancel_futures=True)
 
 
-def _require_window(split: Split, block_size: int) -> None:
+def require_window(split: Split, block_size: int) -> None:
+    """Raise DataError if a split is shorter than a window of block_size + 1 tokens."""
     if split.tokens < block_size + 1:
         raise DataError(
             f"a context of {block_size} tokens is longer than the data in {split.directory} ({split.tokens} tokens, "

@@ -23,6 +23,7 @@ from model.spectra import Spectra
 from scripts.command import UsageError
 from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, steps_together, take_turns
 from training.attention import choose
+from training.average import Average, average_of
 from training.build import build_optimizers, gpt_config
 from training.capture import WARM_UP, CudaGraphs
 from training.config import compose
@@ -69,6 +70,11 @@ class RandomTraining:
             optimizers.capture(CudaGraphs(self.device))
         return optimizers
 
+    @cached_property
+    def average(self) -> Average | None:
+        """The average of the weights, if the configuration has one."""
+        return average_of(self.cfg.average, self.model)
+
     def forward(self) -> Tensor:
         """The loss of the first micro-batch, 0-d."""
         windows = torch.from_numpy(self.batch[: self.micro].astype("int64")).to(self.device)
@@ -78,14 +84,17 @@ class RandomTraining:
     def gradients(self) -> Tensor:
         """Compute and clip the gradients of a step; returns their norm, 0-d."""
         accumulate(self.replica, self.batch, self.micro, self.device, self.autocast)
-        return clip([p.grad for p in self.model.parameters()], 1.0)[0]
+        return clip([p.grad for p in self.model.parameters()], self.cfg.grad_clip)[0]
 
     def step(self) -> None:
         """One training step, without a wait for the device."""
-        norm = self.gradients()
+        skip = ~self.gradients().isfinite()
         phase = Phases(self.device)
         with phase("optimizer"):
-            self.optimizers.step(skip=~norm.isfinite())
+            self.optimizers.step(skip=skip)
+            self.model.clip_logits()
+            if self.average:
+                self.average.update(skip)
         self.updates.append(phase)
         self.optimizers.zero_grad()
 
@@ -97,6 +106,7 @@ class RandomTraining:
     def tensors(self) -> list[Tensor]:
         """The tensors that are kept between two steps."""
         states = [value for o in self.optimizers for state in o.state.values() for value in state.values()]
+        states += [t for mean in self.average.means for t in mean] if self.average else []
         storages = {t.untyped_storage().data_ptr(): t for t in states if isinstance(t, Tensor)}
         return [*self.model.parameters(), *self.model.buffers(), *storages.values()]
 
@@ -120,7 +130,10 @@ def trainings_by_assignment(options: dict[str, Any]) -> dict[tuple[str, str, str
                 key = (assignment, "-" if assignment == "adamw" else optim, variant)
                 if key not in found:
                     overrides = [f"model={_size(options)}", f"assignment={assignment}", f"optim={optim}"]
-                    found[key] = training_of(compose([*overrides, *([variant] if variant != "-" else [])]), options)
+                    cfg = compose([*overrides, *([variant] if variant != "-" else [])])
+                    if cfg.batches.documents:
+                        raise UsageError(f"{variant} cannot be measured: the random tokens are no documents")
+                    found[key] = training_of(cfg, options)
     return found
 
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from scripts.analysis.figures import draw
-from scripts.analysis.runs import RecordedRun, read_run
+from scripts.analysis.runs import RecordedRun, at, read_run
 from scripts.analysis.tables import (
     COLUMNS,
     Table,
@@ -242,7 +242,8 @@ def decay_of(cfg: dict[str, Any]) -> str:
         if free_norms
         else "unconstrained matrices only, as in the paper"
     )
-    return f"{muon['weight_decay']:g} acts on {on}"
+    replaced = at(cfg, "optim.matrices.weight_decay")
+    return f"{muon['weight_decay'] if replaced is None else replaced:g} acts on {on}"
 
 
 def accept(plan: Plan, committed: Path) -> str:

@@ -57,6 +57,15 @@ def test_only_queries_of_the_measured_dtype_without_a_mask_are_computed_by_it():
     model.attend_by("cudnn", torch.bfloat16)  # which a CPU refuses
     assert torch.equal(model(x)[0], expected)
 
+    def behind_a_cache(backend):
+        caches = model.new_caches()
+        model.attend_by(None, torch.float32)
+        model.features(x[:, :8], caches)
+        model.attend_by(backend, torch.float32)
+        return model.features(x[:, 8:], caches)
+
+    assert torch.equal(behind_a_cache("cudnn"), behind_a_cache(None))
+
 
 def test_the_fastest_that_is_not_refused_is_chosen(monkeypatch):
     seconds = {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0}

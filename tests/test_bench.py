@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from scripts import bench, bench_ceilings, bench_predicted, bench_residual, timing
-from scripts.bench_train import RandomTraining
+from scripts.bench_train import RandomTraining, trainings_by_assignment
+from scripts.command import UsageError
 from training.config import compose
 
 
@@ -112,6 +113,24 @@ def test_a_timed_step_waits_only_at_its_end(monkeypatch):
     updates = training.update_seconds()
     assert len(updates) == 5 and len(waits) == 8
     assert all(0 < update < whole for update, whole in zip(updates[-3:], times))
+
+
+def test_a_timed_step_has_all_parts_of_a_step():
+    words = ["model=demo", "model.n_layer=1", "assignment=hetero", "average=ema", "grad_clip=null"]
+    training = RandomTraining(compose(words), micro=1, tokens=256)
+    training.step()
+    assert training.average.counts[0] == 1 and len(training.tensors()) > 2 * len(list(training.model.parameters()))
+    with pytest.raises(UsageError, match="documents"):
+        trainings_by_assignment(
+            {
+                "variants": "batches.documents=true",
+                "optims": "paper",
+                "assignments": "adamw",
+                "model": "demo",
+                "micro_batch_size": 1,
+                "tokens": 256,
+            }
+        )
 
 
 def test_bench_names_its_benchmarks(capsys):

@@ -1,7 +1,6 @@
 """The certified step: its bars on recorded problems, its float64 twin, its update, and its place in the optimizer."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -389,7 +388,8 @@ def test_compiles_fullgraph_without_recompiling(monkeypatch):
     """Traced by dynamo and run by its eager backend: what the compiler's own backends then make of the graph is not ours to test."""
     torch._dynamo.reset()
     rule = CertifiedStep(compile=True)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiler, asked = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(how) or compiler(f, backend="eager", **how))
     W, G = make("dgram")
     [plain] = CertifiedStep()([stack_of(W, G, "dgram", 0.05, 0.1, [0, 0])])
     for i in range(3):
@@ -397,6 +397,7 @@ def test_compiles_fullgraph_without_recompiling(monkeypatch):
             [moved] = rule([stack_of(W, G, "dgram", 0.05 / (i + 1), 0.1, [0, 0])])
         if i == 0:
             torch.testing.assert_close(moved.W, plain.W, rtol=0, atol=1e-6)
+    assert asked == [{"fullgraph": True, "dynamic": False}]
 
 
 def test_build_optimizers_wires_the_rule():

@@ -308,6 +308,9 @@ def test_the_best_rates_move_as_the_page_says():
 
 
 def test_ngpt_needs_the_steps_that_the_page_says():
+    page = text(EXPERIMENTS)
+    assert "it needs 89 of GPT's 200 steps" in page
+    assert "it needs 130 steps. At 1,024, two seeds need 108 and 135, and one does not reach" in page
     data, losses = result("ngpt_speed/table.json"), {}
     for r in data["rows"]:
         losses.setdefault((r["model.block_size"], r["seed"]), {})[r["arm"], int(r["max_steps"])] = r["val_loss"]

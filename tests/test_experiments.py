@@ -10,9 +10,11 @@ from conftest import HERE, ROOT, SMALL
 
 from model.residual import RESIDUAL_RULES
 from scripts import experiment
+from scripts.analysis import conduct
 from scripts.analysis.conduct import check_all
 from scripts.command import UsageError
 from training.config import compose
+from training.validate import ConfigError
 
 PNG = b"\x89PNG\r\n"
 NAMES = experiment.experiment_names()
@@ -320,6 +322,29 @@ def test_an_experiment_writes_its_table_and_pictures_and_keeps_what_is_done(name
     assert experiment.main([*words, "workers=0"]) == 0
     assert f"{len(runs)} done before" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
+
+
+def test_with_no_workers_a_launcher_gets_no_job(tmp_path, capsys):
+    places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results", "hydra/launcher=basic"]
+    assert experiment.main(["crossing", "workers=0", *places]) == 2
+    assert "workers=0 trains nothing" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_may_have_what_this_machine_lacks(monkeypatch):
+    def refuse(cfg):
+        raise ConfigError(["there is no GPU here"])
+
+    monkeypatch.setattr(conduct, "check", refuse)
+    check_all(study("blocks"), here=False)
+    with pytest.raises(ConfigError):
+        check_all(study("blocks"))
+
+
+def test_exponents_are_asked_of_assignments_that_exist(tmp_path, capsys):
+    own = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
+    for words in (["assignments=adamw,hetro"], ["scan=-1"]):
+        assert experiment.main(["exponents", *words, *own]) == 2
+        assert "must be names of configs/assignment" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_where_no_run_has_ended_there_is_no_table(tmp_path, capsys):

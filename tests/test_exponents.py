@@ -17,6 +17,7 @@ from model.exponents import (
     measured_exponents,
     misalignment,
     near_collapse,
+    squared_skip,
     streams,
 )
 from model.gpt import GPT, GPTConfig
@@ -71,6 +72,10 @@ def test_measured_exponents_are_those_of_the_closed_form(settings, joined):
     angle, gradient = estimates(lambda seed: random_gpt(seed, n_embd=256, **settings), 10, joined)
     assert within_two_standard_errors(angle), angle
     assert within_two_standard_errors(gradient), gradient
+
+
+def test_a_normalised_skip_leaves_what_the_branch_does_not_have():
+    assert squared_skip(0.6, "normalised") == pytest.approx(0.64) and squared_skip(0.6, "one") == 1
 
 
 def test_so_are_those_of_orthonormal_weights():

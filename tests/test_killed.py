@@ -73,7 +73,7 @@ def test_a_preparation_killed_at_every_kind_of_moment_continues_to_the_same_byte
     assert same_shards(Path(cfg.dir), expected)
     for calls in (1, 5, 24, 60, 75, 77):
         cfg = text_config(tmp_path, dir=str(tmp_path / f"once_{calls}" / "text"))
-        kill_and_continue(cfg, [calls])
+        assert kill_and_continue(cfg, [calls]) == 1
         assert same_shards(Path(cfg.dir), expected)
         assert os.listdir(Path(cfg.dir).parent) == ["text"]
 

@@ -221,6 +221,9 @@ def test_refined_directions_stay_tangent(manifold):
     for bucket in optimizer.buckets:
         assert not bucket.state["fallbacks"].any()
     assert all(MANIFOLDS[manifold].residual(p.detach()).max() < 1e-4 for p in params)
+    optimizer.watched = True
+    steps_of(params, optimizer, 1)
+    assert all(seen["tangency"] < 1e-5 for seen in optimizer.certificates().values())
 
 
 def test_the_mean_squares_are_saved_and_a_skipped_step_leaves_them():

@@ -27,6 +27,7 @@ from model.probes import (
     qk_norms,
     row_statistics,
 )
+from model.spectra import Spectra
 from scripts import probe as command
 from scripts.analysis.runs import read_run
 from train import train
@@ -321,3 +322,15 @@ def test_a_run_tells_its_least_entropy_and_greatest_saturation(tiny, tmp_path):
     seen = list(read_records(tmp_path / "run", "probe"))
     assert run.least_entropy == min(r["least_entropy"] for r in seen)
     assert run.greatest_saturation == max(r["greatest_saturation"] for r in seen)
+
+
+def test_a_spectrum_is_that_of_the_matrix_of_its_name():
+    matrices = {"a": torch.randn(24, 9), "b": torch.randn(9, 24), "c": torch.randn(24, 9)}
+    found = dict(Spectra({name: (W, None, 1) for name, W in matrices.items()}).records())
+    for name, W in matrices.items():
+        tall = (W if W.size(0) > W.size(1) else W.T).double()
+        gram = tall.T @ tall
+        off = gram - torch.diag(gram.diagonal())
+        assert found[name]["sigma"] == pytest.approx(torch.linalg.svdvals(tall).tolist(), rel=1e-5)
+        assert found[name]["gram_diagonal"] == pytest.approx(gram.diagonal().tolist(), rel=1e-5)
+        assert found[name]["off_diagonal"] == pytest.approx((off.norm() / gram.norm()).item(), rel=1e-5)

@@ -65,6 +65,10 @@ def test_every_step_lands_on_the_manifold(shape, manifold, scale):
     assert MANIFOLDS[manifold].residual(new[0]) < (1e-2 if manifold == "stiefel" else 2e-6)
 
 
+CLOSE = {"none": 6e-3, "stiefel": 1.5e-2, "dgram": 6e-3, "oblique": 2e-3}
+"""What rounding to bfloat16 may change of the weights in three steps. Without Nesterov or decay, they change by more."""
+
+
 @pytest.mark.parametrize("shape", ["64x32", "48x48"])
 @pytest.mark.parametrize("manifold", ["none", "stiefel", "dgram", "oblique"])
 def test_published_optimizer_steps(shape, manifold):
@@ -77,7 +81,7 @@ def test_published_optimizer_steps(shape, manifold):
         W.grad = step_oracle(f"{shape}/in/g{i}")
         optimizer.step()
         if (shape, manifold) != ("48x48", "dgram"):
-            assert relative(W.detach(), step_oracle(f"{shape}/muon_step/{manifold}/after{i}")) < 2e-2
+            assert relative(W.detach(), step_oracle(f"{shape}/muon_step/{manifold}/after{i}")) < CLOSE[manifold]
     assert relative(optimizer.state[W]["momentum"][0], step_oracle(f"{shape}/muon_step/momentum_after3")) < 1e-6
 
 

@@ -419,7 +419,7 @@ def test_a_live_page_shows_a_new_record_and_keeps_what_was_hidden(browser, serve
     run, address = served
     browser.errors.clear()
     browser.open(f"http://{address[0]}:{address[1]}/")
-    browser.until("sessionStorage.getItem('stamp')")
+    browser.until("document.body.dataset.stamp")
     browser.click(".chip")
     log = RunLog(run)
     log.write("eval", 10, loss=2.5)

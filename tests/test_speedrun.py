@@ -16,6 +16,8 @@ from training.config import compose
 class Counted:
     """A split whose tokens are their positions, in shards of these lengths."""
 
+    directory = "counted"
+
     def __init__(self, *lengths):
         self.shards = [type("Shard", (), {"tokens": n})() for n in lengths]
         self.tokens, self.parts, self.weights = sum(lengths), (self,), (1.0,)
@@ -39,6 +41,11 @@ def test_batches_follow_each_other_and_leave_out_the_rest_of_a_shard():
 def test_evaluation_is_on_the_first_tokens():
     assert first_windows(Counted(20), 4, 3)[:, 0].tolist() == [0, 4, 8]
     assert first_windows(Counted(20), 4, 99)[:, -1].tolist() == [4, 8, 12, 16]
+
+
+def test_a_split_shorter_than_a_window_is_refused():
+    with pytest.raises(DataError, match="3 tokens"):
+        first_windows(Counted(3), 4, 1)
 
 
 def test_the_rule_is_the_published_one():

@@ -56,6 +56,29 @@ def test_runs_that_train_are_compared_where_all_have_been():
     assert "No loss can be compared" in verdict([silent]).headline
 
 
+def test_the_leader_has_the_lowest_loss_on_the_seeds_that_all_have():
+    """The other's better seed alone must not make it the leader, as its one seed in common is the worse one."""
+    said = verdict([fake("A", {1: 2.30, 2: 2.20}), fake("B", {1: 2.29})])
+    assert said.headline.startswith("B has the lowest loss on the seeds that all have: 2.2900")
+    assert "The next is A, whose loss is higher by 0.0100" in said.sentences[0]
+
+
+def test_a_warning_of_a_run_that_trains_is_not_denied():
+    warned = [{"step": 40, "event": "warning"}]
+    for end, words in ((True, "but it stayed stable"), (False, "but it is stable so far")):
+        said = verdict([fake("A", {1: 2.0}), fake("B", {1: 2.1}, events=warned, end=end)])
+        assert f"B: early warning of instability at step 40, {words}." in said.cautions
+
+
+def test_a_failure_before_a_resume_is_past():
+    failed = {"step": 50, "event": "failed", "message": "killed"}
+    [run] = fake("A", {1: 2.0}, end=False, events=[failed]).runs
+    assert run.status == "unfinished at step 100"
+    unstable = {"step": 40, "event": "unstable", "message": "the loss rose"}
+    said = verdict([fake("A", {1: 2.0}), fake("B", {1: 2.0}, events=[unstable, failed])])
+    assert "B: unstable at step 40: the loss rose." in said.cautions
+
+
 def test_what_went_wrong_and_what_cannot_be_compared_is_said():
     event = {"step": 70, "event": "unstable", "message": "the loss rose by 0.7"}
     said = verdict([fake("A", {1: 2.0}), fake("B", {1: 1.0}, events=[event], data={"name": "books"})])

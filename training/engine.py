@@ -71,7 +71,7 @@ def run_all(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) -> 
 
     Args:
         workers: how many jobs run at a time; 0 runs nothing.
-        launcher: overrides that choose one of Hydra's launchers and its options. The launcher decides how many jobs run at a time.
+        launcher: overrides that choose one of Hydra's launchers and its options. It then decides how many jobs run at a time.
 
     Prints a line for each job: how many are done, its directory, its best validation loss or the reason of its failure, the remaining time.
 
@@ -84,7 +84,7 @@ def run_all(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) -> 
     waiting = [job for job in jobs if not job.ended]
     how = launcher[0] if launcher else f"{workers} at a time"
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} done before, {how}", flush=True)
-    if not waiting or (workers < 1 and not launcher):
+    if not waiting or workers < 1:
         return {}
     open_data(compose(waiting[0].overrides))  # prepares the data once, before several jobs need it
     failures, started = {}, time.perf_counter()

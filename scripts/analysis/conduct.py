@@ -44,7 +44,7 @@ class Conductor:
             UsageError, ConfigError: something is wrong, and nothing was run; or no run has ended, and the experiment has no table without runs.
         """
         study = self.study
-        check_all(study)
+        check_all(study, here=not self.launcher)
         for cases in study.stages():
             if study.experiment.search:
                 self._search(cases)
@@ -58,7 +58,7 @@ class Conductor:
         return self.failures
 
     def _without_runs(self) -> str:
-        if self.workers == 0 and not self.launcher:
+        if self.workers == 0:
             return f"workers=0 trains nothing, and no run in {self.parent} came to its end, so there is no table"
         return "no run came to its end, so there is no table; the lines above tell the reason"
 
@@ -116,8 +116,10 @@ class Conductor:
 # ---- before the first run ----
 
 
-def check_all(study: Study) -> None:
+def check_all(study: Study, here: bool = True) -> None:
     """Check each case, with the values at which its search starts, and each seed.
+
+    here: whether the runs use this machine; if not, only the values are checked.
 
     Raises:
         UsageError, ConfigError: something is wrong. The ConfigError lists problems until one comes again.
@@ -131,7 +133,9 @@ def check_all(study: Study) -> None:
     for case, seed in wanted:  # a seed changes nothing else
         start = study.new_search(study.searched(case)).best
         try:
-            check(compose(study.job(Path(), case, seed, study.settings(case), start).overrides))
+            cfg = compose(study.job(Path(), case, seed, study.settings(case), start).overrides)
+            if here:
+                check(cfg)
         except ConfigError as error:
             if problems.keys() >= {*error.problems}:
                 break  # it is wrong in every case, and each takes a second

@@ -106,7 +106,7 @@ def loss_of_trials(rows: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[f
             line[0].set_ylabel("validation loss (nats a token)")
             for axes, title in zip(line, columns):
                 _trials(axes, panels.get(title, {}), colours)
-                _rate_axis(axes, "learning rate of the matrices" if setting == "lr" else setting)
+                _rate_axis(axes, "learning rate" if setting == "lr" else setting)
                 axes.set_title(title, loc="left")
         handles = [Line2D([], [], color=colours[label], linewidth=2) for label in labels]
         figure.legend(

@@ -24,6 +24,7 @@ from training.build import build
 from training.checks import check
 from training.config import compose
 from training.data import open_data
+from training.overrides import group_choices
 
 BATCH = 4  # sequences on which a model is measured
 _OF_A_RUN = 2  # models at initialisation that are measured for each trained one
@@ -351,4 +352,9 @@ def require_sound(options: Mapping[str, Any]) -> None:
         raise UsageError(
             f"models={options['models']} must be at least 1, skip={options['skip']} one of {', '.join(SKIPS)}, "
             f"correlation={options['correlation']} in (0, 1); change that"
+        )
+    unknown = [name for name in options["assignments"].split(",") if name not in group_choices("assignment")]
+    if unknown or options["scan"] < 0:
+        raise UsageError(
+            f"assignments={options['assignments']} must be names of configs/assignment, and scan={options['scan']} at least 0; change that"
         )

@@ -91,7 +91,9 @@ class RecordedRun:
         if self.finished:
             return "ok"
         failed = self._event_steps("failed")
-        return f"failed at step {failed[-1]}" if failed else f"unfinished at step {self.step}"
+        if failed and failed[-1] >= self.step:  # otherwise it was continued
+            return f"failed at step {failed[-1]}"
+        return f"unfinished at step {self.step}"
 
     def curve(self, kind: str) -> tuple[list[int], list[float]]:
         """Steps and losses (nats a token) of the records of a kind, "train" or "eval"."""

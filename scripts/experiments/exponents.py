@@ -6,16 +6,10 @@ from typing import Any
 from model.residual import RESIDUAL_RULES
 from scripts.analysis import exponents
 from scripts.analysis.experiment_figures import loss_against_exponents, phase_diagram
-from scripts.analysis.study import Case, Experiment, Study
+from scripts.analysis.study import Experiment, Study
 
 PLAIN = "assignment=adamw"  # trains the models of other scales: a retraction would undo them
 SCALES = ("init.attention_scale", "init.attention_residual_scale", "init.mlp_residual_scale", "init.weight_scale")
-
-
-def checked(study: Study, case: Case) -> list[str]:
-    """Check the options before anything is trained; there are no further overrides."""
-    exponents.require_sound(study.options)
-    return []
 
 
 def exponents_of(study: Study) -> dict[str, Any]:
@@ -46,7 +40,7 @@ EXPERIMENT = Experiment(
     seeds="1337",
     options={"assignments": "adamw,all_stiefel,all_dgram,hetero,hetero_inv"}
     | {"models": 5, "correlation": 0.99, "scan": 9, "skip": "normalised"},
-    derived=checked,
+    check=lambda study: exponents.require_sound(study.options),
     measure=exponents_of,
     tables=lambda study: exponents.tables(study.facts),
     figures={

@@ -133,7 +133,7 @@ def test_a_spectrum_equals_that_of_an_svd_on_the_cpu():
     torch.manual_seed(0)
     W = torch.randn(96, 64)
     found = spectrum(W.cuda(), MANIFOLDS["stiefel"].residual)
-    assert found["sigma"] == pytest.approx(torch.linalg.svdvals(W.double()).tolist(), rel=2e-6)
+    assert found["sigma"] == pytest.approx(torch.linalg.svdvals(W.double()).tolist(), rel=6e-6)  # six digits
     assert found["residual"] == pytest.approx(spectrum(W, MANIFOLDS["stiefel"].residual)["residual"], rel=1e-4)
 
 
@@ -209,7 +209,7 @@ def test_spectra_of_later_weights_do_not_reach_earlier_records():
     found = Spectra({str(i): (w, None, 1) for i, w in enumerate(W)})
     W.zero_()
     for (_, ours), theirs in zip(found.records(), expected):
-        assert ours["sigma"] == pytest.approx(theirs["sigma"], rel=2e-6) and found.done
+        assert ours["sigma"] == pytest.approx(theirs["sigma"], rel=2e-5) and found.done  # two roundings to six digits
 
 
 @pytest.mark.parametrize("manifold", ["stiefel", "dgram"])

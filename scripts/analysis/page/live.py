@@ -37,7 +37,8 @@ class Live:
         with self._lock:
             stamp = self.stamp()
             if self._made is None or self._made[0] != stamp:
-                self._made = stamp, self._page().encode()
+                text = self._page().replace("<body ", f'<body data-stamp="{stamp}" ', 1)
+                self._made = stamp, text.encode()
             return self._made[1]
 
 

@@ -190,8 +190,7 @@
       const answer = await fetch("stamp", { cache: "no-store" });
       if (!answer.ok) return;
       const stamp = await answer.text();
-      if (stamp !== (kept("stamp") ?? stamp)) { kept("stamp", stamp); location.reload(); return; }
-      kept("stamp", stamp);
+      if (stamp !== document.body.dataset.stamp) location.reload();
     } catch { /* the server has ended; the page stays as it is */ }
   }, every * 1000);
 })();

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean
 
 from scripts.analysis.runs import RecordedRun, text_at
 from scripts.analysis.statistics import (
@@ -96,14 +97,16 @@ def verdict(settings: Sequence[Setting]) -> Verdict:
     if point is None or not known:
         return Verdict("No loss can be compared yet: no sound run has been evaluated.", [], cautions, None)
     means = {s.label: Estimate.of(list(losses[s.label].values())) for s in known}
-    leader = min(known, key=lambda s: means[s.label].mean)
+    shared = set.intersection(*(set(losses[s.label]) for s in known))  # the seeds on which all can be compared
+    leader = min(known, key=lambda s: fmean(losses[s.label][i] for i in shared) if shared else means[s.label].mean)
     mean = means[leader.label]
     seeds = "one seed" if mean.count == 1 else f"{mean.count} seeds, ± is the standard error"
     if len(known) == 1:
         headline = f"{leader.label} has a loss of {mean.text(4)} nats a token {point.words} ({seeds})."
         return Verdict(headline, ["There is no other setting to compare with.", *_track(settings)], cautions, None)
     found = _against(leader, known, losses)
-    headline = f"{leader.label} has the lowest loss: {mean.text(4)} nats a token {point.words} ({seeds})."
+    among = " on the seeds that all have" if any(set(losses[s.label]) != shared for s in known) and shared else ""
+    headline = f"{leader.label} has the lowest loss{among}: {mean.text(4)} nats a token {point.words} ({seeds})."
     sentences = [_lead(leader, found), *_power(leader, found), *_track(settings)]
     return Verdict(headline, sentences, cautions, _table(leader, known, means, found))
 
@@ -136,7 +139,8 @@ def _lead(leader: Setting, found: ToLeader) -> str:
         return "No other setting was run with the same seeds, so no difference can be paired. Give all settings the same seeds."
     nearest = min(found, key=lambda label: found[label][0].mean)
     difference, p = found[nearest]
-    lead = f"The next is {nearest}, whose loss is higher by {difference.mean:.4f}"
+    way = "higher" if difference.mean >= 0 else "lower, on the seeds of both,"
+    lead = f"The next is {nearest}, whose loss is {way} by {abs(difference.mean):.4f}"
     if difference.count == 1:
         return f"{lead} with the one seed that both have."
     interval = f"95% interval {difference.low:+.4f} to {difference.high:+.4f}, {difference.count} seeds, paired"
@@ -224,10 +228,12 @@ def _troubles(settings: Sequence[Setting]) -> list[str]:
         for r in s.runs:
             name = s.label if len(s.runs) == 1 else f"{s.label}, seed {r.config['seed']}"
             if r.unstable_step is not None or r.status.startswith("failed"):
-                last = [e for e in r.records["event"] if e["event"] in ("unstable", "failed")][-1]
+                kind = "failed" if r.unstable_step is None else "unstable"
+                last = [e for e in r.records["event"] if e["event"] == kind][-1]
                 said.append(": ".join(filter(None, [name, r.status, last.get("message")])).rstrip(".") + ".")
             elif r.warned_step is not None:
-                said.append(f"{name}: early warning of instability at step {r.warned_step:,}, but it stayed stable.")
+                since = "it stayed stable" if r.finished else "it is stable so far"
+                said.append(f"{name}: early warning of instability at step {r.warned_step:,}, but {since}.")
     return said
 
 
