@@ -92,6 +92,11 @@ def test_the_family_is_ordered_as_the_pages_say():
 
 
 def test_the_family_costs_what_the_page_says():
+    assert (
+        "SOAP keeps nearly ten times the state of Muon, and Shampoo takes more than four times its time a step"
+        in text(EXPERIMENTS)
+    )
+    assert "At 400 steps, Muon has AdamW's final loss after three fifths of the steps" in text(EXPERIMENTS)
     costs = result("family/table.json")["costs"]
     assert 9 < costs["SOAP"]["state_bytes"] / costs["Muon"]["state_bytes"] < 10
     assert 4 < costs["Shampoo"]["ms_per_step"] / costs["Muon"]["ms_per_step"] < 5
@@ -100,6 +105,10 @@ def test_the_family_costs_what_the_page_says():
 
 
 def test_the_seeds_that_reach_adamws_loss_are_those_of_the_page():
+    assert (
+        "one of the three of AdamW itself, whose mean it is, at both horizons, and one of Lion at 100 steps. SGD, and Lion at 400, never do"
+        in text(EXPERIMENTS)
+    )
     data, reached = result("family/table.json"), {}
     for r in data["rows"]:
         best = min(r["val_loss_final"], r["val_loss_best"])
@@ -110,6 +119,10 @@ def test_the_seeds_that_reach_adamws_loss_are_those_of_the_page():
 
 
 def test_no_constraint_beats_muon_as_the_pages_say():
+    assert (
+        "DGram is level with it at both horizons, the spectral ball at 100 steps only, and Hetero at 400 only"
+        in text(EXPERIMENTS)
+    )
     lowest = "SOAP, `modular`, NorMuon, DGram and Muon have the lowest mean losses at 400 steps"
     assert f"{lowest}, and Muon is not told apart from the other four" in text(FRONT)
     assert claims()["lower loss than Muon with decay"][1] == "no, each tuned equally"
@@ -120,6 +133,10 @@ def test_no_constraint_beats_muon_as_the_pages_say():
 
 
 def test_the_edges_of_the_family_are_those_of_the_page():
+    assert "At 100 steps, AdamW, Shampoo, Muon and the spectral ball gain a little with every smaller decay" in text(
+        EXPERIMENTS
+    )
+    assert "the best settings of SGD and of unit columns with free gains are at an edge" in text(EXPERIMENTS)
     edges = {"100": set(), "400": set()}
     for line in (ROOT / "results/family/table.md").read_text().splitlines():
         if "(edge) |" in line:
@@ -215,6 +232,11 @@ def assignment_of(row):
 
 
 def test_what_restores_attention():
+    assert (
+        "Normalising or clipping queries and keys restores attention. So does a fifth of the learning rate for attention"
+        in text(EXPERIMENTS)
+    )
+    assert "A soft cap of the logits restores it only in part" in text(EXPERIMENTS)
     losses = {name: {} for name in ("all_dgram", "hetero_inv")}
     for row in result("mechanism/table.json")["rows"]:
         losses[row["assignment"]][row["remedy"]] = row

@@ -26,6 +26,9 @@ def mean_of_matrices(setting, matrix, key):
 
 
 def test_the_explanations_of_hetero_stand_or_fall_as_the_page_says():
+    assert "Holds: radius 1.5 is level with Hetero, radius 2.5 ends lower" in text(EXPERIMENTS)
+    assert "Refuted: it ends lower" in text(EXPERIMENTS)
+    assert "At its best rate, Hetero is level with All-Stiefel" in text(EXPERIMENTS)
     losses = by_setting("why_hetero/table.json", "val_loss")
 
     def apart(ours, theirs):
@@ -43,6 +46,8 @@ def test_the_explanations_of_hetero_stand_or_fall_as_the_page_says():
 
 
 def test_the_matrices_of_hetero_are_as_the_page_says():
+    assert "half of the momentum of `c_attn` is normal to it" in text(EXPERIMENTS)
+    assert "The columns of the MLP on DGram grow to nearly twice the unit length" in text(EXPERIMENTS)
     for matrix in ("mlp.c_fc", "mlp.c_proj"):
         assert mean_of_matrices("hetero", matrix, "length_spread") < 0.125
         assert 1.7 < mean_of_matrices("hetero", matrix, "length_mean") < 2
@@ -84,6 +89,10 @@ def test_the_order_by_horizon_is_as_the_page_says():
 
 
 def test_the_published_step_gives_the_order_that_the_page_says():
+    assert (
+        "Unconstrained is the lowest, then All-DGram and Hetero-Inv, level with each other, then Hetero and All-Stiefel, level with each other. The three assignments with Stiefel end higher than under the certified step"
+        in text(EXPERIMENTS)
+    )
     losses = {}
     for r in result("horizon/table.json")["rows"]:
         if r["max_steps"] == "250":
@@ -105,6 +114,10 @@ def test_the_published_step_gives_the_order_that_the_page_says():
 
 
 def test_the_best_rates_by_horizon_are_as_the_page_says():
+    assert (
+        "a quarter of the best rate for All-Stiefel and Hetero-Inv and half of it for Hetero. Unconstrained and All-DGram keep theirs"
+        in text(EXPERIMENTS)
+    )
     rates = {(r["arm"], int(r["max_steps"])): r for r in result("horizon/table.json")["rows"]}
     rate = {key: float(r["optim.matrices.lr"]) for key, r in rates.items()}
     falls = {"all_stiefel": 4, "hetero_inv": 4, "hetero": 2, "unconstrained": 1, "all_dgram": 1}
@@ -148,6 +161,9 @@ def apart_by(name, key, theirs, **wanted):
 
 
 def test_the_residual_rules_at_their_best_are_ordered_as_the_page_says():
+    assert "four rules end below pre-norm**: GeoNorm with norms, deep-norm, peri-norm and post-norm" in text(
+        EXPERIMENTS
+    )
     muon, adamw = (apart_by("residual_tuned", "residual", "pre_norm", optimizer=name) for name in ("muon", "adamw"))
     lower = {"geonorm_with_norms", "deep_norm", "peri_norm", "post_norm"}
     assert {rule for rule, d in muon.items() if d.high < 0} == lower
@@ -172,6 +188,7 @@ def test_the_residual_rules_at_their_best_are_ordered_as_the_page_says():
 
 
 def test_the_streams_of_the_residual_rules_are_as_the_page_says():
+    assert "turns of more than 160 degrees in a sublayer" in text(EXPERIMENTS)
     found = {(s["optimizer"], s["residual"]): s for s in result("residual_tuned/table.json")["stream"]}
     assert all(fmean(found["adamw", rule]["turn"]) > math.radians(160) for rule in ("cayley_sphere", "p_sphere"))
     muon, adamw = (found[name, "pre_norm"]["step"] for name in ("muon", "adamw"))
@@ -185,6 +202,10 @@ def test_the_streams_of_the_residual_rules_are_as_the_page_says():
 
 
 def test_the_best_retraction_has_a_finite_p_as_the_page_says():
+    assert (
+        "under AdamW p = 2, under Muon the smallest p that was tried, a half. Both end below the geodesic by more than chance"
+        in text(EXPERIMENTS)
+    )
     for optimizer, best in (("adamw", "p=2"), ("muon", "p=0.5")):
         apart = apart_by("sphere_p", "residual", "geodesic", optimizer=optimizer)
         assert min(apart, key=lambda arm: apart[arm].mean) == best and apart[best].high < 0
@@ -202,6 +223,7 @@ def test_the_best_retraction_has_a_finite_p_as_the_page_says():
 
 
 def test_geonorm_under_adamw_needs_what_the_page_says():
+    assert "Two arms end below plain GeoNorm by more than chance: `start`" in text(EXPERIMENTS)
     plain, pre_norm = (apart_by("geonorm_adamw", "residual", rule) for rule in ("geonorm", "pre_norm"))
     assert {arm for arm, d in plain.items() if not d.low < 0 < d.high} == {"start", "warmup"}
     assert pre_norm["start"].mean < 0 < pre_norm["start_no_decay"].mean
@@ -226,6 +248,9 @@ def test_there_are_eleven_residual_rules():
 
 
 def test_tokens_become_equal_as_the_page_says():
+    assert "Without skips and without the mask, tokens are equal to the rounding of float64 after three blocks" in text(
+        EXPERIMENTS
+    )
     found = result("collapses/table.json")
     rows = {(r["skips"], r["mlp"], r["n_layer"], r["seed"]): r for r in found["rows"]}
     assert set(rows) == set(product(("true", "false"), ("gelu", "none"), ("4", "16"), (1, 2)))
@@ -243,6 +268,7 @@ def test_tokens_become_equal_as_the_page_says():
 
 
 def test_the_exponents_foretell_what_the_page_says():
+    assert "A fit by both foretells 13% of the variance of the ranks" in text(EXPERIMENTS)
     found = result("exponents/table.json")
     scales, across = (
         {f["by"]: f for f in found["fits"] if f["networks"] == part}
@@ -342,11 +368,13 @@ def by_seed(context, multiple, arm):
 
 
 def test_a_stream_of_16_bits_costs_what_the_page_says():
+    assert "differ by less than a ten-thousandth of a nat" in text(EXPERIMENTS)
     losses = {r["stream_dtype"]: r["val_loss_final"] for r in result("stream_dtype/table.json")["rows"]}
     assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 1e-4
 
 
 def test_both_models_read_longer_contexts_as_the_page_says():
+    assert "nGPT's mean loss stays lower; by more than chance only when trained at 4,096" in text(EXPERIMENTS)
     beyond = {}
     for row in result("ngpt_speed/table.json")["beyond"]:
         beyond.setdefault((row["model.block_size"], row["multiple"]), {}).setdefault(row["arm"], []).append(row["loss"])
