@@ -61,8 +61,9 @@ def test_the_matrices_of_hetero_are_as_the_page_says():
 
 
 def test_the_order_by_horizon_is_as_the_page_says():
+    assert "At 16,000 steps, Hetero's gap is what it was at 4,000" in text(EXPERIMENTS)
     losses = {}
-    for r in result("horizon/table.json")["rows"]:
+    for r in [*result("horizon/table.json")["rows"], *result("horizon_16000/table.json")["rows"]]:
         losses.setdefault((r["arm"], int(r["max_steps"])), {})[r["seed"]] = r["val_loss"]
 
     def apart(ours, theirs, *steps):
@@ -85,7 +86,10 @@ def test_the_order_by_horizon_is_as_the_page_says():
     assert all(
         apart("hetero", "all_stiefel", n).low < 0 < apart("hetero", "all_stiefel", n).high for n in (250, 1000, 4000)
     )
-    assert 2800 < PAPER["Hetero"][0] * 4 / (4000 * 1024) < 3400  # bytes, at four for each of GPT-2's tokens
+    assert apart("hetero", "unconstrained", 16000).low > 0
+    changed = apart("hetero", "unconstrained", 4000, 16000)
+    assert changed.low < 0 < changed.high and abs(changed.mean) < 0.1 * gap["hetero", 4000]
+    assert 750 < PAPER["Hetero"][0] * 4 / (16000 * 1024) < 850  # bytes, at four for each of GPT-2's tokens
 
 
 def test_the_published_step_gives_the_order_that_the_page_says():
@@ -118,11 +122,14 @@ def test_the_best_rates_by_horizon_are_as_the_page_says():
         "a quarter of the best rate for All-Stiefel and Hetero-Inv and half of it for Hetero. Unconstrained and All-DGram keep theirs"
         in text(EXPERIMENTS)
     )
-    rates = {(r["arm"], int(r["max_steps"])): r for r in result("horizon/table.json")["rows"]}
+    rows = [*result("horizon/table.json")["rows"], *result("horizon_16000/table.json")["rows"]]
+    rates = {(r["arm"], int(r["max_steps"])): r for r in rows}
     rate = {key: float(r["optim.matrices.lr"]) for key, r in rates.items()}
     falls = {"all_stiefel": 4, "hetero_inv": 4, "hetero": 2, "unconstrained": 1, "all_dgram": 1}
     for arm, factor in falls.items():
         assert rate[arm, 250] / rate[arm, 4000] == pytest.approx(factor, rel=0.01)
+    assert rate["hetero", 4000] / rate["hetero", 16000] == pytest.approx(4, rel=0.01)
+    assert rate["unconstrained", 4000] == rate["unconstrained", 16000]
     for arm in ("unconstrained", "hetero"):
         first, last = (float(rates[arm, n]["optim.matrices.weight_decay"]) for n in (250, 4000))
         assert first > last
