@@ -80,7 +80,7 @@ def test_both_step_rules_train_on_a_new_manifold(rule):
         if row.manifold in ADDED:
             residual = MANIFOLDS[row.manifold].residual(model.get_parameter(row.name).detach())
             exact = rule == "manifold_muon" or row.manifold == "frobenius"
-            assert residual < (1e-6 if exact else 1e-2)  # bfloat16 msign
+            assert residual < (2e-6 if exact else 1e-2)  # bfloat16 msign
             assert 0 < found[row.name]["feas"] <= 1
 
 

@@ -150,16 +150,16 @@ def _check_search(study: Study) -> None:
         raise UsageError(f"trials={trials} is too few; give at least 1")
     if seed in study.seeds:
         raise UsageError(f"seeds= has the seed of the trials, {seed}; leave it out, or give another search_seed=")
-    keys = max((study.new_search(case).axes for case in cases), key=len)
-    if len(study.starts) > len(keys):
-        raise UsageError(
-            f"start={study.options['start']} has more values than settings are searched: {', '.join(axis.key for axis in keys)}"
-        )
     for case in cases:
         if (searched := study.searched(case)) not in cases:
             raise UsageError(
                 f"{', '.join(case.values())} takes the best settings of {', '.join(searched.values())}; add that to the values"
             )
+    keys = max((study.new_search(study.searched(case)).axes for case in cases), key=len)
+    if len(study.starts) > len(keys):
+        raise UsageError(
+            f"start={study.options['start']} has more values than settings are searched: {', '.join(axis.key for axis in keys)}"
+        )
 
 
 # ---- after the last run ----
