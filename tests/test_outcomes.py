@@ -10,7 +10,6 @@ from scripts import experiment
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.study import best_of, pivot
-from scripts.analysis.tables import cell
 from scripts.experiments import crossing, mechanism, solver_sweep, stream_dtype
 
 
@@ -40,10 +39,6 @@ def test_the_whole_split_counts_at_the_last_evaluation_only():
     assert run.held_out == 3.1
     run.records["eval"].append({"step": 15, "loss": 2.5})  # the run goes on
     assert run.held_out == 2.5
-
-
-def test_a_cell_says_of_how_many_runs_it_is():
-    assert cell([3.0, None, 4.0], 0) == "4 ± 0 (2 of 3)" and cell([None, None], 0) == "" and cell([3.0], 0) == "3"
 
 
 def test_the_target_is_one_that_every_stable_case_reaches():

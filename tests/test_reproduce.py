@@ -365,7 +365,8 @@ def test_runs_that_differ_in_the_seed_alone_share_a_line(finished, tmp_path, cap
 
 
 def test_values_of_a_line():
-    assert tables.cell([1.0], 2) == "1.00" and tables.cell([None], 2) == "" and tables.cell([None, 1.0], 2) == "1.00"
+    assert tables.cell([1.0], 2) == "1.00" and tables.cell([None], 2) == ""
+    assert tables.cell([3.0, None, 4.0], 0) == "4 ± 0 (2 of 3)"
     assert tables.cell([1.0, float("nan")], 2) == "nan ± nan"
     assert tables.cell(["ok", "ok"], 2) == "ok"
     assert tables.cell(["ok", "unstable at step 3", "ok"], 2) == "2 x ok, unstable at step 3"
