@@ -126,6 +126,8 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
         W, G, T: (m, n) or (k, m, n), any float dtype and orientation; W on the manifold.
         manifold: a name of MANIFOLDS.
 
+    Where W or T of a matrix is not finite, all its numbers are NaN; where G is not, those that depend on G.
+
     Raises:
         ValueError: an unknown manifold, or shapes that differ.
     """
@@ -134,7 +136,8 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
     if not W.shape == G.shape == T.shape:
         raise ValueError(f"W {tuple(W.shape)}, G {tuple(G.shape)} and T {tuple(T.shape)} must be equally shaped")
     W, G, T = (tall(X).double().reshape(-1, *tall(X).shape[-2:]) for X in (W, G, T))
-    sound, finite = ((X.isfinite() & Y.isfinite()).all(dim=(-2, -1), keepdim=True) for X, Y in ((W, T), (G, G)))
+    sound = (W.isfinite() & T.isfinite()).all(dim=(-2, -1), keepdim=True)
+    finite = G.isfinite().all(dim=(-2, -1), keepdim=True)
     W, T, G = torch.where(sound, W, 0), torch.where(sound, T, 0), torch.where(finite, G, 0)
     problem = StepProblem(*MANIFOLDS[manifold].problem(W, G))
     tangent = problem.tangent(T)

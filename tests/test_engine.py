@@ -16,7 +16,6 @@ import pytest
 from conftest import HERE, ROOT, SMALL
 from harness import children, command, last_step, records, wait_until
 
-from scripts.analysis.runs import find_runs
 from training import sweep
 from training.config import compose
 from training.engine import Job, run_all, run_here
@@ -44,13 +43,13 @@ def test_a_run_with_another_last_evaluation_is_another_run():
     assert other_settings(saved, now) == ["full_eval: False → True"]
 
 
-def test_a_job_that_cannot_run_here_is_known_by_its_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "check", raises)
-    with pytest.raises(ConfigError):
-        sweep.run_job(print, lambda: compose(["seed=5"]), tmp_path / "job")
-    assert "seed: 5" in (tmp_path / "job/config.yaml").read_text()
-    [run] = find_runs([tmp_path])
-    assert run.status == "failed at step 0"
+def test_a_job_that_could_not_run_leaves_its_directory_to_a_corrected_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "check", raises)
+        with pytest.raises(ConfigError):
+            sweep.run_job(print, lambda: compose(["seed=5"]), tmp_path / "job")
+    assert (tmp_path / "job/metrics.jsonl").exists() and not (tmp_path / "job/config.yaml").exists()
+    assert sweep.plan_job(compose(["seed=6"]), tmp_path / "job")[1] is None
 
 
 def raises(cfg):

@@ -45,14 +45,13 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
         ConfigError and others of USER_ERRORS: nothing was run. SystemExit: a signal came, and the run has saved. And everything that
         `launch` raises.
     """
-    cfg = None
     try:
         cfg = configure()
         check(cfg)
         cfg, best = plan_job(cfg, directory)
     except USER_ERRORS as error:
         if not (directory / METRICS_FILE).exists():  # it may hold another run
-            note_failure(directory, error, cfg)
+            note_failure(directory, error)  # without its settings: with corrected ones, the job may use this directory
         raise
     if best is not None:
         print(f"{directory} is finished")

@@ -99,7 +99,7 @@ def verdict(settings: Sequence[Setting]) -> Verdict:
     means = {s.label: Estimate.of(list(losses[s.label].values())) for s in known}
     shared = set.intersection(*(set(losses[s.label]) for s in known))  # the seeds on which all can be compared
     leader = min(known, key=lambda s: fmean(losses[s.label][i] for i in shared) if shared else means[s.label].mean)
-    mean = means[leader.label]
+    mean = Estimate.of([losses[leader.label][i] for i in sorted(shared)]) if shared else means[leader.label]
     seeds = "one seed" if mean.count == 1 else f"{mean.count} seeds, ± is the standard error"
     if len(known) == 1:
         headline = f"{leader.label} has a loss of {mean.text(4)} nats a token {point.words} ({seeds})."
