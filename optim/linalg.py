@@ -265,9 +265,9 @@ def _start_vector(n: int, device: torch.device) -> Tensor:
 
 
 def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int) -> Tensor:
-    """The largest eigenvalue (k, 1, 1), from below, of v ↦ apply(v), (k, n, 1) float32 → the same, by `iterations` of Lanczos.
+    """The largest |eigenvalue| (k, 1, 1), from below, of v ↦ apply(v), (k, n, 1) float32 → the same, by `iterations` of Lanczos.
 
-    The map must be symmetric without negative eigenvalues: λ and -λ would cancel.
+    The map must be symmetric; its eigenvalues may have both signs.
 
     `like` (k, ·, n) gives k, n and device. What is largest of the small tridiagonal matrix is read from its 128th power, at most .2% short:
     an eigensolver would make the host wait.
@@ -293,7 +293,7 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
         power = power @ power
         if i == 3:  # float32 would lose the 128th power of a small number
             power = over(power, frobenius(power))
-    return ratio(inner(power, T @ power), inner(power, power)).abs()
+    return ratio(frobenius(T @ power), frobenius(power))  # not ⟨power, T·power⟩, in which λ and -λ would cancel
 
 
 def top_pair(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:

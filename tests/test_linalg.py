@@ -97,6 +97,16 @@ def test_the_largest_eigenvalue_is_a_close_lower_bound():
     assert largest_eigenvalue(lambda v: 0 * v, X, 4).flatten().tolist() == [0, 0, 0]
 
 
+def test_eigenvalues_of_both_signs_do_not_cancel():
+    """Symmetric E without diagonal, as DGram's: nearly as far below zero as above, and with u vᵀ + v uᵀ exactly so for orthogonal u, v."""
+    X = random(50, 64, 64)
+    u, v = torch.linalg.qr(random(50, 64, 2, seed=1))[0].split(1, dim=-1)
+    for E in (X + X.mT - torch.diag_embed(2 * X.diagonal(dim1=-2, dim2=-1)), u @ v.mT + v @ u.mT):
+        exact = torch.linalg.eigvalsh(E.double()).abs().amax(-1)
+        ours = largest_eigenvalue(E.matmul, E, 4).flatten()
+        assert (ours <= exact * (1 + 1e-5)).all() and (ours >= 0.6 * exact).all()
+
+
 def test_su_step_solves_its_equation():
     """Against the equation itself, for a diagonal metric, a mask as P, and enough iterations."""
 
