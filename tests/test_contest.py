@@ -62,10 +62,25 @@ def test_the_curves_are_those_of_adamw_and_our_step_rule(contest):
     assert all(isinstance(d, Difference) and d.count == 2 for d in found["All-Stiefel"].values())
 
 
-def test_the_curves_go_on_from_an_earlier_table(contest, tmp_path):
-    def row(arm, steps, seed, loss, unstable=None):
-        return {"arm": arm, "max_steps": steps, "seed": seed, "val_loss": loss, "unstable_step": unstable}
+def row(arm, steps, seed, loss, unstable=None):
+    """A row of a table.json."""
+    return {"arm": arm, "max_steps": steps, "seed": seed, "val_loss": loss, "unstable_step": unstable}
 
+
+def test_a_case_is_compared_with_one_of_an_earlier_table(contest, tmp_path):
+    contest.groups = [runs for runs in contest.groups if runs[0].case["arm"] != "unconstrained"]
+    for steps in ("250", "1000"):
+        rows = [row("unconstrained", steps, seed, 2.0 + 0.2 * seed) for seed in (1, 2)]
+        (tmp_path / f"{steps}.json").write_text(json.dumps({"rows": rows}))
+    contest.options["earlier"] = f"{tmp_path}/250.json,{tmp_path}/1000.json"
+    table = contest_table(contest, horizon.COLUMNS, {"Unconstrained": horizon.baseline})
+    found = {tuple(line[:2]): line[-1] for line in table.lines}
+    assert found["250", "all_stiefel"] == "+0.600 [+0.600, +0.600]"
+    assert found["1000", "all_stiefel"] == "-0.400 [-0.400, -0.400]"
+    assert ("250", "unconstrained") not in found
+
+
+def test_the_curves_go_on_from_an_earlier_table(contest, tmp_path):
     rows = [row("unconstrained", "50", seed, 4.0 + 0.1 * seed) for seed in (1, 2)]
     rows += [row("adamw", "50", seed, 4.3 + 0.1 * seed) for seed in (1, 2)]
     rows += [row("all_stiefel", "50", 1, 4.1), row("all_stiefel", "50", 2, None, unstable=7)]

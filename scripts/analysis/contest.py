@@ -42,24 +42,27 @@ def losses_by_seed(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
 
 
 def earlier_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
-    """The same as `losses_by_seed`, from the file that the option `earlier` names: table.json of another command of the experiment.
+    """The same as `losses_by_seed`, from the files that the option `earlier` names: table.json of other commands of the experiment.
 
     Raises:
-        UsageError: the file cannot be read, or is no such table.
+        UsageError: one of the files cannot be read, or is no such table.
     """
     found: dict[tuple[str, ...], dict[int, float]] = {}
-    if not (table := study.options["earlier"]):
-        return found
-    try:
-        cases = [(tuple(row[axis] for axis in study.axes), row) for row in json.loads(Path(table).read_text())["rows"]]
-        for key, row in cases:
-            found.setdefault(key, {})[row["seed"]] = row[HELD_OUT.key]
-        unstable = {key for key, row in cases if row["unstable_step"] is not None}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"earlier={table} is not the table.json of another command of this experiment ({type(error).__name__}: {error})"
-        ) from error
-    return {key: losses for key, losses in found.items() if key not in unstable}
+    for table in filter(None, study.options.get("earlier", "").split(",")):
+        try:
+            for row in json.loads(Path(table).read_text())["rows"]:
+                loss = row[HELD_OUT.key] if row["unstable_step"] is None else None
+                found.setdefault(tuple(row[axis] for axis in study.axes), {})[row["seed"]] = loss
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"earlier={table} is not the table.json of another command of this experiment ({type(error).__name__}: {error})"
+            ) from error
+    return {key: losses for key, losses in found.items() if None not in losses.values()}
+
+
+def known_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
+    """The losses of the study and, of cases that it does not have itself, those of earlier tables."""
+    return earlier_losses(study) | losses_by_seed(study)
 
 
 def differences(
@@ -80,9 +83,12 @@ def differences(
 
 
 def contest_table(study: Study, columns: Sequence[Column], against: Mapping[str, Opponent]) -> Table:
-    """The columns, the best settings of each case, and its difference from each opponent, by the name of a heading."""
+    """The columns, the best settings of each case, and its difference from each opponent, by the name of a heading.
+
+    An opponent may be a case of an earlier table only.
+    """
     table = make_table(study.groups, columns)
-    apart = [differences(losses_by_seed(study), list(study.axes), opponent) for opponent in against.values()]
+    apart = [differences(known_losses(study), list(study.axes), opponent) for opponent in against.values()]
     for line, runs in zip(table.lines, study.groups):
         key = tuple(runs[0].case[axis] for axis in study.axes)
         line.append(_best_settings(study, key))

@@ -1,6 +1,6 @@
 """The order of the loss table, by horizon."""
 
-from scripts.analysis.contest import REMARK, contest_table, differences, earlier_losses, losses_by_seed, trials_by
+from scripts.analysis.contest import REMARK, contest_table, differences, earlier_losses, known_losses, trials_by
 from scripts.analysis.experiment_figures import gap_by_tokens, loss_of_trials
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.statistics import Difference
@@ -32,8 +32,7 @@ def baseline(case: Case) -> dict[str, str]:
 def curves(study: Study) -> dict[str, dict[float, Difference]]:
     """The curves of the picture: tokens → difference, of AdamW and of the assignments under our step rule, with those of `earlier=`."""
     found: dict[str, dict[float, Difference]] = {}
-    losses = earlier_losses(study) | losses_by_seed(study)
-    for (arm, steps), apart in differences(losses, [*study.axes], baseline).items():
+    for (arm, steps), apart in differences(known_losses(study), [*study.axes], baseline).items():
         if arm not in THEIRS:
             tokens = int(steps) * study.runs[0].config["global_batch_tokens"]
             found.setdefault(ASSIGNMENTS.get(arm, "AdamW"), {})[tokens] = apart
@@ -42,7 +41,7 @@ def curves(study: Study) -> dict[str, dict[float, Difference]]:
 
 COLUMNS = [case("steps", "max_steps"), case("arm", "arm"), HELD_OUT, STATUS]
 EXPERIMENT = Experiment(
-    hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?\nearlier= names a table.json of another command of it, whose losses the picture shows too.",
+    hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?\nearlier= names the table.json of other commands of it: the picture shows their losses too, and the table may compare with them.",
     base=("experiment=horizon",),
     axes={"arm": {**ADAMW, **OURS, **THEIRS}, "max_steps": "250,1000,4000,16000"},
     derived=lambda study, case: COMPILED if case["arm"] in OURS and case["max_steps"] == "16000" else [],
