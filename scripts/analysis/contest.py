@@ -48,16 +48,19 @@ def earlier_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
         UsageError: one of the files cannot be read, or is no such table.
     """
     found: dict[tuple[str, ...], dict[int, float]] = {}
+    unstable = set()
     for table in filter(None, study.options.get("earlier", "").split(",")):
         try:
             for row in json.loads(Path(table).read_text())["rows"]:
-                loss = row[HELD_OUT.key] if row["unstable_step"] is None else None
-                found.setdefault(tuple(row[axis] for axis in study.axes), {})[row["seed"]] = loss
+                key = tuple(row[axis] for axis in study.axes)
+                found.setdefault(key, {})[row["seed"]] = row[HELD_OUT.key]
+                if row["unstable_step"] is not None:
+                    unstable.add(key)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"earlier={table} is not the table.json of another command of this experiment ({type(error).__name__}: {error})"
             ) from error
-    return {key: losses for key, losses in found.items() if None not in losses.values()}
+    return {key: losses for key, losses in found.items() if key not in unstable}
 
 
 def known_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
