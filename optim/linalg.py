@@ -327,24 +327,28 @@ def su_step(
 ) -> Tensor:
     """dL (k, n, n) with P(D dL Z + Z dL D) = -H/2: with Z = (XᵀX)^(-1/2) held fixed, (G + 2W(L + dL))Z is tangent.
 
-    project is P, metric multiplies by D = WᵀW, d (k, n) is D's diagonal, H = P(WᵀA + AᵀW) (k, n, n) for A = XZ; a factor of Z and H alike
-    changes nothing. By conjugate gradients, preconditioned with d_i z_jj + z_ii d_j; one product an iteration beside the metric's.
-    Source: Su, kexue.fm 11221, in products.
+    dL = P(dL): only such an L keeps ‖G + 2WL‖_* above the optimum. project is P, metric multiplies by D = WᵀW, d (k, n) is D's diagonal,
+    H = P(WᵀA + AᵀW) (k, n, n) for A = XZ; a factor of Z and H alike changes nothing. By conjugate gradients, preconditioned with
+    d_i z_jj + z_ii d_j; one product an iteration beside the metric's. Source: Su, kexue.fm 11221, in products.
     """
     z = at_least_float32(diagonal(Z))
     scale = symmetric_sum(d[..., :, None] * z[..., None, :])
+
+    def preconditioned(r: Tensor) -> Tensor:
+        return project(ratio(r, scale))
+
     r = -0.5 * H  # (k, n, n) residual
     dL = torch.zeros_like(r)
-    p = ratio(r, scale).to(H.dtype)
-    rq = inner(r, ratio(r, scale))
+    p = preconditioned(r).to(H.dtype)
+    rq = inner(r, preconditioned(r))
     for i in range(iterations):
         Ap = project(symmetric_sum(metric(mm(p, Z))))  # (k, n, n): the equation's left side at p
         step = ratio(rq, inner(p, Ap))
         dL = (dL + step * p).to(H.dtype)  # kept at H's precision, like all of these
         if i < iterations - 1:
             r = (r - step * Ap).to(H.dtype)
-            before, rq = rq, inner(r, ratio(r, scale))
-            p = (ratio(r, scale) + ratio(rq, before) * p).to(H.dtype)
+            before, rq = rq, inner(r, preconditioned(r))
+            p = (preconditioned(r) + ratio(rq, before) * p).to(H.dtype)
     return dL
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim.certificate import certify
+from optim.certificate import StepProblem, certify
 from optim.certified import CertifiedStep, direction
 from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS, residual_of
@@ -125,6 +125,45 @@ def test_directions_on_spheres_are_tangent_feasible_and_near_the_optimum(name, p
         assert (value > share * best).all() and (value <= best * (1 + 1e-9)).all()
         certificate = certify(W, G, T, name)
         assert torch.allclose(certificate.feas, value / best, rtol=2e-2) and certificate.tangency.max() < 1e-5
+
+
+def uneven(name, seed):
+    """A point whose columns have lengths from .1 to 1, and momentum mostly of rank two with a part along the point."""
+    M = MANIFOLDS[name]
+    W = M.retract(gaussian(2, 30, 10, seed=seed, dtype=torch.float64) * torch.linspace(0.1, 1, 10))
+    G = gaussian(2, 30, 2, seed=seed + 1, dtype=torch.float64) @ gaussian(2, 2, 10, seed=seed + 2, dtype=torch.float64)
+    return W, G + 0.05 * gaussian(2, 30, 10, seed=seed + 3, dtype=torch.float64) + W * G.norm() / W.norm()
+
+
+@pytest.mark.parametrize("name", SPHERES)
+def test_the_certificates_bound_is_above_the_optimum_and_near_it(name):
+    for seed in range(0, 20, 4):
+        W, G = uneven(name, seed)
+        best = torch.stack([optimum(g, normal_at(w, name)) for g, w in zip(G, W)])
+        problem = StepProblem(*MANIFOLDS[name].problem(W, G))
+        bound = (problem.scale * problem.dual_value()).flatten()
+        assert (bound >= best * (1 - 1e-9)).all() and (bound <= 1.01 * best).all()
+        for quality in ("default", "high"):
+            value = (G * direction(W, G, name, quality=quality)).sum((-2, -1))
+            assert (value > 0.94 * best).all()
+
+
+@pytest.mark.parametrize("name", ["oblique", "oblique_gain"])
+def test_directions_on_oblique_are_near_the_best_for_momentum_of_low_rank(name):
+    for seed in range(0, 20, 4):
+        W, G = uneven(name, seed)
+        for quality, least in (("default", 0.9), ("high", 0.92)):
+            assert certify(W, G, direction(W, G, name, quality=quality), name).feas.min() > least
+
+
+@pytest.mark.parametrize("name", ["stiefel", "dgram", "oblique", "hyperball"])
+def test_a_su_step_keeps_the_multiplier_where_the_condition_is(name):
+    M = MANIFOLDS[name]
+    problem = StepProblem(*uneven("hyperball", 1), M)
+    L = problem.least_squares()
+    _, H, Z = problem.sign_at(L)
+    for X in (L, problem.su_step(H, Z)):
+        assert X.norm() > 0 and torch.allclose(M.project(X), X, rtol=0, atol=1e-12 * X.norm())
 
 
 def test_the_tangent_part_leaves_the_norm_as_it_is():

@@ -1,6 +1,15 @@
 """Points of the family of steepest descent, tuned equally."""
 
-from scripts.analysis.contest import REMARK, contest_table, cost_columns, costs, opponents, targets, trials_by
+from scripts.analysis.contest import (
+    REMARK,
+    contest_table,
+    cost_columns,
+    costs,
+    earlier_losses,
+    opponents,
+    targets,
+    trials_by,
+)
 from scripts.analysis.experiment_figures import loss_of_trials
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.study import Case, Experiment, Study
@@ -39,12 +48,13 @@ def tables(study: Study) -> list[Table]:
 
 
 EXPERIMENT = Experiment(
-    hypothesis="Which point of the family reaches the lowest loss, if each is searched by the same rule over rate and decay?",
+    hypothesis="Which point of the family reaches the lowest loss, if each is searched by the same rule over rate and decay?\nearlier= names the table.json of other commands of it, with whose losses the table may compare.",
     base=("experiment=family",),
     axes={"optimizer": {name: overrides for name, (overrides, _, _) in POINTS.items()}, "max_steps": "100,400"},
     search=Search(searched, along="max_steps"),
     seeds="1,2,3",
-    options={"trials": 6, "further_trials": 6},
+    options={"trials": 6, "further_trials": 6, "earlier": ""},
+    check=earlier_losses,
     measure=lambda study: {"targets": targets(study, "AdamW"), "costs": costs(study)},
     tables=tables,
     figures={"trials.png": lambda study, path: loss_of_trials(trials_by(study, "max_steps", "optimizer"), path)},
