@@ -352,7 +352,7 @@ class GeoNorm(_OnSphere):
 class ProjSphere(_OnSphere):
     """The metric projection (x + αv)/‖x + αv‖ · ‖x‖ with a learned step α for each sublayer (Proj-SpheretNorm, arXiv 2608.02668).
 
-    alpha: the step at the start. The source does not state it; 1 is pre-norm to first order. With AdamW, 0.1 gave a lower loss
+    alpha: the step at the start. The source does not state it; 1 is the Euler step x + v to first order. With AdamW, 0.1 gave a lower loss
         (results/residual_alpha).
     decay: how the step decreases with depth: a name of DECAYS. Default: none, because the step is learned for each sublayer.
     """

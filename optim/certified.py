@@ -104,7 +104,7 @@ def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tenso
         Q, s, Rt = torch.linalg.svd(X, full_matrices=False)
         f = smoothed(s, X, effort.su_steps, effort.su_lower)
         H, Z = manifold.tangency(W, (Q * f) @ Rt), (Rt.T * (f / s)) @ Rt
-        dL = su_step(manifold.project, lambda p: d[:, None] * p, H[None], Z[None], d, effort.conjugate_gradients)
+        dL = su_step(manifold.project, (W.T @ W).matmul, H[None], Z[None], d, effort.conjugate_gradients)
         L = L + effort.relaxation * dL[0]
     X = G + 2 * W @ L
     Q, s, Rt = torch.linalg.svd(X, full_matrices=False)

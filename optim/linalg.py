@@ -26,6 +26,7 @@ from .iterators import Quintic, polar_express_coefficients
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 LOW_BITS = 2.0**11  # how far float16's second half of a number lies below its first
+DROPPED_BITS = {torch.float16: 13, torch.bfloat16: 16}  # of float32's significand
 
 
 class Products:
@@ -70,15 +71,24 @@ class Products:
     def gram(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """XᵀX (k, n, n) float32 of float32 X, to nearly float32 accuracy; and X rounded, as `times_near_identity` takes it.
 
-        At 16 bits X comes in two halves, hi + lo, of 22 bits together in float16 and 16 in bfloat16; lo·lo lies below the last of them
+        At 16 bits X comes in two halves, high + low, of 22 bits together in float16 and 16 in bfloat16; low·low lies below the last of them
         and is left out. The diagonal, which is all sum and no cancellation, is taken elementwise. Two tall products instead of one.
         """
         if not self.is_16_bit:
             return X.mT @ X, X
-        high = X.to(self.dtype)  # the first 11 bits of every entry
-        cross = self.in_float32(high.mT, (X - high) * LOW_BITS) / LOW_BITS  # (k, n, n)
+        high, low = self.halves(X)
+        cross = self.in_float32(high.mT, low) / LOW_BITS  # (k, n, n)
         S = self.in_float32(high.mT, high) + cross + cross.mT
         return S + torch.diag_embed(X.square().sum(-2) - diagonal(S)), high
+
+    def halves(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """High, of `dtype`, and low, float32, of float32 X = high + low / LOW_BITS; at 16 bits only.
+
+        By the bits: of X - X.to(float16), torch.compile makes 0, since it leaves out casts to 16 bits and back.
+        """
+        bits = DROPPED_BITS[self.dtype]
+        high = (((X.view(torch.int32) + (1 << bits - 1)) >> bits) << bits).view(torch.float32)
+        return high.to(self.dtype), (X - high) * LOW_BITS
 
     def times_near_identity(self, X: Tensor, rounded: Tensor, Y: Tensor) -> Tensor:
         """X (I + Y) in float32, for float32 X, X rounded to `dtype` (`rounded`), and small Y (k, n, n). Only Y off its diagonal is rounded."""

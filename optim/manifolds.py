@@ -32,9 +32,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .iterators import Iteration, polar_express_coefficients
-from .linalg import Products, column_norms, diagonal, exact_sums, eye_like, frobenius, gram_stage, ratio, top_pair
-from .msign import msign
+from .iterators import SAFETY, Iteration, polar_express_coefficients
+from .linalg import (
+    Products,
+    column_norms,
+    diagonal,
+    exact_sums,
+    eye_like,
+    frobenius,
+    gram_stage,
+    ratio,
+    sign_coefficients,
+    top_pair,
+)
+from .msign import iterate, msign
 
 Polar = Callable[[Tensor], Tensor]
 """A function (..., m, n) → (..., m, n), tall, that returns the polar factor of its argument to its own accuracy."""
@@ -325,7 +336,7 @@ class SpectralBall(Euclidean):
         """
         S = V.mT @ V
         M = S - eye_like(S)  # (k, n, n)
-        P = 0.5 * (M + M @ msign(M, 12, M.dtype, lower=1e-4))
+        P = 0.5 * (M + M @ iterate(M, sign_coefficients(12, 1e-4), SAFETY, M.dtype))
         P = 0.5 * (P + P.mT)
         size = 1 + frobenius(P)  # at least ‖I + P‖₂
         root = gram_stage((eye_like(P) + P) / size, _ROOT, Products("float32"))  # size^(1/2)·(I + P)^(-1/2)

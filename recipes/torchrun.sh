@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Train on all GPUs of one or more machines that you log in to yourself.
-#   GPUS=1 recipes/torchrun.sh experiment=one_gpu                    one GPU
-#   recipes/torchrun.sh experiment=paper assignment=hetero           the 8 GPUs of this machine
+#   GPUS=1 NAME=first recipes/torchrun.sh experiment=one_gpu         one GPU
+#   NAME=paper recipes/torchrun.sh experiment=paper assignment=hetero        the 8 GPUs of this machine
 #   NODES=2 NODE=0 HEAD=10.0.0.1 recipes/torchrun.sh ...             two machines with 8 GPUs: this line on the first,
 #   NODES=2 NODE=1 HEAD=10.0.0.1 recipes/torchrun.sh ...             and this one on the second, which sees the same disk
-# NAME is the run, in outputs/NAME; the same command continues it. Where torch sees no GPU it stops; device=cpu as an option trains there.
+# NAME is the run, in outputs/NAME (`run` without it); the same command continues it. Where torch sees no GPU it stops; device=cpu as an option trains there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${GPUS:=8}"         # of each machine

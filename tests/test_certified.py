@@ -384,17 +384,18 @@ def test_decay_and_a_cap_bound_the_column_norms_and_keep_the_constraint():
     assert largest_column_norm(weight_decay=0.0, norm_cap=1.2) <= 1.2 * (1 + 1e-5) < free
 
 
-def test_compiles_fullgraph_without_recompiling(monkeypatch):
+@pytest.mark.parametrize("manifold", MANIFOLDS)
+def test_compiles_fullgraph_without_recompiling(manifold, monkeypatch):
     """Traced by dynamo and run by its eager backend: what the compiler's own backends then make of the graph is not ours to test."""
     torch._dynamo.reset()
     rule = CertifiedStep(compile=True)
     compiler, asked = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(how) or compiler(f, backend="eager", **how))
-    W, G = make("dgram")
-    [plain] = CertifiedStep()([stack_of(W, G, "dgram", 0.05, 0.1, [0, 0])])
+    W, G = make(manifold)
+    [plain] = CertifiedStep()([stack_of(W, G, manifold, 0.05, 0.1, [0, 0])])
     for i in range(3):
         with torch._dynamo.config.patch(error_on_recompile=True):
-            [moved] = rule([stack_of(W, G, "dgram", 0.05 / (i + 1), 0.1, [0, 0])])
+            [moved] = rule([stack_of(W, G, manifold, 0.05 / (i + 1), 0.1, [0, 0])])
         if i == 0:
             torch.testing.assert_close(moved.W, plain.W, rtol=0, atol=1e-6)
     assert asked == [{"fullgraph": True, "dynamic": False}]

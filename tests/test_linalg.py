@@ -1,5 +1,7 @@
 """Products at a named precision and what is made of them, against float64 and singular value decompositions."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,6 +97,24 @@ def test_the_largest_eigenvalue_is_a_close_lower_bound():
         ours = largest_eigenvalue(lambda v: X.mT @ (X @ v), X, iterations).sqrt().flatten()
         assert (ours <= exact * (1 + 1e-5)).all() and (ours >= share * exact).all()
     assert largest_eigenvalue(lambda v: 0 * v, X, 4).flatten().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_the_halves_of_a_number_are_compiled_as_written(precision):
+    """torch.compile leaves out casts to 16 bits and back: a low half made by them would be zero."""
+    mm = Products(precision)
+    X = random(2, 300, 40) * torch.logspace(-12, 3, 40)
+    X[0, :3, 0] = torch.tensor([math.nan, math.inf, -math.inf])
+    high, low = mm.halves(X)
+    compiled = torch.compile(mm.halves, fullgraph=True, dynamic=False)(X)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip((high, low), compiled))
+    normal = (X.abs() > 1e-4) & X.isfinite()  # float16's smallest normal number is 6e-5
+    assert (low[normal] != 0).float().mean() > 0.9
+    bits = 11 if precision == "float16" else 8
+    assert ((high.float() - X).abs() <= X.abs() * 2.0**-bits)[normal].all()
+    error = (high.float() + low.to(mm.dtype).float() / 2**11 - X).abs()
+    assert (error <= X.abs() * 2.0 ** (-2 * bits))[normal].all()
+    assert not (high + low)[0, :3, 0].isfinite().any()
 
 
 def test_eigenvalues_of_both_signs_do_not_cancel():
