@@ -44,8 +44,8 @@ from training.log import NoLog, RunLog
 from training.observer import Observer
 from training.phases import Phases, as_phase
 from training.placement import place
-from training.ranks import Ranks, world_size
-from training.resume import agreed_checkpoint, restore, resumption, rng_state, set_rng_state, state_of
+from training.ranks import Ranks, joined, world_size
+from training.resume import agreed_checkpoint, restore, resumption, rng_state, set_rng_state, state_of, was_end
 from training.run import claimed, end_of, end_summary, resolve_device, speed, wait_for
 from training.schedule import lr_multiplier
 from training.settings import Settings
@@ -69,18 +69,14 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "", given: 
         LostRanks: another rank has ended. Stopped: a signal came, and the run has saved.
     """
     check(cfg, world_size())
-    ranks = Ranks.init(cfg)
-    try:
-        with ranks.explained(), machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as folder:
-            run = Run(ranks, cfg, folder, label, given)
-            if run.finished and ranks.from_main(end_of, folder):
-                return run.stability.best  # it had ended before
-            if stop.requested(ranks):
-                stop.end(ranks, run.step)
-            run.train(stop)
-            return run.stability.best
-    finally:
-        ranks.close()
+    with joined(cfg) as ranks, machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as folder:
+        run = Run(ranks, cfg, folder, label, given)
+        if run.finished and ranks.from_main(end_of, folder):
+            return run.stability.best  # it had ended before
+        if stop.requested(ranks):
+            stop.end(ranks, run.step)
+        run.train(stop)
+        return run.stability.best
 
 
 class Run:
@@ -126,6 +122,7 @@ class Run:
             self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
             self.average = average_of(cfg.average, self.model)  # of the weights that the run starts from
         self.resumed_at = self.step if resumed is not None else None
+        self.ended_at = self.step if resumed is not None and was_end(resumed, self.stability) else None
         self.val_loss = resumed.metric if resumed is not None else None  # of the current weights; None: not computed
         if ranks.is_main:
             cut = shortened(cfg, ranks.world, len(self.observer.held_out), len(self.observer.probe_windows))
@@ -180,7 +177,7 @@ class Run:
         cfg, ranks, phase = self.cfg, self.ranks, self.phase
 
         # Batch → loss → gradient; a stop between two micro-batches ends the run with the state of the last finished step.
-        before, interrupted = rng_state(), partial(stop.interrupts, ranks)
+        before, interrupted = rng_state(self.device), partial(stop.interrupts, ranks)
         with phase("data"):
             batch = batches.next(self.step)
         with phase("forward_backward"):
@@ -209,9 +206,11 @@ class Run:
     # ---- once in a while ----
 
     def due(self, interval: int | None) -> bool:
-        """Whether an action of every `interval` steps and of the end is due (None: never). At a resumed step it was done before the save."""
-        now = interval is not None and (self.step % interval == 0 or self.finished)
-        return now and self.step != self.resumed_at
+        """Whether an action of every `interval` steps and of the end is due (None: never), and was not done before the save that was resumed."""
+        if interval is None or self.step == self.ended_at:
+            return False
+        regular = self.step % interval == 0
+        return self.step != self.resumed_at if regular else self.finished
 
     @contextmanager
     def pause(self, wait: bool) -> Iterator[None]:
@@ -227,7 +226,11 @@ class Run:
         """Measure and record what is due, and check that the replicas are equal."""
         cfg, observer, placement = self.cfg, self.observer, self.placement
         if self.due(cfg.eval_interval):
-            self.evaluate(log)
+            self.val_loss = observer.evaluate(log, self.step, placement, self.average)
+            if self.stability.observe_val_loss(self.step, self.val_loss):
+                self.note_unstable(log)
+        if cfg.full_eval and self.finished and self.step != self.ended_at:
+            observer.evaluate_split(log, self.step, placement)
         if self.due(cfg.log.interval_spectra):
             observer.write_spectra(log, self.step, placement, wait=self.finished)
         if self.due(cfg.log.interval_certificate):
@@ -241,17 +244,10 @@ class Run:
         if self.due(cfg.launcher.checksum_interval):
             placement.check()
 
-    def evaluate(self, log: RunLog | NoLog) -> None:
-        """Evaluate, and observe the stability of the loss; at the end, with `full_eval`, also on the whole validation split."""
-        self.val_loss = self.observer.evaluate(log, self.step, self.placement, self.average)
-        if self.stability.observe_val_loss(self.step, self.val_loss):
-            self.note_unstable(log)
-        if self.finished and self.cfg.full_eval:
-            self.observer.evaluate_split(log, self.step, self.placement)
-
     @as_phase("checkpoint")
     def save(self, log: RunLog | NoLog) -> None:
         """Save a checkpoint. A run resumed from it has exactly the records that are written so far."""
+        self.note_skipped(log)
         self.observer.finish_spectra(log)
         log.sync()
         state = state_of(
@@ -264,7 +260,7 @@ class Run:
             average=self.average,
             step=self.step,
             seconds=self.elapsed,
-            rng=self.ranks.gather_objects(rng_state()),
+            rng=self.ranks.gather_objects(rng_state(self.device)),
             attention=self.attention.backend,
         )
         keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
@@ -279,18 +275,22 @@ class Run:
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float) -> None:
         """Write one training record, for which the host waits for the device; other training steps do not wait."""
-        skipped = self.guard.count
+        skipped = self.guard.count  # waits for the device
         now = time.perf_counter()
         rate = speed(self.tokens / (now - self.clock), self.model, self.device, self.ranks)
         self.seconds, self.clock, self.tokens = self.seconds + now - self.clock, now, 0
         numbers = {"loss": loss, "grad_norm": norm, "lr": self.optimizers.rates(multiplier), "skipped_updates": skipped}
         log.write("train", self.step, **numbers, time=self.phase.read(), **rate)
         self.observer.finish_spectra(log, wait=False)
-        self.stability.observe_skipped(skipped)
-        if skipped and self.stability.unstable_step is None:
-            self.stability.observe_nonfinite(*self.guard.first(self.ranks))
-            self.note_unstable(log)
+        self.note_skipped(log)
         if self.stability.observe_train_loss(self.step, loss.item()):
+            self.note_unstable(log)
+
+    def note_skipped(self, log: RunLog | NoLog) -> None:
+        """Observe the updates that were skipped so far; the first makes the run unstable."""
+        self.stability.observe_skipped(self.guard.count)
+        if self.guard.count and self.stability.unstable_step is None:
+            self.stability.observe_nonfinite(*self.guard.first(self.ranks))
             self.note_unstable(log)
 
     def note_unstable(self, log: RunLog | NoLog) -> None:

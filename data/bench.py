@@ -19,6 +19,7 @@ import numpy as np
 
 from data.files import Rows
 from data.loader import ORDERS, Loader
+from data.parallel import available_cores
 from data.prepare import prepare
 from data.shards import open_dataset
 from data.sources import TextFiles
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := [file for file in files if not Path(file).is_file()]:
         print("\n".join(f"there is no file {file}; name text files" for file in missing), file=sys.stderr)
         return 2
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     with tempfile.TemporaryDirectory() as folder:
         for workers in (0, *(n for n in (1, 2, 4, 8, 16) if n <= cores)):
             cfg = settings(files, f"{folder}/{workers}")

@@ -31,9 +31,14 @@ MOST_WORKERS = 16
 """More encode faster than one process can write, and would need more memory."""
 
 
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def workers_for(tokenizer: str, size: int | None) -> int:
     """The number of processes that encode: one for each core; 0, for this process, if `size` bytes of input are not worth starting them."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     if tokenizer == "bytes" or cores == 1 or (size is not None and size < 1 << 22):  # bytes cost nothing
         return 0
     return min(cores, MOST_WORKERS)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optim.geonorm import cast
+from optim.linalg import cast
 
 PG_OP_OVERHEAD = 0.016
 """Parameters of head gates, as a share of W_O: arXiv 2604.23681 states that PG-OP stays below this."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.spectra import singular_values
+from optim.linalg import effective_rank
 
 # A direction with a singular value below this share of the largest counts as unused.
 _WIDTH_TOLERANCE = 1e-3
@@ -23,12 +24,6 @@ _WIDTH_TOLERANCE = 1e-3
 _GRAM_TOKENS = 128
 # Relative error (squared) with which the sum over heads is read: 1% in amplitude.
 _READING_NOISE = 1e-4
-
-
-def effective_rank(sigma: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values, (..., k) → (...): k if all are equal, 1 if only one is not zero."""
-    p = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
-    return torch.special.entr(p).sum(-1).exp()
 
 
 def depth(X: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from model.generate import Sampling, stream
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import capped, linear_cross_entropy
 from model.scale import Scaled, Scales, StoredScale
-from optim.geonorm import cast
+from optim.linalg import cast
 
 
 class Block(nn.Module):

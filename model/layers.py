@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from model.attention import HeadGate, KeyValueCache, QKClip, capped_attention, clip_head_weights, computed_by
 from model.config import GPTConfig
 from model.scale import Scaled, StoredScale
-from optim.geonorm import cast, to_sphere
+from optim.geonorm import to_sphere
+from optim.linalg import cast
 
 
 class Rotary(nn.Module):

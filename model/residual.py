@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.scale import Scaled, StoredScale
-from optim.geonorm import DECAYS, cast, geonorm_angle, retraction_angle, rotate, to_sphere
+from optim.geonorm import DECAYS, geonorm_angle, retraction_angle, rotate, to_sphere
+from optim.linalg import cast
 
 Positive = Annotated[float, ("above", 0)]
 Decay = Annotated[str, ("options", tuple(DECAYS))]

@@ -48,7 +48,7 @@ def for_model(
         blocks: pattern → into how many matrices the rows are cut, such as {"in_proj_weight": 3} for queries, keys and values.
         radius: pattern → the size of a manifold of fixed size, such as {"linear1": 2.0}: W / 2 is on it; 1 for all others.
         momentum, nesterov, weight_decay, block_length, cautious, row_beta: see ManifoldMuon.
-        rule: the step rule; None for the certified step.
+        rule: the step rule; None for the certified step. The published one takes neither `cautious` nor `row_beta`.
 
     Raises:
         AssignmentError: a 2-D parameter matches no rule or several, a pattern matches nothing, blocks that do not divide a matrix; or
@@ -57,19 +57,18 @@ def for_model(
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = assigned(model, params, rules, adamw_for)
     muon, rest = [row for row in rows if row.manifold], [row for row in rows if not row.manifold]
-    if not muon or not rest:
-        what = (
-            "no matrix has a manifold; use torch.optim.AdamW"
-            if rest
-            else "no parameter is left to AdamW; construct ManifoldMuon"
-        )
-        raise AssignmentError([what])
+    if not muon:
+        raise AssignmentError(["no matrix has a manifold; use torch.optim.AdamW"])
+    if not rest:
+        raise AssignmentError(["no parameter is left to AdamW; construct ManifoldMuon"])
     vectors = {"params": [params[row.name] for row in rest if len(row.shape) < 2], "weight_decay": 0.0}
     others = {"params": [params[row.name] for row in rest if len(row.shape) >= 2]}
-    groups = _groups(muon, blocks or {}, radius or {})
     for_rest = torch.optim.AdamW([group for group in (others, vectors) if group["params"]], **adamw)
     manifold_muon = ManifoldMuon(  # last: it moves the matrices
-        [{"params": [params[name] for name in group["names"]], **group} for group in groups],
+        [
+            {"params": [params[name] for name in group["names"]], **group}
+            for group in _groups(muon, blocks or {}, radius or {})
+        ],
         rule or CertifiedStep(),
         lr=lr,
         momentum=momentum,

@@ -35,6 +35,9 @@ class AssignmentError(ValueError):
         super().__init__("\n".join(problems))
         self.problems = problems
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)  # for pickle, which would pass the message only
+
 
 @dataclass(frozen=True)
 class Row:

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linalg import column_norms, diagonal, frobenius, inner, ratio, su_step, symmetric_sum
-from .manifolds import MANIFOLDS, Manifold, tall
+from .linalg import column_norms, diagonal, effective_rank, frobenius, inner, ratio, su_step, symmetric_sum
+from .manifolds import MANIFOLDS, Manifold, stacked
 
 DUAL_STEPS, CONJUGATE_GRADIENTS = 4, 12
 """Su steps toward the least dual value, each of one eigendecomposition in n × n, and the iterations of each. The value is then .1 to 2%
@@ -105,13 +105,6 @@ def _singular_values(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
 
 
-def _effective_rank(sigma: Tensor) -> Tensor:
-    """exp of the entropy of σ / Σσ (k, n) → (k, 1, 1); 0 where all are zero."""
-    total = sigma.sum(-1, keepdim=True)
-    rank = torch.special.entr(ratio(sigma, total)).sum(-1, keepdim=True).exp()
-    return torch.where(total > 0, rank, 0)[..., None]
-
-
 def _length_share(W: Tensor, G: Tensor) -> Tensor:
     """The share (k, 1, 1) of ‖G‖_F² that lies along the columns of W (k, m, n); 0 where G is zero."""
     along = ratio((W * G).sum(-2, keepdim=True), column_norms(W))  # (k, 1, n)
@@ -135,7 +128,7 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
         raise ValueError(f"unknown manifold {manifold!r}; choose one of {', '.join(MANIFOLDS)}")
     if not W.shape == G.shape == T.shape:
         raise ValueError(f"W {tuple(W.shape)}, G {tuple(G.shape)} and T {tuple(T.shape)} must be equally shaped")
-    W, G, T = (tall(X).double().reshape(-1, *tall(X).shape[-2:]) for X in (W, G, T))
+    W, G, T = (stacked(X).double() for X in (W, G, T))
     sound = (W.isfinite() & T.isfinite()).all(dim=(-2, -1), keepdim=True)
     finite = G.isfinite().all(dim=(-2, -1), keepdim=True)
     W, T, G = torch.where(sound, W, 0), torch.where(sound, T, 0), torch.where(finite, G, 0)
@@ -149,7 +142,14 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
     feas = torch.where(bound > 0, ratio(value, bound), 1)
     normal_share = frobenius(problem.G - problem.tangent(problem.G)).square()  # of G at ‖G‖_F = 1
     size_share = ratio(inner(W, G), frobenius(W) * frobenius(G)).square()
-    of_G = (feas, normal_share, _length_share(W, G), size_share, asked[:, -1:, None].square(), _effective_rank(asked))
+    of_G = (
+        feas,
+        normal_share,
+        _length_share(W, G),
+        size_share,
+        asked[:, -1:, None].square(),
+        effective_rank(asked)[:, None, None],
+    )
     feas, *shares = (torch.where(finite, x, torch.nan) for x in of_G)
-    numbers = (tangency, norm, feas, bound * problem.scale, *shares, _effective_rank(taken))
+    numbers = (tangency, norm, feas, bound * problem.scale, *shares, effective_rank(taken)[:, None, None])
     return Certificate(*(torch.where(sound, x, torch.nan).flatten() for x in numbers))

@@ -26,7 +26,7 @@ E = P(VᵀV) - target, on Stiefel VᵀV - I; M what a round of the retraction ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from numbers import Real
@@ -56,7 +56,7 @@ from .linalg import (
     su_step,
     symmetric_sum,
 )
-from .manifolds import MANIFOLDS, Effort, Manifold, like, tall
+from .manifolds import MANIFOLDS, Effort, Manifold, stacked, unstacked
 from .msign import iterate
 from .refine import Refine
 from .stack import Moved, Stack
@@ -80,41 +80,6 @@ LANDS = (0.015, 0.3)  # ‖E‖ that one round, and two, still bring onto the ma
 DISTANCE_STEPS = (
     4  # Lanczos iterations for ‖E‖₂: at most two fifths short on random E; the limits above leave room for that
 )
-
-
-def reference(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort) -> Tensor:
-    """T / max(1, ‖T‖₂) of one tall W, G (m, n), in float64 and by singular value decompositions: what the batched step must agree with."""
-
-    def smoothed(s: Tensor, X: Tensor, steps: int, lower: float) -> Tensor:
-        """What `steps` quintics, fitted for [lower, 1], make of the singular values s of X / ‖XᵀX‖_F^½."""
-        s = s / torch.linalg.matrix_norm(X.T @ X).sqrt()
-        for a, b, c in sign_coefficients(steps, lower):
-            s = a * s + b * s**3 + c * s**5
-        return s
-
-    W, G = W.double(), G.double() / torch.linalg.matrix_norm(G.double())
-    if manifold.rotations and W.size(0) == W.size(1):
-        K = 0.5 * (W.T @ G - G.T @ W)
-        Q, s, Rt = torch.linalg.svd(K)
-        return W @ (Q * smoothed(s, K, SKEW_STEPS, SKEW_LOWER)) @ Rt
-    d = (W * W).sum(0)
-    L = -0.5 * manifold.normal(manifold.tangency(W, G), d)
-    for _ in range(effort.su):
-        X = G + 2 * W @ L
-        Q, s, Rt = torch.linalg.svd(X, full_matrices=False)
-        f = smoothed(s, X, effort.su_steps, effort.su_lower)
-        H, Z = manifold.tangency(W, (Q * f) @ Rt), (Rt.T * (f / s)) @ Rt
-        dL = su_step(manifold.project, (W.T @ W).matmul, H[None], Z[None], d, effort.conjugate_gradients)
-        L = L + effort.relaxation * dL[0]
-    X = G + 2 * W @ L
-    Q, s, Rt = torch.linalg.svd(X, full_matrices=False)
-    T = manifold.tangent(W, (Q * smoothed(s, X, sum(effort.stages), effort.lower)) @ Rt)
-    for _ in range(effort.caps if manifold.constrained else 0):
-        Q, s, Rt = torch.linalg.svd(T, full_matrices=False)
-        p = cap_polynomial(s[:1].view(1, 1, 1), effort).flatten()
-        powers = torch.stack([(s / s[0]) ** (2 * j) for j in range(len(p))])
-        T = manifold.tangent(W, (Q * (s * (p @ powers))) @ Rt)
-    return T / torch.linalg.matrix_norm(T, 2).clamp_min(1)
 
 
 # ---- 1. multiplier ----
@@ -388,12 +353,8 @@ class CertifiedStep:
         """W (..., m, n), any orientation, brought onto the manifold by its exact retraction."""
         return MANIFOLDS[manifold].retract(W)
 
-    def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
-        """What `step` makes of each stack."""
-        return [self._move(stack) for stack in stacks]
-
-    def _move(self, stack: Stack) -> Moved:
-        """The step of a stack, each matrix at its level."""
+    def __call__(self, stack: Stack) -> Moved:
+        """What `step` makes of a stack, each matrix at its level."""
         W, level, manifold = stack.W, stack.level, MANIFOLDS[stack.manifold]
         effort = replace(effort_of(manifold, self.quality), iterator=self.iterator)
         given = (W, stack.G, stack.eta, level, stack.skip, manifold, effort)
@@ -438,11 +399,11 @@ def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, 
     if W.shape != G.shape or W.ndim not in (2, 3):
         raise ValueError(f"W {tuple(W.shape)} and G {tuple(G.shape)} must be equally shaped (m, n) or (k, m, n)")
     M = MANIFOLDS[manifold]
-    stacks = [tall(X).float().reshape(-1, *tall(X).shape[-2:]) for X in (W, G)]
+    stacks = [stacked(X).float() for X in (W, G)]
     with torch.no_grad(), exact_sums(W.device):
         T, scale = direction_and_length(
             stacks[0], stacks[1], M, effort_of(M, quality), products_for(W.device, products)
         )
         T = torch.where(scale > 0, T.double(), 0)
         T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)  # the step is content with an estimate
-    return like(T.reshape(tall(W).shape), W).to(W.dtype)
+    return unstacked(T, W).to(W.dtype)

@@ -323,6 +323,12 @@ def top_pair(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return over(u, sigma), sigma, v
 
 
+def effective_rank(sigma: Tensor) -> Tensor:
+    """exp of the entropy of σ / Σσ, (..., k) → (...): k if all singular values are equal, 1 if only one is not zero, 0 if all are zero."""
+    total = sigma.sum(-1, keepdim=True)
+    return torch.where(total[..., 0] > 0, torch.special.entr(ratio(sigma, total)).sum(-1).exp(), 0)
+
+
 # ---- equations ----
 
 

@@ -254,7 +254,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     def _update(self, bucket: Bucket, highest: int) -> None:
         """One update of the matrices of a bucket."""
         stack = self._advance(bucket, highest)
-        [moved] = self.rule([stack])
+        moved = self.rule(stack)
         new = moved.W
         if (radius := bucket.group["radius"]) != 1:  # what did not move stays bitwise
             new = torch.where(new == stack.W, bucket.stack(bucket.params), new * radius)

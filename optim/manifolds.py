@@ -35,6 +35,7 @@ from torch import Tensor
 from .iterators import SAFETY, Iteration, polar_express_coefficients
 from .linalg import (
     Products,
+    at_least_float32,
     column_norms,
     diagonal,
     exact_sums,
@@ -66,13 +67,23 @@ def like(tall_result: Tensor, W: Tensor) -> Tensor:
     return tall_result.mT if is_wide(W) else tall_result
 
 
+def stacked(W: Tensor) -> Tensor:
+    """W (..., m, n), of any orientation, as a stack of tall matrices (k, m, n)."""
+    return tall(W).reshape(-1, *tall(W).shape[-2:])
+
+
+def unstacked(stack: Tensor, W: Tensor) -> Tensor:
+    """Undo `stacked`: the result for stacked(W), in the shape of W."""
+    return like(stack.reshape(tall(W).shape), W)
+
+
 def polar(X: Tensor) -> Tensor:
     """Polar factor U Vᵀ of every matrix of X (..., m, n), in X's dtype, float32 at least.
 
     By SVD on a CPU. An SVD takes tenths of a second on a GPU: there 16 Polar Express steps in float32, which leave singular values below
     1e-6·‖X‖_F short of 1.
     """
-    X = X if X.dtype == torch.float64 else X.float()
+    X = at_least_float32(X)
     if X.is_cuda:
         return msign(X, 16, X.dtype, lower=1e-6)
     U, _, Vh = torch.linalg.svd(X, full_matrices=False)
@@ -84,7 +95,7 @@ def spectral_norm(W: Tensor) -> Tensor:
 
     By SVD on a CPU; on a GPU, where that takes tenths of a second and makes the host wait, by `top_pair`.
     """
-    W = W if W.dtype == torch.float64 else W.float()
+    W = at_least_float32(W)
     return top_pair(tall(W))[1] if W.is_cuda else torch.linalg.matrix_norm(W, 2, keepdim=True)
 
 
@@ -117,7 +128,7 @@ class Effort:
 class Manifold:
     """What both step rules ask of a manifold. Stateless: methods are pure functions of their tensors.
 
-    A subclass gives `project` and `normal`, and `_retract` unless the default does.
+    A subclass gives `project`, `normal` and `_retract`.
     """
 
     name: ClassVar[str]
@@ -143,7 +154,7 @@ class Manifold:
 
     def target(self, S: Tensor) -> Tensor:
         """The value of P(WᵀW) on the manifold, shaped like S (..., n, n): P(I), unless a subclass says otherwise."""
-        return self.project(torch.eye(S.size(-1), dtype=S.dtype, device=S.device).expand_as(S))
+        return self.project(eye_like(S))
 
     def defect(self, S: Tensor) -> Tensor:
         """P(S) - target (..., n, n) of a Gram matrix S: zero on the manifold.
@@ -163,7 +174,7 @@ class Manifold:
 
     def residual(self, W: Tensor) -> Tensor:
         """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F; 0 for zero W, which has no such ratio."""
-        T = tall(W if W.dtype == torch.float64 else W.float())
+        T = tall(at_least_float32(W))
         with exact_sums(T.device):
             gram = T.mT @ T
         return ratio(torch.linalg.matrix_norm(self.defect(gram)), torch.linalg.matrix_norm(gram))

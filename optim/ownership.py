@@ -23,7 +23,7 @@ def step_flops(rule: StepRule, m: int, n: int, manifold: str) -> int:
     """Operations (two a multiply-add) in the products of one step of one tall (m, n) matrix, counted on tensors without storage."""
     W, eta = torch.empty(1, m, n, device="meta"), torch.empty((), device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        rule([Stack(W, W, manifold, eta, 0.0, eta.bool(), W[:, 0, 0], 0)])
+        rule(Stack(W, W, manifold, eta, 0.0, eta.bool(), W[:, 0, 0], 0))
     return counter.get_total_flops()
 
 
@@ -51,7 +51,7 @@ def choose_owners(groups: Iterable[dict[str, Any]], rule: StepRule, world: int) 
 def members_of_buckets(
     groups: Iterable[dict[str, Any]], owners: Mapping[Tensor, int], world: int
 ) -> list[list[tuple[dict[str, Any], list[Tensor]]]]:
-    """For each rank its buckets: (group, parameters of it that the rank owns and that have one tall shape)."""
+    """For each rank its buckets: (group, parameters of it that the rank owns and that have one tall shape and dtype)."""
     buckets: list[list[tuple[dict[str, Any], list[Tensor]]]] = [[] for _ in range(world)]
     for group in groups:
         alike: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -59,7 +59,7 @@ def members_of_buckets(
             cut = row_blocks(p, group["blocks"])
             # Where mean squares of rows are kept, each orientation has a bucket of its own; where blocks share a length, each whole shape.
             apart = (is_wide(cut) and group["row_beta"] is not None, whole_shape(p, group))
-            key = (owners[p], *tall(cut).shape[-2:], apart)
+            key = (owners[p], *tall(cut).shape[-2:], p.dtype, apart)
             if key not in alike:
                 alike[key] = []
                 buckets[owners[p]].append((group, alike[key]))

@@ -12,7 +12,6 @@ out. What else differs from the published code stands at the head of configs/opt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .iterators import Iteration
-from .manifolds import MANIFOLDS, Manifold, Polar, like, tall
+from .manifolds import MANIFOLDS, Manifold, Polar, stacked, unstacked
 from .msign import iterate, msign
 from .stack import Moved, Stack
 
@@ -116,20 +115,21 @@ class PublishedStep:
 
     def init(self, W: Tensor, manifold: str) -> Tensor:
         """W (..., m, n), any orientation, brought onto the manifold by the same retraction."""
-        stack = tall(W).reshape(-1, *tall(W).shape[-2:])
-        return like(self.retract(stack, MANIFOLDS[manifold]).reshape(tall(W).shape), W).to(W.dtype)
+        return unstacked(self.retract(stacked(W), MANIFOLDS[manifold]), W).to(W.dtype)
 
-    def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
-        """The step of each stack. Decay is decoupled and, as published, not for manifolds with a Gram condition (but see decay_manifolds)."""
-        moved = []
-        for s in stacks:
-            refused = [name for name, given in (("whole", s.whole), ("refine", s.refine)) if given is not None]
-            if refused:
-                raise ValueError(f"the published step has no {' and no '.join(refused)}; take the certified step")
-            W, A = self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay)
-            scale, no = torch.where(s.skip, 0, W.new_ones(len(W), 1, 1)), torch.zeros_like(s.level, dtype=torch.bool)
-            moved.append(Moved(torch.where(s.skip, s.W, W), A, scale, s.level, no))
-        return moved
+    def __call__(self, stack: Stack) -> Moved:
+        """The step of a stack. Decay is decoupled and, as published, not for manifolds with a Gram condition (but see decay_manifolds).
+
+        Raises:
+            ValueError: the stack asks for `whole` or `refine`.
+        """
+        s = stack
+        refused = [name for name, given in (("whole", s.whole), ("refine", s.refine)) if given is not None]
+        if refused:
+            raise ValueError(f"the published step has no {' and no '.join(refused)}; take the certified step")
+        W, A = self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay)
+        scale, no = torch.where(s.skip, 0, W.new_ones(len(W), 1, 1)), torch.zeros_like(s.level, dtype=torch.bool)
+        return Moved(torch.where(s.skip, s.W, W), A, scale, s.level, no)
 
     def update(
         self, W: Tensor, G: Tensor, manifold: Manifold, eta: Tensor, weight_decay: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -68,8 +68,8 @@ class StepRule(Protocol):
     def init(self, W: Tensor, manifold: str) -> Tensor:
         """W (..., m, n), any orientation, brought onto the manifold."""
 
-    def __call__(self, stacks: Sequence[Stack]) -> list[Moved]:
-        """The step of each stack, the same for a stack whatever others are given with it."""
+    def __call__(self, stack: Stack) -> Moved:
+        """The step of a stack."""
 
 
 class OnHost:

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from data.parallel import available_cores
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import RecordedRun, at, read_run
 from scripts.analysis.tables import (
@@ -51,7 +52,7 @@ from training.config import compose
 from training.data import open_data
 from training.engine import Job, run_here
 from training.log import METRICS_FILE
-from training.sweep import available_cores, finished
+from training.sweep import finished
 from training.validate import problems_of_directory
 
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import DGRAM, SQUARE, STIEFEL, make, problem, recorded, true_feas
+from problems import DGRAM, SQUARE, STIEFEL, make, problem, recorded, reference, true_feas
 
 from model.gpt import GPT, GPTConfig
 from model.spectra import spectrum
 from optim import certified
 from optim.assignment import AssignmentError
-from optim.certified import CertifiedStep, direction, effort_of, reference, step
+from optim.certified import CertifiedStep, direction, effort_of, step
 from optim.linalg import Products
 from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS
@@ -205,7 +205,7 @@ def test_weights_stay_on_the_manifold_over_500_steps(manifold, shape, eta, produ
     levels, worst = [1], 0.0
     for i in range(500):
         G = torch.randn(1, shape[0], 4, generator=g) @ torch.randn(1, 4, shape[1], generator=g)
-        [moved] = rule([stack_of(W, G, manifold, eta, 0.5, levels)])
+        moved = rule(stack_of(W, G, manifold, eta, 0.5, levels))
         W, levels = moved.W, [int(x) for x in moved.level]
         worst = max(worst, MANIFOLDS[manifold].residual(W).item()) if i % 50 == 49 else worst
     assert worst < (1e-6 if products == "float32" else 1e-5)
@@ -242,16 +242,16 @@ def test_where_nothing_moved_the_step_has_no_length():
     for rule in (CertifiedStep(), step_rule(compose(["optim=paper"]).optim)):
         for manifold in ("stiefel", "euclidean"):
             stack = stack_of(W, G, manifold, 0.02, 0.0, [0] * len(W))._replace(skip=torch.tensor(True))
-            [moved] = rule([stack])
+            moved = rule(stack)
             assert torch.equal(moved.W, W) and not moved.scale.any()
 
 
 def test_levels_of_one_stack_are_its_matrices_own():
     W, G = make("dgram", k=3)
     rule = CertifiedStep()
-    [mixed] = rule([stack_of(W, G, "dgram", 0.02, 0.1, [2, 0, 1])])
+    mixed = rule(stack_of(W, G, "dgram", 0.02, 0.1, [2, 0, 1]))
     for i, level in enumerate([2, 0, 1]):
-        [alone] = rule([stack_of(W[i : i + 1], G[i : i + 1], "dgram", 0.02, 0.1, [level])])
+        alone = rule(stack_of(W[i : i + 1], G[i : i + 1], "dgram", 0.02, 0.1, [level]))
         for whole, part in zip((mixed.W, mixed.direction, *mixed[3:5]), (alone.W, alone.direction, *alone[3:5])):
             torch.testing.assert_close(whole[i : i + 1].float(), part.float(), rtol=0, atol=1e-6)
 
@@ -392,10 +392,10 @@ def test_compiles_fullgraph_without_recompiling(manifold, monkeypatch):
     compiler, asked = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(how) or compiler(f, backend="eager", **how))
     W, G = make(manifold)
-    [plain] = CertifiedStep()([stack_of(W, G, manifold, 0.05, 0.1, [0, 0])])
+    plain = CertifiedStep()(stack_of(W, G, manifold, 0.05, 0.1, [0, 0]))
     for i in range(3):
         with torch._dynamo.config.patch(error_on_recompile=True):
-            [moved] = rule([stack_of(W, G, manifold, 0.05 / (i + 1), 0.1, [0, 0])])
+            moved = rule(stack_of(W, G, manifold, 0.05 / (i + 1), 0.1, [0, 0]))
         if i == 0:
             torch.testing.assert_close(moved.W, plain.W, rtol=0, atol=1e-6)
     assert asked == [{"fullgraph": True, "dynamic": False}]

@@ -81,7 +81,7 @@ def test_steps_stay_on_the_set_and_descend(name, rule):
     W, target = M.retract(gaussian(3, 24, 9)), 0.5 * gaussian(3, 24, 9, seed=1)
     before = (W - target).norm()
     for step in range(30):
-        [moved] = RULES[rule]([stack_of(W, W - target, name, eta=0.1 * (1 - step / 30))])
+        moved = RULES[rule](stack_of(W, W - target, name, eta=0.1 * (1 - step / 30)))
         W = moved.W
     assert M.residual(W).max() < 1e-4
     best = (M.retract(target) - target).norm() if name != "spectral_sphere" else 0.6 * before
@@ -178,7 +178,7 @@ def test_gains_and_unit_columns_step_apart():
     W, G = gaussian(2, 24, 9), gaussian(2, 24, 9, seed=1)
     c = W.norm(dim=-2, keepdim=True)
     T = direction(W / c, G * c, "oblique")
-    [moved] = RULES["certified"]([stack_of(W, G, "oblique_gain", eta=0.1, decay=0.5)])
+    moved = RULES["certified"](stack_of(W, G, "oblique_gain", eta=0.1, decay=0.5))
     assert torch.allclose(moved.direction, T, atol=0.02)  # up to the estimate of ‖T‖₂
     U = W / c - 0.1 * moved.direction
     gains = c * (1 - 0.1 * 0.5) * torch.exp(-0.1 * (W * G).sum(-2, keepdim=True).sign())
@@ -430,7 +430,7 @@ def test_the_published_rule_refuses_the_options():
         check(compose(["optim=paper", *options]))
     assert "optim.muon.row_beta is an option of the certified step" in str(refused.value)
     with pytest.raises(ValueError, match="the published step has no whole"):
-        RULES["published"]([stack_of(gaussian(1, 8, 4), gaussian(1, 8, 4), "euclidean")._replace(whole=(8, 4))])
+        RULES["published"](stack_of(gaussian(1, 8, 4), gaussian(1, 8, 4), "euclidean")._replace(whole=(8, 4)))
 
 
 def test_every_set_has_an_assignment():

@@ -11,7 +11,6 @@ from model.attention import causal_logits
 from model.collapse import (
     ambiguous_dimensions,
     depth,
-    effective_rank,
     mixing_dimensions,
     null_space,
     recovery,
@@ -28,6 +27,7 @@ from model.probes import (
     row_statistics,
 )
 from model.spectra import Spectra
+from optim.linalg import effective_rank
 from scripts import probe as command
 from scripts.analysis.runs import read_run
 from train import train

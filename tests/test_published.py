@@ -46,9 +46,7 @@ def relative(a, b):
 def test_published_step(manifold, rule):
     W, G = step_oracle(f"64x32/init/{manifold}"), step_oracle("64x32/in/G")
     G = G / (1.01 * G.norm())  # see tests/oracles/README.md
-    new = rule([Stack(W[None], G[None], manifold, torch.tensor(0.02), 0.1, torch.tensor(False), torch.zeros(1), 0)])[
-        0
-    ].W
+    new = rule(Stack(W[None], G[None], manifold, torch.tensor(0.02), 0.1, torch.tensor(False), torch.zeros(1), 0)).W
     kind = "manifold_muon" if rule is BF16 else "manifold_muon_fp32"
     published = step_oracle(f"64x32/{kind}/{manifold}/G*1")
     assert relative(new[0], published) < (2e-2 if rule is BF16 else 1e-5)
@@ -59,9 +57,7 @@ def test_published_step(manifold, rule):
 @pytest.mark.parametrize("manifold", ["stiefel", "dgram", "oblique"])
 def test_every_step_lands_on_the_manifold(shape, manifold, scale):
     W, G = step_oracle(f"{shape}/init/{manifold}"), step_oracle(f"{shape}/in/G") * scale
-    new = BF16([Stack(W[None], G[None], manifold, torch.tensor(0.02), 0.1, torch.tensor(False), torch.zeros(1), 0)])[
-        0
-    ].W
+    new = BF16(Stack(W[None], G[None], manifold, torch.tensor(0.02), 0.1, torch.tensor(False), torch.zeros(1), 0)).W
     assert MANIFOLDS[manifold].residual(new[0]) < (1e-2 if manifold == "stiefel" else 2e-6)
 
 

@@ -176,15 +176,13 @@ def test_decay_of_manifold_weights_shrinks_what_dgram_leaves_free():
     dgram = MANIFOLDS["dgram"]
     W, G, eta = dgram.retract(torch.randn(2, 12, 6)), torch.zeros(2, 12, 6), torch.tensor(0.1)
     rules = [PublishedStep(2, 0.1, 10, torch.float32, decay_manifolds=decays) for decays in (False, True)]
-    kept, shrunk = (
-        rule([Stack(W, G, "dgram", eta, 0.5, torch.tensor(False), torch.zeros(1), 0)])[0].W for rule in rules
-    )
+    kept, shrunk = (rule(Stack(W, G, "dgram", eta, 0.5, torch.tensor(False), torch.zeros(1), 0)).W for rule in rules)
     assert torch.allclose(torch.linalg.matrix_norm(shrunk), 0.95 * torch.linalg.matrix_norm(kept), rtol=1e-4)
     assert MANIFOLDS["dgram"].residual(shrunk).max() < 1e-5
     Q = MANIFOLDS["stiefel"].retract(W)
     assert (
         MANIFOLDS["stiefel"]
-        .residual(rules[1]([Stack(Q, G, "stiefel", eta, 0.5, torch.tensor(False), torch.zeros(1), 0)])[0].W)
+        .residual(rules[1](Stack(Q, G, "stiefel", eta, 0.5, torch.tensor(False), torch.zeros(1), 0)).W)
         .max()
         < 1e-2
     )

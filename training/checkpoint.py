@@ -292,6 +292,14 @@ def _retire(directory: Path, step: int, keep: int) -> None:
             _discard(path)
 
 
+def discard_later(directory: Path, step: int) -> None:
+    """Remove the checkpoints after ``step``, from which a run no longer goes on: resume=auto must not return to them."""
+    for path in list(_checkpoints(directory)):
+        match = _CHECKPOINT_NAME.fullmatch(path.name)
+        if match is not None and int(match["step"] or match["hidden"]) > step:
+            _discard(path)
+
+
 def _discard(path: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that a directory with a final name is always complete."""
     doomed = path.with_name(f".{path.name.lstrip('.')}.removed.tmp")

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.parallel import available_cores
 from training.checks import USER_ERRORS
 from training.config import CONFIGS, compose
 from training.data import open_data
@@ -36,7 +37,7 @@ from training.launch import USER_ERROR, RankFailed
 from training.lock import InUse
 from training.run import end_of
 from training.signals import STOP_SIGNALS, Stopped, StopSignal, exit_on_stop_signals
-from training.sweep import available_cores, finished, hydra_job, run_job
+from training.sweep import finished, hydra_job, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.05

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from data.parallel import available_cores
 from training.ranks import LostRanks
 from training.settings import Settings
 from training.signals import STOP_SIGNALS, Stopped, exit_now, exit_on_stop_signals, is_second_press, leave_at_once
@@ -266,7 +267,7 @@ def _cores_shared(nproc: int) -> Iterator[None]:
     if name in os.environ:
         yield
         return
-    os.environ[name] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
+    os.environ[name] = str(max(1, available_cores() // nproc))
     try:
         yield
     finally:

@@ -158,7 +158,7 @@ class Optimizers:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """One state dict for each optimizer, by name. Those of libraries also have the shapes of the parameters."""
+        """One state dict for each optimizer, by name. Where it is not `_fixed_state`, also the shapes of the parameters."""
         return {name: self._state_of(o) for name, o in self.named.items()}
 
     @staticmethod
@@ -199,7 +199,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _fixed_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether all state is tensors of known shapes: of ManifoldMuon and of torch's AdamW, but not of libraries' optimizers."""
+    """Whether all state is tensors of known shapes: of ManifoldMuon and of torch's AdamW, but not of Modular and of other optimizers."""
     return isinstance(optimizer, ManifoldMuon) or type(optimizer) is torch.optim.AdamW
 
 
@@ -227,7 +227,7 @@ def _take_over(kind: str, optimizer: torch.optim.Optimizer, saved_state: Mapping
 
 
 def _take_over_any(kind: str, optimizer: torch.optim.Optimizer, saved_state: Mapping[str, Any]) -> list[str]:
-    """The same for an optimizer of a library, whose state may be of any type, in the groups too.
+    """The same for any other optimizer, whose state may be of any type, in the groups too.
 
     A parameter's state fits if the parameter has the same name and shape. A group takes the state of the saved group of its first
     parameter.

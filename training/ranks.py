@@ -86,7 +86,7 @@ class Ranks:
         return self.rank == 0
 
     def close(self) -> None:
-        """Leave the process group, without waiting for the other ranks, which may have ended."""
+        """Leave the process group."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -197,6 +197,18 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(str(error))
     return error
+
+
+@contextmanager
+def joined(cfg: Settings) -> Iterator[Ranks]:
+    """The ranks of a run. Inside, an error of the backend about a lost rank becomes LostRanks; at the end this rank leaves the group.
+
+    After an error it does not: NCCL would first wait for sums in which other ranks no longer take part.
+    """
+    ranks = Ranks.init(cfg)
+    with ranks.explained():
+        yield ranks
+    ranks.close()
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def state_of(
 ) -> dict[str, Any]:
     """The complete state of a run. All ranks must call, because optimizers gather theirs.
 
-    `guard` is the state of FiniteGuard, `rng` the `rng_state()` of every rank, `attention` the backend that computes attention.
+    `guard` is the state of FiniteGuard, `rng` the `rng_state` of every rank, `attention` the backend that computes attention.
     """
     return {
         "config": cfg.plain(),
@@ -86,19 +86,24 @@ def state_of(
     }
 
 
-def rng_state() -> dict[str, Any]:
-    """The states of this rank's random number generators: of the CPU, and of its CUDA device if there is one."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of this rank's random number generators: of the CPU, and of its device if that is on CUDA."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Set the random number generators of this rank to what `rng_state` returned; CUDA's only if both have it."""
+    """Set the random number generators of this rank to what `rng_state` returned; CUDA's, if it has one, of the current device."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
 # ---- which checkpoint ----
+
+
+def was_end(loaded: Loaded, stability: Stability) -> bool:
+    """Whether the run had ended with this checkpoint, so that all measurements of an end were made; stability: as the checkpoint has it."""
+    return stability.stopped or loaded.state["config"]["max_steps"] <= loaded.step
 
 
 def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
@@ -160,7 +165,8 @@ def _require_no_lost_checkpoints(cfg: Settings, directory: Path) -> None:
     if not (directory / METRICS_FILE).exists():
         return
     try:
-        first = int(read_config(directory)["checkpoint"]["interval"])
+        saved = read_config(directory)
+        first = int(saved["checkpoint"]["interval"] or saved["max_steps"])
     except (OSError, ValueError, LookupError, TypeError):
         first = cfg.checkpoint.interval or cfg.max_steps
     last, ended = 0, False

@@ -13,6 +13,7 @@ from model.gpt import GPT
 from optim.assignment import parameter_table
 from training import library
 from training.attention import Backend
+from training.checkpoint import discard_later
 from training.files import CONFIG_FILE, write_whole
 from training.log import METRICS_FILE, RunLog, read_records
 from training.optimizers import Optimizers
@@ -53,6 +54,8 @@ def open_log(
     )
     name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
     progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
+    if resumed:
+        discard_later(directory / "checkpoints", step)
     return RunLog(directory, [wandb, progress], keep_until=step if resumed else None, fresh=not resumed)
 
 
@@ -100,13 +103,13 @@ def shortened(cfg: Settings, world: int, held_out: int, probed: int) -> list[str
     steps = warmup_updates(asked, updates)
     if asked >= 1 and steps < asked:
         found.append(f"schedule.warmup_steps={asked} is too long for {updates} updates; {steps} of them are warm-up")
-    for key, wanted, there in (
-        ("eval_windows", cfg.eval_windows, held_out),
-        ("probe.windows", cfg.probe.windows, probed),
-    ):
-        if there < wanted:
-            block = cfg.model.block_size
-            found.append(
-                f"{key}={wanted}: the data has only {there} validation windows of {block} tokens; all are used"
-            )
+    wanted, block = cfg.eval_windows, cfg.model.block_size
+    if held_out < wanted:
+        found.append(
+            f"eval_windows={wanted}: the data has only {held_out} validation windows of {block} tokens; all are used"
+        )
+    if probed < cfg.probe.windows and (cfg.probe.interval or cfg.log.interval_updates):
+        found.append(
+            f"probe.windows={cfg.probe.windows}: a run evaluates only {probed} windows; all of them are probed"
+        )
     return found

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 
+from data.parallel import available_cores
 from training.checks import USER_ERRORS, check, read
 from training.config import compose, resolved
 from training.files import CONFIG_FILE, read_config, write_whole
@@ -199,8 +200,3 @@ def add_cost(directory: Path, seconds: float) -> None:
             "threads": torch.get_num_threads(),
         }
         write_whole(path, json.dumps(cost) + "\n")
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -66,4 +66,6 @@ def digits(heading: str, kind: str, study: Study) -> Column:
 
 def last_of(heading: str, field: str) -> Column:
     """A column with the value after the last block of a list of the last probe."""
-    return Column(heading, field, lambda r: r.records["probe"][-1][field][-1], digits=2)
+    return Column(
+        heading, field, lambda r: next((p[field][-1] for p in r.records.get("probe", [])[-1:]), None), digits=2
+    )

@@ -259,7 +259,7 @@ def probe_curves(run: RecordedRun, path: Path) -> Path:
                 axes.plot(steps, [values[depth] for values in series], color=shade, linewidth=1.3)
             axes.set_title(title, loc="left", fontsize=9)
             if run.unstable_step is not None:
-                axes.axvline(run.unstable_step, color="#888888", linewidth=0.9, linestyle=(0, (3, 2)))
+                axes.axvline(run.unstable_step, **DASHES)
         for axes in figure.axes[5:]:
             axes.set_xlabel("step")
     return path

@@ -88,7 +88,7 @@ def draw_losses(groups: Groups, path: Path) -> Path:
         finals = [run.final for group in groups for run in group if run.final is not None and math.isfinite(run.final)]
         for axes, first in ((whole, 0), (end, last // 2)):
             axes.set_xlim(first, last)
-            axes.set_ylim(*loss_limits(groups, first, last))
+            axes.set_ylim(*loss_limits(groups, first))
             axes.set_xlabel("step")
         whole.set_ylabel("validation loss (nats per token)")
         if any(run.unstable_step is not None for group in groups for run in group):
@@ -223,7 +223,7 @@ def _loss_curves(axes: Axes, group: Sequence[RecordedRun], colour: str) -> None:
             axes.plot([run.unstable_step], [at], color=colour, **CROSS)
 
 
-def loss_limits(groups: Groups, first: int, last: int) -> tuple[float, float]:
+def loss_limits(groups: Groups, first: int) -> tuple[float, float]:
     """The limits of the loss axis: from just below the best loss to the highest loss of a stable run from step `first` on."""
     shown, stable = [], []
     for group in groups:

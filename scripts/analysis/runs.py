@@ -159,8 +159,8 @@ class RecordedRun:
         steps, losses = self.curve("eval")
         for i, loss in enumerate(losses):
             if loss <= target:
-                if i == 0:
-                    return float(steps[0])
+                if i == 0 or not math.isfinite(losses[i - 1]):
+                    return float(steps[i])
                 share = (losses[i - 1] - target) / (losses[i - 1] - loss)
                 return steps[i - 1] + share * (steps[i] - steps[i - 1])
         return None

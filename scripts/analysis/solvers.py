@@ -23,7 +23,7 @@ from torch import Tensor
 
 from optim.certificate import StepProblem
 from optim.linalg import eye_like, inner
-from optim.manifolds import MANIFOLDS, like, tall
+from optim.manifolds import MANIFOLDS, stacked, unstacked
 
 History = tuple[tuple[Tensor, Tensor], ...]
 
@@ -99,7 +99,7 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
     """
     if method not in METHODS or calls < 1:
         raise ValueError(f"choose a method among {', '.join(METHODS)}, and calls of 1 or more; got {method!r}, {calls}")
-    tall_W, tall_G = (tall(X).reshape(-1, *tall(X).shape[-2:]) for X in (W, G))
+    tall_W, tall_G = (stacked(X) for X in (W, G))
     problem = StepProblem(tall_W, tall_G, MANIFOLDS[manifold])
     L = problem.least_squares()
     if method == "dual_ascent":
@@ -116,7 +116,7 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
         best = T if last else torch.where(inner(problem.G, T) > inner(problem.G, best), T, best)
         L, past = METHODS[method](Iterate(problem, L, H, Z, k, calls, past))
     feas = (inner(problem.G, best) / bound).flatten()
-    return Answer(like(best.reshape(tall(W).shape), W), feas)
+    return Answer(unstacked(best, W), feas)
 
 
 @torch.no_grad()

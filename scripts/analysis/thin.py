@@ -59,6 +59,13 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
+def shared(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[tuple[list[float], list[float]]]:
+    """The curves, cut to the steps that all have, so that stretches of them are stretches of the same steps."""
+    steps = set.intersection(*(set(steps) for steps, _ in curves)) if curves else set()
+    kept = [[(x, y) for x, y in zip(*curve) if x in steps] for curve in curves]
+    return [([x for x, _ in pairs], [y for _, y in pairs]) for pairs in kept]
+
+
 def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, ...]:
     """Step, mean, lowest and highest value (n,) at the steps that all curves have; values that are not finite are NaN."""
     known = [dict(zip(steps, values)) for steps, values in curves]

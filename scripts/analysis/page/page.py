@@ -116,7 +116,7 @@ def _curves(settings: Sequence[Setting], groups: Groups) -> dict[str, str]:
     curve = partial(_chart, settings)
 
     def losses(first: int) -> dict[str, Any]:
-        return {"x_limits": (first, last), "y_limits": loss_limits(groups, first, last)}
+        return {"x_limits": (first, last), "y_limits": loss_limits(groups, first)}
 
     def field(kind: str, key: str, reduce: Any = max) -> Curve:
         return lambda r: thin.per_step(r.records.get(kind, []), key, reduce)
@@ -170,7 +170,7 @@ def _chart(
     for index, s in enumerate(settings):
         curves = [pair for r in s.runs if len((pair := values(r))[0])]
         if stretch is not None:
-            curves = [thin.stretches(*pair, stretch) for pair in curves]
+            curves = [thin.stretches(*pair, stretch) for pair in thin.shared(curves)]
         if not curves:
             continue
         x, mean, low, high = thin.band(curves)

@@ -107,7 +107,7 @@ def verdict(settings: Sequence[Setting]) -> Verdict:
     found = _against(leader, known, losses)
     among = " on the seeds that all have" if any(set(losses[s.label]) != shared for s in known) and shared else ""
     headline = f"{leader.label} has the lowest loss{among}: {mean.text(4)} nats a token {point.words} ({seeds})."
-    sentences = [_lead(leader, found), *_power(leader, found), *_track(settings)]
+    sentences = [_lead(found), *_power(leader, found), *_track(settings)]
     return Verdict(headline, sentences, cautions, _table(leader, known, means, found))
 
 
@@ -134,7 +134,7 @@ def _against(leader: Setting, known: Sequence[Setting], losses: dict[str, dict[i
     return found
 
 
-def _lead(leader: Setting, found: ToLeader) -> str:
+def _lead(found: ToLeader) -> str:
     if not found:
         return "No other setting was run with the same seeds, so no difference can be paired. Give all settings the same seeds."
     nearest = min(found, key=lambda label: found[label][0].mean)
