@@ -1,5 +1,7 @@
 """Assignments: which pattern matches what, what is refused, what is printed, and what the optimizers receive."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -183,3 +185,8 @@ def test_one_schedule_scales_every_peak_rate():
     muon, adamw = optimizers
     assert all(isinstance(g["lr"], torch.Tensor) and g["lr"].item() == pytest.approx(0.005) for g in muon.param_groups)
     assert all(g["lr"] == pytest.approx(1.5e-4) for g in adamw.param_groups)
+
+
+def test_an_error_keeps_its_problems_in_a_pickle():
+    error = pickle.loads(pickle.dumps(AssignmentError(["one", "two"])))
+    assert error.problems == ["one", "two"] and str(error) == "one\ntwo"

@@ -1,6 +1,7 @@
 """A batch is cut into micro-batches of any size: what fits is taken, and the gradient is the same."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,14 @@ def test_what_is_cut_is_said_in_one_line():
     assert shortened(compose([]), 1, 64, 2) == []
     assert shortened(compose(["experiment=paper"]), 8, 10**6, 2) == [
         "micro_batch_size=64: a rank has 8 windows in an update and uses 8 at a time"
+    ]
+    windows = compose(["eval_windows=64", "probe.windows=128", "probe.interval=10"])
+    assert shortened(windows, 1, 64, 64) == [
+        "probe.windows=128: a run evaluates only 64 windows; all of them are probed"
+    ]
+    assert shortened(replace(windows, probe=replace(windows.probe, interval=None)), 1, 64, 64) == []
+    assert shortened(compose(["eval_windows=64"]), 1, 9, 2) == [
+        f"eval_windows=64: the data has only 9 validation windows of {windows.model.block_size} tokens; all are used"
     ]
     assert shortened(compose(["max_steps=10"]), 1, 64, 2) == [
         "schedule.warmup_steps=30 is too long for 10 updates; 7 of them are warm-up"

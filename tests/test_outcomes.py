@@ -31,6 +31,7 @@ def test_steps_to_a_target_loss():
     assert fake().steps_to(4.0) == pytest.approx(5)
     assert fake().steps_to(2.5) == pytest.approx(15)
     assert fake().steps_to(5.5) == 0 and fake().steps_to(1.0) is None
+    assert fake(losses=((0, 5.0), (10, math.inf), (20, 2.0))).steps_to(3.0) == 20
 
 
 def test_the_whole_split_counts_at_the_last_evaluation_only():

@@ -101,6 +101,15 @@ def test_a_thin_curve_keeps_its_spikes_and_its_gaps():
     assert [v.tolist() for v in thin.thin([1, 2], [3.0, 4.0])] == [[1, 2], [3, 4]]
 
 
+def test_seeds_of_different_length_have_the_same_stretches():
+    """Otherwise hardly any of their last steps would be common, and the line would have gaps or points of other steps."""
+    lengths = (1000, 600, 997)
+    curves = thin.shared([(list(range(n)), [1.0] * n) for n in lengths])
+    steps = [thin.stretches(*curve, np.nanmean)[0] for curve in curves]
+    assert len(steps[0]) == thin.STRETCHES and steps[0][-1] == 599 and steps[0] == steps[1] == steps[2]
+    assert len(thin.band([thin.stretches(*curve, np.nanmean) for curve in curves])[0]) == thin.STRETCHES
+
+
 def test_a_curve_that_scatters_is_read_in_stretches():
     values = [float(i % 10) for i in range(10_000)]
     steps, means = thin.stretches(range(10_000), values, np.nanmean, most=100)

@@ -88,6 +88,50 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew_and_keeps_what_it
     assert records(run)[-1]["kind"] == "end"
 
 
+def test_a_run_that_ends_at_the_step_it_resumes_at_has_the_measurements_of_an_end(tiny, tmp_path):
+    """And each once: what was due at that step anyway is not done again."""
+    overrides = [o for o in tiny if not o.startswith(("max_steps", "full_eval", "checkpoint.", "log.interval_spectra"))]
+    overrides += ["full_eval=true", "checkpoint.interval=5", "schedule.decay_steps=20", "log.interval_spectra=5"]
+    for interval in (5, 7):
+        run = [*overrides, f"eval_interval={interval}", f"output_dir={tmp_path}/{interval}"]
+        train(compose([*run, "max_steps=8"]))
+        shutil.rmtree(tmp_path / f"{interval}/checkpoints/step_00000008")
+        metrics = tmp_path / f"{interval}/{METRICS_FILE}"
+        kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["kind"] != "end"]
+        metrics.write_text("".join(kept))  # as if it had been killed
+        train(compose([*run, "max_steps=5", "resume=auto", "allow_changes=true"]))
+        found = [(r["kind"], r["step"]) for r in records(tmp_path / str(interval))]
+        assert all(found.count((kind, 5)) == 1 for kind in ("eval", "full_eval", "end"))
+        assert found.count(("spectra", 5)) == found.count(("spectra", 0)) > 0 and max(found)[1] == 5
+
+
+def test_later_checkpoints_of_a_branch_that_was_left_are_gone_before_the_first_step(copied, monkeypatch):
+    run, overrides = copied
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Run, "make_step", killed)
+        train(compose([*overrides, f"resume={run}/checkpoints/step_00000005"]))
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000005"] and records(run)[-1]["step"] == 5
+    train(compose([*overrides, "resume=auto"]))
+    assert state_of(run)["step"] == 10 and [r["step"] for r in records(run, "train")] == list(range(1, 11))
+
+
+def test_a_run_without_checkpoints_may_get_some_later(copied):
+    """Its records may be of any step: it was killed before its end, which alone saves."""
+    run, overrides = copied
+    shutil.rmtree(run / "checkpoints")
+    lines = (run / METRICS_FILE).read_text().splitlines(True)
+    (run / METRICS_FILE).write_text("".join(line for line in lines if json.loads(line)["step"] < 10))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["checkpoint"]["interval"] = None
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    train(compose([*overrides, "resume=auto", "checkpoint.interval=2"]))
+    assert state_of(run)["step"] == 10
+
+
 def test_another_runs_directory_is_not_written_into(copied, tmp_path):
     run, overrides = copied
     shutil.copytree(run, tmp_path / "other")
@@ -353,7 +397,7 @@ def test_an_unmeasured_checkpoint_stays_unmeasured(copied, monkeypatch):
 
 
 def test_the_first_failure_is_remembered_over_a_stop(tiny, tmp_path, monkeypatch):
-    """An update is left out at step 7; the run stops at step 8 and reads its numbers back at step 10."""
+    """An update is left out at step 7; the run stops at step 8, before it reads its numbers back, and goes on."""
     plain, poison = module.accumulate, [7]
 
     def poisoned(model, *args):
@@ -375,9 +419,11 @@ def test_the_first_failure_is_remembered_over_a_stop(tiny, tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(module, "StopSignal", Stopping)
         train(cfg)
-    assert state_of(tmp_path / "run")["step"] == 8 and not records(tmp_path / "run", "event")
+    [before] = records(tmp_path / "run", "event")  # a checkpoint comes with all records up to it
+    assert state_of(tmp_path / "run")["step"] == 8
     train(replace(cfg, resume="auto"))
     [event] = records(tmp_path / "run", "event")
+    assert event == before
     assert event["step"] == 7 and event["message"] == "the gradient of transformer.wte.weight is not finite"
     assert records(tmp_path / "run", "train")[-1]["skipped_updates"] == 1
 
