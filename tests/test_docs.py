@@ -162,17 +162,8 @@ def check_cluster_sweep(words, tiny):
 # ---- experiments ----
 
 
-@pytest.mark.parametrize("words", SHELL["an hour"], ids=lambda words: words[2])
-def test_an_experiment_runs_and_writes_its_results(words, tiny_data, tmp_path, monkeypatch):
-    without_workers(monkeypatch)
-    places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
-    tiny = [word for word in TINY_RUN if not word.startswith("schedule.warmup_steps=")]  # some experiments decide it
-    in_process(words, [*TINY_MODEL[:1], *tiny, *tiny_data, *LESS[words[2]], *places], monkeypatch)
-    written = {path.suffix for path in (tmp_path / "results").iterdir()}
-    assert written == {".md", ".json", ".png"}
-
-
 def test_every_experiment_is_named():
+    """Each with valid words, see above; tests/test_experiments.py runs each."""
     assert {words[2] for block in SHELL.values() for words in block if "experiment.py" in words[1]} == set(
         experiment_names()
     )

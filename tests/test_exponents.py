@@ -320,6 +320,8 @@ def test_the_experiment_measures_untrained_models(tiny_data, tmp_path, capsys):
         "max_steps=2",
         "global_batch_tokens=128",
         "workers=0",
+        *(f"init.{scale}=1" for scale in ("attention_scale", "attention_residual_scale", "mlp_residual_scale")),
+        *("init.weight_scale=1,4", "assignment=adamw", "residual=pre_norm"),
     ]
     places = [f"results={tmp_path}", f"output_dir={tmp_path}/runs"]
     assert experiment.main(["exponents", *tiny_data, *small, *options, *places, "optim=manifold_muon"]) == 0

@@ -1,15 +1,6 @@
 """Points of the family of steepest descent, tuned equally."""
 
-from scripts.analysis.contest import (
-    REMARK,
-    contest_table,
-    cost_columns,
-    costs,
-    earlier_losses,
-    opponents,
-    targets,
-    trials_by,
-)
+from scripts.analysis import contest
 from scripts.analysis.experiment_figures import loss_of_trials
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.study import Case, Experiment, Study
@@ -43,8 +34,10 @@ def searched(study: Study, case: Case) -> list[Axis]:
 
 def tables(study: Study) -> list[Table]:
     """A line for each optimizer and horizon."""
-    named, cost = [case("steps", "max_steps"), case("optimizer", "optimizer")], cost_columns(study, "AdamW")
-    return [contest_table(study, [*named, HELD_OUT, *cost, STATUS], opponents("optimizer", "AdamW", "Muon"))]
+    named, cost = [case("steps", "max_steps"), case("optimizer", "optimizer")], contest.cost_columns(study, "AdamW")
+    return [
+        contest.contest_table(study, [*named, HELD_OUT, *cost, STATUS], contest.opponents("optimizer", "AdamW", "Muon"))
+    ]
 
 
 EXPERIMENT = Experiment(
@@ -54,9 +47,11 @@ EXPERIMENT = Experiment(
     search=Search(searched, along="max_steps"),
     seeds="1,2,3",
     options={"trials": 6, "further_trials": 6, "earlier": ""},
-    check=earlier_losses,
-    measure=lambda study: {"targets": targets(study, "AdamW"), "costs": costs(study)},
+    check=contest.earlier_losses,
+    measure=lambda study: {"targets": contest.targets(study, "AdamW"), "costs": contest.costs(study)},
     tables=tables,
-    figures={"trials.png": lambda study, path: loss_of_trials(trials_by(study, "max_steps", "optimizer"), path)},
-    remark=lambda study: REMARK,
+    figures={
+        "trials.png": lambda study, path: loss_of_trials(contest.trials_by(study, "max_steps", "optimizer"), path)
+    },
+    remark=lambda study: contest.REMARK,
 )
