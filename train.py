@@ -122,7 +122,7 @@ class Run:
             self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
             self.average = average_of(cfg.average, self.model)  # of the weights that the run starts from
         self.resumed_at = self.step if resumed is not None else None
-        self.ended_at = self.step if resumed is not None and was_end(resumed, self.stability) else None
+        self.ended_at = self.step if resumed is not None and was_end(resumed) else None
         self.val_loss = resumed.metric if resumed is not None else None  # of the current weights; None: not computed
         if ranks.is_main:
             cut = shortened(cfg, ranks.world, len(self.observer.held_out), len(self.observer.probe_windows))
@@ -139,8 +139,7 @@ class Run:
         cfg, ranks = self.cfg, self.ranks
         log: RunLog | NoLog = NoLog()
         if ranks.is_main:
-            resumed = self.resumed_at is not None
-            log = open_log(cfg, self.directory, self.optimizers, step=self.step, resumed=resumed, label=self.label)
+            log = open_log(cfg, self.directory, self.optimizers, self.step, self.resumed_at is not None, self.label)
         self.placement = place(self.model, self.optimizers, ranks, cfg)
         if self.origin:
             log.write("init_from", self.step, **self.origin)
@@ -153,9 +152,12 @@ class Run:
             while True:
                 stopping = stop.requested(ranks)
                 with self.pause(wait=stopping or any(map(self.due, cfg.intervals()))):
+                    saves = stopping or self.due(cfg.checkpoint.interval or cfg.max_steps)
+                    if saves:
+                        self.note_skipped(log)  # first, since it may end the run
                     self.look(log)
-                    if self.step > 0 and (self.due(cfg.checkpoint.interval or cfg.max_steps) or stopping):
-                        self.save(log)
+                    if self.step > 0 and (saves or (self.finished and self.step != self.ended_at)):
+                        self.save(log, ended=self.finished)
                 if self.finished:
                     break
                 if stopping:
@@ -181,8 +183,7 @@ class Run:
         with phase("data"):
             batch = batches.next(self.step)
         with phase("forward_backward"):
-            replica = self.placement.replica
-            part = accumulate(replica, batch, self.micro_batch, self.device, self.autocast, interrupted)
+            part = accumulate(self.placement.replica, batch, self.micro_batch, self.device, self.autocast, interrupted)
         if part is None:
             self.abandon_step(log, before)
             stop.end(ranks, self.step)
@@ -209,8 +210,7 @@ class Run:
         """Whether an action of every `interval` steps and of the end is due (None: never), and was not done before the save that was resumed."""
         if interval is None or self.step == self.ended_at:
             return False
-        regular = self.step % interval == 0
-        return self.step != self.resumed_at if regular else self.finished
+        return self.finished if self.step % interval else self.step != self.resumed_at
 
     @contextmanager
     def pause(self, wait: bool) -> Iterator[None]:
@@ -245,9 +245,8 @@ class Run:
             placement.check()
 
     @as_phase("checkpoint")
-    def save(self, log: RunLog | NoLog) -> None:
-        """Save a checkpoint. A run resumed from it has exactly the records that are written so far."""
-        self.note_skipped(log)
+    def save(self, log: RunLog | NoLog, ended: bool) -> None:
+        """Save a checkpoint. A run resumed from it has exactly the records that are written so far; ended: those of an end too."""
         self.observer.finish_spectra(log)
         log.sync()
         state = state_of(
@@ -260,18 +259,19 @@ class Run:
             average=self.average,
             step=self.step,
             seconds=self.elapsed,
+            ended=ended,
             rng=self.ranks.gather_objects(rng_state(self.device)),
             attention=self.attention.backend,
         )
-        keep, metric, folder = self.cfg.checkpoint.keep, self.val_loss, self.directory / "checkpoints"
-        self.placement.save(folder, self.step, state, keep, metric)
+        self.placement.save(self.directory / "checkpoints", self.step, state, self.cfg.checkpoint.keep, self.val_loss)
 
     def abandon_step(self, log: RunLog | NoLog, before: dict[str, Any]) -> None:
         """Save the state of the last finished step, with the random numbers `before` the step that was interrupted."""
         set_rng_state(before)
         with self.pause(wait=True):
+            self.note_skipped(log)
             if self.step > 0:
-                self.save(log)
+                self.save(log, ended=False)
 
     def read_back(self, log: RunLog | NoLog, loss: Tensor, norm: Tensor, multiplier: float) -> None:
         """Write one training record, for which the host waits for the device; other training steps do not wait."""

@@ -88,6 +88,8 @@ class Products:
         """
         bits = DROPPED_BITS[self.dtype]
         high = (((X.view(torch.int32) + (1 << bits - 1)) >> bits) << bits).view(torch.float32)
+        if self.dtype == torch.float16:  # its smallest numbers are multiples of 2^-24
+            high = torch.where(X.abs() < 2.0**-14, (X * 2.0**24).round() / 2.0**24, high)
         return high.to(self.dtype), (X - high) * LOW_BITS
 
     def times_near_identity(self, X: Tensor, rounded: Tensor, Y: Tensor) -> Tensor:

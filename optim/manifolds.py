@@ -153,7 +153,7 @@ class Manifold:
         raise NotImplementedError
 
     def target(self, S: Tensor) -> Tensor:
-        """The value of P(WᵀW) on the manifold, shaped like S (..., n, n): P(I), unless a subclass says otherwise."""
+        """The value of P(WᵀW) on the manifold (n, n), for S (..., n, n): P(I), unless a subclass says otherwise."""
         return self.project(eye_like(S))
 
     def defect(self, S: Tensor) -> Tensor:

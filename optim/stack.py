@@ -95,7 +95,7 @@ class OnHost:
 
 @dataclass
 class Bucket:
-    """The matrices of one parameter group that have the same tall shape; `blocks` row blocks of each parameter stand in a row.
+    """The matrices of one parameter group that have the same tall shape and dtype; `blocks` row blocks of each parameter stand in a row.
 
     state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. level: (k,) float32, what
     the last step asked for. fallbacks: (k,) float32, how many steps were not the ordinary one. row_squares: (k, rows) float32, see

@@ -102,28 +102,9 @@ def in_process(words, overrides, monkeypatch):
         assert main([*words[2:], *overrides]) == 0
 
 
-UNSCALED = [f"init.{name}=1" for name in ("attention_scale", "attention_residual_scale", "mlp_residual_scale")]
-UNSCALED += ["scan=2", "models=1"]
-LESS = {  # of every experiment's lists, as little as draws a picture
-    "blocks": ["cut=heads_whole", "seeds=1"],
-    "collapses": ["model.n_layer=2", "model.skips=false", "mlp=gelu", "seeds=1"],
-    "crossing": ["assignment=hetero", "residual=geonorm", "seeds=1"],
-    "exponents": [*UNSCALED, "init.weight_scale=1,4", "assignment=adamw", "residual=pre_norm", "assignments=adamw"],
-    "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=2", "further_trials=0", "seeds=1"],
-    "geonorm_adamw": ["residual=geonorm", "trials=1", "seeds=1"],
-    "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=2", "seeds=1"],
+LESS = {  # of the lists of experiments that only a page runs, as little as draws a picture
     "instability_one_gpu": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram,hetero"],
-    "instability_small": ["optim=paper", "optim.muon.lr=0.1", "assignment=all_dgram", "seeds=1"],
-    "lr_transfer": ["optim.adamw.lr=0.01,0.02", "around=16,1,2", "head=8", "seeds=1", "extensions=0"],
-    "mechanism": ["assignment=all_dgram", "remedy=none,norm_cap"],
-    "ngpt_speed": ["max_steps=2,4", "around=nGPT,4", "trials=1", "further_trials=0", "seeds=1", "tokens=64"],
     "momentum": ["assignment=all_stiefel", "optim.muon.momentum=0.8"],
-    "residual_rules": ["residual=geonorm", "seeds=1"],
-    "residual_tuned": ["optimizer=adamw", "residual=geonorm_with_norms", "trials=1", "further_trials=0", "seeds=1"],
-    "solver_sweep": ["assignment=hetero", "optim.muon.lr=0.02", "seeds=1"],
-    "sphere_p": ["optimizer=adamw", "residual=learned", "trials=1", "further_trials=0", "seeds=1"],
-    "stream_dtype": [],
-    "why_hetero": ["setting=hetero,nothing", "trials=1", "seeds=1"],
 }
 
 

@@ -91,6 +91,22 @@ def test_the_family_is_ordered_as_the_pages_say():
     assert sum(d.high < 0 for d in apart("400", "AdamW").values()) == 10
 
 
+def test_better_directions_change_what_the_page_says():
+    assert "Hyperball ends where it did. Unit columns with free gains end lower than before at both horizons: level" in text(EXPERIMENTS)
+    for steps in ("100", "400"):
+        before = family_losses(steps)
+        now: dict[str, dict[int, float]] = {}
+        for r in result("family_spheres/table.json")["rows"]:
+            if r["max_steps"] == steps:
+                now.setdefault(r["optimizer"], {})[r["seed"]] = r["val_loss"]
+        assert now.keys() == {"Hyperball", "oblique with gains"}
+        same = Difference.of(now["Hyperball"], before["Hyperball"])
+        assert abs(same.mean) < 0.001
+        assert Difference.of(now["oblique with gains"], before["oblique with gains"]).high < 0
+        muon = Difference.of(now["oblique with gains"], before["Muon"])
+        assert muon.low < 0 < muon.high if steps == "100" else muon.low > 0
+
+
 def test_the_family_costs_what_the_page_says():
     assert (
         "SOAP keeps nearly ten times the state of Muon, and Shampoo takes more than four times its time a step"

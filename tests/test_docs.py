@@ -1,4 +1,7 @@
-"""Every command and example of README.md and docs/ runs, with a tiny model and two ranks where it names eight; every link leads somewhere."""
+"""Every command and example of README.md and docs/ runs, with a tiny model and two ranks where it names eight; every link leads somewhere.
+
+The grids of experiments are checked here, and run by tests/test_experiments.py.
+"""
 
 import gzip
 import importlib.util
@@ -163,7 +166,7 @@ def check_cluster_sweep(words, tiny):
 
 
 def test_every_experiment_is_named():
-    """Each with valid words, see above; tests/test_experiments.py runs each."""
+    """With valid words, see above; most are run by tests/test_experiments.py, the others below."""
     assert {words[2] for block in SHELL.values() for words in block if "experiment.py" in words[1]} == set(
         experiment_names()
     )

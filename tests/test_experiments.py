@@ -304,6 +304,10 @@ TOLD = {  # what its table says
 }
 
 
+def test_every_experiment_is_run():
+    assert {*TOLD, "instability_one_gpu", "speedrun_track3"} == {*NAMES}  # tests/test_docs.py runs these two
+
+
 @pytest.mark.parametrize("name", TOLD)
 def test_an_experiment_writes_its_table_and_pictures_and_keeps_what_is_done(name, tiny_grid, tmp_path, capsys):
     sized = [] if name == "lr_transfer" else [*SMALL[:3], "max_steps=4"]

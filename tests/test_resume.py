@@ -428,6 +428,27 @@ def test_the_first_failure_is_remembered_over_a_stop(tiny, tmp_path, monkeypatch
     assert records(tmp_path / "run", "train")[-1]["skipped_updates"] == 1
 
 
+def test_a_failure_that_a_save_finds_ends_the_run_with_the_measurements_of_an_end(tiny, tmp_path, monkeypatch):
+    """An update is left out at step 7; the checkpoint of step 8 is the first to ask."""
+    plain, calls = module.accumulate, []
+
+    def poisoned(model, *args):
+        loss = plain(model, *args)
+        calls.append(loss)
+        if len(calls) == 7:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(module, "accumulate", poisoned)
+    overrides = [o for o in tiny if not o.startswith(("log.interval=", "max_steps", "eval_interval", "full_eval"))]
+    overrides += ["log.interval=10", "max_steps=20", "checkpoint.interval=8", "eval_interval=5", "full_eval=true"]
+    train(cfg := compose([*overrides, "stability.on_unstable=stop"]))
+    found = [(r["kind"], r["step"]) for r in records(tmp_path / "run")]
+    assert all((kind, 8) in found for kind in ("eval", "full_eval", "end")) and state_of(tmp_path / "run")["ended"]
+    train(replace(cfg, resume="auto"))
+    assert found == [(r["kind"], r["step"]) for r in records(tmp_path / "run")] and len(calls) == 8
+
+
 def test_the_guard_tells_its_first_failure_after_a_resume():
     alone, one = Ranks(0, 1, torch.device("cpu"), 1.0), torch.tensor(1.0)
     guard, later = (FiniteGuard(["a", "b"], torch.device("cpu")) for _ in range(2))

@@ -63,6 +63,7 @@ def state_of(
     average: Average | None,
     step: int,
     seconds: float,
+    ended: bool,
     rng: list[dict[str, Any]],
     attention: str | None = None,
 ) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def state_of(
         "attention": attention,
         "step": step,
         "seconds": seconds,
+        "ended": ended,
         "environment": environment(),
     }
 
@@ -101,9 +103,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 # ---- which checkpoint ----
 
 
-def was_end(loaded: Loaded, stability: Stability) -> bool:
-    """Whether the run had ended with this checkpoint, so that all measurements of an end were made; stability: as the checkpoint has it."""
-    return stability.stopped or loaded.state["config"]["max_steps"] <= loaded.step
+def was_end(loaded: Loaded) -> bool:
+    """Whether the run had ended with this checkpoint, so that all measurements of an end were made. Older ones say it only by their step."""
+    return loaded.state.get("ended", loaded.state["config"]["max_steps"] <= loaded.step)
 
 
 def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:

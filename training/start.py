@@ -54,7 +54,7 @@ def open_log(
     )
     name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
     progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
-    if resumed:
+    if resumed and cfg.resume != "auto":  # which skips only what it cannot read, and that may be mended
         discard_later(directory / "checkpoints", step)
     return RunLog(directory, [wandb, progress], keep_until=step if resumed else None, fresh=not resumed)
 

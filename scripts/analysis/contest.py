@@ -65,7 +65,8 @@ def earlier_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
 
 def known_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
     """The losses of the study and, of cases that it does not have itself, those of earlier tables."""
-    return earlier_losses(study) | losses_by_seed(study)
+    own = study.grouped(*study.axes)
+    return {key: losses for key, losses in earlier_losses(study).items() if key not in own} | losses_by_seed(study)
 
 
 def differences(
