@@ -198,7 +198,7 @@ class Run:
             norm, norms = clip(self.placement.gradients(), cfg.grad_clip, self.placement.whole_norms)
             skip = self.guard.check(self.step, part, loss, norms)
             self.optimizers.step(skip=skip)
-            self.model.clip_logits()
+            self.model.clip_logits(skip)
             self.optimizers.zero_grad()
             if self.average:
                 self.average.update(skip)

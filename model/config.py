@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from model.residual import RESIDUAL_RULES, Positive, ResidualRule, Stream, residual_rule
+from model.residual import NGPT, RESIDUAL_RULES, Positive, ResidualRule, Stream, residual_rule
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RATE_GROUPS = {"embedding": "wte", "hidden": "c_attn|c_fc|c_proj", "head": "lm_head"}
@@ -129,6 +129,10 @@ class GPTConfig(Shape, Attention, Init):
             found.append(
                 f"model.skips=false is not possible with residual={self.residual.rule}, which {self.residual.needs_skips}; "
                 f"use model.skips=true, or a residual rule of {able}"
+            )
+        if isinstance(self.residual, NGPT) and self.residual.embedding == "none":
+            found.append(
+                "residual=ngpt interpolates on the sphere, where tokens must begin; use residual.embedding=normalize"
             )
         if self.tied and self.head_bias:
             found.append("model.head_bias is for a head of its own; use model.tied=false")

@@ -235,7 +235,7 @@ def take(weights: Weights, model: nn.Module) -> list[str]:
 
     Of a longer table of positions the first are used. A larger vocabulary: every new row of the embedding and the head is the mean of the
     others. Its logit is the mean of the others', so that V' new rows beside V raise a loss by at most log(1 + V'/V), by Jensen's
-    inequality. Biases that are missing are zero, and zero biases that the model does not have are left out.
+    inequality, unless `model.head_cap` bends it. Biases that are missing are zero, and zero biases that the model does not have are left out.
     """
     own = {**dict(model.named_parameters()), **{k: b for k, b in model.named_buffers() if k in model.state_dict()}}
     found, problems = {}, []

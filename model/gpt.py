@@ -228,12 +228,15 @@ class GPT(nn.Module):
         return capped(z, self.config.head_cap)
 
     def generate(self, x: Tensor, new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """Continue x (B, T) int64 by `new_tokens` sampled tokens, → (B, T + new_tokens). temperature 0: the most likely token.
+        """Continue x (B, T) int64 by `new_tokens` sampled tokens, → (B, T + new_tokens), in eval mode. temperature 0: the most likely token.
 
         Raises:
             ValueError: see Sampling.
         """
-        return torch.cat([x, *stream(self, x, new_tokens, Sampling(temperature, top_k))], 1)
+        training = self.training
+        tokens = [*stream(self.eval(), x, new_tokens, Sampling(temperature, top_k))]
+        self.train(training)
+        return torch.cat([x, *tokens], 1)
 
     def parameter_count(self, positions: bool = True) -> int:
         """Number of parameters; a tied head counts once. Without the position table if `positions` is false."""
@@ -241,10 +244,10 @@ class GPT(nn.Module):
         table = self.transformer.wpe
         return total if positions or table is None else total - table.weight.numel()
 
-    def clip_logits(self) -> None:
-        """Apply QK-clip, if it is on. Must be called after every update."""
+    def clip_logits(self, skip: Tensor) -> None:
+        """Apply QK-clip, if it is on. Must be called after every update; with `skip` (0-d bool, on the device) after one that was refused."""
         for block in self.transformer.h:
-            block.attn.clip_logits()
+            block.attn.clip_logits(skip)
 
     def describe(self) -> str:
         """The number of parameters, and how many head gates add to the output projections, as text."""

@@ -126,11 +126,11 @@ class CausalSelfAttention(Scaled):
             y = y * self.head_gate(x, start)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
 
-    def clip_logits(self) -> None:
-        """If QK-clip is on, scale down the heads whose logits exceeded the threshold since the last call."""
+    def clip_logits(self, skip: Tensor) -> None:
+        """If QK-clip is on, scale down the heads whose logits exceeded the threshold since the last call; with `skip` (0-d bool) none."""
         if self.qk_clip is None:
             return
-        factor = self.qk_clip.shrink()
+        factor = torch.where(skip, 1.0, self.qk_clip.shrink())
         if self.qk_clip.gain is None:
             clip_head_weights(self.c_attn, factor)
         else:

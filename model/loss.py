@@ -32,7 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, W: Tensor, y: Tensor, rows: int, b: Tensor | None, cap: float | None) -> Tensor:
-        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        need = any(ctx.needs_input_grad)
         ctx.biased = b is not None
         loss = torch.zeros((), dtype=torch.float32, device=h.device)
         grad_h = torch.empty_like(h) if need else None

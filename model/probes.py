@@ -179,7 +179,8 @@ def row_statistics(p: Tensor) -> dict[str, Tensor]:
 def qk_norms(c_attn: Tensor, n_head: int) -> dict[str, Tensor]:
     """Spectral norms of each head's query and key matrices: ‖W_q‖₂‖W_k‖₂ and ‖W_qᵀW_k‖₂, (L, H) each.
 
-    c_attn: (L, 3d, d), the fused matrices. A logit is at most ‖W_qᵀW_k‖₂ times the squared length of the inputs, divided by √w.
+    c_attn: (L, 3d, d), the fused matrices. Without biases, QK-norm and rotary positions, a logit is at most ‖W_qᵀW_k‖₂
+    times the squared length of the inputs, divided by √w; with rotary positions, ‖W_q‖₂‖W_k‖₂ times that.
     """
     L, _, d = c_attn.shape
     q, k, _ = c_attn.double().view(L, 3, n_head, -1, d).unbind(1)  # (L, H, w, d) each

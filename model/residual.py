@@ -397,7 +397,7 @@ class LerpJoint(Scaled):
         self.alpha = StoredScale(width, alpha, stored)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        # nGPT normalises x here too, but the previous joint or the entry has already done so.
+        # nGPT normalises x here too, but the previous joint or the entry has already done so: a config whose entry does not is refused.
         target = to_sphere(cast(sublayer(self.norm(x)), x.dtype), self.radius)
         return to_sphere(torch.lerp(x, target, cast(self.alpha().abs(), x.dtype)), self.radius)
 

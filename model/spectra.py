@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.linalg import ratio
+
 Residual = Callable[[Tensor], Tensor]
 """The distance (...,) of matrices (..., m, n) from what they are to be, such as optim.manifolds.Manifold.residual."""
 
@@ -52,7 +54,8 @@ class Measured:
     def records(self) -> list[dict[str, Any]]:
         """The spectrum of each matrix, see `spectrum`."""
         diagonal = torch.diagonal(self.gram, dim1=-2, dim2=-1)
-        off = torch.linalg.matrix_norm(self.gram - torch.diag_embed(diagonal)) / torch.linalg.matrix_norm(self.gram)
+        off = torch.linalg.matrix_norm(self.gram - torch.diag_embed(diagonal))
+        off = ratio(off, torch.linalg.matrix_norm(self.gram))
         columns = {"sigma": _roots(self.gram), "gram_diagonal": diagonal, "off_diagonal": off}
         if self.residual is not None:
             columns["residual"] = self.residual

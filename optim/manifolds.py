@@ -139,6 +139,7 @@ class Manifold:
     sized: ClassVar[bool] = True  # its matrices have a fixed size, which a radius R scales: W / R is on the manifold
     free_lengths: ClassVar[bool] = False  # lengths of columns are free: weight decay and a cap act on them
     leaves_zero: ClassVar[bool] = True  # a step moves a zero matrix
+    decays: ClassVar[bool] = True  # without a Gram condition: weight decay moves its matrices
     efforts: ClassVar[Mapping[str, Effort]] = {"default": Effort(), "high": Effort(caps=2, cap_degree=4)}
 
     def project(self, S: Tensor) -> Tensor:
@@ -364,7 +365,7 @@ class SpectralSphere(Euclidean):
     """
 
     name = "spectral_sphere"
-    sized = True
+    sized, decays = True, False
     efforts: ClassVar = {"default": Effort(), "high": Oblique.efforts["high"]}
 
     def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:

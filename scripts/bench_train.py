@@ -92,7 +92,7 @@ class RandomTraining:
         phase = Phases(self.device)
         with phase("optimizer"):
             self.optimizers.step(skip=skip)
-            self.model.clip_logits()
+            self.model.clip_logits(skip)
             if self.average:
                 self.average.update(skip)
         self.updates.append(phase)

@@ -109,9 +109,12 @@ def work(arguments: list[str]) -> int:
     if options["figures"]:
         refuse(problems_of_directory(Path(options["figures"]), "figures"))
     for step, model, config in checkpoints(directory):
-        windows = validation_windows(
-            open_data(read_sound(completed(config))[0]).val, config["model"]["block_size"], options["windows"]
-        )
+        cfg = read_sound(completed(config))[0]
+        if cfg.batches.documents:
+            raise UsageError(
+                f"{directory} keeps documents apart (batches.documents=true), which the probe does not know"
+            )
+        windows = validation_windows(open_data(cfg).val, cfg.model.block_size, options["windows"])
         x = torch.from_numpy(windows[:, :-1].astype("int64"))
         shape = model.config
         count = ambiguous_dimensions(x.numel(), shape.n_head, shape.n_embd // shape.n_head)

@@ -159,8 +159,9 @@ class Training:
             next(iter(self.params.values())).grad.mul_(torch.nan)
         norm, norms = clip([p.grad for p in self.params.values()], 1.0)
         self.step += 1
-        self.optimizers.step(skip=self.guard.check(self.step, loss, loss.clone(), norms))
-        self.model.clip_logits()
+        skip = self.guard.check(self.step, loss, loss.clone(), norms)
+        self.optimizers.step(skip=skip)
+        self.model.clip_logits(skip)
         self.optimizers.zero_grad()
         return loss, norm
 

@@ -92,7 +92,10 @@ def test_the_family_is_ordered_as_the_pages_say():
 
 
 def test_better_directions_change_what_the_page_says():
-    assert "Hyperball ends where it did. Unit columns with free gains end lower than before at both horizons: level" in text(EXPERIMENTS)
+    assert (
+        "Hyperball ends where it did. Unit columns with free gains end lower than before at both horizons: level"
+        in text(EXPERIMENTS)
+    )
     for steps in ("100", "400"):
         before = family_losses(steps)
         now: dict[str, dict[int, float]] = {}

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from model import loss as loss_module
 from model.gpt import GPT, GPTConfig
 from model.loss import linear_cross_entropy
+from training.checks import check
 from training.config import compose
+from training.validate import ConfigError
 
 TINY_SHAPE = {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16}
 TINY = GPTConfig(**TINY_SHAPE)
@@ -127,6 +129,30 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch, dtype, cap
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for plain, chunked in zip(*results):
         assert torch.linalg.norm((plain - chunked).float()) <= tolerance * torch.linalg.norm(plain.float())
+
+
+def test_chunks_give_a_bias_its_gradient_where_nothing_else_has_one(monkeypatch):
+    h, W, y = torch.randn(9, 4), torch.randn(6, 4), torch.randint(6, (9,))
+    grads = []
+    for limit in (2**26, 0):
+        monkeypatch.setattr(loss_module, "_FULL_LOGITS", limit)
+        bias = torch.zeros(6, requires_grad=True)
+        linear_cross_entropy(h, W, y, bias, None).backward()
+        grads.append(bias.grad)
+    assert torch.allclose(*grads, atol=1e-6) and grads[0].norm() > 0
+
+
+def test_generate_is_without_dropout_and_leaves_the_mode_as_it_is(tokens):
+    model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=1, n_head=2, n_embd=16, dropout=0.5)).train()
+    x = tokens[:, :4] % 40
+    assert torch.equal(model.generate(x, 8, temperature=0), model.generate(x, 8, temperature=0)) and model.training
+    assert torch.equal(model.eval().generate(x, 8, temperature=0), model.generate(x, 8, temperature=0))
+    assert not model.training
+
+
+def test_ngpts_rule_needs_tokens_on_its_sphere():
+    with pytest.raises(ConfigError, match=r"use residual\.embedding=normalize"):
+        check(compose(["residual=ngpt", "residual.embedding=none"]))
 
 
 def test_generate(model, tokens):

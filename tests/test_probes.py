@@ -324,6 +324,17 @@ def test_a_run_tells_its_least_entropy_and_greatest_saturation(tiny, tmp_path):
     assert run.greatest_saturation == max(r["greatest_saturation"] for r in seen)
 
 
+def test_a_run_that_keeps_documents_apart_is_refused(tiny, tmp_path, capsys):
+    train(compose([*tiny, "assignment=adamw", "max_steps=2", "probe.interval=null", "batches.documents=true"]))
+    capsys.readouterr()
+    assert command.main([str(tmp_path / "run")]) == 2 and "batches.documents=true" in capsys.readouterr().err
+
+
+def test_the_spectrum_of_zero():
+    [(_, record)] = Spectra({"zero": (torch.zeros(4, 3), None, 1)}).records()
+    assert record["off_diagonal"] == 0 and record["sigma"] == [0, 0, 0]
+
+
 def test_a_spectrum_is_that_of_the_matrix_of_its_name():
     matrices = {"a": torch.randn(24, 9), "b": torch.randn(9, 24), "c": torch.randn(24, 9)}
     found = dict(Spectra({name: (W, None, 1) for name, W in matrices.items()}).records())

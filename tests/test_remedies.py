@@ -73,14 +73,19 @@ def test_qk_clip_bounds_the_logits_and_touches_no_other_head(target, bias):
     before = largest_logits(attn, x)
     assert before[0] < 5 < before[1]
     attn(x)
-    attn.clip_logits()
+    attn.clip_logits(torch.tensor(False))
     after = largest_logits(attn, x)
     assert after[1].item() == pytest.approx(5.0, rel=1e-4) and torch.equal(after[0], before[0])
     new_q, new_k, new_v = attn.heads(x)
     assert torch.equal(new_v, v) and torch.equal(new_q[:, 0], q[:, 0]) and torch.equal(new_k[:, 0], k[:, 0])
     attn(x)
-    attn.clip_logits()
+    attn.clip_logits(torch.tensor(False))
     assert torch.allclose(largest_logits(attn, x), after, rtol=1e-5)
+    heated(model, 3)
+    attn(x)
+    hot = largest_logits(attn, x)
+    attn.clip_logits(torch.tensor(True))  # the update was refused, and so is this one
+    assert torch.equal(largest_logits(attn, x), hot) and hot[1] > 5 and not attn.qk_clip.largest.isfinite().any()
 
 
 def test_qk_clip_sees_every_micro_batch_and_every_chunk_of_rows(monkeypatch):

@@ -26,7 +26,7 @@ def _decays(cfg: Settings) -> bool:
     if cfg.optim.library or cfg.optim.modular:
         return True
     on_lengths = getattr(cfg.optim.muon.rule, "decay_manifolds", True)  # the certified step has no such setting
-    return any(not m.constrained or (m.free_lengths and on_lengths) for m in _manifolds(cfg))
+    return any(m.free_lengths and on_lengths if m.constrained else m.decays for m in _manifolds(cfg))
 
 
 EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (

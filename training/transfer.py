@@ -37,6 +37,10 @@ def problems_of_transfer(cfg: Settings) -> list[str]:
         found.append(
             "transfer=nu is for nGPT only; choose such a model, for instance model=ngpt_demo, or transfer=none"
         )
+    if model.bias or not model.rope:
+        found.append(
+            "transfer=nu has no rates for biases and a table of positions; use model.bias=false model.rope=true"
+        )
     if any(choice != "adamw" for choice in (cfg.assignment.rules or {}).values()):
         found.append("transfer=nu was measured for Adam on every matrix; choose assignment=adamw, or transfer=none")
     if not cfg.optim.adamw.lr > 0:
