@@ -21,7 +21,7 @@ from data.files import Rows
 from data.loader import ORDERS, Loader
 from data.parallel import available_cores
 from data.prepare import prepare
-from data.shards import open_dataset
+from data.shards import DataError, open_dataset
 from data.sources import TextFiles
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -105,7 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cfg = settings(files, f"{folder}/{workers}")
             start, cpu = time.perf_counter(), os.times()
             with peak_memory() as most:
-                prepare(cfg, progress=False, workers=workers)
+                try:
+                    prepare(cfg, progress=False, workers=workers)
+                except DataError as error:
+                    print(error, file=sys.stderr)
+                    return 2
             seconds, after = time.perf_counter() - start, os.times()
             used = sum(after[:4]) - sum(cpu[:4])
             dataset = open_dataset(cfg.dir, verify=False)

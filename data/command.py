@@ -62,7 +62,9 @@ def _word(value: Any) -> str:
         return "{" + ",".join(f"{key}:{_word(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_word, value)) + "]"
-    if not isinstance(value, str) or (re.fullmatch(r"[A-Za-z_/.][\w/.*-]*", value) and not _is_keyword(value)):
+    if not isinstance(value, str) or (
+        re.fullmatch(r"[A-Za-z_/.][\w/.*-]*", value, re.ASCII) and not _is_keyword(value)
+    ):
         return str(value)
     return '"' + value.replace('"', r"\"") + '"'
 

@@ -100,7 +100,10 @@ def items_of(path: str, skip: int, form: Format) -> Iterator[Item]:
                     yield document, done, raw.tell()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason}); convert it first, for instance with iconv") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except Exception as error:
+        # From the network, libraries raise errors of their own.
+        if not isinstance(error, (OSError, EOFError, lzma.LZMAError, zlib.error)) and "://" not in path:
+            raise
         raise DataError(f"{path} cannot be read to its end ({error}); it may be truncated: get it again") from error
 
 

@@ -90,9 +90,15 @@ class Source(Data):
     max_tokens: Annotated[Count | None, ("null", "takes all there are")]
 
     def open(self) -> Dataset:
-        from data.shards import open_dataset
+        from data.shards import DataError, open_dataset
 
-        return open_dataset(self.dir, settings=self)
+        dataset = open_dataset(self.dir, settings=self)
+        if dataset.tokenizer != self.tokenizer:
+            raise DataError(
+                f"{self.dir} holds {dataset.tokenizer} tokens, and data.tokenizer is {self.tokenizer}; add data.tokenizer="
+                f"{dataset.tokenizer}, or prepare the text again under another data.name"
+            )
+        return dataset
 
     def documents(self) -> Iterator[Document]:
         """All documents.

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from bisect import bisect_right
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -136,7 +137,7 @@ class Split:
         if self.limit is not None and length and out.max() >= self.limit:
             raise DataError(
                 f"a file of {self.directory} holds token {out.max()}, but its vocabulary is {self.limit}; "
-                f"find it with: python -m data.verify {self.directory}"
+                f"find it with: python -m data.verify {shlex.quote(str(self.directory))} vocab_size={self.limit}"
             )
         return out
 

@@ -51,7 +51,7 @@ class Shapes:
     @classmethod
     def of(cls, overrides: Iterable[str]) -> Shapes:
         """The parameters of a configuration."""
-        cfg = compose(["assignment=hetero", *overrides])
+        cfg = compose(["assignment=hetero", "optim.muon.rule.products=float16", *overrides])
         with torch.device("meta"):
             params = dict(GPT(gpt_config(cfg)).named_parameters())
         shapes = {name: tuple(p.shape) for name, p in params.items()}

@@ -92,6 +92,7 @@ def export(directory: str, target: Path, to: str = "nanogpt", weights: str = "la
     if to == "hf":  # whose folder holds the tokenizer too
         require_text(config)
     temporary = target.with_name(f".{target.name}.tmp")
+    _remove(temporary)  # of an attempt that was interrupted
     try:
         remark = FORMATS[to](model, get_tokenizer(config["data"]["tokenizer"]), temporary)
         os.replace(temporary, target)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from data.prepare import prepare
+from data.shards import DataError
 from model.gpt import GPT, GPTConfig
 from training.checks import check
 from training.config import compose
+from training.data import open_data
 from training.start import shortened
 from training.step import accumulate, host_tokens, micro_batch_size, micro_batches
 from training.validate import ConfigError
@@ -87,3 +90,10 @@ def test_what_is_cut_is_said_in_one_line():
     assert shortened(compose(["max_steps=10"]), 1, 64, 2) == [
         "schedule.warmup_steps=30 is too long for 10 updates; 7 of them are warm-up"
     ]
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path):
+    folder = [f"data.dir={tmp_path}/mine", "data.max_tokens=20000"]
+    prepare(compose(folder).data)
+    with pytest.raises(DataError, match=r"holds bytes tokens, and data\.tokenizer is gpt2; add data\.tokenizer=bytes"):
+        open_data(compose([*folder, "data.auto_prepare=false", "data.tokenizer=gpt2", "model.vocab_size=50304"]))

@@ -25,6 +25,7 @@ from training.ranks import Ranks
 from training.resume import differences, restore
 from training.stability import Stability
 from training.step import FiniteGuard
+from training.sweep import plan_job
 from training.validate import ConfigError
 
 BASE = ["assignment=hetero", "optim=paper", "max_steps=10", "schedule.decay_steps=20"]
@@ -107,16 +108,38 @@ def test_a_run_that_ends_at_the_step_it_resumes_at_has_the_measurements_of_an_en
 
 def test_later_checkpoints_of_a_branch_that_was_left_are_gone_before_the_first_step(copied, monkeypatch):
     run, overrides = copied
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module.Run, "make_step", killed)
         train(compose([*overrides, f"resume={run}/checkpoints/step_00000005"]))
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000005"] and records(run)[-1]["step"] == 5
     train(compose([*overrides, "resume=auto"]))
     assert state_of(run)["step"] == 10 and [r["step"] for r in records(run, "train")] == list(range(1, 11))
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_branch_that_dies_before_its_first_checkpoint_begins_again_where_it_began(copied, tmp_path, monkeypatch):
+    run, overrides = copied
+    begin = f"{run}/checkpoints/step_00000005"
+    words = [*overrides[:-1], f"output_dir={tmp_path}/branch", "checkpoint.interval=100"]
+    for resume in (f"resume={begin}", "resume=auto", "resume=auto"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module.Run, "make_step", killed)
+            train(compose([*words, resume]))
+    train(compose([*words, f"resume={begin}"]))  # the first command, given again
+    assert [r["step"] for r in records(tmp_path / "branch", "train")] == list(range(6, 11))
+    assert state_of(tmp_path / "branch")["step"] == 10
+
+
+def test_a_sweep_may_begin_at_a_checkpoint(copied, tmp_path):
+    run, overrides = copied
+    cfg = compose([*overrides, f"resume={run}/checkpoints/step_00000005"])
+    assert plan_job(cfg, tmp_path / "job")[0].resume == cfg.resume
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / METRICS_FILE).touch()
+    assert plan_job(cfg, tmp_path / "job")[0].resume == "auto"
 
 
 def test_a_run_without_checkpoints_may_get_some_later(copied):

@@ -108,6 +108,15 @@ def was_end(loaded: Loaded) -> bool:
     return loaded.state.get("ended", loaded.state["config"]["max_steps"] <= loaded.step)
 
 
+def branch_of(directory: Path) -> str | None:
+    """The checkpoint of another run with which the run in this directory began; None if there is none."""
+    try:
+        resume = str(read_config(directory)["resume"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return None if resume in ("never", "auto") else resume
+
+
 def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
     """The checkpoint to resume from; None if `resume` asks for none, or there is none.
 
@@ -119,11 +128,15 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
         return None
     own = directory / "checkpoints"
     loaded = load_newest(own) if cfg.resume == "auto" else load(cfg.resume)
+    begun_at = branch_of(directory)
+    if loaded is None and begun_at is not None:
+        loaded = load(begun_at)
     if loaded is None:
         _require_no_lost_checkpoints(cfg, directory)
         return None
     check_parts(loaded)
-    if loaded.path.resolve().parent != own.resolve() and (directory / METRICS_FILE).exists():
+    elsewhere = loaded.path.resolve().parent != own.resolve() and (begun_at is None or Path(begun_at) != loaded.path)
+    if elsewhere and (directory / METRICS_FILE).exists():
         raise CheckpointError(
             f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or use "
             "resume=auto to continue the run there"

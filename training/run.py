@@ -201,6 +201,8 @@ def end_of(directory: Path) -> dict[str, Any] | None:
 
 PEAK = {
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,

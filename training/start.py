@@ -19,6 +19,7 @@ from training.log import METRICS_FILE, RunLog, read_records
 from training.optimizers import Optimizers
 from training.progress import ProgressSink
 from training.ranks import Ranks
+from training.resume import branch_of
 from training.run import device_name, environment, run_name
 from training.schedule import warmup_updates
 from training.settings import Settings
@@ -35,7 +36,11 @@ def open_log(
     label: which job of a sweep this is, such as "job 2/4"; the progress shows it, and the seed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / CONFIG_FILE, yaml.safe_dump(cfg.plain(), sort_keys=False))
+    begun_at = (
+        branch_of(directory) if resumed else None
+    )  # kept, since resume=auto returns to it until this run has saved
+    plain = cfg.plain() | ({"resume": begun_at} if begun_at and cfg.resume == "auto" else {})
+    write_whole(directory / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
     # What was typed; of a sweep, for all of its jobs.
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -140,7 +140,8 @@ def plan_job(cfg: Settings, directory: Path) -> tuple[Settings, float | None]:
         ConfigError: the directory holds another run, or `sweep.resume` is false and it holds any.
     """
     if cfg.sweep.resume:
-        cfg = replace(cfg, resume="auto")
+        begun = cfg.resume in ("never", "auto") or (directory / METRICS_FILE).exists()
+        cfg = replace(cfg, resume="auto" if begun else cfg.resume)  # a checkpoint named is where each job begins
     elif (directory / METRICS_FILE).exists():
         raise ConfigError(
             [f"{directory} already holds a run; set sweep.resume=true to continue it, or choose another sweep.name"]
