@@ -63,7 +63,8 @@ def test_the_matrices_of_hetero_are_as_the_page_says():
 def test_the_order_by_horizon_is_as_the_page_says():
     assert "At 16,000 steps, Hetero's gap is what it was at 4,000" in text(EXPERIMENTS)
     losses = {}
-    for r in [*result("horizon/table.json")["rows"], *result("horizon_16000/table.json")["rows"]]:
+    tables = [result(f"{folder}/table.json") for folder in ("horizon", "horizon_16000", "horizon_16000_stiefel")]
+    for r in [row for table in tables for row in table["rows"]]:
         losses.setdefault((r["arm"], int(r["max_steps"])), {})[r["seed"]] = r["val_loss"]
 
     def apart(ours, theirs, *steps):
@@ -89,6 +90,10 @@ def test_the_order_by_horizon_is_as_the_page_says():
     assert apart("hetero", "unconstrained", 16000).low > 0
     changed = apart("hetero", "unconstrained", 4000, 16000)
     assert changed.low < 0 < changed.high and abs(changed.mean) < 0.1 * gap["hetero", 4000]
+    assert "At 16,000 steps, Hetero is below All-Stiefel, as in the paper" in text(EXPERIMENTS)
+    assert apart("hetero", "all_stiefel", 16000).high < 0 and PAPER["Hetero"][1] < PAPER["All-Stiefel"][1]
+    shrinks = apart("all_stiefel", "unconstrained", 4000, 16000)
+    assert shrinks.mean < 0 < shrinks.high and apart("all_stiefel", "unconstrained", 16000).low > 0
     assert 750 < PAPER["Hetero"][0] * 4 / (16000 * 1024) < 850  # bytes, at four for each of GPT-2's tokens
 
 
