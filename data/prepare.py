@@ -247,9 +247,13 @@ _BYTES_A_TOKEN = {"bytes": 1.0, "gpt2": 5.0}
 
 
 def _estimated_bytes(work: Progress) -> int:
-    """The least that the shards will need, from the size of the input (compressed files become larger); 0 if that is not known."""
+    """The least that the shards will need, from the size of the input; 0 if that is not known.
+
+    Of plain text, which compressed files have more of. How much of other formats is text, is not known.
+    """
     cfg = work.cfg
-    tokens = sum(file.size for file in work.files) / _BYTES_A_TOKEN[cfg.tokenizer]
+    text = sum(file.size for file in work.files if ".txt" in Path(file.path).suffixes)
+    tokens = text / _BYTES_A_TOKEN[cfg.tokenizer]
     return _published_bytes(cfg) or TOKEN.itemsize * int(min(tokens, cfg.max_tokens or tokens))
 
 

@@ -16,7 +16,7 @@ from training.checkpoint import STATE_FILE, CheckpointError, Loaded, load, load_
 from training.files import read_config
 from training.log import METRICS_FILE, read_records
 from training.ranks import LostRanks, Ranks
-from training.run import environment
+from training.run import environment, resolve_device
 from training.settings import Settings, completed
 from training.stability import Stability
 from training.step import FiniteGuard
@@ -84,7 +84,7 @@ def state_of(
         "step": step,
         "seconds": seconds,
         "ended": ended,
-        "environment": environment(),
+        "environment": environment(resolve_device(cfg)[0]),
     }
 
 

@@ -235,13 +235,13 @@ def code_version() -> str:
         return "unknown"
 
 
-def environment() -> dict[str, str]:
-    """The versions and the device, on which results depend besides the configuration."""
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """The versions and the device, on which results depend besides the configuration; None: the GPU if there is one."""
     return {
         "code": code_version(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "device": device_name(),
+        "device": device_name(device),
         "platform": platform.platform(),
     }
 

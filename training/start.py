@@ -20,7 +20,7 @@ from training.optimizers import Optimizers
 from training.progress import ProgressSink
 from training.ranks import Ranks
 from training.resume import branch_of
-from training.run import device_name, environment, run_name
+from training.run import device_name, environment, resolve_device, run_name
 from training.schedule import warmup_updates
 from training.settings import Settings
 from training.step import micro_batch_size
@@ -44,7 +44,10 @@ def open_log(
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
     # What was typed; of a sweep, for all of its jobs.
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    write_whole(directory / "environment.json", json.dumps({**environment(), "command": command}, indent=2) + "\n")
+    write_whole(
+        directory / "environment.json",
+        json.dumps({**environment(resolve_device(cfg)[0]), "command": command}, indent=2) + "\n",
+    )
     about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name, "name": directory.name}
     has_history = resumed and (directory / METRICS_FILE).exists()
     history = (record for record in read_records(directory) if record["step"] <= step) if has_history else ()

@@ -107,10 +107,11 @@ class WandbSink:
         ids_file = directory / WANDB_RUNS_FILE
         earlier = json.loads(ids_file.read_text()) if resume and ids_file.exists() else []
         # An offline run is uploaded later under its own id, so it must not be continued online.
-        online = [run["id"] for run in earlier if run["mode"] == "online"]
+        # Nor an online one that lacks the records of an offline one after it: then a new run gets the whole curve.
+        continued = mode == "online" and bool(earlier) and earlier[-1]["mode"] == "online"
         # The agent of `wandb sweep` chooses the id and expects the run under it.
         fresh_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        run_id = online[-1] if mode == "online" and online else fresh_id
+        run_id = earlier[-1]["id"] if continued else fresh_id
         links = [run["id"] for run in earlier if run["id"] != run_id]
         if resume:
             _set_aside([run["id"] for run in earlier if run["mode"] == "offline"], directory)
@@ -126,7 +127,6 @@ class WandbSink:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("val/loss", step_metric="step", summary="min")
-        continued = mode == "online" and run_id in online
         if not continued:
             write_whole(ids_file, json.dumps([*earlier, {"id": run_id, "mode": mode}]))
         return continued
