@@ -14,7 +14,7 @@ reproduce: $(STAMP)
 	$(BIN)/python scripts/reproduce.py scale=demo $(OPTIONS)
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
