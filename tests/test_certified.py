@@ -384,7 +384,7 @@ def test_decay_and_a_cap_bound_the_column_norms_and_keep_the_constraint():
     assert largest_column_norm(weight_decay=0.0, norm_cap=1.2) <= 1.2 * (1 + 1e-5) < free
 
 
-@pytest.mark.parametrize("manifold", MANIFOLDS)
+@pytest.mark.parametrize("manifold", ["stiefel", "dgram", "spectral_ball", "spectral_sphere", "oblique_gain"])
 def test_compiles_fullgraph_without_recompiling(manifold, monkeypatch):
     """Traced by dynamo and run by its eager backend: what the compiler's own backends then make of the graph is not ours to test."""
     torch._dynamo.reset()

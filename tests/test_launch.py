@@ -161,6 +161,7 @@ def test_what_the_end_of_a_rank_means(code, kind, message):
         raise launch._ending(3, code, "what it said")
 
 
+@pytest.mark.campaign  # tests/test_docs.py compares both with the commands of the README
 def test_ranks_of_torchrun_and_of_the_command_line_are_the_same_run(tiny, tmp_path):
     common = [*tiny[:-1], "assignment=adamw", "max_steps=6"]
     program, pipes = str(ROOT / "train.py"), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
