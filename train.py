@@ -288,8 +288,8 @@ class Run:
 
     def note_skipped(self, log: RunLog | NoLog) -> None:
         """Observe the updates that were skipped so far; the first makes the run unstable."""
-        self.stability.observe_skipped(self.guard.count)
-        if self.guard.count and self.stability.unstable_step is None:
+        self.stability.observe_skipped(skipped := self.guard.count)
+        if skipped and self.stability.unstable_step is None:
             self.stability.observe_nonfinite(*self.guard.first(self.ranks))
             self.note_unstable(log)
 

@@ -77,9 +77,8 @@ TANGENT_SHARE = 4.0  # a tangent part of G below so many rounding errors of the 
 # A round of the retraction leaves an error of 5/16·‖E‖³. From these ‖E‖ on one round, and two, would leave more than 3e-7:
 SECOND_ROUND, EXACT = 0.008, 0.15
 LANDS = (0.015, 0.3)  # ‖E‖ that one round, and two, still bring onto the manifold to a few 1e-6
-DISTANCE_STEPS = (
-    4  # Lanczos iterations for ‖E‖₂: at most two fifths short on random E; the limits above leave room for that
-)
+# Lanczos iterations for ‖E‖₂: at most two fifths short on random E; the limits above leave room for that
+DISTANCE_STEPS = 4
 
 
 # ---- 1. multiplier ----

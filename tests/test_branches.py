@@ -60,6 +60,25 @@ def test_a_branch_that_dies_before_its_first_checkpoint_begins_again_where_it_be
     assert state_of(tmp_path / "branch")["step"] == 10
 
 
+def test_the_command_of_a_branch_given_again_continues_it_and_loses_nothing(copied, tmp_path, monkeypatch):  # noqa: F811
+    run, overrides = copied
+    words = [*overrides[:-1], f"output_dir={tmp_path}/branch", f"resume={run}/checkpoints/step_00000005"]
+    words += ["checkpoint.interval=2", "checkpoint.keep=9"]
+    plain = module.Run.make_step
+
+    def until_nine(self, *args):
+        return killed() if self.step == 9 else plain(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Run, "make_step", until_nine)
+        train(compose(words))
+    before = {p.name for p in (tmp_path / "branch/checkpoints").iterdir()}
+    assert before == {"step_00000006", "step_00000008"}
+    train(compose(words))
+    assert {p.name for p in (tmp_path / "branch/checkpoints").iterdir()} == before | {"step_00000010"}
+    assert [r["step"] for r in records(tmp_path / "branch", "train")] == list(range(6, 11))
+
+
 def test_a_sweep_may_begin_at_a_checkpoint(copied, tmp_path):  # noqa: F811
     run, overrides = copied
     cfg = compose([*overrides, f"resume={run}/checkpoints/step_00000005"])

@@ -109,12 +109,13 @@ def was_end(loaded: Loaded) -> bool:
 
 
 def branch_of(directory: Path) -> str | None:
-    """The checkpoint of another run with which the run in this directory began; None if there is none."""
+    """The checkpoint of another run with which the run in this directory began, as it was given; None if there is none."""
     try:
         resume = str(read_config(directory)["resume"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return None if resume in ("never", "auto") else resume
+    own = Path(resume).resolve().parent == (directory / "checkpoints").resolve()
+    return None if own or resume in ("never", "auto") else resume
 
 
 def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
@@ -127,8 +128,8 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
     if cfg.resume == "never":
         return None
     own = directory / "checkpoints"
-    loaded = load_newest(own) if cfg.resume == "auto" else load(cfg.resume)
-    begun_at = branch_of(directory)
+    begun_at = branch_of(directory)  # given again, its command continues the branch
+    loaded = load_newest(own) if cfg.resume in ("auto", begun_at) else load(cfg.resume)
     if loaded is None and begun_at is not None:
         loaded = load(begun_at)
     if loaded is None:

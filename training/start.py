@@ -36,9 +36,8 @@ def open_log(
     label: which job of a sweep this is, such as "job 2/4"; the progress shows it, and the seed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    begun_at = (
-        branch_of(directory) if resumed else None
-    )  # kept, since resume=auto returns to it until this run has saved
+    # Of a branch its beginning is kept, since resume=auto returns to it until the branch has saved.
+    begun_at = branch_of(directory) if resumed else None
     plain = cfg.plain() | ({"resume": begun_at} if begun_at and cfg.resume == "auto" else {})
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
@@ -62,7 +61,10 @@ def open_log(
     )
     name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
     progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
-    if resumed and cfg.resume != "auto":  # which skips only what it cannot read, and that may be mended
+    if resumed and cfg.resume not in (
+        "auto",
+        begun_at,
+    ):  # these skip only what they cannot read, and that may be mended
         discard_later(directory / "checkpoints", step)
     return RunLog(directory, [wandb, progress], keep_until=step if resumed else None, fresh=not resumed)
 
