@@ -352,21 +352,20 @@ def su_step(
     z = at_least_float32(diagonal(Z))
     scale = symmetric_sum(d[..., :, None] * z[..., None, :])
 
-    def preconditioned(r: Tensor) -> Tensor:
-        return project(ratio(r, scale))
-
     r = -0.5 * H  # (k, n, n) residual
     dL = torch.zeros_like(r)
-    p = preconditioned(r).to(H.dtype)
-    rq = inner(r, preconditioned(r))
+    q = project(ratio(r, scale))  # r, preconditioned within the range of P
+    p = q.to(H.dtype)
+    rq = inner(r, q)
     for i in range(iterations):
         Ap = project(symmetric_sum(metric(mm(p, Z))))  # (k, n, n): the equation's left side at p
         step = ratio(rq, inner(p, Ap))
         dL = (dL + step * p).to(H.dtype)  # kept at H's precision, like all of these
         if i < iterations - 1:
             r = (r - step * Ap).to(H.dtype)
-            before, rq = rq, inner(r, preconditioned(r))
-            p = (preconditioned(r) + ratio(rq, before) * p).to(H.dtype)
+            q = project(ratio(r, scale))
+            before, rq = rq, inner(r, q)
+            p = (q + ratio(rq, before) * p).to(H.dtype)
     return dL
 
 

@@ -123,13 +123,13 @@ class PublishedStep:
         Raises:
             ValueError: the stack asks for `whole` or `refine`.
         """
-        s = stack
-        refused = [name for name, given in (("whole", s.whole), ("refine", s.refine)) if given is not None]
+        refused = [name for name, given in (("whole", stack.whole), ("refine", stack.refine)) if given is not None]
         if refused:
             raise ValueError(f"the published step has no {' and no '.join(refused)}; take the certified step")
-        W, A = self.update(s.W, s.G, MANIFOLDS[s.manifold], s.eta, s.weight_decay)
-        scale, no = torch.where(s.skip, 0, W.new_ones(len(W), 1, 1)), torch.zeros_like(s.level, dtype=torch.bool)
-        return Moved(torch.where(s.skip, s.W, W), A, scale, s.level, no)
+        W, A = self.update(stack.W, stack.G, MANIFOLDS[stack.manifold], stack.eta, stack.weight_decay)
+        scale = torch.where(stack.skip, 0, W.new_ones(len(W), 1, 1))
+        no = torch.zeros_like(stack.level, dtype=torch.bool)
+        return Moved(torch.where(stack.skip, stack.W, W), A, scale, stack.level, no)
 
     def update(
         self, W: Tensor, G: Tensor, manifold: Manifold, eta: Tensor, weight_decay: float
