@@ -2,12 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
 from conftest import ROOT
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from data import bench as data_bench
 from data import prepare
@@ -16,7 +20,7 @@ from scripts.command import UsageError, parse
 from training.command import run_command
 from training.config import CONFIGS, compose, directory_name
 from training.help import help_text
-from training.overrides import group_choices, jobs_of, problems_of_words, swept_keys
+from training.overrides import REFUSALS, composed, group_choices, jobs_of, problems_of_words, swept_keys
 from training.validate import ConfigError
 
 SLOW = ["torch._dynamo", "torch._inductor", "pandas", "matplotlib", "datasets", "wandb", "hydra"]
@@ -197,3 +201,40 @@ def test_a_mistake_is_one_message_before_anything_is_read(main, words, said, tmp
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert said in err and "Traceback" not in err and not out and not list(tmp_path.iterdir())
+
+
+LISTS = [
+    [],
+    ["assignment=custom", "assignment.rules={attn: stiefel, mlp: dgram}", "seed=3"],
+    ["optim=paper", "optim.muon.lr=0.1", "optim.muon.radius={mlp: 2.5}", "optim.muon.lr=1e-2"],
+    ["experiment=crossing", "residual=geonorm", "residual.decay=none", "output_dir=a", "average=ema"],
+    ["data=text", "data.files=[a.txt,b.txt]", "schedule.warmup_steps=0.4", "name=null", "output_dir='x ${seed}'"],
+    ["+optim.library.settings.eps=1e-6", "optim=adamw", "~name", "optim.library.settings.betas=[.5,.9]"],
+    ["hydra/launcher=basic", "hydra.job.name=x", "seed=1"],
+    *([word, "seed=2"] for word in ("nope=1", "assignment=nope", "seed=1,2", "optim.muon.lr.x=1", "seed={a: 1}")),
+    ["optim.muon.radius={mlp: 2}", "optim.muon.radius={attn: 1}"],
+]
+
+
+@pytest.mark.parametrize("words", LISTS)
+def test_what_is_composed_quickly_is_what_hydra_composes(words):
+    def outcome(compose_words):
+        try:
+            return OmegaConf.to_yaml(compose_words())
+        except REFUSALS as error:
+            return type(error), str(error)
+
+    def by_hydra():
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return hydra_compose("config", words)
+
+    for _ in range(2):  # composed, then from what was kept
+        assert outcome(lambda: composed(words)) == outcome(by_hydra)
+
+
+def test_a_changed_file_is_composed_anew(tmp_path):
+    configs = shutil.copytree(CONFIGS, tmp_path / "configs")
+    assert composed(["seed=2"], configs).eval_interval == composed(["seed=2"]).eval_interval
+    file = configs / "config.yaml"
+    file.write_text(file.read_text() + "\nanother: 1\n")
+    assert composed(["seed=2"], configs).another == 1

@@ -5,11 +5,13 @@ Hydra stops at the first word that it does not know, and does not say what else 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +114,52 @@ def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
 def composed(words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
     """Hydra's configuration of these words, with its references.
 
+    Words that only set a value need no composition of their own: what the others compose is kept, and Hydra composes all of them together
+    only where a word does anything else, or is refused. That takes .15 s each time, and an experiment composes each of its cases.
+
     Raises:
         HydraException, OmegaConfBaseException: see REFUSALS.
     """
     refuse_values_for_groups(words, configs)
+    overrides = {word: list(parsed([word])) for word in words}
+    chosen = [word for word, found in overrides.items() if found and _chooses(found[0], configs)]
+    values = [found[0] for word, found in overrides.items() if found and word not in chosen]
+    if len(chosen) + len(values) == len(words) and all(map(_only_sets, values)):
+        with suppress(*REFUSALS):  # Hydra then says it about all words
+            files = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(configs.rglob("*.yaml")))
+            config = copy.deepcopy(_composed_of_files(tuple(chosen), configs, files))
+            for override in values:
+                OmegaConf.update(config, override.key_or_group, override.value())
+            return config
+    return _composed_by_hydra(words, configs)
+
+
+def _composed_by_hydra(words: Sequence[str], configs: Path) -> DictConfig:
     with initialize_config_dir(str(configs), version_base="1.3"):
         return compose("config", list(words))
+
+
+@lru_cache(maxsize=128)
+def _composed_of_files(words: Sequence[str], configs: Path, files: tuple[tuple[str, int], ...]) -> DictConfig:
+    """The same, kept while the files are what they were: files has the name of each, and when it was changed."""
+    return _composed_by_hydra(words, configs)
+
+
+def _chooses(override: Override, configs: Path) -> bool:
+    """Whether a word chooses a file of a configuration group, such as optim=paper."""
+    return override.package is None and (configs / override.key_or_group).is_dir() and not _is_marked(override)
+
+
+def _only_sets(override: Override) -> bool:
+    """Whether a word only gives a value to a setting, such as seed=2."""
+    about_files = override.package is not None or "/" in override.key_or_group
+    return not (about_files or override.key_or_group.startswith("hydra") or _is_marked(override))
+
+
+def _is_marked(override: Override) -> bool:
+    """Whether a word adds, takes away or gives several values."""
+    marked = override.is_add(), override.is_force_add(), override.is_delete(), override.is_sweep_override()
+    return any(marked)
 
 
 def refuse_values_for_groups(words: Sequence[str], configs: Path = CONFIGS) -> None:
