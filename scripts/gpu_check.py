@@ -184,12 +184,13 @@ def tests_command(ledger: Path, alone: bool = False) -> list[str]:
 
 
 def run_stage(stage: str, o: Options, end: float) -> int:
-    """Run the steps that are not done, until the time.monotonic() `end`. Returns 0 if all are done now, else 1."""
+    """Run the steps that this command has not done, until the time.monotonic() `end`. Returns 0 if all are done now, else 1."""
     folder = o.work / stage
     folder.mkdir(parents=True, exist_ok=True)
     states = states_of(folder)
     for step in steps_of(stage, o):
-        if states.get(step.name, {}).get("code") == 0:
+        before = states.get(step.name, {})
+        if before.get("code") == 0 and before.get("command") == step.command:
             print(f"{stage} {step.name}: done before", flush=True)
             continue
         left = end - time.monotonic()
@@ -225,7 +226,7 @@ def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
             code, note = 124, "out of time"
         finally:
             _end(process)
-    return {"code": code, "seconds": time.monotonic() - start, "note": note}
+    return {"code": code, "seconds": time.monotonic() - start, "note": note, "command": step.command}
 
 
 def _end(process: subprocess.Popen) -> None:

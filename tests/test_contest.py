@@ -89,6 +89,9 @@ def test_the_curves_go_on_from_an_earlier_table(contest, tmp_path):
     found = horizon.curves(contest)
     assert {n: d.mean for n, d in found["AdamW"].items()} == pytest.approx({50e3: 0.3, 250e3: -0.5, 1e6: -0.5})
     assert list(found["All-Stiefel"]) == [250e3, 1e6]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows, "overrides": ["model.n_embd=256"]}))
+    with pytest.raises(UsageError, match=r"cannot be compared: only one of the two commands has model.n_embd=256"):
+        horizon.curves(contest)
     for content in ("[]", '{"rows": [{}]}', "x"):
         (tmp_path / "table.json").write_text(content)
         with pytest.raises(UsageError, match=r"table.json is not the table.json of another command"):

@@ -93,6 +93,10 @@ def test_a_stage_ends_its_steps_in_time_and_is_resumed(options, monkeypatch, tmp
     for _ in range(2):
         assert gpu_check.run_stage("a", options, time.monotonic() + 35) == 1
     assert marker.read_text() == "x"  # done once, passed over then
+    fine = gpu_check.Step("fine", [*steps[0].command, "tiny=true"])
+    monkeypatch.setattr(gpu_check, "steps_of", lambda stage, o: [fine, *steps[1:]])
+    gpu_check.run_stage("a", options, time.monotonic() + 35)
+    assert marker.read_text() == "xx"  # with other options, it is another command
     states = json.loads((options.work / "a" / "steps.json").read_text())
     assert {name: state["code"] for name, state in states.items()} == {"fine": 0, "long": 124, "wrong": 7}
     text = (options.out / "summary.txt").read_text()

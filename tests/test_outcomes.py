@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from scripts import experiment
+from scripts.analysis import conduct
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.statistics import Estimate, best_rate
 from scripts.analysis.study import best_of, pivot
+from scripts.analysis.tables import cell
+from scripts.command import UsageError
 from scripts.experiments import crossing, mechanism, solver_sweep, stream_dtype
 
 
@@ -53,7 +56,6 @@ def test_the_target_is_one_that_every_stable_case_reaches():
     assert target == pytest.approx(2.12)
     assert all(r.steps_to(target) is not None for r in groups[0])
     assert [all(r.stable for r in group) for group in groups] == [True, False, False]
-    assert crossing.target(replace(asked, groups=groups[1:2]))["target"] == math.inf
     assert crossing.target(study("crossing", "target=3.5"))["target"] == 3.5
 
 
@@ -87,7 +89,7 @@ def test_best_is_compared_with_best_among_the_stable():
     assert table.lines == [["hetero", "paper", "2.100 ± 0.100", "1.900 ± 0.000 (1 of 2 unstable)", "not run"]]
 
 
-def test_one_seed_has_no_error_of_a_gain():
+def test_gains_are_paired_by_seed():
     rate = "optim.muon.lr"
     losses = {("paper", 1): 2.0, ("paper", 2): 2.2, ("manifold_muon", 1): 1.9, ("manifold_muon", 2): 1.9}
     runs = [
@@ -95,8 +97,31 @@ def test_one_seed_has_no_error_of_a_gain():
         for (optim, seed), loss in losses.items()
     ]
     asked = replace(study("solver_sweep", f"{rate}=0.01", "assignment=hetero"), groups=[runs[:2], runs[2:]])
-    assert solver_sweep.tables(asked)[1].lines[0][-1] == "-0.200 ± 0.100"
+    assert solver_sweep.tables(asked)[1].lines[0][-1] == "-0.200 [-1.471, +1.071]"
     assert solver_sweep.tables(replace(asked, groups=[runs[:1], runs[2:3]]))[1].lines[0][-1] == "-0.100"
+    assert solver_sweep.tables(replace(asked, groups=[runs[:1], runs[3:]]))[1].lines[0][-1] == ""
+
+
+def test_without_a_stable_case_there_is_no_target():
+    asked = study("crossing", "assignment=hetero", "residual=pre_norm")
+    asked.groups = [[fake("hetero", 1, ((0, 5.0), (9, 2.0)), 5)]]
+    asked.facts = crossing.target(asked)
+    assert asked.facts == {"target": None} and not any("steps to" in c.heading for c in crossing.columns(asked))
+    for wrong in ("-1.0", "nan"):
+        with pytest.raises(UsageError, match="is no loss"):
+            crossing.EXPERIMENT.check(study("crossing", f"target={wrong}"))
+
+
+def test_runs_that_have_not_ended_are_named_below_the_table():
+    asked = replace(study("crossing"), groups=[[fake()]], missing=[f"hetero, seed {i}" for i in range(7)])
+    assert conduct._missing(asked) == (
+        "7 of 8 runs have not ended and are left out: hetero, seed 0; hetero, seed 1; hetero, seed 2; hetero, seed 3; hetero, seed 4; and others."
+    )
+
+
+def test_a_number_of_all_runs_has_no_error():
+    assert cell([90.0, 90.0, 90.0], 1) == "90.0" and cell([1.0, 3.0], 1) == "2.0 ± 1.0"
+    assert cell([90.0, None, 90.0], 0) == "90 (2 of 3)"
 
 
 def test_what_a_stream_changes_is_said_of_the_seeds_that_both_have():

@@ -20,7 +20,16 @@ from conftest import ROOT
 from scripts import report
 from scripts.analysis import figures, thin
 from scripts.analysis.runs import RecordedRun, find_runs
-from scripts.analysis.tables import about, at_paper_scale, different, footer, grouped, report_columns, settings_columns
+from scripts.analysis.tables import (
+    about,
+    at_paper_scale,
+    different,
+    footer,
+    grouped,
+    make_table,
+    report_columns,
+    settings_columns,
+)
 from training.config import compose
 from training.log import METRICS_FILE, RunLog
 
@@ -163,6 +172,35 @@ def test_trials_of_a_search_and_jobs_without_settings_are_left_out(tmp_path, cap
     said = capsys.readouterr().err
     assert "1 trials of a search left out; name their folder" in said and f"{tmp_path}/c left out: it failed" in said
     assert [r.directory for r in find_runs([tmp_path / "trials"])] == [tmp_path / "trials/b"]
+
+
+def test_a_run_counts_once_and_a_seed_once_in_a_group(tmp_path, monkeypatch):
+    config = configuration("hetero", steps=1)
+    for name in ("a", "copy"):
+        write_run(tmp_path / name, config, [{"kind": "eval", "step": 1, "loss": 2.0}])
+    monkeypatch.chdir(tmp_path)
+    runs = find_runs(["a", tmp_path / "a", tmp_path])
+    assert [r.directory.name for r in runs] == ["a", "copy"]
+    assert [len(group) for group in grouped(runs)] == [1, 1]
+
+
+def test_losses_of_a_run_that_goes_on_are_not_averaged_with_those_of_one_that_ended(tmp_path):
+    for seed, records in ((1, [{"kind": "end", "step": 1}]), (2, [])):
+        config = {**configuration("hetero", steps=1), "seed": seed}
+        write_run(tmp_path / str(seed), config, [{"kind": "eval", "step": 1, "loss": 2.0 + seed}, *records], end=False)
+    groups = grouped(find_runs([tmp_path]))
+    table = make_table(groups, report_columns(groups))
+    assert dict(zip(table.headings, table.lines[0]))["final"] == "3.0000 (1 of 2)"
+
+
+def test_the_foot_names_every_machine_and_how_many_commits(tmp_path):
+    runs = [
+        RecordedRun(tmp_path, configuration("hetero", steps=1), {}, {}, {"device": d, "code": c})
+        for d, c in ("xx", "xy", "zy")
+    ]
+    machine = "{}, Python None, torch None, "
+    last = f"{machine.format('x')}; {machine.format('z')}; code of 2 commits."
+    assert footer("command", runs).splitlines()[-1] == last
 
 
 def test_the_papers_losses_stand_at_its_scale_only():

@@ -21,6 +21,8 @@ from training.engine import Job, run_all
 from training.run import environment
 from training.validate import ConfigError
 
+_NAMED = 5  # runs that have not ended, below a table
+
 
 @dataclass
 class Conductor:
@@ -52,6 +54,9 @@ class Conductor:
         self._extend()
         order = {tuple(case.values()): i for i, case in enumerate(study.cases())}
         study.groups = [self.groups[key] for key in sorted(self.groups, key=order.__getitem__)]
+        ended = {(key, str(r.config["seed"])) for key, runs in self.groups.items() for r in runs}
+        wanted = [(key, seed) for key in order for seed in study.seeds]
+        study.missing = [f"{', '.join(key)}, seed {seed}" for key, seed in wanted if (key, seed) not in ended]
         if not study.groups and not study.experiment.untrained:
             raise UsageError(self._without_runs())
         study.facts = study.experiment.measure(study)
@@ -122,7 +127,7 @@ def check_all(study: Study, here: bool = True) -> None:
     here: whether the runs use this machine; if not, only the values are checked.
 
     Raises:
-        UsageError, ConfigError: something is wrong. The ConfigError lists problems until one comes again.
+        UsageError, ConfigError: something is wrong. Cases after the first that has no new problem are not checked.
     """
     study.experiment.check(study)
     cases, seeds, problems = study.cases(), study.seeds, dict[str, None]()
@@ -148,6 +153,8 @@ def _check_search(study: Study) -> None:
     trials, seed, cases = study.options["trials"], str(study.options["search_seed"]), study.cases()
     if trials < 1:
         raise UsageError(f"trials={trials} is too few; give at least 1")
+    if (further := study.options["further_trials"]) < 0:
+        raise UsageError(f"further_trials={further} is too few; give at least 0")
     if seed in study.seeds:
         raise UsageError(f"seeds= has the seed of the trials, {seed}; leave it out, or give another search_seed=")
     for case in cases:
@@ -174,20 +181,30 @@ def write(study: Study, results: Path, command: str) -> str:
         trials = f", and {study.trial_seconds / 60:.0f} of trials" if study.found else ""
         spent = f"{train_seconds(study.runs) / 60:.0f} minutes of training{trials}"
         about_losses = f"Losses are in nats a token, mean ± standard error over seeds; {spent}."
-    foot = footer(command, study.runs, about_losses, remark)
+    foot = footer(command, study.runs, about_losses, _missing(study), remark)
     env = dict(study.runs[0].environment if study.runs else environment())
     env.pop("command", None)  # of one run, with the paths of its machine
     rows = rows_of(study.runs, columns or ENDS)
-    data = {"command": command, "environment": env, **study.facts, "rows": rows}
+    data = {"command": command, "environment": env, "overrides": study.overrides, **study.facts, "rows": rows}
     if study.found:
         data["trials"] = [line for key, search in study.found.items() for line in _trials(study, key, search)]
     write_tables(results, tables, foot, data)
     drawn = [name for name, draw in experiment.figures.items() if draw(study, results / name)]
-    for name in drawn:
-        sign(results / name, study.runs)
-    parts = [*(table.text() for table in tables), remark]
+    for name in experiment.figures:
+        if name in drawn:
+            sign(results / name, study.runs)
+        else:
+            (results / name).unlink(missing_ok=True)  # it would show other runs than the table
+    parts = [*(table.text() for table in tables), _missing(study), remark]
     written = ", ".join(["table.md", "table.json", *drawn])
     return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
+
+
+def _missing(study: Study) -> str:
+    """The sentence about the runs that are not in the tables; empty if all are."""
+    few = study.missing[:_NAMED] + ["and others"] * (len(study.missing) > _NAMED)
+    total = len(study.runs) + len(study.missing)
+    return f"{len(study.missing)} of {total} runs have not ended and are left out: {'; '.join(few)}." if few else ""
 
 
 def train_seconds(runs: Iterable[RecordedRun]) -> float:

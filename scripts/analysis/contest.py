@@ -14,13 +14,16 @@ from scripts.analysis.tables import HELD_OUT, Column, Table, make_table
 from scripts.bench_train import RandomTraining
 from scripts.command import UsageError
 from scripts.timing import take_turns
+from training.run import device_name
 from training.settings import completed, read_sound
 
 REMARK = (
-    "Differences are paired by seed, with Student's 95% interval. The search has a seed of its own, which no run of the table has. "
+    "Differences are paired by seed, with Student's 95% interval, which is not adjusted for their number. The search has a seed of its own, which no run of the table has. "
     "(edge): a neighbour of the best settings was not tried."
 )
 """The sentences below a table of a contest."""
+
+_TIMED = 5  # steps of each kind
 
 Opponent = Callable[[Case], Mapping[str, str]]
 """From a case to the axis values in which the case that it is compared with differs from it."""
@@ -45,13 +48,14 @@ def earlier_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
     """The same as `losses_by_seed`, from the files that the option `earlier` names: table.json of other commands of the experiment.
 
     Raises:
-        UsageError: one of the files cannot be read, or is no such table.
+        UsageError: one of the files cannot be read, is no such table, or was made with other overrides.
     """
     found: dict[tuple[str, ...], dict[int, float]] = {}
     unstable = set()
     for table in filter(None, study.options.get("earlier", "").split(",")):
         try:
-            for row in json.loads(Path(table).read_text())["rows"]:
+            data = json.loads(Path(table).read_text())
+            for row in data["rows"]:
                 key = tuple(row[axis] for axis in study.axes)
                 found.setdefault(key, {})[row["seed"]] = row[HELD_OUT.key]
                 if row["unstable_step"] is not None:
@@ -60,6 +64,10 @@ def earlier_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
             raise UsageError(
                 f"earlier={table} is not the table.json of another command of this experiment ({type(error).__name__}: {error})"
             ) from error
+        if others := {*data.get("overrides", study.overrides)} ^ {*study.overrides}:
+            raise UsageError(
+                f"earlier={table} cannot be compared: only one of the two commands has {', '.join(sorted(others))}"
+            )
     return {key: losses for key, losses in found.items() if key not in unstable}
 
 
@@ -138,7 +146,7 @@ def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
         if name not in trainings:
             cfg = read_sound(completed(r.config))[0]
             trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
-    times = take_turns({name: training.step for name, training in trainings.items()}, repeats=5, warmup=2)
+    times = take_turns({name: training.step for name, training in trainings.items()}, repeats=_TIMED, warmup=2)
     return {
         name: {
             "ms_per_step": 1000 * statistics.median(times[name]),
@@ -146,6 +154,14 @@ def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
         }
         for name, training in trainings.items()
     }
+
+
+def cost_remark() -> str:
+    """The sentence below a table with the costs of a step."""
+    return (
+        f"{REMARK} Milliseconds a step: the median of {_TIMED} steps on random tokens, measured when this table was written, on "
+        f"{device_name()}."
+    )
 
 
 def cost_columns(study: Study, name: str) -> list[Column]:
@@ -163,7 +179,7 @@ def cost_columns(study: Study, name: str) -> list[Column]:
         return None if found is None else found * of(r, "ms_per_step") / 1000
 
     return [
-        Column(f"steps to {name}'s loss", "steps_to_target", steps, 0),
+        Column(f"steps to {name}'s loss on the windows", "steps_to_target", steps, 0),
         Column("seconds", "seconds_to_target", seconds, 1),
         Column("ms a step", "ms_per_step", lambda r: of(r, "ms_per_step"), 1),
         Column("state, bytes a parameter", "state_bytes", lambda r: of(r, "state_bytes"), 1),

@@ -328,7 +328,7 @@ def find_runs(places: Iterable[str | Path]) -> list[RecordedRun]:
     Raises:
         UsageError: a directory does not exist or holds no run.
     """
-    directories: dict[Path, None] = {}
+    directories: dict[Path, Path] = {}
     for place in map(Path, places):
         if not place.is_dir():
             raise UsageError(f"there is no directory {place}; name runs or sweeps, such as outputs/sweep")
@@ -342,8 +342,9 @@ def find_runs(places: Iterable[str | Path]) -> list[RecordedRun]:
         found = [path for path in found if path not in failed]
         if not found:
             raise UsageError(f"no run in {place} or below it (no {METRICS_FILE}); name a directory that a run wrote")
-        directories.update(dict.fromkeys(found))
-    return [read_run(directory) for directory in directories]
+        for path in found:
+            directories.setdefault(path.resolve(), path)
+    return [read_run(path) for path in directories.values()]
 
 
 def model_of(loaded: Loaded, average: bool = False) -> GPT:

@@ -113,7 +113,8 @@ def speed_table(study: Study, race: Race) -> Table:
         )
     headings = ["context", f"{race.slow}'s loss", *(f"{race.fast}, {n} steps" for n in lengths), "seeds"]
     headings += [f"steps for {race.slow}'s loss", "times fewer", f"ms a step, {race.slow}", race.fast, "times faster"]
-    return Table(headings, lines, [True] * len(headings), f"Steps that {race.fast} needs for {race.slow}'s final loss:")
+    caption = f"Steps that {race.fast} needs for {race.slow}'s final loss; > and < mark bounds, where it lies beyond the lengths of the runs:"
+    return Table(headings, lines, [True] * len(headings), caption)
 
 
 def _by_seed(runs: Sequence[RecordedRun]) -> dict[int, float]:
@@ -154,13 +155,14 @@ def steps_picture(study: Study, race: Race, path: Path) -> Path:
 def losses_beyond(study: Study, race: Race) -> list[dict[str, Any]]:
     """The loss (nats a token) of the longest run of each arm, context and seed on windows of MULTIPLES of its context.
 
-    All lengths have the same targets: the windows of the greatest length are cut into shorter ones. With learned positions, only the
+    Unstable runs are left out. All lengths have the same targets: the windows of the greatest length are cut into shorter ones. With learned positions, only the
     context of training can be read.
     """
     return [
         {**run.case, "seed": run.config["seed"], "multiple": multiple, "loss": loss}
         for _, runs in race.longest(study, race.slow, race.fast)
         for run in runs
+        if run.stable
         for multiple, loss in _beyond(run.directory).items()
     ]
 

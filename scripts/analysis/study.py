@@ -78,7 +78,7 @@ class Study:
     """An experiment with the axes, seeds, options and overrides of the command line. `conduct.Conductor` runs it and fills the rest.
 
     groups: the runs that ended, by case. found: the search of each case, by the values of the case. further: the cases of the extension.
-    trial_seconds: the training of all trials.
+    missing: cases and seeds whose runs have not ended, as text. trial_seconds: the training of all trials.
     """
 
     experiment: Experiment
@@ -88,6 +88,7 @@ class Study:
     options: dict[str, Any]
     overrides: list[str]
     groups: list[list[RecordedRun]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     found: dict[tuple[str, ...], Found] = field(default_factory=dict)
     further: list[dict[str, str]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

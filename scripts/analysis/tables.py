@@ -6,13 +6,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scripts.analysis.runs import RecordedRun, at, text_at
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
+from training.files import write_whole
 from training.run import environment
 from training.settings import completed
 from training.sweep import other_settings
@@ -78,9 +79,7 @@ ATTENTION_COLUMNS = [
     STATUS,
 ]
 """The state of attention at the end of a run. `ATTENTION_REMARK` belongs below such a table."""
-ATTENTION_REMARK = (
-    "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe."
-)
+ATTENTION_REMARK = "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe in which they are finite."
 
 TURN_COLUMNS = [
     Column(
@@ -164,7 +163,8 @@ def cell(values: Sequence[Value], digits: int) -> str:
             str(text) if len(counts) == 1 or count == 1 else f"{count} x {text}" for text, count in counts.items()
         )
     some = f" ({len(numbers)} of {len(values)})" if len(numbers) < len(values) else ""
-    return Estimate.of(numbers).text(digits) + some
+    different = numbers if len({*numbers}) > 1 else numbers[:1]  # one number of all runs has no error
+    return Estimate.of(different).text(digits) + some
 
 
 def rows_of(runs: Sequence[RecordedRun], columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -180,11 +180,12 @@ def rows_of(runs: Sequence[RecordedRun], columns: Sequence[Column]) -> list[dict
 
 
 def grouped(runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
-    """Groups of runs that differ only in the seed, in the paper's order of assignments."""
+    """Groups of runs that differ only in the seed, in the paper's order of assignments. A second run of a seed has a group of its own."""
     groups: list[list[RecordedRun]] = []
     for candidate in runs:
         for group in groups:
-            if not different(group[0].config, candidate.config):
+            seeds = {r.config["seed"] for r in group}
+            if candidate.config["seed"] not in seeds and not different(group[0].config, candidate.config):
                 group.append(candidate)
                 break
         else:
@@ -235,12 +236,19 @@ def of_setting(heading: str, name: str, key: str) -> Column:
 def report_columns(groups: Groups) -> list[Column]:
     """The columns of the paper's table, the step rule, the settings in which the groups differ, and the steps of each run.
 
-    The losses of the paper are left out unless all runs are at its scale.
+    The losses of the paper are left out unless all runs are at its scale, and those of a run that has not ended where another of its group
+    has.
     """
+    early = {r.directory for g in groups if any(r.finished for r in g) for r in g if not r.finished}
+
+    def of_ended(column: Column) -> Column:
+        return replace(column, value=lambda r: None if r.directory in early else column.value(r))
+
     rule = Column("step rule", "step_rule", lambda r: text_at(r.config, "optim.muon.rule.kind") if r.has_muon else None)
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
     status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
-    columns = [*COLUMNS[:3], rule, *settings_columns(groups), *COLUMNS[3:status], steps, *COLUMNS[status:]]
+    measured = [of_ended(column) if column in (BEST, FINAL) else column for column in COLUMNS[3:status]]
+    columns = [*COLUMNS[:3], rule, *settings_columns(groups), *measured, steps, *COLUMNS[status:]]
     runs = [r for group in groups for r in group]
     kept = columns_with_values(columns, runs)
     return kept if all(map(at_paper_scale, runs)) else [c for c in kept if c.key != "paper_val_loss"]
@@ -269,12 +277,18 @@ def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
         _shared(runs, "seed {:g}", "seed"),
     ]
     about = ", ".join(filter(None, parts))
-    env = runs[0].environment if runs else environment()
-    machine = ", ".join(
-        [env.get("device", ""), f"Python {env.get('python')}", f"torch {env.get('torch')}", env.get("platform", "")]
-    )
+    environments = [r.environment for r in runs] or [environment()]
+    places = [*dict.fromkeys(map(_machine, environments))]
+    if len(commits := {env.get("code") for env in environments}) > 1:
+        places.append(f"code of {len(commits)} commits")
     first = f"Written by {as_code(command)}{': ' if about else ''}{about}."
-    return "\n".join([first, *filter(None, remarks), f"{machine}."])
+    return "\n".join([first, *filter(None, remarks), f"{'; '.join(places)}."])
+
+
+def _machine(env: Mapping[str, Any]) -> str:
+    """Device and versions of an environment.json in a few words."""
+    versions = [f"Python {env.get('python')}", f"torch {env.get('torch')}"]
+    return ", ".join([env.get("device", ""), *versions, env.get("platform", "")])
 
 
 def about(runs: Sequence[RecordedRun]) -> str:
@@ -315,5 +329,5 @@ def write_tables(
 ) -> None:
     """Write <name>.md (the tables and the text below them) and <name>.json into a directory, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.md").write_text("\n\n".join([*(table.markdown() for table in tables), foot]) + "\n")
-    (directory / f"{name}.json").write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+    write_whole(directory / f"{name}.md", "\n\n".join([*(table.markdown() for table in tables), foot]) + "\n")
+    write_whole(directory / f"{name}.json", json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")

@@ -53,5 +53,5 @@ EXPERIMENT = Experiment(
     figures={
         "trials.png": lambda study, path: loss_of_trials(contest.trials_by(study, "max_steps", "optimizer"), path)
     },
-    remark=lambda study: contest.REMARK,
+    remark=lambda study: contest.cost_remark(),
 )

@@ -13,7 +13,7 @@ OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in ASSIGNME
 THEIRS = {f"{name}_published": (f"assignment={name}", "optim=paper") for name in ASSIGNMENTS}
 UNDECAYED = {"all_stiefel", *THEIRS} - {"unconstrained_published"}  # there no decay acts on a matrix
 COMPILED = ["optim.muon.rule.compile=true"]  # in the longest runs, where it saves more time than it takes
-PAPER = {  # tokens of the runs of arXiv 2606.13276, one seed each, and what they lack of Unconstrained
+PAPER = {  # tokens of the runs of arXiv 2606.13276, one seed each, and their losses minus that of Unconstrained
     name: (3.28e9, float(PUBLISHED[name]) - float(PUBLISHED["Unconstrained"])) for name in ("Hetero", "All-Stiefel")
 }
 

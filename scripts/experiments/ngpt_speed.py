@@ -1,6 +1,6 @@
 """How many fewer steps does nGPT need than GPT?"""
 
-from scripts.analysis.contest import REMARK, contest_table, costs
+from scripts.analysis.contest import contest_table, cost_remark, costs
 from scripts.analysis.figures import draw_scales
 from scripts.analysis.search import Axis, Search
 from scripts.analysis.speed_up import Race, context_table, losses_beyond, speed_table, steps_picture
@@ -26,7 +26,10 @@ def shape(study: Study, case: Case) -> list[str]:
 def tables(study: Study) -> list[Table]:
     """The speed-up, the losses beyond the context of training, and every case with its best rate."""
     columns = [case("context", CONTEXT), case("steps", "max_steps"), case("model", "arm"), HELD_OUT, STATUS]
-    every = contest_table(study, columns, {"GPT": lambda case: {"arm": "GPT", "max_steps": study.around["max_steps"]}})
+    longest = study.around["max_steps"]
+    every = contest_table(
+        study, columns, {f"GPT at {longest} steps": lambda case: {"arm": "GPT", "max_steps": longest}}
+    )
     return [speed_table(study, RACE), context_table(study, RACE), every]
 
 
@@ -46,5 +49,5 @@ EXPERIMENT = Experiment(
         "steps.png": lambda study, path: steps_picture(study, RACE, path),
         "scales.png": lambda study, path: draw_scales(RACE.longest(study, "nGPT"), path),
     },
-    remark=lambda study: REMARK,
+    remark=lambda study: cost_remark(),
 )
