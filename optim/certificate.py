@@ -29,7 +29,7 @@ from .manifolds import MANIFOLDS, Manifold, stacked
 
 DUAL_STEPS, CONJUGATE_GRADIENTS = 4, 12
 """Su steps toward the least dual value, each of one eigendecomposition in n × n, and the iterations of each. The value is then .1 to 2%
-above the optimum on recorded problems."""
+above the optimum on recorded problems, up to 8% on random ones of low rank."""
 
 
 class Certificate(NamedTuple):
@@ -68,7 +68,7 @@ class StepProblem:
 
     def tangent(self, T: Tensor) -> Tensor:
         """The tangent part T - W K (k, m, n)."""
-        return T - self.W @ self.manifold.normal(self.manifold.project(symmetric_sum(self.W.mT @ T)), self.d)
+        return self.manifold.tangent(self.W, T)
 
     def least_squares(self) -> Tensor:
         """The L (k, n, n) for which G + 2WL is the tangent projection of G."""

@@ -12,7 +12,8 @@ So a good L makes sign(X) nearly tangent, and any L bounds the optimum from abov
     3. tangent      T = A - W K deletes what the retraction would delete anyway
     4. cap          T has singular values above 1, where the objective hardly sees them: lower those, project again
     5. retract      V = W - eta·T / max(1, ‖T‖₂), then V (VᵀV)^(-1/2) by a small n × n factor
-    6. fallback     where V is too far from the manifold for that, the next step of this matrix takes more rounds, or an exact retraction
+    6. fallback     where V is too far from the manifold for that, the next step of this matrix takes more rounds, or an exact retraction;
+                    where the products' precision gives no direction, it is taken in float32
 
 A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)). A set of matrices without a Gram condition names the manifold, point and
 momentum whose problem (1) is its own, and moves by itself instead of 5 and 6 (`Manifold.problem`, `Manifold.move`).
@@ -70,11 +71,12 @@ LENGTHS: dict[str, Callable[[int, int], float]] = {
 LARGEST_ENTRY = 0.125  # of G as the step sees it: sums over m = 2^17 rows of its squares then still fit float16
 SKEW_STEPS, SKEW_LOWER = 7, 1e-3  # of a square Stiefel matrix; feas .997 and more on recorded problems
 CAP_FROM = 0.5  # the cap's polynomial is fitted on singular values in [CAP_FROM, 1]·‖T‖₂; smaller ones hardly exist
-# Lanczos iterations for ‖T‖₂ in n × n, and with the tall T itself, which costs memory traffic: on recorded problems 2% short on average, 6.5% at most.
+# Lanczos iterations for ‖T‖₂ in n × n, and with the tall T itself, which costs memory traffic: 2% short on average and 6.5% at most on recorded
+# problems, up to a fifth on random ones of low rank.
 SMALL_NORM_STEPS, TALL_NORM_STEPS = 7, 2
-TANGENT_SHARE = 4.0  # a tangent part of G below so many rounding errors of the operands is taken for none
+TANGENT_SHARE = 48.0  # no direction is trusted if what is tangent in G is below so many rounding errors of the operands
 
-# A round of the retraction leaves an error of 5/16·‖E‖³. From these ‖E‖ on one round, and two, would leave more than 3e-7:
+# A round of the retraction leaves an error of 5/16·‖E‖³: 2e-7 of ‖E‖ = SECOND_ROUND. Two rounds could still mend more than EXACT.
 SECOND_ROUND, EXACT = 0.008, 0.15
 LANDS = (0.015, 0.3)  # ‖E‖ that one round, and two, still bring onto the manifold to a few 1e-6
 # Lanczos iterations for ‖E‖₂: at most two fifths short on random E; the limits above leave room for that
@@ -84,26 +86,27 @@ DISTANCE_STEPS = 4
 # ---- 1. multiplier ----
 
 
-def multiplier(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products) -> tuple[Tensor, Tensor | None]:
-    """cL (k, n, n), and XᵀX (k, n, n) at it if that is known in n × n."""
-    cL = -0.5 * frame.normal(C)
+def multiplied(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products) -> tuple[Tensor, Tensor | None]:
+    """X = G + 2WL (k, m, n), and XᵀX (k, n, n) if that is known in n × n.
+
+    The normal part of G is taken away first, in m × n. A momentum may be normal for the most part: taken from GᵀG, that part would leave
+    negative eigenvalues of XᵀX, with which no inverse root converges.
+    """
+    cK = frame.normal(C)
+    X, C = mm.add(G, 1.0, frame.U, cK, alpha=-1.0), C - frame.times_gram(cK, mm)  # the tangent part of G, and UᵀX
     if not effort.su:
-        return cL, None
-    GG = mm(G.mT, G)  # (k, n, n)
-
-    def gram_of_X(cL: Tensor) -> Tensor:
-        return GG + 2 * symmetric_sum(mm(cL.mT, C + frame.times_gram(cL, mm)))
-
-    S = gram_of_X(cL)
-    coefficients = sign_coefficients(effort.su_steps, effort.su_lower)
+        return X, None
+    XX = S = mm(X.mT, X)  # (k, n, n)
+    cL = DL = torch.zeros_like(C)  # what the Su steps add to L
+    coefficients, metric = sign_coefficients(effort.su_steps, effort.su_lower), partial(frame.metric, mm=mm)
     for _ in range(effort.su):
         Z = gram_stage(over(S, frobenius(S)).to(mm.dtype), coefficients, mm)  # (k, n, n) ≈ (XᵀX)^(-1/2), up to a factor
-        H = frame.tangency(mm(C + 2 * frame.times_gram(cL, mm), Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
-        metric = partial(frame.metric, mm=mm)
+        H = frame.tangency(mm(C + 2 * DL, Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
         dL = su_step(frame.manifold.project, metric, H, Z, frame.d, effort.conjugate_gradients, mm)
         cL = (cL + effort.relaxation * frame.c * dL).to(mm.dtype)
-        S = gram_of_X(cL)
-    return cL, S
+        DL = frame.times_gram(cL, mm)
+        S = XX + 2 * symmetric_sum(mm(cL.mT, C + DL))
+    return mm.add(X, 1.0, frame.U, cL, alpha=2.0), S
 
 
 # ---- 2. sign, 3. tangent, 4. cap ----
@@ -142,14 +145,13 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
         return mm(U, skew_sign(skew, SKEW_STEPS, SKEW_LOWER, mm)), frobenius(skew)
     frame = frame_of(W, manifold, mm)
     C = mm(frame.U.mT, G)  # (k, n, n)
-    cL, S = multiplier(frame, G, C, effort, mm)
-    X = mm.add(G, 1.0, frame.U, cL, alpha=2.0)  # (k, m, n) = G + 2WL
+    X, S = multiplied(frame, G, C, effort, mm)
     A, gram_of_A = matrix_sign(X, effort.stages, effort.lower, mm, S)  # (k, m, n)
     for i in range(effort.caps):
         B = mm(A.mT, A) if i else gram_of_A()  # (k, n, n) = AᵀA
         N = mm(frame.U.mT, A)  # (k, n, n)
         cK = frame.normal(N)
-        removed = cK if frame.D is None else mm(frame.D, cK)  # UᵀU·cK
+        removed = frame.times_gram(cK, mm)  # UᵀU·cK
         # T = A - U·cK is the tangent part of A, and TᵀT the symmetric part of B - 2cKᵀ(N - UᵀU·cK/2).
         R = cap_factor(mm.add(B, 1.0, cK.mT, N - 0.5 * removed, alpha=-2.0), effort, mm)
         # T R, less its own normal part: UᵀTR = (N - UᵀU·cK) R.
@@ -159,33 +161,34 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
 
 def direction_and_length(
     W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products
-) -> tuple[Tensor, Tensor]:
-    """T (k, m, n), in the precision of the products, and 1 / max(1, ‖T‖₂) (k, 1, 1) float32, 0 where there is nothing to step along.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T (k, m, n), in the precision of the products; 1 / max(1, ‖T‖₂) (k, 1, 1) float32, 0 where there is no direction; failed (k,) bool.
 
-    There is nothing where G is zero, not finite, or normal to the manifold. W, G: tall, float32, G at any scale.
+    There is none where G is zero. It failed where G is not finite, and where what is tangent in G is lost in the rounding of the products.
+    W, G: tall, float32, G at any scale.
     """
+    W, G, manifold = manifold.problem(W, G)
     # By the largest entry: squares of a gradient of size 1e-25 or 1e25 leave the range of float32.
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
-    moving = torch.isfinite(largest) & (largest > 0)
-    G = torch.where(moving, G, 0) / torch.where(moving, largest, 1) * LARGEST_ENTRY
-    W, G, manifold = manifold.problem(W, G)
+    given = torch.isfinite(largest) & (largest > 0)
+    G = torch.where(given, G, 0) / torch.where(given, largest, 1) * LARGEST_ENTRY
     size_of_G, G = frobenius(G), G.to(mm.dtype)
     T, size = tangent_sign(W, G, manifold, effort, mm)
     norm = largest_eigenvalue(lambda v: mm.times_vector(T.mT, mm.times_vector(T, v)), T, TALL_NORM_STEPS).sqrt()
-    moving = moving & (size > TANGENT_SHARE * torch.finfo(mm.dtype).eps * size_of_G) & norm.isfinite()
-    return T, torch.where(moving, 1 / norm.clamp_min(1), 0)
+    found = given & (size > TANGENT_SHARE * torch.finfo(mm.dtype).eps * size_of_G) & norm.isfinite()
+    return T, torch.where(found, 1 / norm.clamp_min(1), 0), (~found & (largest != 0)).flatten()
 
 
 # ---- 5. retract ----
 
 
 def polish(
-    V: Tensor, manifold: Manifold, shrink: Tensor | float, longest: float, mm: Products
+    V: Tensor, manifold: Manifold, shrink: Tensor | float, norm_cap: float, mm: Products
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One round of the retraction: V (I + M) (k, m, n), the small M (k, n, n), and E (k, n, n) of V in the precision of the products.
 
-    M makes V (VᵀV)^(-1/2) of V; where lengths of columns are free, of V with its columns at unit length, which then get back their
-    length·shrink, at most `longest`.
+    M makes V (VᵀV)^(-1/2) of V. Where lengths l of columns are free, it makes that of V/l, whose columns then get the lengths l·f, with
+    f = shrink, or less for a length of at most norm_cap: (V/l)(I + M₁)(l·f) = V (I + M) with M = l⁻¹ M₁ l·f + f - I.
     """
     S, V_rounded = mm.gram(V)  # (k, n, n)
     lengths = diagonal(S).sqrt()[:, :, None] if manifold.free_lengths else None  # (k, n, 1)
@@ -193,25 +196,25 @@ def polish(
     E_rounded = E.to(mm.dtype)
     M = inverse_sqrt_increment(E, E_rounded, mm)
     if lengths is not None:
-        factor = torch.clamp_max(shrink * torch.ones_like(lengths), longest / lengths).mT  # (k, 1, n)
+        factor = torch.clamp_max(shrink * torch.ones_like(lengths), norm_cap / lengths).mT  # (k, 1, n)
         M = over(M, lengths) * lengths.mT * factor + torch.diag_embed(factor.squeeze(-2) - 1)
     return mm.times_near_identity(V, V_rounded, M), M, E_rounded
 
 
 def retract(
-    V: Tensor, manifold: Manifold, shrink: Tensor, longest: float, level: Tensor, rounds: int, mm: Products
+    V: Tensor, manifold: Manifold, shrink: Tensor, norm_cap: float, level: Tensor, highest: int, mm: Products
 ) -> tuple[Tensor, Tensor]:
     """A point of the manifold near the trial point V (k, m, n), and ‖E‖₂ (k,), how far V was from it.
 
-    The distance is infinite where the increment M is not finite. Free lengths of columns become length·shrink, at most `longest`.
-    rounds: 1; 2, of which the second is for matrices of level (k,) 1 and more; 0: an exact retraction, and a round for the lengths.
+    The distance is infinite where the increment M is not finite. Free lengths of columns become length·shrink, at most norm_cap.
+    highest: 0 for one round; 1 for a second one where the level (k,) is 1 or more; 2 for an exact retraction, and a round for the lengths.
     """
-    new, M, E = polish(V, manifold, shrink, longest, mm)
-    if rounds == 0:
-        new, M, _ = polish(manifold.retract(torch.where(V.isfinite(), V, 0)), manifold, shrink, longest, mm)
+    new, M, E = polish(V, manifold, shrink, norm_cap, mm)
+    if highest == 2:
+        new, M, _ = polish(manifold.retract(torch.where(V.isfinite(), V, 0)), manifold, shrink, norm_cap, mm)
     distance = largest_eigenvalue(lambda v: mm.times_vector(E, v), E, DISTANCE_STEPS).flatten()
     distance = torch.where(M.to(mm.dtype).isfinite().all(dim=(-2, -1)), distance, torch.inf)
-    if rounds == 2:
+    if highest == 1:
         again, _, _ = polish(new, manifold, 1.0, torch.inf, mm)
         new = torch.where(level[:, None, None] >= 1, again, new)
     return new, distance
@@ -242,7 +245,7 @@ def step(
     effort: Effort,
     mm: Products,
     *,
-    rounds: int = 1,
+    highest: int = 0,
     decay: float = 0.0,
     length: str = "spectral",
     norm_cap: float | None = None,
@@ -253,7 +256,8 @@ def step(
 
     Args:
         eta: 0-d learning rate on the device: the length of the step in spectral norm, times LENGTHS[length].
-        level: (k,) what the last step of each matrix asked for, see Moved.level. rounds: as far as any of them needs, see `retract`.
+        level: (k,) what the last step of each matrix asked for, see Moved.level. highest: what is done for those that asked for it, 0 to
+            2, see `retract`.
         skip: 0-d bool, on the device: where true nothing moves, whatever G is.
         decay: decoupled, per unit of eta, of weights without a Gram condition (but see their `move`) and of free lengths of columns;
             norm_cap: no free length grows longer.
@@ -261,10 +265,11 @@ def step(
         refine: what happens to the direction before it is taken, see optim/refine.py.
 
     Returns:
-        Moved. Where there is nothing to step along, or V did not land, the weight is kept bitwise.
+        Moved. Where there is no direction, or V did not land, the weight is kept bitwise.
     """
-    T, scale = direction_and_length(W, G, manifold, effort, mm)
-    moving = (scale.flatten() > 0) & ~skip
+    T, scale, failed = direction_and_length(W, G, manifold, effort, mm)
+    moving, failed = (scale.flatten() > 0) & ~skip, failed & ~skip
+    asks = 2 if highest < 2 else 0  # of a failed matrix: once more in float32, which need not be tried twice in a row
     row_squares = None
     if refine is not None:
         T, row_squares = refine(torch.where(scale > 0, scale * T, 0), W, manifold, moving)
@@ -276,18 +281,19 @@ def step(
         new = manifold.move(W, G, trial, far, shrink)
         new = torch.where(moving[:, None, None], new, W)
         scale = torch.where(moving[:, None, None], scale, 0)
-        return Moved(new, T, scale, torch.zeros_like(level), torch.zeros_like(moving), row_squares)
-    longest = torch.inf if norm_cap is None else norm_cap
-    new, distance = retract(W - trial, manifold, shrink, longest, level, rounds, mm)
-    landed = distance <= torch.where(level >= 1, LANDS[1], LANDS[0]) if rounds else distance < torch.inf
+        return Moved(new, T, scale, failed.to(level.dtype) * asks, failed, row_squares)
+    cap = torch.inf if norm_cap is None else norm_cap
+    new, distance = retract(W - trial, manifold, shrink, cap, level, highest, mm)
+    landed = distance <= torch.where(level >= 1, LANDS[1], LANDS[0]) if highest < 2 else distance < torch.inf
     taken = (moving & landed)[:, None, None]
     wanted = (~(distance <= SECOND_ROUND)).float() + (~(distance <= EXACT)).float()  # NaN asks for the exact one
+    wanted = torch.where(failed, asks, torch.where(moving, wanted, level))
     return Moved(
         torch.where(taken, new, W),
         T,
         torch.where(taken, scale, 0),
-        torch.where(moving, wanted, level),
-        moving & ~landed if rounds else moving,
+        wanted,
+        failed | (moving & ~landed if highest < 2 else moving),
         row_squares,
     )
 
@@ -360,10 +366,10 @@ class CertifiedStep:
         settings = {"decay": stack.weight_decay, "whole": stack.whole, "refine": stack.refine, **self.settings}
         call = self.compiled_step if (W.is_cuda if self.compile is None else self.compile) else step
         with torch.no_grad(), exact_sums(W.device):
-            moved = call(*given, products_for(W.device, self.products), rounds=2 if stack.highest else 1, **settings)
+            moved = call(*given, products_for(W.device, self.products), highest=min(stack.highest, 1), **settings)
             if stack.highest < 2:
                 return moved
-            exact = step(*given, Products("float32"), rounds=0, **settings)  # rare: not worth a compilation
+            exact = step(*given, Products("float32"), highest=2, **settings)  # rare: not worth a compilation
             asked = level.eq(2)
             pairs = zip(exact, moved)
             return Moved(
@@ -400,7 +406,7 @@ def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, 
     M = MANIFOLDS[manifold]
     stacks = [stacked(X).float() for X in (W, G)]
     with torch.no_grad(), exact_sums(W.device):
-        T, scale = direction_and_length(
+        T, scale, _ = direction_and_length(
             stacks[0], stacks[1], M, effort_of(M, quality), products_for(W.device, products)
         )
         T = torch.where(scale > 0, T.double(), 0)

@@ -311,9 +311,11 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
 def top_pair(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular value σ (k, 1, 1), from below, of W (k, m, n), and its vectors u (k, m, 1), v (k, n, 1); zero for zero W.
 
-    By WᵀW to the power 2^16, squared n × n: the error of σ is at most about log(n)/2^17 of it, where singular values crowd at the top; u
+    W at any scale. By WᵀW to the power 2^16, squared n × n: the error of σ is at most about log(n)/2^17 of it, where singular values crowd at the top; u
     and v are then a mixture of theirs.
     """
+    largest = W.abs().amax(dim=(-2, -1), keepdim=True)
+    W = over(W, largest)
     S = W.mT @ W  # (k, n, n)
     for _ in range(16):
         S = over(S, frobenius(S))
@@ -322,7 +324,7 @@ def top_pair(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     v = over(v, frobenius(v))
     u = W @ v
     sigma = frobenius(u)
-    return over(u, sigma), sigma, v
+    return over(u, sigma), sigma * largest, v
 
 
 def effective_rank(sigma: Tensor) -> Tensor:
@@ -345,7 +347,8 @@ def su_step(
 ) -> Tensor:
     """dL (k, n, n) with P(D dL Z + Z dL D) = -H/2: with Z = (XᵀX)^(-1/2) held fixed, (G + 2W(L + dL))Z is tangent.
 
-    dL = P(dL): only such an L keeps ‖G + 2WL‖_* above the optimum. project is P, metric multiplies by D = WᵀW, d (k, n) is D's diagonal,
+    By dL, A = XZ changes by 2W dL Z, and H by P(2D dL Z + 2Z dL D), which is to be -H. dL = P(dL): only such an L keeps ‖G + 2WL‖_* above the
+    optimum. project is P, metric multiplies by D = WᵀW, d (k, n) is D's diagonal,
     H = P(WᵀA + AᵀW) (k, n, n) for A = XZ; a factor of Z and H alike changes nothing. By conjugate gradients, preconditioned with
     d_i z_jj + z_ii d_j; one product an iteration beside the metric's. Source: Su, kexue.fm 11221, in products.
     """

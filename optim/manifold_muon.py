@@ -99,7 +99,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     are sent and received. A copy, or what a pickle gives back, has them as they were at the start.
 
     Raises:
-        ValueError: with every problem: a parameter is not a matrix or cannot be cut into its blocks, a group has no matrices, a manifold
+        ValueError: with every problem: a parameter is not a matrix, has 16 bits, or cannot be cut into its blocks, a group has no matrices, a manifold
             is unknown, a radius does not fit it, or SETTINGS does not allow a value.
     """
 
@@ -409,4 +409,8 @@ def _problems(group: dict[str, Any]) -> list[str]:
             problems.append(f"ManifoldMuon takes matrices, not a tensor of shape {tuple(p.shape)}; give it to AdamW")
         elif cut < 1 or p.size(0) % cut:
             problems.append(f"{blocks!r} blocks do not divide the {p.size(0)} rows of a matrix; choose a divisor")
+        if p.dtype not in (torch.float32, torch.float64):
+            problems.append(
+                f"ManifoldMuon takes no weights in {p.dtype}, which would round small steps away; keep them in float32"
+            )
     return problems

@@ -296,8 +296,8 @@ class Hyperball(Manifold):
     """‖W‖_F² = n for a tall W (m, n), with any lengths and angles of its columns: the root mean square of its singular values is 1.
 
     Source: Hyperball (arXiv 2606.16899, and its authors' post of December 2025), which fixes ‖W‖_F and ‖step‖_F. Ours: the norm is that of
-    n unit columns, not that of the start, so that runs compare with stiefel; and the direction is the best tangent one (theirs is Muon's
-    own, whose normal part the scaling deletes).
+    n unit columns, not that of the start, so that runs compare with stiefel; a step has the length eta in spectral norm, not a fixed
+    ‖step‖_F; and the direction is the best tangent one (theirs is Muon's own, whose normal part the scaling deletes).
     """
 
     name = "hyperball"

@@ -190,6 +190,11 @@ def test_all_wrong_settings_come_at_once():
     assert len(str(caught.value).splitlines()) == 4
 
 
+def test_weights_of_16_bits_are_refused():
+    with pytest.raises(ValueError, match=r"no weights in torch.bfloat16, which would .*; keep them in float32"):
+        optimizer_of({"params": [nn.Parameter(torch.ones(4, 2, dtype=torch.bfloat16))]})
+
+
 def test_what_torch_allows_is_allowed():
     optimizer_of({"params": [matrix()]}, lr=torch.tensor(0.1), momentum=0, row_beta=0.0, block_length="whole")
     assert optimizer_of({"params": [matrix()]}, lr=0).param_groups[0]["lr"] == 0

@@ -66,7 +66,7 @@ def test_a_step_can_be_captured_in_a_graph(manifold):
     )
 
     def once():
-        return step(W, G, eta, level, skip, M, M.efforts["default"], Products("float16"), rounds=2, decay=0.1)
+        return step(W, G, eta, level, skip, M, M.efforts["default"], Products("float16"), highest=1, decay=0.1)
 
     stream = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(stream):
