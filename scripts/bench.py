@@ -157,6 +157,9 @@ def lmo_rows(options: dict[str, Any]) -> Rows:
         for method in METHODS:
             for calls in (1,) if method == "least_squares" else (1, 3, 6, 12, 24):
                 solvers[method, calls] = partial(solved, W, G, manifold, method, calls)
+        solvers |= {("alternating", c): partial(solved, W, G, manifold, "alternating", c) for c in (3, 6, 12, 24)}
+        if manifold == "stiefel":
+            solvers["intrinsic", 1] = partial(solved, W, G, manifold, "intrinsic", 1)
         for (solver, calls), call in solvers.items():
             T, seconds = call(), statistics.median(seconds_of(call) for _ in range(3))
             value = (T.double() * G.double()).sum().item() / float(data[f"{key}/optimum"])

@@ -11,7 +11,7 @@ from problems import DGRAM, SQUARE, STIEFEL, make, problem, true_feas
 from optim.certificate import certify
 from optim.certified import direction
 from optim.manifolds import MANIFOLDS, polar
-from scripts.analysis.solvers import METHODS, optimum, solve
+from scripts.analysis.solvers import DIRECT, METHODS, optimum, solve
 
 
 @pytest.mark.parametrize("name", [STIEFEL, DGRAM])
@@ -44,12 +44,21 @@ def test_feas_is_a_close_lower_bound(name):
 @pytest.mark.parametrize("manifold", ["stiefel", "dgram", "oblique", "euclidean"])
 def test_no_direction_beats_the_dual_value(manifold):
     W, G = make(manifold, k=3)
-    for method in METHODS:
+    for method in (*METHODS, "alternating", *(["intrinsic"] if manifold == "stiefel" else [])):
         answer = solve(W, G, manifold, method, 1 if method == "least_squares" else 8)
         certificate = certify(W, G, answer.T, manifold)
         assert ((certificate.feas > 0) & (certificate.feas <= 1 + 1e-9)).all()
         assert (torch.linalg.matrix_norm(answer.T, 2) <= 1 + 1e-9).all()
-        assert (answer.feas <= 1 + 1e-9).all()
+        assert (answer.feas <= 1 + 1e-9).all() and (method not in DIRECT or certificate.tangency.max() < 1e-5)
+
+
+def test_methods_without_a_multiplier_agree_with_those_that_have_one():
+    """One sign of the tangent part is least squares; on a square matrix the intrinsic metric has the closed form of Stiefel."""
+    W, G = make("dgram", k=2)
+    torch.testing.assert_close(solve(W, G, "dgram", "alternating", 1).T, solve(W, G, "dgram", "least_squares", 1).T)
+    torch.manual_seed(0)
+    W, G = torch.linalg.qr(torch.randn(2, 16, 16))[0], torch.randn(2, 16, 16)
+    assert solve(W, G, "stiefel", "intrinsic", 1).feas.min() > 1 - 1e-6
 
 
 def test_orientation_scale_and_units():

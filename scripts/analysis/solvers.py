@@ -7,10 +7,15 @@ Each method computes a sequence of multipliers L of
 and each of its calls costs one matrix sign. The answer at L is the tangent part of A = sign(G + 2WL). Everything is computed in float64, by
 eigendecompositions of n × n matrices, so that rounding does not blur the comparison. `python scripts/bench.py lmo` writes the table.
 
-    least_squares   the tangent projection of G; one call
+    least_squares   the tangent projection of G; one call. So do MCSD and SPEL (arXiv 2601.21487) and MACRO (arXiv 2605.04418)
     su              the fixed point of Su (kexue.fm 11221), over-relaxed up to 1.6 [relaxation: our measurement]
     su_anderson     the same with Anderson acceleration over the last three iterates
     dual_ascent     as published: L -= alpha (1 - k/K) H in the units of G (arXiv 2606.13276)
+
+Two methods of the sources have no multiplier:
+
+    alternating     A ← sign(tangent part of A), from G on (Cesista, leloykun.github.io); each call costs one sign
+    intrinsic       W sign(skew(WᵀG)) + sign((I - WWᵀ) G), on Stiefel: the best step in another metric (iMuon, arXiv 2605.09238); two signs
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from torch import Tensor
 
 from optim.certificate import StepProblem
 from optim.linalg import eye_like, inner
-from optim.manifolds import MANIFOLDS, stacked, unstacked
+from optim.manifolds import MANIFOLDS, polar, stacked, unstacked
 
 History = tuple[tuple[Tensor, Tensor], ...]
 
@@ -79,6 +84,23 @@ def _anderson(at: Iterate) -> tuple[Tensor, History]:
 METHODS: dict[str, Advance] = {"least_squares": _stay, "su": _su, "su_anderson": _anderson, "dual_ascent": _ascend}
 
 
+def _alternating(problem: StepProblem, calls: int) -> Tensor:
+    T = problem.tangent(problem.G)
+    for _ in range(calls):
+        T = problem.tangent(polar(T))
+    return T
+
+
+def _intrinsic(problem: StepProblem, calls: int) -> Tensor:
+    W, C = problem.W, problem.C
+    T = W @ polar(0.5 * (C - C.mT))
+    return T + polar(problem.G - W @ C) if W.size(-2) > W.size(-1) else T
+
+
+DIRECT: dict[str, Callable[[StepProblem, int], Tensor]] = {"alternating": _alternating, "intrinsic": _intrinsic}
+"""The methods without a multiplier: problem, calls → a tangent direction (k, m, n)."""
+
+
 class Answer(NamedTuple):
     """T / max(1, ‖T‖₂) like W, in float64; feas (k,), a lower bound of its share of the optimum."""
 
@@ -92,15 +114,20 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
 
     Args:
         W, G: (m, n) or (k, m, n), any orientation; W on the manifold, a name of MANIFOLDS.
-        method: a key of METHODS.
+        method: a key of METHODS or DIRECT.
 
     Raises:
         ValueError: an unknown method, or no calls.
     """
-    if method not in METHODS or calls < 1:
-        raise ValueError(f"choose a method among {', '.join(METHODS)}, and calls of 1 or more; got {method!r}, {calls}")
+    if method not in (*METHODS, *DIRECT) or calls < 1:
+        names = ", ".join((*METHODS, *DIRECT))
+        raise ValueError(f"choose a method among {names}, and calls of 1 or more; got {method!r}, {calls}")
     tall_W, tall_G = (stacked(X) for X in (W, G))
     problem = StepProblem(tall_W, tall_G, MANIFOLDS[manifold])
+    if method in DIRECT:
+        T = DIRECT[method](problem, calls)
+        T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)
+        return Answer(unstacked(T, W), (inner(problem.G, T) / problem.dual_value()).flatten())
     L = problem.least_squares()
     if method == "dual_ascent":
         L = -0.25 * problem.manifold.project(problem.C + problem.C.mT)
