@@ -118,6 +118,13 @@ def branch_of(directory: Path) -> str | None:
     return None if own or resume in ("never", "auto") else resume
 
 
+def goes_on(cfg: Settings, directory: Path) -> bool:
+    """Whether `resume` goes on with the checkpoints of this directory: it is auto, or the checkpoint with which this branch began, however
+    its path is written."""
+    begun_at = branch_of(directory)
+    return cfg.resume == "auto" or (begun_at is not None and Path(cfg.resume).resolve() == Path(begun_at).resolve())
+
+
 def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
     """The checkpoint to resume from; None if `resume` asks for none, or there is none.
 
@@ -129,14 +136,15 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
         return None
     own = directory / "checkpoints"
     begun_at = branch_of(directory)  # given again, its command continues the branch
-    loaded = load_newest(own) if cfg.resume in ("auto", begun_at) else load(cfg.resume)
+    loaded = load_newest(own) if goes_on(cfg, directory) else load(cfg.resume)
     if loaded is None and begun_at is not None:
         loaded = load(begun_at)
     if loaded is None:
         _require_no_lost_checkpoints(cfg, directory)
         return None
     check_parts(loaded)
-    elsewhere = loaded.path.resolve().parent != own.resolve() and (begun_at is None or Path(begun_at) != loaded.path)
+    at = loaded.path.resolve()
+    elsewhere = at.parent != own.resolve() and (begun_at is None or Path(begun_at).resolve() != at)
     if elsewhere and (directory / METRICS_FILE).exists():
         raise CheckpointError(
             f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or use "

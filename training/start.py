@@ -19,7 +19,7 @@ from training.log import METRICS_FILE, RunLog, read_records
 from training.optimizers import Optimizers
 from training.progress import ProgressSink
 from training.ranks import Ranks
-from training.resume import branch_of
+from training.resume import branch_of, goes_on
 from training.run import device_name, environment, resolve_device, run_name
 from training.schedule import warmup_updates
 from training.settings import Settings
@@ -37,7 +37,7 @@ def open_log(
     """
     directory.mkdir(parents=True, exist_ok=True)
     # Of a branch its beginning is kept, since resume=auto returns to it until the branch has saved.
-    begun_at = branch_of(directory) if resumed else None
+    begun_at, continued = branch_of(directory) if resumed else None, resumed and goes_on(cfg, directory)
     plain = cfg.plain() | ({"resume": begun_at} if begun_at and cfg.resume == "auto" else {})
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
@@ -61,10 +61,7 @@ def open_log(
     )
     name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
     progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
-    if resumed and cfg.resume not in (
-        "auto",
-        begun_at,
-    ):  # these skip only what they cannot read, and that may be mended
+    if resumed and not continued:  # otherwise it skipped only what it could not read, and that may be mended
         discard_later(directory / "checkpoints", step)
     return RunLog(directory, [wandb, progress], keep_until=step if resumed else None, fresh=not resumed)
 
