@@ -12,8 +12,10 @@ from test_train import records
 
 import train as module
 from train import train
+from training.checkpoint import Loaded
 from training.config import compose
 from training.log import METRICS_FILE
+from training.resume import resumption
 from training.sweep import plan_job
 
 
@@ -93,6 +95,14 @@ def spellings(word, here, monkeypatch):
     monkeypatch.chdir(here)
     relative = Path(path).relative_to(here)
     return [word, f"{word}/", f"resume={relative}", f"resume=./{relative}/"]
+
+
+def test_a_resumed_run_says_what_it_does_not_do():
+    loaded = Loaded({"config": {"full_eval": False, "max_steps": 4}}, Path("a/checkpoints/step_00000004"), 4)
+    _, beyond, split = resumption(loaded, compose(["full_eval=true", "max_steps=2"]), [])
+    assert beyond == "max_steps=2: the run is beyond it already, and is not trained further"
+    assert split.startswith("full_eval=true: the run had ended without it") and split.endswith("scripts/evaluate.py a")
+    assert len(resumption(loaded, compose(["full_eval=true", "max_steps=9"]), [])) == 1
 
 
 def test_a_sweep_may_begin_at_a_checkpoint(copied, tmp_path):  # noqa: F811

@@ -288,12 +288,20 @@ def restore(
 
 
 def resumption(loaded: Loaded | None, cfg: Settings, notes: list[str]) -> list[str]:
-    """The lines that a resumed run prints: skipped checkpoints, the step of the one that was used, and the changes; otherwise the notes."""
+    """The lines that a resumed run prints: skipped checkpoints, the step of the one that was used, what is not done, and the changes;
+    otherwise the notes."""
     if loaded is None:
         return notes
-    skipped = [f"skipped {path}: {reason}" for path, reason in loaded.skipped]
-    resumed = f"resumed from {loaded.path}, step {loaded.step} of {cfg.max_steps}"
-    return [*skipped, resumed, *(f"  - {note}" for note in notes)]
+    lines = [f"skipped {path}: {reason}" for path, reason in loaded.skipped]
+    lines.append(f"resumed from {loaded.path}, step {loaded.step} of {cfg.max_steps}")
+    if loaded.step > cfg.max_steps:
+        lines.append(f"max_steps={cfg.max_steps}: the run is beyond it already, and is not trained further")
+    if cfg.full_eval and loaded.step >= cfg.max_steps and was_end(loaded) and not loaded.state["config"]["full_eval"]:
+        run = loaded.path.parent.parent
+        lines.append(
+            f"full_eval=true: the run had ended without it; the loss on the whole split: python scripts/evaluate.py {run}"
+        )
+    return [*lines, *(f"  - {note}" for note in notes)]
 
 
 def _guard_of_old(state: dict[str, Any]) -> dict[str, Any]:
