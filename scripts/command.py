@@ -62,13 +62,17 @@ def parse(
 def problems_of_run(others: list[str], options: dict[str, Any]) -> list[str]:
     """What is wrong with the words besides the options, where they must be the directory of one run."""
     known = ", ".join(f"{key}=" for key in options)
+    return problems_of_names(others, options, 1, f"name one run and, if you like, {known}; see --help")
+
+
+def problems_of_names(others: list[str], options: dict[str, Any], count: int, remedy: str) -> list[str]:
+    """What is wrong with the words besides the options, of which `count` must be there; `remedy` says which."""
+    known = ", ".join(f"{key}=" for key in options)
     wrong = [
         word for word in others if word.partition("=")[0].isidentifier() and "=" in word and not Path(word).exists()
     ]
     found = [f"{word} is no option; choose of {known}" for word in wrong]
-    if len(others) - len(wrong) != 1:
-        found.append(f"name one run and, if you like, {known}; see --help")
-    return found
+    return found if len(others) - len(wrong) == count else [*found, remedy]
 
 
 def refuse(problems: Sequence[str]) -> None:
