@@ -41,6 +41,8 @@ def parse(
         if not equals or key not in defaults:
             near = get_close_matches(key, list(defaults), 1, _ALMOST) if equals and key.isidentifier() else []
             misspelt = [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
+            if equals and key.startswith("-"):
+                misspelt = [f"{argument} is no option; write it without dashes: {argument.lstrip('-')}"]
             problems += misspelt
             others += [] if misspelt else [argument]
             continue

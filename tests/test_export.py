@@ -240,12 +240,14 @@ def test_a_damaged_file_of_tensors_is_refused(tmp_path):
         (["{run}", "{tmp}", "to=hf"], "exists already; name a new folder"),
         (["{run}", "{tmp}/none/x", "to=hf"], "existing directory"),
         (["{run}", "{tmp}/x", "format=hf"], "format=hf is no option; choose of to=, weights="),
+        (["{run}/checkpoints", "{tmp}/x"], "/checkpoints is a part of a run; name the run itself: {run}\n"),
+        (["{run}/checkpoints/step_00000002", "{tmp}/x"], "step_00000002 is a part of a run; name the run itself: {run}\n"),
         (["{run}"], "name a run and the file to write"),
     ],
 )
 def test_bad_arguments_are_one_message_and_leave_nothing(run, tmp_path, capsys, arguments, said):
     assert export.main([argument.format(run=run, tmp=tmp_path) for argument in arguments]) == 2
-    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert said.format(run=run) in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("to", export.FORMATS)

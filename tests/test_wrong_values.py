@@ -249,6 +249,7 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
         ("compile=yes", "compile is 'yes'; choose one of auto, true, false (yes is text here; write true)"),
         ("schedule.kind=cosin", "schedule.kind is 'cosin'; choose one of cosine, linear, constant, wsd"),
         ("max_steps=0", "the configuration has 1 problem"),
+        ("resume=Auto", "give the path of a checkpoint (write auto in small letters)"),
         ("device=gpu", "device is 'gpu'; choose one of auto, cpu, cuda"),
         ("optim.adamw.eps=0", "optim.adamw.eps is 0; give a number above 0"),
         ("data=bin", "data.dir is missing; give data.dir=<path>"),

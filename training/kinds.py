@@ -67,6 +67,9 @@ class StepsOrShare(Kind):
         return value if value % 1 else int(value)
 
 
+_RESUMES = ("never", "auto")
+
+
 @dataclass(frozen=True)
 class Resume(PathText):
     """`never`, `auto` or the path of a checkpoint."""
@@ -74,7 +77,10 @@ class Resume(PathText):
     remedy = "choose never or auto, or give the path of a checkpoint"
 
     def fits(self, value: Any) -> bool:
-        return super().fits(value) and value.lower() not in (*YAML_WORDS, "true", "false", "none")
+        small = value.lower() if isinstance(value, str) else ""
+        meant_otherwise = small in (*YAML_WORDS, "true", "false", "none") or (small in _RESUMES and value != small)
+        return super().fits(value) and not meant_otherwise
 
     def hint(self, value: Any) -> str:
-        return ""
+        small = value.lower() if isinstance(value, str) else ""
+        return f" (write {small} in small letters)" if small in _RESUMES else ""
