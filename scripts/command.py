@@ -54,7 +54,10 @@ def parse(
             continue
         try:
             options[key] = kind(value)
+            if options[key] != options[key]:  # nan
+                raise ValueError
         except ValueError:
+            options[key] = defaults[key]
             what = "a whole number" if kind is int else "a number"
             problems.append(f"{key}={value} is not {what}; give one, such as {key}={defaults[key]}")
     refuse([*problems, *problems_of(others, options)])

@@ -164,6 +164,8 @@ def test_options_of_scripts_are_not_misspelt():
     ]
     with pytest.raises(UsageError, match=r"worker= is no option; did you mean workers=\?\nsedes= .* seeds=\?"):
         parse(["worker=2", "sedes=1"], {"workers": 1, "seeds": ""})
+    with pytest.raises(UsageError, match=r"target=nan is not a number; give one, such as target=3\.5"):
+        parse(["target=nan"], {"target": 3.5})
     with pytest.raises(UsageError, match="--seeds=3 is no option; write it without dashes: seeds=3"):
         parse(["--seeds=3"], {"seeds": ""})
 

@@ -241,7 +241,10 @@ def test_a_damaged_file_of_tensors_is_refused(tmp_path):
         (["{run}", "{tmp}/none/x", "to=hf"], "existing directory"),
         (["{run}", "{tmp}/x", "format=hf"], "format=hf is no option; choose of to=, weights="),
         (["{run}/checkpoints", "{tmp}/x"], "/checkpoints is a part of a run; name the run itself: {run}\n"),
-        (["{run}/checkpoints/step_00000002", "{tmp}/x"], "step_00000002 is a part of a run; name the run itself: {run}\n"),
+        (
+            ["{run}/checkpoints/step_00000002", "{tmp}/x"],
+            "step_00000002 is a part of a run; name the run itself: {run}\n",
+        ),
         (["{run}"], "name a run and the file to write"),
     ],
 )

@@ -220,7 +220,12 @@ def test_a_run_that_w_and_b_cannot_continue_is_sent_whole(tmp_path, monkeypatch)
 def test_a_resumed_run_tells_w_and_b_its_sweep_tags_and_all_its_records(tiny, tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    words = [*(word for word in tiny if not word.startswith("logger")), "logger.mode=offline", "optim=paper", "name=mine"]
+    words = [
+        *(word for word in tiny if not word.startswith("logger")),
+        "logger.mode=offline",
+        "optim=paper",
+        "name=mine",
+    ]
     train(compose([*words, "max_steps=5", "schedule.decay_steps=20"]))
     first, logged = fake.started[-1], list(fake.logged)
     assert first["group"] == tmp_path.name and first["tags"] == ["Hetero", "ManifoldMuon", "published", "text"]
