@@ -312,7 +312,9 @@ def test_settings_that_training_gives_must_be_those_of_the_preparation(prepared)
     """Else they would be recorded, and have no effect. What is not given, such as files, is not compared."""
     words = ["data=text", f"data.dir={prepared}", "data.tokenizer=bytes"]
     assert compose(words).data.open().train.tokens and compose([*words, "data.val_fraction=0.1"]).data.open()
-    with pytest.raises(DataError, match=r"max_tokens: None there, 5 asked, files: .* there, 'x.txt' asked.*; leave out"):
+    with pytest.raises(
+        DataError, match=r"max_tokens: None there, 5 asked, files: .* there, 'x.txt' asked.*; leave out"
+    ):
         compose([*words, "data.max_tokens=5", "data.files=x.txt"]).data.open()
     with pytest.raises(
         DataError, match=r"\(val_fraction: 0.1 there, 0.9 asked\); leave out data.val_fraction to use it"
