@@ -126,7 +126,7 @@ class Run:
         self.val_loss = resumed.metric if resumed is not None else None  # of the current weights; None: not computed
         if ranks.is_main:
             cut = shortened(cfg, ranks.world, len(self.observer.held_out), len(self.observer.probe_windows))
-            remarks = [*without_effect(cfg, given), *cut, *resumption(resumed, cfg, notes)]
+            remarks = [*without_effect(cfg, given, sweep=bool(label)), *cut, *resumption(resumed, cfg, notes)]
             print_start(cfg, ranks, directory, self.model, self.optimizers, self.attention, remarks)
 
     @property

@@ -93,6 +93,9 @@ def _resident(process: int) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     files = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(files):
+        print(__doc__)
+        return 0
     if not files:
         print(__doc__, file=sys.stderr)
         return 2

@@ -22,16 +22,28 @@ def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
 
     It names the file of configs/data that has the name of the dataset, or else of its source, and every setting that differs from that file.
     """
-    group = next(
-        (g for g in (cfg.name, cfg.source) if (configs / "data" / f"{Path(g).name}.yaml").exists()), cfg.source
-    )
-    defaults = _defaults(configs / "data" / f"{Path(group).name}.yaml", cfg.name)
+    group, defaults = _file_of(cfg, configs)
     changed = {} if cfg.name == group else {"name": cfg.name}
     wanted = {"dir": cfg.dir, **cfg.content}
     changed |= {key: value for key, value in wanted.items() if key != "name" and defaults.get(key, ...) != value}
     changed |= {key: example for key, example in _EXAMPLES.items() if key in wanted and not wanted[key]}
     words = [f"data={group}", *(f"data.{key}={_word(value)}" for key, value in changed.items())]
     return shlex.join(["python", "-m", "data.prepare", *words])
+
+
+def given_settings(cfg: Source, configs: Path = CONFIGS) -> dict[str, Any]:
+    """The settings that decide the tokens and differ from the file that `prepare_command` names: those that a command line gave."""
+    _, defaults = _file_of(cfg, configs)
+    return {key: value for key, value in cfg.content.items() if defaults.get(key, value) != value}
+
+
+def _file_of(cfg: Source, configs: Path) -> tuple[str, dict[str, Any]]:
+    """The name of the file of configs/data from which the settings come, and the settings in it."""
+    for group in (cfg.name, cfg.source):
+        file = configs / "data" / f"{Path(group).name}.yaml"
+        if file.exists() and (defaults := _defaults(file, cfg.name)).get("source", cfg.source) == cfg.source:
+            return group, defaults
+    return cfg.source, {}
 
 
 def _defaults(file: Path, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,9 @@ import numpy as np
 
 from data.command import CONFIGS
 from data.hub import Expected
+from data.mix import Mix
 from data.parallel import encoded, workers_for
-from data.settings import Source
+from data.settings import Data, Source
 from data.shards import FORMAT, TOKEN, DataError, Manifest, SplitInfo, open_dataset, require_name, write_manifest
 from data.tokenizer import get_tokenizer
 from data.writer import PROGRESS, Progress, sync_directory
@@ -299,15 +301,15 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
 
     try:
         cfg = read_data(OmegaConf.to_container(composed(arguments, configs).data, resolve=True))
+        if idle := [word for word in arguments if not _is_of_data(word)]:
+            raise ConfigError(f"{word} has no effect on a preparation; leave it out" for word in idle)
         if not isinstance(cfg, Source):
-            print(
-                f"data={cfg.source} reads tokens that are there already; check them with: python -m data.verify {cfg.dir}"
-            )
+            print(f"data={cfg.source} reads tokens that are there already; check them with: {_check_of(cfg)}")
             return 2
         directory = prepare(cfg)
         print(_counts(directory, cfg))
     except REFUSALS as error:
-        problems, rest = problems_of_words(arguments, configs=configs)
+        problems, rest = problems_of_words(arguments, configs=configs, sweeps=False)
         if problems:
             with contextlib.suppress(*REFUSALS):
                 try:  # wrong values among the other words
@@ -326,6 +328,18 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_of_data(word: str) -> bool:
+    """Whether a word of the command line decides the data; an experiment may choose one."""
+    key = word.partition("=")[0].lstrip("+~")
+    return key in ("data", "experiment") or key.startswith("data.")
+
+
+def _check_of(cfg: Data) -> str:
+    """The command that checks tokens that are there already; of a mixture, one for each part."""
+    folders = [Path(cfg.dir) / part for part in cfg.parts] if isinstance(cfg, Mix) else [Path(cfg.dir)]
+    return " && ".join(f"python -m data.verify {shlex.quote(str(folder))}" for folder in folders)
 
 
 def _counts(directory: Path, cfg: Source) -> str:

@@ -23,10 +23,12 @@ def verify(folder: Path, vocab_size: int | None = None) -> Iterator[Finding]:
     """Check every file of a folder; reads all tokens. `vocab_size` is that of .bin files without a manifest; None for GPT-2's.
 
     Raises:
-        DataError: the folder holds no tokens, or its manifest is damaged.
+        DataError: the folder holds no tokens, or its manifest is damaged, or tells the vocabulary beside `vocab_size`.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; name one that was prepared, or one of .bin files")
+    if vocab_size is not None and (folder / MANIFEST).exists():
+        raise DataError(f"vocab_size={vocab_size} is for .bin files; {folder} has its own in {MANIFEST}: leave it out")
     return _prepared(folder) if (folder / MANIFEST).exists() else _bin(folder, vocab_size)
 
 

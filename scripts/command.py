@@ -41,6 +41,8 @@ def parse(
         if not equals or key not in defaults:
             near = get_close_matches(key, list(defaults), 1, _ALMOST) if equals and key.isidentifier() else []
             misspelt = [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
+            if equals and key.startswith("-"):
+                misspelt = [f"{argument} is no option; write it without dashes: {argument.lstrip('-')}"]
             problems += misspelt
             others += [] if misspelt else [argument]
             continue
@@ -52,7 +54,10 @@ def parse(
             continue
         try:
             options[key] = kind(value)
+            if options[key] != options[key]:  # nan
+                raise ValueError
         except ValueError:
+            options[key] = defaults[key]
             what = "a whole number" if kind is int else "a number"
             problems.append(f"{key}={value} is not {what}; give one, such as {key}={defaults[key]}")
     refuse([*problems, *problems_of(others, options)])
@@ -62,13 +67,17 @@ def parse(
 def problems_of_run(others: list[str], options: dict[str, Any]) -> list[str]:
     """What is wrong with the words besides the options, where they must be the directory of one run."""
     known = ", ".join(f"{key}=" for key in options)
+    return problems_of_names(others, options, 1, f"name one run and, if you like, {known}; see --help")
+
+
+def problems_of_names(others: list[str], options: dict[str, Any], count: int, remedy: str) -> list[str]:
+    """What is wrong with the words besides the options, of which `count` must be there; `remedy` says which."""
+    known = ", ".join(f"{key}=" for key in options)
     wrong = [
         word for word in others if word.partition("=")[0].isidentifier() and "=" in word and not Path(word).exists()
     ]
     found = [f"{word} is no option; choose of {known}" for word in wrong]
-    if len(others) - len(wrong) != 1:
-        found.append(f"name one run and, if you like, {known}; see --help")
-    return found
+    return found if len(others) - len(wrong) == count else [*found, remedy]
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from data.bin import bin_of
 from data.loader import validation_windows
 from data.settings import Data
-from data.shards import MANIFEST, Dataset, open_dataset
+from data.shards import MANIFEST, DataError, Dataset, open_dataset
 from data.tokenizer import TOKENIZERS, get_tokenizer
 from model.gpt import GPT
 from scripts.analysis.runs import load_model, require_text
@@ -95,9 +95,14 @@ def measure(model: GPT, windows: np.ndarray, token_bytes: list[bytes]) -> Measur
 
 
 def token_bytes_of(data: Data) -> list[bytes]:
-    """The bytes of every token id; empty ones if the vocabulary is not that of the tokenizer (data=bin data.vocab_size=...)."""
-    own = data.vocabulary() == TOKENIZERS[data.tokenizer].vocab_size
-    return get_tokenizer(data.tokenizer).token_bytes() if own else [b""] * data.vocabulary()
+    """The bytes of every token id; empty ones if they are not known: the vocabulary is not that of the tokenizer
+    (data=bin data.vocab_size=...), or it cannot be loaded, which is said on stderr."""
+    if data.vocabulary() == TOKENIZERS[data.tokenizer].vocab_size:
+        try:
+            return get_tokenizer(data.tokenizer).token_bytes()
+        except DataError as error:
+            print(f"without bits per byte: {error}", file=sys.stderr)
+    return [b""] * data.vocabulary()
 
 
 def position_table(found: dict[int, Measured], trained: int) -> Table:
@@ -114,10 +119,14 @@ def position_table(found: dict[int, Measured], trained: int) -> Table:
 def summary_table(found: dict[int, Measured]) -> Table:
     """Loss, perplexity and bits per byte for each length of the windows."""
     lines = [
-        [f"{T:,}", f"{m.tokens:,}", f"{m.loss:.4f}", f"{math.exp(min(m.loss, 700)):.4g}", f"{m.bits_per_byte:.4f}"]
+        [f"{T:,}", f"{m.tokens:,}", f"{m.loss:.4f}", f"{math.exp(min(m.loss, 700)):.4g}", _bits(m.bits_per_byte)]
         for T, m in found.items()
     ]
     return Table(["context", "tokens", "loss", "perplexity", "bits per byte"], lines, [True] * 5)
+
+
+def _bits(bits_per_byte: float) -> str:
+    return "" if math.isnan(bits_per_byte) else f"{bits_per_byte:.4f}"
 
 
 def data_of(cfg: Settings, folder: str) -> Dataset:
@@ -189,14 +198,14 @@ def work(arguments: list[str]) -> int:
     cfg = read_sound(completed(config))[0]
     dataset = data_of(cfg, options["data"])
     model.separator = separator_of(cfg, dataset)
-    found = {}
+    found, token_bytes = {}, token_bytes_of(cfg.data)
     for T in (multiple * model.config.block_size for multiple in multiples_of(options["contexts"])):
         try:
             longer = model.with_context(T)
         except ValueError as error:
             raise UsageError(f"{others[0]}: {error}") from error
         windows = validation_windows(getattr(dataset, options["split"]), T, options["windows"] or None)
-        found[T] = measure(longer, windows, token_bytes_of(cfg.data))
+        found[T] = measure(longer, windows, token_bytes)
     print(
         f"{others[0]}, step {step}, on {options['split']} of {options['data'] or config['data']['name']}, loss in nats a token"
     )

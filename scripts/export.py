@@ -24,50 +24,52 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.hf_tokenizer import tokenizer_files
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.tokenizer import get_tokenizer
 from model.convert import NotGPT2, known_settings, to_hf, to_nanogpt
 from model.gpt import GPT
 from scripts.analysis.runs import load_model, require_text
-from scripts.command import UsageError, parse, refuse, run
+from scripts.command import UsageError, parse, problems_of_names, refuse, run
 from training.safetensors_file import SETTINGS, write_tensors
 
 EXPORT_OPTIONS = {"to": "nanogpt", "weights": "last"}
 
 
-def write_nanogpt(model: GPT, tokenizer: Tokenizer, path: Path) -> str:
+def write_nanogpt(model: GPT, tokenizer: str, path: Path) -> str:
     """Write the state dict; returns nanoGPT's GPTConfig. NotGPT2 if nanoGPT has no such model."""
     shape, tensors = to_nanogpt(model.config, model.state_dict())
     torch.save(tensors, path)
     return f"GPTConfig({', '.join(f'{key}={value}' for key, value in shape.items())})"
 
 
-def write_hf(model: GPT, tokenizer: Tokenizer, path: Path) -> str:
+def write_hf(model: GPT, tokenizer: str, path: Path) -> str:
     """Write the folder; returns its files. NotGPT2 if Hugging Face's GPT-2 has no such model."""
-    about, tensors = to_hf(model.config, model.state_dict(), tokenizer.eot)
+    own = get_tokenizer(tokenizer)
+    about, tensors = to_hf(model.config, model.state_dict(), own.eot)
     path.mkdir()
     write_tensors(path / "model.safetensors", tensors)
-    for name, content in {"config.json": about, **tokenizer_files(tokenizer, model.config.block_size)}.items():
+    for name, content in {"config.json": about, **tokenizer_files(own, model.config.block_size)}.items():
         (path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     return ", ".join(sorted(file.name for file in path.iterdir()))
 
 
-def write_safetensors(model: GPT, tokenizer: Tokenizer, path: Path) -> str:
+def write_safetensors(model: GPT, tokenizer: str, path: Path) -> str:
     """Write all tensors, a tied head once; returns what they are."""
     state = {name: t for name, t in model.state_dict().items() if name not in model.tied_names().values()}
-    write_tensors(path, state, {SETTINGS: json.dumps(known_settings(model.config)), "tokenizer": tokenizer.name})
+    write_tensors(path, state, {SETTINGS: json.dumps(known_settings(model.config)), "tokenizer": tokenizer})
     return f"{len(state)} tensors"
 
 
-FORMATS: dict[str, Callable[[GPT, Tokenizer, Path], str]] = {
+FORMATS: dict[str, Callable[[GPT, str, Path], str]] = {
     "nanogpt": write_nanogpt,
     "hf": write_hf,
     "safetensors": write_safetensors,
 }
-"""What writes a model, by the name that `to=` gives."""
+"""What writes a model with the tokenizer of a name, by the name that `to=` gives."""
 
 
 def export(directory: str, target: Path, to: str = "nanogpt", weights: str = "last") -> tuple[int, str]:
@@ -94,7 +96,7 @@ def export(directory: str, target: Path, to: str = "nanogpt", weights: str = "la
     temporary = target.with_name(f".{target.name}.tmp")
     _remove(temporary)  # of an attempt that was interrupted
     try:
-        remark = FORMATS[to](model, get_tokenizer(config["data"]["tokenizer"]), temporary)
+        remark = FORMATS[to](model, config["data"]["tokenizer"], temporary)
         os.replace(temporary, target)
     except NotGPT2 as error:
         raise UsageError(
@@ -115,11 +117,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def problems_of_export(others: list[str], options: dict[str, Any]) -> list[str]:
+    """What is wrong with the words besides the options, which must be a run and a file."""
+    remedy = "name a run and the file to write: python scripts/export.py outputs/first gpt.pt"
+    return problems_of_names(others, options, 2, remedy)
+
+
 def work(arguments: list[str]) -> int:
     """Export, and print what was written."""
-    others, options = parse(arguments, EXPORT_OPTIONS)
-    if len(others) != 2:
-        raise UsageError("name a run and the file to write: python scripts/export.py outputs/first gpt.pt")
+    others, options = parse(arguments, EXPORT_OPTIONS, problems_of_export)
     target = Path(others[1])
     step, remark = export(others[0], target, **options)
     files = [target] if target.is_file() else list(target.iterdir())

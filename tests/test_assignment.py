@@ -122,6 +122,11 @@ def test_all_mistakes_come_at_once():
             ["model.mlp=none"],
             ["'mlp' matches no matrix; remove it: assignment=custom 'assignment.rules={attn: stiefel}'"],
         ),
+        (
+            ["optim.always_adamw=[wte, wpe, lm_haed]"],
+            ["optim.always_adamw: the pattern 'lm_haed' matches no parameter"],
+        ),
+        (["optim.norms.tables=[wte, wpf]"], ["optim.norms.tables: the pattern 'wpf' matches no parameter"]),
         (["optim.always_adamw=[attn, wte, wpe]"], ["rule 'attn' claims 'transformer.h.0-3.attn", "optim.always_adamw"]),
     ],
 )

@@ -190,6 +190,8 @@ def test_verify_says_what_it_needs(tmp_path, capsys):
     assert "vocabsize= is no option; the only one is vocab_size=" in capsys.readouterr().err
     assert verify([str(nanogpt(tmp_path / "x")), "vocab_size=65"]) == 1
     assert verify([str(speedrun(tmp_path / "y"))]) == 0
+    assert verify([str(prepared(tmp_path / "z")), "vocab_size=65"]) == 2
+    assert "vocab_size=65 is for .bin files" in capsys.readouterr().err
 
 
 # --- mixtures -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_resume import base, copied, state_of  # noqa: F401
@@ -11,8 +12,10 @@ from test_train import records
 
 import train as module
 from train import train
+from training.checkpoint import Loaded
 from training.config import compose
 from training.log import METRICS_FILE
+from training.resume import resumption
 from training.sweep import plan_job
 
 
@@ -64,9 +67,10 @@ def test_the_command_of_a_branch_given_again_continues_it_and_loses_nothing(copi
     run, overrides = copied
     words = [*overrides[:-1], f"output_dir={tmp_path}/branch", f"resume={run}/checkpoints/step_00000005"]
     words += ["checkpoint.interval=2", "checkpoint.keep=9"]
-    plain = module.Run.make_step
+    plain, steps = module.Run.make_step, []
 
     def until_nine(self, *args):
+        steps.append(self.step)
         return killed() if self.step == 9 else plain(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -74,9 +78,31 @@ def test_the_command_of_a_branch_given_again_continues_it_and_loses_nothing(copi
         train(compose(words))
     before = {p.name for p in (tmp_path / "branch/checkpoints").iterdir()}
     assert before == {"step_00000006", "step_00000008"}
-    train(compose(words))
+    for resume in spellings(words.pop(-3), tmp_path, monkeypatch):
+        steps.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module.Run, "make_step", until_nine)
+            train(compose([*words, resume]))
+        assert steps == [8, 9] and {p.name for p in (tmp_path / "branch/checkpoints").iterdir()} == before
+    train(compose([*words, resume]))
     assert {p.name for p in (tmp_path / "branch/checkpoints").iterdir()} == before | {"step_00000010"}
     assert [r["step"] for r in records(tmp_path / "branch", "train")] == list(range(6, 11))
+
+
+def spellings(word, here, monkeypatch):
+    """The same `resume=<absolute path>` otherwise: with a slash at its end, and relative to a folder."""
+    path = word.partition("=")[2]
+    monkeypatch.chdir(here)
+    relative = Path(path).relative_to(here)
+    return [word, f"{word}/", f"resume={relative}", f"resume=./{relative}/"]
+
+
+def test_a_resumed_run_says_what_it_does_not_do():
+    loaded = Loaded({"config": {"full_eval": False, "max_steps": 4}}, Path("a/checkpoints/step_00000004"), 4)
+    _, beyond, split = resumption(loaded, compose(["full_eval=true", "max_steps=2"]), [])
+    assert beyond == "max_steps=2: the run is beyond it already, and is not trained further"
+    assert split.startswith("full_eval=true: the run had ended without it") and split.endswith("scripts/evaluate.py a")
+    assert len(resumption(loaded, compose(["full_eval=true", "max_steps=9"]), [])) == 1
 
 
 def test_a_sweep_may_begin_at_a_checkpoint(copied, tmp_path):  # noqa: F811

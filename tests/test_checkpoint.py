@@ -65,11 +65,12 @@ def test_what_loads_is_what_was_saved(tmp_path):
 def test_no_checkpoint_is_none_and_a_wrong_path_names_the_right_one(tmp_path):
     assert load_newest(tmp_path) is None
     assert load_newest(tmp_path / "absent") is None
-    with pytest.raises(CheckpointError, match=r"not a checkpoint .*resume=auto"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*in the folder checkpoints of a run"):
         load(tmp_path / "absent")
-    save(tmp_path, 5, make_state(5))
-    with pytest.raises(CheckpointError, match=r"did you mean .*step_00000005"):
-        load(tmp_path)
+    save(tmp_path / "checkpoints", 5, make_state(5))
+    for wrong in (".", "checkpoints", "checkpoints/step_5"):
+        with pytest.raises(CheckpointError, match=r"did you mean .*checkpoints/step_00000005\?"):
+            load(tmp_path / wrong)
 
 
 def test_the_newest_k_and_the_best_stay(tmp_path):

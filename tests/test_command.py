@@ -81,7 +81,12 @@ WRONG = {
     "optim.library.settings.eps=1e-6": "optim.library.settings.eps is not in the chosen file of configs/optim; "
     "write +optim.library.settings.eps=1e-6, beside an optimizer of a library, such as optim=adamw",
     "max_steps": "max_steps has no value; write max_steps=<value>",
-    "seed=1,2": "seed=1,2 gives several values; add -m for a sweep",
+    "optim.modular.lr=0.1": "optim.modular.lr is no setting here; it belongs to optim=modular",
+    "optim.library.lr=0.1": "optim.library.lr is no setting here; it belongs to optim=adamw and optim=lion and optim=sgd",
+    "seed=1,2": "seed=1,2 gives several values; add -m for a sweep, or put a list in brackets, or put text that has a comma "
+    "in two kinds of quotes: \"seed='1,2'\"",
+    "--seed=3": "--seed=3 is no option here; write it without dashes: seed=3",
+    "-m": "-m is no option here; leave it out, or see --help",
     "name='a": "name='a cannot be read; put a value with spaces",
     "+seed=3": "Could not append to config. An item is already at 'seed'",
 }
@@ -95,7 +100,13 @@ def test_all_misspelt_words_are_named_at_once_with_what_was_meant():
     assert problems_of_words(["optim.muon.rule.dual_steps=3"])[0] == [
         "optim.muon.rule.dual_steps is no setting here; it belongs to optim=paper"
     ]
+    assert problems_of_words(["optim=paper", "optim.muon.rule.quality=high"])[0] == [  # adamw has it, without effect
+        "optim.muon.rule.quality is no setting here; it belongs to optim=manifold_muon and optim=no_decay"
+    ]
     assert problems_of_words(["seed=1,2", "assignment=hetero,adamw"], sweep=True)[0] == []
+    assert problems_of_words(["data=text,books"], sweeps=False)[0] == [
+        "data=text,books gives several values; give one of them"
+    ]
     assert problems_of_words(["hydra/launcher=basic", "seed=1"])[0] == []  # Hydra has choices that configs/ does not
 
 
@@ -126,6 +137,12 @@ def test_an_interval_needs_a_sweeper_that_chooses_values(train_here):
     assert "hydra/sweeper=optuna" in done.stderr and "list the values: optim.muon.lr=0.1,1\n" in done.stderr
 
 
+def test_a_sweep_has_one_name(train_here, tmp_path):
+    done = train_here("-m", "seed=1,2", "sweep.name=a,b")
+    assert done.returncode == 2 and done.stderr.startswith("sweep.name=a,b gives several names; a sweep has one")
+    assert not list(tmp_path.iterdir())
+
+
 def test_words_with_dashes_are_answered_with_the_command_that_was_meant(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--cfg", "job", "--max_steps=5", "seed=1", "--assignment=hetero"])
     assert run_command("About.") == 2
@@ -147,6 +164,10 @@ def test_options_of_scripts_are_not_misspelt():
     ]
     with pytest.raises(UsageError, match=r"worker= is no option; did you mean workers=\?\nsedes= .* seeds=\?"):
         parse(["worker=2", "sedes=1"], {"workers": 1, "seeds": ""})
+    with pytest.raises(UsageError, match=r"target=nan is not a number; give one, such as target=3\.5"):
+        parse(["target=nan"], {"target": 3.5})
+    with pytest.raises(UsageError, match="--seeds=3 is no option; write it without dashes: seeds=3"):
+        parse(["--seeds=3"], {"seeds": ""})
 
 
 def test_true_and_false_are_the_values_of_a_switch():
@@ -201,6 +222,10 @@ def test_a_mistake_is_one_message_before_anything_is_read(main, words, said, tmp
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert said in err and "Traceback" not in err and not out and not list(tmp_path.iterdir())
+
+
+def test_the_measurement_of_data_has_help(capsys):
+    assert data_bench.main(["--help"]) == 0 and "python -m data.bench <file of text>" in capsys.readouterr().out
 
 
 LISTS = [

@@ -176,6 +176,7 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch):
             "data.separator=''",
             "data.column='null'",
         ],
+        ["data=text", "data.name=stdlib", "data.files=x.txt"],
         ["data=text", "data.name='a|b $x'", "data.files=x.txt", "data.separator=null", "data.dir=/nowhere"],
         ["data=fineweb", "data.max_tokens=1000", "data.val_fraction=0.00001"],
         ["data=hub", "data.name=wiki", "data.repository=wikimedia/wikipedia", "data.revisions=[abc,null]"],
@@ -305,6 +306,20 @@ def test_other_settings_are_refused(tmp_path, prepared):
         DataError, match=r"other settings \(split_seed: 2357 there, 7 asked\); move .* elsewhere .* or set data\.dir"
     ):
         prepare(text_config(tmp_path, split_seed=7), progress=False)
+
+
+def test_settings_that_training_gives_must_be_those_of_the_preparation(prepared):
+    """Else they would be recorded, and have no effect. What is not given, such as files, is not compared."""
+    words = ["data=text", f"data.dir={prepared}", "data.tokenizer=bytes"]
+    assert compose(words).data.open().train.tokens and compose([*words, "data.val_fraction=0.1"]).data.open()
+    with pytest.raises(
+        DataError, match=r"max_tokens: None there, 5 asked, files: .* there, 'x.txt' asked.*; leave out"
+    ):
+        compose([*words, "data.max_tokens=5", "data.files=x.txt"]).data.open()
+    with pytest.raises(
+        DataError, match=r"\(val_fraction: 0.1 there, 0.9 asked\); leave out data.val_fraction to use it"
+    ):
+        compose([*words, "data.name=stdlib", "data.val_fraction=0.9"]).data.open()
 
 
 def test_changed_files_are_refused_and_removed_ones_are_not_needed(tmp_path, prepared):

@@ -64,6 +64,8 @@ def test_the_command_prepares_and_summarises(tmp_path, configs, capsys):
         (["data=stdlib", "data.max_tokens=-5"], 2, "data.max_tokens is -5"),
         (["data=nowhere"], 2, "openwebtext"),
         (["data.kolumn=x"], 2, "kolumn"),
+        (["data=text,books"], 2, "data=text,books gives several values; give one of them"),
+        (["-m"], 2, "-m is no option here; leave it out"),
     ],
 )
 def test_the_command_refuses_in_one_message(tmp_path, configs, capsys, overrides, code, message):
@@ -73,3 +75,15 @@ def test_the_command_refuses_in_one_message(tmp_path, configs, capsys, overrides
     assert message in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "prepared" / "x").exists()
+
+
+def test_a_mixture_is_checked_part_by_part(capsys):
+    assert main(["data=mix", "data.parts={a b: 1, c: 2}"]) == 2
+    said = "check them with: python -m data.verify 'data/prepared/a b' && python -m data.verify data/prepared/c"
+    assert said in capsys.readouterr().out
+
+
+def test_a_preparation_takes_only_words_about_data(tmp_path, capsys):
+    assert main(["data=stdlib", f"data.dir={tmp_path}/x", "max_steps=3"]) == 2
+    said = capsys.readouterr().err
+    assert "max_steps=3 has no effect on a preparation; leave it out" in said and not (tmp_path / "x").exists()

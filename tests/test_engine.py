@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -19,6 +20,8 @@ from harness import children, command, last_step, records, wait_until
 from training import sweep
 from training.config import compose
 from training.engine import Job, run_all, run_here
+from training.run import environment
+from training.start import typed_command
 from training.sweep import other_settings
 from training.validate import ConfigError
 
@@ -104,9 +107,22 @@ def test_a_worker_that_is_killed_is_one_failed_job(tiny_grid, tmp_path, capsys):
     failures = run_all([long, short, bad], workers=2)
     killer.join()
     assert set(failures) == {long.directory, bad.directory} and short.ended
+    assert json.loads((short.directory / "environment.json").read_text())["command"] == typed_command()
     assert re.search("killed by SIGKILL .*the same command continues it", failures[long.directory])
     assert "max_steps is -1" in failures[bad.directory]
     assert "3/3" in capsys.readouterr().out and children(os.getpid()) == before
+
+
+def test_a_run_notes_the_program_with_its_place_in_the_repository(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts/reproduce.py"), "seeds=1", "name=a b"])
+    assert typed_command() == "python scripts/reproduce.py seeds=1 'name=a b'"
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/train.py"])
+    assert typed_command() == "python train.py"
+
+
+def test_a_run_notes_its_system_without_the_name_of_the_kernel():
+    noted = environment()["platform"]
+    assert platform.system() in noted and platform.machine() in noted and platform.release() not in noted
 
 
 def worker_of(parent, job):

@@ -13,6 +13,7 @@ from test_export import gpt, run, tokens  # noqa: F401  # run is a fixture
 from test_import import TINY
 
 from data.prepare import prepare
+from data.shards import DataError
 from data.tokenizer import get_tokenizer
 from scripts import evaluate, export
 from scripts.analysis.runs import load_model
@@ -55,6 +56,16 @@ def test_tokens_of_a_vocabulary_that_is_not_known_have_no_bytes():
     assert evaluate.token_bytes_of(own) == [b""] * 40
     assert math.isnan(evaluate.measure(gpt(), windows_of(3, 16), evaluate.token_bytes_of(own)).bits_per_byte)
     assert evaluate.token_bytes_of(compose(["data=stdlib"]).data) == BYTES.token_bytes()
+
+
+def test_without_the_vocabulary_there_are_no_bits_per_byte(monkeypatch, capsys):
+    def without_network(name):
+        raise DataError("no network")
+
+    monkeypatch.setattr(evaluate, "get_tokenizer", without_network)
+    assert evaluate.token_bytes_of(compose(["data=stdlib"]).data) == [b""] * 257
+    assert capsys.readouterr().err == "without bits per byte: no network\n"
+    assert evaluate.summary_table({4: evaluate.Measured(8, torch.ones(4), math.nan)}).lines[0][-1] == ""
 
 
 @pytest.mark.parametrize("settings", [{"rope": True}, NGPT], ids=["rotary", "nGPT"])

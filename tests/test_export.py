@@ -8,6 +8,7 @@ import torch
 from test_tokenizer import TOKENIZERS
 
 from data.hf_tokenizer import merges, tokenizer_files
+from data.shards import DataError
 from data.tokenizer import get_tokenizer
 from model.convert import NotGPT2, from_hf, from_nanogpt, misfits, take, to_hf, to_nanogpt
 from model.gpt import GPT, GPTConfig
@@ -85,7 +86,7 @@ def test_transformers_computes_the_same_logits(settings, tmp_path):
     from transformers import GPT2LMHeadModel
 
     model = gpt(**settings)
-    export.write_hf(model, get_tokenizer("bytes"), tmp_path / "hf")
+    export.write_hf(model, "bytes", tmp_path / "hf")
     theirs, loading = GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
@@ -183,7 +184,7 @@ def test_to_nanogpt_and_back_is_bitwise(settings, tmp_path):
 
 def test_a_model_that_gpt2_does_not_have_goes_as_safetensors_and_comes_back(run, tmp_path, capsys):
     model = gpt(rope=True, mlp="swiglu", qk_norm=True, tied=True)
-    export.write_safetensors(model, get_tokenizer("bytes"), tmp_path / "m.safetensors")
+    export.write_safetensors(model, "bytes", tmp_path / "m.safetensors")
     weights = read_weights(tmp_path / "m.safetensors")
     assert "lm_head.weight" not in weights.tensors and weights.settings["model.rope"] is True
     fresh = GPT(model.config)
@@ -238,11 +239,30 @@ def test_a_damaged_file_of_tensors_is_refused(tmp_path):
         (["{run}", "{tmp}/x", "to=onnx"], "choose one of nanogpt, hf, safetensors"),
         (["{run}", "{tmp}", "to=hf"], "exists already; name a new folder"),
         (["{run}", "{tmp}/none/x", "to=hf"], "existing directory"),
+        (["{run}", "{tmp}/x", "format=hf"], "format=hf is no option; choose of to=, weights="),
+        (["{run}/checkpoints", "{tmp}/x"], "/checkpoints is a part of a run; name the run itself: {run}\n"),
+        (
+            ["{run}/checkpoints/step_00000002", "{tmp}/x"],
+            "step_00000002 is a part of a run; name the run itself: {run}\n",
+        ),
+        (["{run}"], "name a run and the file to write"),
     ],
 )
 def test_bad_arguments_are_one_message_and_leave_nothing(run, tmp_path, capsys, arguments, said):
     assert export.main([argument.format(run=run, tmp=tmp_path) for argument in arguments]) == 2
-    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert said.format(run=run) in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", export.FORMATS)
+def test_only_the_folder_with_the_tokenizer_needs_its_vocabulary(run, tmp_path, capsys, monkeypatch, to):
+    monkeypatch.setattr(export, "get_tokenizer", without_network)
+    refused = to == "hf"
+    assert export.main([str(run), str(tmp_path / "x"), f"to={to}"]) == 2 * refused
+    assert (tmp_path / "x").exists() != refused == ("no network" in capsys.readouterr().err)
+
+
+def without_network(name):
+    raise DataError("no network")
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):

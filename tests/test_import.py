@@ -81,7 +81,7 @@ def test_masks_and_names_of_the_published_file(tmp_path):
 def test_a_larger_vocabulary_and_fewer_positions(tmp_path):
     """The rows that are added raise the loss by less than the bound of Jensen's inequality."""
     model = gpt()
-    write_hf(model, BYTES, tmp_path / "hf")
+    write_hf(model, "bytes", tmp_path / "hf")
     larger = from_folder(tmp_path / "hf", vocab_size=56, block_size=8)
     assert torch.equal(larger.transformer.wpe.weight, model.transformer.wpe.weight[:8])
     x, y = tokens()[:, :8], tokens()[:, 1:9]
@@ -195,7 +195,7 @@ def test_a_run_of_an_older_program_gives_its_weights(run, monkeypatch):  # noqa:
 
 def test_free_weights_move_onto_the_manifolds_and_the_run_says_how_far(tiny_data, tmp_path, capsys):
     model = GPT(GPTConfig(**{**SHAPE, "vocab_size": 320}))
-    write_hf(model, BYTES, tmp_path / "hf")
+    write_hf(model, "bytes", tmp_path / "hf")
     arguments = [
         *tiny_data,
         *TINY,
@@ -226,7 +226,7 @@ def test_movement_is_over_all_layers_of_a_kind():
 
 
 def test_weights_that_do_not_fit_end_the_run_before_anything_is_written(tiny_data, tmp_path):
-    write_safetensors(gpt(rope=True), BYTES, tmp_path / "m.weights")
+    write_safetensors(gpt(rope=True), "bytes", tmp_path / "m.weights")
     with pytest.raises(ConfigError, match=r"model\.rope=false does not fit .*; set model\.rope=true"):
         train(compose([*tiny_data, *TINY, f"output_dir={tmp_path}/run", f"init_from={tmp_path}/m.weights"]))
     assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/config.yaml").exists()
@@ -276,7 +276,7 @@ def test_a_name_is_downloaded_and_a_failure_names_the_remedy(tmp_path, monkeypat
     from huggingface_hub.errors import EntryNotFoundError
 
     model = gpt(**GPT2S["as published"])
-    write_hf(model, BYTES, tmp_path / "hf")
+    write_hf(model, "bytes", tmp_path / "hf")
     asked = []
 
     def download(repository, file):
@@ -301,5 +301,5 @@ def test_a_name_is_downloaded_and_a_failure_names_the_remedy(tmp_path, monkeypat
 
 
 def test_nanogpt_without_arguments_is_known_by_its_tensors(tmp_path):
-    write_nanogpt(gpt(), BYTES, tmp_path / "gpt.pt")
+    write_nanogpt(gpt(), "bytes", tmp_path / "gpt.pt")
     assert_bitwise(from_folder(tmp_path / "gpt.pt").state_dict(), gpt().state_dict())

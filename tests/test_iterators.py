@@ -278,7 +278,7 @@ def test_the_printed_trough_lies_between_the_fixed_points(l, r):
         (["interval=1,0.1"], "the smaller first"),
         (["interval=0,1"], "two numbers above 0"),
         (["interval=0.1,1", "safety=0.9"], "safety from 1"),
-        (["interval=0.1,1", "safety=nan"], "safety from 1"),
+        (["interval=0.1,1", "safety=nan"], "safety=nan is not a number"),
         (["l=0.1", "r=0.1", "digits=0"], "give 1 to 15"),
         (["l=0.1", "r=0.1", "interval=0.5,2"], "diverges on"),
         (["interval=0.001,0.01", "steps=2"], "train.py would refuse"),

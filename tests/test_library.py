@@ -145,6 +145,14 @@ def test_factors_of_the_rate_make_groups():
 # ---- state of a kind of its own ----
 
 
+class Overflowing(torch.optim.SGD):
+    """Its matrices are infinite after a step."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.fill_(math.inf)
+
+
 class Counting(torch.optim.Optimizer):
     """SGD on signs, with state in bfloat16 and counters in the group and on the host."""
 
@@ -215,10 +223,16 @@ AS = "optim.library.optimizer="
         ([f"{AS}torch.nn.Linear"], "is not a torch.optim.Optimizer"),
         ([f"{AS}{__name__}.Closing"], "cannot be used: TypeError: .*closure.*choose another optimizer"),
         ([f"{AS}{__name__}.Foreign"], "cannot be used: its state.* is a builtins.object"),
+        ([f"{AS}{__name__}.Overflowing"], "cannot be used: a matrix is not finite after two steps; change .*settings"),
         ([f"{AS}{__name__}.Counting"], "optim.library.weight_decay is 0.0001, but .*Counting has none; give 0"),
         (["+optim.library.settings.momentun=1"], "momentun is no setting of torch.optim.SGD; did you mean momentum"),
         (["+optim.library.settings.lr=1"], "settings.lr has a key of its own; use optim.library.lr"),
         (["optim.library.settings.momentum=-1"], "Invalid momentum value: -1; change optim.library.settings.momentum"),
+        (
+            ["optim.library.settings.nesterov=no", "+optim.library.settings.foreach=Yes"],
+            "settings.nesterov is 'no'; no is text here; write false\n.*foreach is 'Yes'; Yes is text here; write true",
+        ),
+        (["optim.library.settings.momentum=nan"], "settings.momentum is nan; give a finite number"),
         (["optim.library.lr_scale={attention: 2}"], "pattern 'attention' matches no matrix"),
     ],
 )

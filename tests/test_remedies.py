@@ -248,6 +248,7 @@ def test_blocks_put_every_head_on_the_manifold_by_itself():
         (["stability.on_unstable=halt"], "on_unstable is 'halt'; choose mark or stop"),
         (["stability.warning.probes=1"], "warning.probes is 1; give a whole number of at least 3"),
         (["probe.windows=0"], "probe.windows is 0"),
+        (["data=mix", "data.parts={a: 1}", "batches.order=in_order"], "batches.order=in_order: a mixture has no order"),
     ],
 )
 def test_senseless_switches_are_refused_with_the_remedy(overrides, message):

@@ -20,8 +20,10 @@ from model.gpt import GPT, GPTConfig
 from model.probes import probe
 from model.spectra import Spectra
 from train import train
+from training.build import build_optimizers, gpt_config
 from training.config import compose
 from training.log import RunLog, read_records
+from training.start import tags_of
 from training.wandb_sink import OVER_HEADS, WANDB_RUNS_FILE, WandbSink, flatten
 
 
@@ -218,16 +220,32 @@ def test_a_run_that_w_and_b_cannot_continue_is_sent_whole(tmp_path, monkeypatch)
 def test_a_resumed_run_tells_w_and_b_its_sweep_tags_and_all_its_records(tiny, tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    words = [*(word for word in tiny if not word.startswith("logger")), "logger.mode=offline", "optim=paper"]
+    words = [
+        *(word for word in tiny if not word.startswith("logger")),
+        "logger.mode=offline",
+        "optim=paper",
+        "name=mine",
+    ]
     train(compose([*words, "max_steps=5", "schedule.decay_steps=20"]))
     first, logged = fake.started[-1], list(fake.logged)
-    assert first["group"] == tmp_path.name and first["tags"] == ["Hetero", "published", "text"]
+    assert first["group"] == tmp_path.name and first["tags"] == ["Hetero", "ManifoldMuon", "published", "text"]
+    assert first["name"] == "mine"
     fake.logged.clear()
     resumed = compose([*words, "max_steps=7", "schedule.decay_steps=20", "resume=auto"])
     train(resumed)
     ends = [payload for payload in logged if "end/best_val_loss" in payload]
     assert fake.logged[: len(logged)] == logged and len(ends) == 1
     assert max(payload["step"] for payload in fake.logged) == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "optimizer"), [("optim=sgd", "SGD"), ("optim=modular", "Modular"), ("assignment=adamw", "AdamW")]
+)
+def test_a_run_without_manifold_muon_has_no_tag_of_its_step_rule(words, optimizer):
+    cfg = compose([words, "assignment=unconstrained"] if words[0] == "o" else [words])
+    with torch.device("meta"):
+        optimizers = build_optimizers(GPT(gpt_config(cfg)), cfg)
+    assert tags_of(cfg, optimizers) == [cfg.assignment.name, optimizer, "stdlib"]
 
 
 def test_wandb_offline_for_real(tmp_path, caplog):

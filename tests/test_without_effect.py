@@ -4,14 +4,25 @@ import pytest
 
 from training.checks import check, read
 from training.config import resolved
-from training.effects import EFFECTS, without_effect
+from training.effects import EFFECTS, FIXED_SIZE, ONE_RANK, ONLY_SWEEP, without_effect
 from training.overrides import composed, keys_set
 
 NO_SIZE, NO_MATRIX = "no matrix has a size that is free to decay", "ManifoldMuon has no matrix"
+NO_CONDITION = "no matrix is on a manifold whose steps fulfil a condition"
+AT_ZERO = "the residual rule lets these matrices start at zero"
 CASES = [
     (
         "schedule=constant assignment=all_stiefel logger.mode=disabled probe.interval=null",
         {
+            "schedule.decay_steps=50": "schedule=constant stays at the peak",
+            "optim.muon.rule.iterator=you_jiacheng": "no matrix is unconstrained or in the spectral ball",
+            "init.weight_scale=3": FIXED_SIZE,
+            "init.residual_scale=2": FIXED_SIZE,
+            "init.attention_residual_scale=2": FIXED_SIZE,
+            "allow_changes=true": "resume is never",
+            "launcher.shard=fsdp": ONE_RANK,
+            "launcher.checksum_interval=10": ONE_RANK,
+            "sweep.name=mine": ONLY_SWEEP,
             "schedule.floor=0.1": "schedule=constant stays at the peak",
             "schedule.decay=0.5": "it is for schedule=wsd",
             "attention.qk_clip_on=weights": "attention.qk_clip is null",
@@ -32,6 +43,23 @@ CASES = [
             "optim.adamw={lr: 5}": "AdamW has no parameter, since optim.modular has all",
             "optim.modular.lr=1": "optim.matrices.lr replaces it",
             "optim.muon.momentum=0.5": NO_MATRIX,
+            "log.interval_certificate=25": NO_MATRIX,
+        },
+    ),
+    (
+        "optim=paper assignment=unconstrained residual=pre_rms_norm resume=a/checkpoints/step_00000001",
+        {
+            "optim.muon.rule.dual_steps=2": NO_CONDITION,
+            "optim.muon.rule.alpha=0.5": NO_CONDITION,
+            "init.mlp_residual_scale=5": AT_ZERO,
+            "init_from=x": "resume names a checkpoint",
+        },
+    ),
+    (
+        "residual=geonorm_with_norms model.mlp=none assignment=custom assignment.rules={attn:stiefel}",
+        {
+            "residual.radius=unit": "residual.embedding is none, so every token keeps its length",
+            "init.weight_scale=2": "model.mlp is none",
         },
     ),
     (
@@ -57,7 +85,7 @@ def remarks(words):
     config = composed(words)
     cfg = read(resolved(config))
     check(cfg)
-    return without_effect(cfg, keys_set(words, config))
+    return without_effect(cfg, keys_set(words, config), sweep=False)
 
 
 @pytest.mark.parametrize(("beside", "idle"), CASES)
@@ -68,7 +96,7 @@ def test_each_setting_without_effect_is_named_with_the_reason(beside, idle):
 
 
 def test_the_cases_have_every_reason():
-    assert {why for _, _, why in EFFECTS} == {why for _, idle in CASES for why in idle.values()}
+    assert {ONLY_SWEEP, *(why for _, _, why in EFFECTS)} == {why for _, idle in CASES for why in idle.values()}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +106,13 @@ def test_the_cases_have_every_reason():
         "schedule=wsd schedule.decay=0.5 attention=qk_clip attention.qk_clip_on=gain optim.adamw.lr=1 probe.windows=1 "
         "assignment=all_dgram optim.muon.weight_decay=1 optim.muon.rule.norm_cap=4 stability.warning.horizon=9 seed=3",
         "experiment=paper schedule=constant assignment=all_stiefel optim=no_decay",  # the files set the rest
+        "schedule=constant schedule.decay_steps=50 schedule.warmup_steps=0.1",
+        "assignment=all_stiefel init.attention_scale=2 launcher.nproc=2 launcher.shard=fsdp launcher.checksum_interval=9",
+        "assignment=all_dgram init.weight_scale=3 init.residual_scale=2 optim.muon.rule.quality=high resume=auto allow_changes=true",
+        "assignment=all_spectral_ball init.residual_scale=2 optim.muon.rule.iterator=polar_express init_from=x",
+        "assignment=all_spectral_sphere optim.muon.rule.quality=high log.interval_certificate=9 residual=geonorm residual.radius=unit",
+        "optim=paper assignment=hetero init.residual_scale=2 init.weight_scale=2 optim.muon.rule.iterator=polar_express",
+        "assignment=adamw log.interval_certificate=null init.residual_scale=2",
         "optim=paper assignment=all_dgram optim.muon.rule.decay_manifolds=true optim.muon.weight_decay=1",
     ],
 )

@@ -249,6 +249,7 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
         ("compile=yes", "compile is 'yes'; choose one of auto, true, false (yes is text here; write true)"),
         ("schedule.kind=cosin", "schedule.kind is 'cosin'; choose one of cosine, linear, constant, wsd"),
         ("max_steps=0", "the configuration has 1 problem"),
+        ("resume=Auto", "give the path of a checkpoint (write auto in small letters)"),
         ("device=gpu", "device is 'gpu'; choose one of auto, cpu, cuda"),
         ("optim.adamw.eps=0", "optim.adamw.eps is 0; give a number above 0"),
         ("data=bin", "data.dir is missing; give data.dir=<path>"),
@@ -272,7 +273,10 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
         ("optim.muon.rate=1", "optim.muon.rate is no setting; python train.py --help lists the settings"),
         ("optim.adamw.betas=[0.9]", "give a list of 2, and for each item a number of at least 0 and below 1"),
         ("launcher.nproc=0", "launcher.nproc is 0; give a whole number from 1 to 1,024"),
-        ("schedule.warmup_steps=2.5", "give a whole number of updates, 0 or more, or a share of them below 1"),
+        (
+            "schedule.warmup_steps=2.5",
+            "give a whole number of updates, 0 or more, or a share of schedule.decay_steps below 1",
+        ),
         ("max_steps=1e16", "give a whole number of at least 1, and at most 1e+15"),
         ("name=5", """give text of 1 to 200 bytes (null means the assignment's); as text it is written '"5"'"""),
         (

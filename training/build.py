@@ -33,6 +33,7 @@ from training.groups import (
     modular_groups,
     muon_groups,
     norm_pairs,
+    problems_of_tables,
 )
 from training.optimizers import Optimizers
 from training.settings import CertifiedRule, Library, Optim, Settings
@@ -77,6 +78,7 @@ def rehearse(
     """What `build_optimizers` would assign to parameters of these names and shapes, and its errors, with remedies."""
     matrices = cfg.optim.of_matrices()
     problems = library.problems(matrices) if isinstance(matrices, Library) else []
+    problems += problems_of_tables(shapes, cfg.optim)
     rows: list[Row] = []
     try:
         step_rule(cfg.optim)

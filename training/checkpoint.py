@@ -407,8 +407,13 @@ def _check_size(path: Path) -> _Manifest:
         manifest = _Manifest.read(path / MANIFEST_FILE)
         sizes = {name: (path / name).stat().st_size for name in manifest.every_file}
     except OSError as error:
-        newest = next(_checkpoints(path), None)
-        hint = f"did you mean {newest}?" if newest else "give a directory step_<number> or use resume=auto"
+        near = (other for folder in (path, path / "checkpoints", path.parent) for other in _checkpoints(folder))
+        newest = next((other for other in near if other != path), None)
+        hint = (
+            f"did you mean {newest}?"
+            if newest
+            else "give a directory step_<number>, in the folder checkpoints of a run"
+        )
         name = Path(error.filename or path).name
         raise CheckpointError(f"{path} is not a checkpoint ({name}: {error.strerror or error}); {hint}") from error
     for name, (size, _) in manifest.every_file.items():

@@ -25,6 +25,7 @@ from training.validate import (
     problems_of_compiler,
     problems_of_documents,
     problems_of_machine,
+    problems_of_order,
     problems_of_shard,
 )
 
@@ -103,6 +104,7 @@ def _problems_of_relations(cfg: Settings, world: int | None, unsound: Collection
     found += problems_of_names(cfg) if sound("name", "assignment", "sweep") else []
     if sound("global_batch_tokens", "model", "launcher"):
         found += problems_of_batch(cfg, world or cfg.launcher.nproc)
+    found += problems_of_order(cfg) if sound("batches", "data") else []
     found += problems_of_documents(cfg) if sound("batches", "attention", "probe") else []
     if sound("launcher", "attention", "model", "average", "capture", "optim", "log"):
         found += problems_of_shard(cfg)

@@ -152,8 +152,10 @@ def refusal(arguments: Sequence[str]) -> str | None:
     for override in parsed(arguments):
         if sweep and override.key_or_group == "output_dir":
             return "output_dir names the directory of one run; a sweep has one for each job: use sweep.name to name the sweep's"
+        if override.key_or_group == "sweep.name" and override.is_sweep_override():
+            return f"{override.input_line} gives several names; a sweep has one, and a directory in it for each job"
         # Hydra creates the directory of a sweep before a job can check the name.
-        if override.key_or_group == "sweep.name" and not override.is_sweep_override():
+        if override.key_or_group == "sweep.name":
             from training.run import refused_name
 
             if why := refused_name(override.value()):

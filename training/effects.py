@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
-from optim.assignment import ADAMW
+import torch
+
+from optim.assignment import ADAMW, matches
 from optim.manifolds import MANIFOLDS, Manifold
-from training.settings import Settings
+from training.ranks import world_size
+from training.settings import CertifiedRule, Settings
 
 
 def _manifolds(cfg: Settings) -> list[Manifold]:
@@ -29,14 +33,69 @@ def _decays(cfg: Settings) -> bool:
     return any(m.free_lengths and on_lengths if m.constrained else m.decays for m in _manifolds(cfg))
 
 
+def _has_conditions(manifold: Manifold) -> bool:
+    """Whether the steps of a manifold fulfil a condition, for which there is a multiplier; those of `euclidean` and the ball do not."""
+    return manifold.constrained or type(manifold).problem is not Manifold.problem
+
+
+def _iterates(cfg: Settings) -> bool:
+    """Whether the chosen iteration is used: by the published step everywhere, by the certified step where there is no condition."""
+    return not isinstance(cfg.optim.muon.rule, CertifiedRule) or not all(map(_has_conditions, _manifolds(cfg)))
+
+
+@cache
+def _forgets_scale(manifold: str) -> bool:
+    """Whether a matrix and its double are brought to the same point of a manifold."""
+    W = 0.1 * torch.eye(4, 2)
+    return torch.allclose(MANIFOLDS[manifold].retract(W), MANIFOLDS[manifold].retract(2 * W))
+
+
+def _keeps_scale(cfg: Settings, *parts: str) -> bool:
+    """Whether a factor of the initial matrices of these parts of a block, such as mlp.c_fc, is left by what brings them to their place."""
+    names = [f"transformer.h.{layer}.{part}.weight" for layer in range(cfg.model.n_layer) for part in parts]
+    rules = (cfg.assignment.rules or {}).items()
+    chosen = {choice for pattern, choice in rules if any(matches(pattern, name) for name in names)}
+    return not cfg.model.unit_weights and not all(choice != ADAMW and _forgets_scale(choice) for choice in chosen)
+
+
+def _peaks_late(cfg: Settings) -> bool:
+    """Whether the end of the decay changes a learning rate: also a constant one has a warm-up, which may be a share of it or end with it."""
+    asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
+    return cfg.schedule.kind != "constant" or 0 < asked < 1 or asked >= updates
+
+
+def _ranks(cfg: Settings) -> int:
+    return max(world_size(), cfg.launcher.nproc)
+
+
+FIXED_SIZE = "these matrices, or their rows or columns, are brought to a fixed size before the first step"
+ONE_RANK = "there is one rank"
+ONLY_SWEEP = "it is for a sweep, which the option -m starts"
+
 EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ("schedule.floor", lambda c: c.schedule.kind != "constant", "schedule=constant stays at the peak"),
+    ("schedule.decay_steps", _peaks_late, "schedule=constant stays at the peak"),
     ("schedule.decay", lambda c: c.schedule.kind == "wsd", "it is for schedule=wsd"),
     ("attention.qk_clip_on", lambda c: c.attention.qk_clip, "attention.qk_clip is null"),
     ("model.storage model.logit_scale", lambda c: c.model.unit_weights, "model.unit_weights is false"),
     ("model.storage residual.storage", lambda c: c.transfer.rule == "none", "the transfer replaces it"),
     ("optim.adamw", lambda c: not c.optim.modular, "AdamW has no parameter, since optim.modular has all"),
     ("optim.muon", _manifolds, "ManifoldMuon has no matrix"),
+    (
+        "log.interval_certificate",
+        lambda c: c.log.interval_certificate is None or _manifolds(c),
+        "ManifoldMuon has no matrix",
+    ),
+    (
+        "optim.muon.rule.dual_steps optim.muon.rule.alpha optim.muon.rule.quality",
+        lambda c: any(map(_has_conditions, _manifolds(c))),
+        "no matrix is on a manifold whose steps fulfil a condition",
+    ),
+    (
+        "optim.muon.rule.iterator",
+        lambda c: c.optim.muon.rule.iterator is None or _iterates(c),
+        "no matrix is unconstrained or in the spectral ball",
+    ),
     (
         "optim.muon.lr optim.library.lr optim.modular.lr",
         lambda c: c.optim.matrices.lr is None,
@@ -76,18 +135,37 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
         lambda c: c.stability.warning and c.stability.warning.logit,
         "there is no forecast without stability.warning.logit",
     ),
+    ("init.weight_scale init.mlp_residual_scale", lambda c: c.model.mlp != "none", "model.mlp is none"),
+    (
+        "init.residual_scale init.attention_residual_scale init.mlp_residual_scale",
+        lambda c: not c.residual.writes_zero,
+        "the residual rule lets these matrices start at zero",
+    ),
+    ("init.weight_scale", lambda c: _keeps_scale(c, "mlp.c_fc"), FIXED_SIZE),
+    ("init.residual_scale", lambda c: _keeps_scale(c, "attn.c_proj", "mlp.c_proj"), FIXED_SIZE),
+    ("init.attention_residual_scale", lambda c: _keeps_scale(c, "attn.c_proj"), FIXED_SIZE),
+    ("init.mlp_residual_scale", lambda c: _keeps_scale(c, "mlp.c_proj"), FIXED_SIZE),
+    ("init.attention_scale", lambda c: not c.model.unit_weights, FIXED_SIZE),
+    (
+        "residual.radius",
+        lambda c: getattr(c.residual, "embedding", None) != "none",
+        "residual.embedding is none, so every token keeps its length",
+    ),
+    ("allow_changes", lambda c: not c.allow_changes or c.resume != "never", "resume is never"),
+    ("init_from", lambda c: c.init_from is None or c.resume in ("never", "auto"), "resume names a checkpoint"),
+    ("launcher.shard", lambda c: c.launcher.shard == "ddp" or _ranks(c) > 1, ONE_RANK),
+    ("launcher.checksum_interval", lambda c: not c.launcher.checksum_interval or _ranks(c) > 1, ONE_RANK),
     ("logger.project logger.group", lambda c: c.logger.mode != "disabled", "logger.mode is disabled"),
 )
 """Settings or sections; whether they have an effect in a configuration; and if not, why."""
 
 
-def without_effect(cfg: Settings, given: Sequence[str]) -> list[str]:
-    """A line for each of the given dotted keys that has no effect beside the other settings."""
+def without_effect(cfg: Settings, given: Sequence[str], sweep: bool = False) -> list[str]:
+    """A line for each of the given dotted keys that has no effect beside the other settings. sweep: whether the run is a job of a sweep."""
+    rows = EFFECTS if sweep else (*EFFECTS, ("sweep", lambda _: False, ONLY_SWEEP))
     found = []
     for key in given:
-        rows = (
-            (acts, why) for names, acts, why in EFFECTS if any(f"{key}.".startswith(f"{n}.") for n in names.split())
-        )
-        if reason := next((why for acts, why in rows if not acts(cfg)), None):
+        own = ((acts, why) for names, acts, why in rows if any(f"{key}.".startswith(f"{n}.") for n in names.split()))
+        if reason := next((why for acts, why in own if not acts(cfg)), None):
             found.append(f"{key} has no effect: {reason}")
     return found

@@ -207,7 +207,7 @@ class _Worker:
         )
         assert self._process.stdin is not None  # it is a pipe
         self._stdin = self._process.stdin
-        task = {"overrides": job.overrides, "directory": str(job.directory), "threads": threads}
+        task = {"overrides": job.overrides, "directory": str(job.directory), "threads": threads, "argv": sys.argv}
         with contextlib.suppress(BrokenPipeError):  # the worker was killed already
             self._stdin.write(json.dumps(task).encode() + b"\n")
             self._stdin.flush()
@@ -270,6 +270,7 @@ def run_worker() -> None:
 
     from train import train
 
+    sys.argv = task["argv"]  # the run notes the command that was typed
     torch.set_num_threads(task["threads"])
     try:
         run_job(train, lambda: compose(task["overrides"]), Path(task["directory"]))

@@ -11,10 +11,13 @@ import torch
 from optim.assignment import AssignmentError, Row, by_pattern, folded, listed, matches
 from optim.manifolds import MANIFOLDS
 from optim.modular import norm_of
-from training.settings import AdamW, Library, Muon, Norms
+from training.settings import AdamW, Library, Muon, Norms, Optim
 
 Groups = list[tuple[list[str], dict[str, Any]]]
 """Parameter groups: names of parameters, and what they share."""
+
+USUAL_TABLES = ("wte", "wpe", "lm_head")
+"""The tables that models of this project may have: of tokens, of positions, and the head."""
 
 
 def owners(rows: list[Row]) -> dict[str, str]:
@@ -87,6 +90,17 @@ def cut_and_sized(rows: list[Row], muon: Muon) -> list[Row]:
         raise AssignmentError(problems)
     return [
         replace(row, blocks=blocks[row.name], radius=float(radii[row.name])) if row.manifold else row for row in rows
+    ]
+
+
+def problems_of_tables(shapes: Mapping[str, tuple[int, ...]], optim: Optim) -> list[str]:
+    """Patterns of tables that match no parameter. Those of USUAL_TABLES may: not every model has all of them."""
+    lists = {"optim.always_adamw": optim.always_adamw, "optim.norms.tables": optim.norms.tables}
+    return [
+        f"{key}: the pattern '{pattern}' matches no parameter; correct it, or leave it out"
+        for key, patterns in lists.items()
+        for pattern in patterns
+        if pattern not in USUAL_TABLES and not any(matches(pattern, name) for name in shapes)
     ]
 
 

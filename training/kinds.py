@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from optim.iterators import unsound
-from training.fields import MOST, YAML_WORDS, Kind, PathText, Several, is_number
+from training.fields import MOST, YAML_WORDS, Kind, PathText, Problem, Several, is_number, shown
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class ListOfQuintics(Several):
 
 @dataclass(frozen=True)
 class Keywords(Kind):
-    """Keyword arguments for a class of a library: names with any plain values. A list becomes a tuple."""
+    """Keyword arguments for a class of a library: names with plain values; numbers are finite. A list becomes a tuple."""
 
     remedy = "give a mapping of the optimizer's own settings, such as {momentum: 0.9}; {} for its defaults"
 
-    def fits(self, value: Any) -> bool:
-        return isinstance(value, Mapping) and all(isinstance(name, str) and name.isidentifier() for name in value)
+    def wrong(self, key: str, value: Any) -> list[Problem]:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in value):
+            return [self.refusal(key, value)]
+        return [problem for name, item in value.items() for problem in _problems_of_argument(f"{key}.{name}", item)]
 
     def read(self, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -38,17 +41,33 @@ class Keywords(Kind):
         return tuple(map(self.read, value)) if isinstance(value, list) else value
 
 
+def _problems_of_argument(key: str, value: Any) -> list[Problem]:
+    """Values that are taken for others: text that YAML 1.1 means as a boolean, and numbers that are not finite."""
+    if isinstance(value, (Mapping, list)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return [problem for name, item in items for problem in _problems_of_argument(f"{key}.{name}", item)]
+    if isinstance(value, str) and value.lower() in YAML_WORDS:
+        meant = shown(YAML_WORDS[value.lower()])
+        return [Problem(key, f"{key} is {shown(value)}; {value} is text here; write {meant}")]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [Problem(key, f"{key} is {value}; give a finite number")]
+    return []
+
+
 @dataclass(frozen=True)
 class StepsOrShare(Kind):
-    """A number of updates; or, below 1, a share of all updates."""
+    """A number of updates; or, below 1, a share of schedule.decay_steps."""
 
-    remedy = "give a whole number of updates, 0 or more, or a share of them below 1"
+    remedy = "give a whole number of updates, 0 or more, or a share of schedule.decay_steps below 1"
 
     def fits(self, value: Any) -> bool:
         return is_number(value) and 0 <= value <= MOST and (value < 1 or value == int(value))
 
     def read(self, value: Any) -> float:
         return value if value % 1 else int(value)
+
+
+_RESUMES = ("never", "auto")
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,10 @@ class Resume(PathText):
     remedy = "choose never or auto, or give the path of a checkpoint"
 
     def fits(self, value: Any) -> bool:
-        return super().fits(value) and value.lower() not in (*YAML_WORDS, "true", "false", "none")
+        small = value.lower() if isinstance(value, str) else ""
+        meant_otherwise = small in (*YAML_WORDS, "true", "false", "none") or (small in _RESUMES and value != small)
+        return super().fits(value) and not meant_otherwise
 
     def hint(self, value: Any) -> str:
-        return ""
+        small = value.lower() if isinstance(value, str) else ""
+        return f" (write {small} in small letters)" if small in _RESUMES else ""

@@ -113,6 +113,8 @@ def problems(library: Library) -> list[str]:
 def _trial(library: Library) -> str | None:
     """What is wrong when the optimizer takes two steps on a small matrix on the CPU; None if nothing is."""
     matrix = nn.Parameter(torch.full((8, 4), 0.5))
+    given = ", ".join(f"optim.library.settings.{key}" for key in library.settings) or "optim.library.settings"
+    remedy = f"change {given}, or choose another optimizer"
     try:
         with torch.random.fork_rng(devices=[]):
             optimizer = make(library, [{"params": [matrix], "names": ["matrix"], "lr": library.lr}])
@@ -123,9 +125,8 @@ def _trial(library: Library) -> str | None:
     except CheckpointError as error:
         return str(error)
     except Exception as error:  # of any kind: it is the library's
-        given = ", ".join(f"optim.library.settings.{key}" for key in library.settings) or "optim.library.settings"
-        return f"{_told(error)}; change {given}, or choose another optimizer"
-    return None
+        return f"{_told(error)}; {remedy}"
+    return None if matrix.isfinite().all() else f"a matrix is not finite after two steps; {remedy}"
 
 
 def _told(error: Exception) -> str:

@@ -179,13 +179,13 @@ def refuse_values_for_groups(words: Sequence[str], configs: Path = CONFIGS) -> N
 
 
 def problems_of_words(
-    words: Sequence[str], sweep: bool = False, configs: Path = CONFIGS
+    words: Sequence[str], sweep: bool = False, configs: Path = CONFIGS, sweeps: bool = True
 ) -> tuple[list[str], list[str]]:
     """Check each word of a command line against the files of the configuration.
 
     Args:
         words: the command line without options.
-        sweep: whether a word may give several values, as in seed=1,2.
+        sweep: whether a word may give several values, as in seed=1,2. sweeps: whether it may with the option -m.
 
     Returns:
         A line for each word that is refused; and the other words, each with the first of its values.
@@ -210,7 +210,7 @@ def problems_of_words(
         else:
             groups.append(single)
         if override.is_sweep_override() and not sweep:
-            found.append(f"{word} gives several values; add -m for a sweep, or put a list in brackets")
+            found.append(_several(word, (configs / name).is_dir(), sweeps))
     config, _ = _tried(groups, configs)
     if config is None:
         return found, groups
@@ -225,7 +225,8 @@ def problems_of_words(
             found.append(f"{name} is not in the chosen file of configs/optim; write +{word}{beside}")
         elif mapping := _empty_mapping(name, config):
             key, value = name.removeprefix(f"{mapping}."), word.partition("=")[2]
-            found.append(f"{name} is no setting; write '{mapping}={{{key}: {value}}}'")
+            write_it = f"{name} is no setting; write '{mapping}={{{key}: {value}}}'"
+            found.append(_belongs_elsewhere(name, groups, configs) or write_it)
         else:
             found.append(_no_setting(name, config, groups, configs))
     errors = _errors_of_each(rest, groups, configs)
@@ -244,9 +245,20 @@ def hint(word: str, names: Collection[str]) -> str:
 
 
 def _not_parsed(word: str) -> str:
+    if word.startswith("-"):
+        meant = f"write it without dashes: {word.lstrip('-')}" if "=" in word else "leave it out, or see --help"
+        return f"{word} is no option here; {meant}"
     if "=" not in word:
         return f"{word} has no value; write {word}=<value>"
     return f"{word} cannot be read; put a value with spaces or special characters in two kinds of quotes: \"key='a value'\""
+
+
+def _several(word: str, group: bool, sweeps: bool) -> str:
+    """The sentence about a word with several values where it may have one; group: whether they are choices of a group."""
+    key, _, value = word.partition("=")
+    as_one = ["put a list in brackets", f"put text that has a comma in two kinds of quotes: \"{key}='{value}'\""]
+    remedies = [*(["add -m for a sweep"] if sweeps else []), *(["give one of them"] if group else as_one)]
+    return f"{word} gives several values; {', or '.join(remedies)}"
 
 
 def _values(override: Override) -> list[str]:
@@ -277,8 +289,8 @@ def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: P
     parts = {known: known.rpartition(".")[2] for known in names}
     alike = [known for known, part in parts.items() if get_close_matches(last, [part], 1)]
     near = get_close_matches(name, alike, 1, 0.85)
-    if not near and (choices := _choices_with(name, groups, configs)):
-        return f"{name} is no setting here; it belongs to {' and '.join(choices[:_MOST_HINTS])}"
+    if not near and (elsewhere := _belongs_elsewhere(name, groups, configs)):
+        return elsewhere
     near = near or [known for known, part in parts.items() if part == last]
     near = near or [known for known, part in parts.items() if part.startswith(f"{last}_")]
     near = near or get_close_matches(name, alike, 1, 0.7)
@@ -297,13 +309,20 @@ def _empty_mapping(name: str, config: DictConfig) -> str | None:
     return None
 
 
-def _choices_with(name: str, groups: Sequence[str], configs: Path) -> list[str]:
-    """The choices, such as optim=paper, with which a dotted name is a setting."""
+def _belongs_elsewhere(name: str, groups: Sequence[str], configs: Path) -> str | None:
+    """The sentence about a dotted name that is a setting with other choices of its group, such as optim=paper; None if there is none."""
     group, dot, _ = name.partition(".")
     others = [word for word in groups if not word.startswith(f"{group}=")]
     words = [f"{group}={choice}" for choice in group_choices(group, configs)] if dot else []
     tried = {word: _tried([*others, word], configs)[0] for word in words}
-    return [word for word, config in tried.items() if config is not None and _has(config, name)]
+    choices = [word for word, config in tried.items() if config is not None and _is_used(config, name)]
+    return f"{name} is no setting here; it belongs to {' and '.join(choices[:_MOST_HINTS])}" if choices else None
+
+
+def _is_used(config: DictConfig, name: str) -> bool:
+    """Whether a configuration has a dotted name, and not only beside an optimizer that takes the place of its section."""
+    replaced = name.startswith("optim.muon.") and (config.optim.library or config.optim.modular)
+    return _has(config, name) and not replaced
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:

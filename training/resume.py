@@ -118,6 +118,13 @@ def branch_of(directory: Path) -> str | None:
     return None if own or resume in ("never", "auto") else resume
 
 
+def goes_on(cfg: Settings, directory: Path) -> bool:
+    """Whether `resume` goes on with the checkpoints of this directory: it is auto, or the checkpoint with which this branch began, however
+    its path is written."""
+    begun_at = branch_of(directory)
+    return cfg.resume == "auto" or (begun_at is not None and Path(cfg.resume).resolve() == Path(begun_at).resolve())
+
+
 def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
     """The checkpoint to resume from; None if `resume` asks for none, or there is none.
 
@@ -129,14 +136,15 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
         return None
     own = directory / "checkpoints"
     begun_at = branch_of(directory)  # given again, its command continues the branch
-    loaded = load_newest(own) if cfg.resume in ("auto", begun_at) else load(cfg.resume)
+    loaded = load_newest(own) if goes_on(cfg, directory) else load(cfg.resume)
     if loaded is None and begun_at is not None:
         loaded = load(begun_at)
     if loaded is None:
         _require_no_lost_checkpoints(cfg, directory)
         return None
     check_parts(loaded)
-    elsewhere = loaded.path.resolve().parent != own.resolve() and (begun_at is None or Path(begun_at) != loaded.path)
+    at = loaded.path.resolve()
+    elsewhere = at.parent != own.resolve() and (begun_at is None or Path(begun_at).resolve() != at)
     if elsewhere and (directory / METRICS_FILE).exists():
         raise CheckpointError(
             f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or use "
@@ -280,12 +288,20 @@ def restore(
 
 
 def resumption(loaded: Loaded | None, cfg: Settings, notes: list[str]) -> list[str]:
-    """The lines that a resumed run prints: skipped checkpoints, the step of the one that was used, and the changes; otherwise the notes."""
+    """The lines that a resumed run prints: skipped checkpoints, the step of the one that was used, what is not done, and the changes;
+    otherwise the notes."""
     if loaded is None:
         return notes
-    skipped = [f"skipped {path}: {reason}" for path, reason in loaded.skipped]
-    resumed = f"resumed from {loaded.path}, step {loaded.step} of {cfg.max_steps}"
-    return [*skipped, resumed, *(f"  - {note}" for note in notes)]
+    lines = [f"skipped {path}: {reason}" for path, reason in loaded.skipped]
+    lines.append(f"resumed from {loaded.path}, step {loaded.step} of {cfg.max_steps}")
+    if loaded.step > cfg.max_steps:
+        lines.append(f"max_steps={cfg.max_steps}: the run is beyond it already, and is not trained further")
+    if cfg.full_eval and loaded.step >= cfg.max_steps and was_end(loaded) and not loaded.state["config"]["full_eval"]:
+        run = loaded.path.parent.parent
+        lines.append(
+            f"full_eval=true: the run had ended without it; the loss on the whole split: python scripts/evaluate.py {run}"
+        )
+    return [*lines, *(f"  - {note}" for note in notes)]
 
 
 def _guard_of_old(state: dict[str, Any]) -> dict[str, Any]:

@@ -242,7 +242,9 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "device": device_name(device),
-        "platform": platform.platform(),
+        "platform": ", ".join(
+            filter(None, [f"{platform.system()} {platform.machine()}", " ".join(platform.libc_ver())])
+        ),
     }
 
 

@@ -260,7 +260,7 @@ class Logger:
 
     mode: Literal["online", "offline", "disabled"]
     project: Annotated[str, ("longest", 128)]
-    group: Annotated[str | None, ("longest", 128), ("null", "means the day, or the sweep's name")]
+    group: Annotated[str | None, ("longest", 128), ("null", "means the name of the folder that holds the run")]
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,15 @@ from training.log import METRICS_FILE, RunLog, read_records
 from training.optimizers import Optimizers
 from training.progress import ProgressSink
 from training.ranks import Ranks
-from training.resume import branch_of
+from training.resume import branch_of, goes_on
 from training.run import device_name, environment, resolve_device, run_name
 from training.schedule import warmup_updates
 from training.settings import Settings
 from training.step import micro_batch_size
 from training.transfer import transfer_table
 from training.wandb_sink import WandbSink
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def open_log(
@@ -37,17 +39,13 @@ def open_log(
     """
     directory.mkdir(parents=True, exist_ok=True)
     # Of a branch its beginning is kept, since resume=auto returns to it until the branch has saved.
-    begun_at = branch_of(directory) if resumed else None
+    begun_at, continued = branch_of(directory) if resumed else None, resumed and goes_on(cfg, directory)
     plain = cfg.plain() | ({"resume": begun_at} if begun_at and cfg.resume == "auto" else {})
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
-    # What was typed; of a sweep, for all of its jobs.
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    write_whole(
-        directory / "environment.json",
-        json.dumps({**environment(resolve_device(cfg)[0]), "command": command}, indent=2) + "\n",
-    )
-    about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name, "name": directory.name}
+    about_machine = {**environment(resolve_device(cfg)[0]), "command": typed_command()}
+    write_whole(directory / "environment.json", json.dumps(about_machine, indent=2) + "\n")
+    about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name}
     has_history = resumed and (directory / METRICS_FILE).exists()
     history = (record for record in read_records(directory) if record["step"] <= step) if has_history else ()
     wandb = WandbSink(
@@ -56,17 +54,28 @@ def open_log(
         resume=resumed,
         history=history,
         config=cfg.plain(),
-        tags=[cfg.assignment.name, cfg.optim.muon.rule.kind, cfg.data.name],
+        tags=tags_of(cfg, optimizers),
+        name=directory.name if label else cfg.name or directory.name,  # jobs of a sweep may have the same name
         **about,
     )
     name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
     progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)
-    if resumed and cfg.resume not in (
-        "auto",
-        begun_at,
-    ):  # these skip only what they cannot read, and that may be mended
+    if resumed and not continued:  # otherwise it skipped only what it could not read, and that may be mended
         discard_later(directory / "checkpoints", step)
     return RunLog(directory, [wandb, progress], keep_until=step if resumed else None, fresh=not resumed)
+
+
+def typed_command() -> str:
+    """The command that runs here; of a sweep or an experiment, the one for all of its runs. A program of this repository has its path there."""
+    program = Path(sys.argv[0]).resolve()
+    shown = program.relative_to(ROOT).as_posix() if program.is_relative_to(ROOT) else program.name
+    return shlex.join(["python", shown, *sys.argv[1:]])
+
+
+def tags_of(cfg: Settings, optimizers: Optimizers) -> list[str]:
+    """What a run is filtered by in W&B: its assignment, the optimizer of its matrices with the step rule of ManifoldMuon, and its data."""
+    rule = [] if optimizers.muon is None else [cfg.optim.muon.rule.kind]
+    return [cfg.assignment.name, next(iter(optimizers.named)), *rule, cfg.data.name]
 
 
 def print_start(

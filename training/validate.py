@@ -144,6 +144,15 @@ def problems_of_shard(cfg: Settings) -> list[str]:
     return [f"launcher.shard=fsdp does not work with {key}; {remedy}" for asked, key, remedy in refused if asked]
 
 
+def problems_of_order(cfg: Settings) -> list[str]:
+    """The problem that windows of these data have no order, if so."""
+    from data.mix import Mix  # NumPy takes a tenth of a second
+
+    if cfg.batches.order != "in_order" or not isinstance(cfg.data, Mix):
+        return []
+    return ["batches.order=in_order: a mixture has no order; use replacement or epoch"]
+
+
 def problems_of_documents(cfg: Settings) -> list[str]:
     """What does not work with `batches.documents`."""
     parts = {
