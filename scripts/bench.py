@@ -12,20 +12,31 @@
     python scripts/bench.py counts         products, launches and bytes of one certified step at GPT-2 124M (nothing is timed)
     python scripts/bench.py predicted      tokens/s of GPT-2 124M on one GPU: predictions beside bars and measurements (nothing is timed)
 
-Options (key=value): layers= and width= (optimizer, residual), repeats=, problems= (lmo), model=, micro_batch_size=, tokens=,
-assignments= and optims= (lists; train and profile), variants= (train: a list of overrides, such as capture=true), limit_s= (optimizer,
-train, residual: seconds after which no further call is timed, but for the first of each; the exit code is 1 if a row is not measured),
-traces= (profile: a folder for the traces), measured= (memory: a list of numbers of CPU ranks, on which a small model is measured),
-results= (a folder), file= (bench_<name>). What is compared is timed by turns, and medians are reported. The
-table and a JSON file with every time are written to results/<device>/. A benchmark that SIGTERM stops writes what it has; its exit
-code is 1. The same command works on a CPU and on CUDA.
+Options (key=value) and the benchmarks that take them; the others refuse them:
+
+    results=, file=           all: a folder, and the name of the files in it (bench_<name>)
+    repeats=                  ceilings, optimizer, train, residual, probes: how often a call is timed. profile: the steps of a trace
+    layers=, width=           optimizer, residual
+    micro_batch_size=         train, profile, residual, probes
+    model=, tokens=           train, profile, probes: tokens of a step
+    assignments=, optims=     train, profile: lists
+    variants=                 train: a list of overrides, such as capture=true
+    limit_s=                  optimizer, train, residual: seconds after which no further call is timed, but for the first of each; the exit code is
+                              1 if a row is not measured
+    problems=                 lmo: a file with step problems
+    traces=                   profile: a folder for the traces
+    measured=                 memory: a list of numbers of CPU ranks, on which a small model is measured
+
+What is compared is timed by turns, and medians are reported. The table and a JSON file with every time are written to results/<device>/.
+ceilings, optimizer, train, profile and residual write what they have when SIGTERM stops them, with exit code 1; the others write nothing then.
+The same command works on a CPU and on CUDA.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +58,7 @@ from scripts.bench_ceilings import ceiling_rows
 from scripts.bench_residual import residual_rows
 from scripts.bench_scaling import memory_rows, scaling_rows
 from scripts.bench_train import probe_rows, profile_rows, training_rows
-from scripts.command import ROOT, UsageError, as_code, command_line, parse, refuse, run
+from scripts.command import ROOT, UsageError, as_code, command_line, parse, refuse, run, without_effect
 from scripts.timing import NOT_MEASURED, Rows, device, device_folder, median, seconds_of, stoppable, take_turns
 from training.build import build_optimizers
 from training.config import compose
@@ -55,6 +66,7 @@ from training.overrides import hint
 from training.run import device_name, environment
 from training.settings import CertifiedRule
 from training.signals import Stopped
+from training.validate import problems_of_directory
 
 COUNTED = ("scaling", "memory", "counts", "predicted")
 """The benchmarks that time nothing: their results depend on no device."""
@@ -233,13 +245,27 @@ BENCHES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "counts": count_rows,
     "predicted": prediction_rows,
 }
+OPTIONS_OF: dict[str, tuple[str, ...]] = {
+    "ceilings": ("repeats",),
+    "optimizer": ("layers", "width", "repeats", "limit_s"),
+    "lmo": ("problems",),
+    "train": ("model", "micro_batch_size", "tokens", "assignments", "optims", "variants", "repeats", "limit_s"),
+    "profile": ("model", "micro_batch_size", "tokens", "assignments", "optims", "repeats", "traces"),
+    "residual": ("layers", "width", "micro_batch_size", "repeats", "limit_s"),
+    "probes": ("model", "micro_batch_size", "tokens", "repeats"),
+    "scaling": (),
+    "memory": ("measured",),
+    "counts": (),
+    "predicted": (),
+}
+"""The options of every benchmark besides results= and file=, which all have."""
 
 
-def work(arguments: list[str]) -> int:
-    """Run a benchmark; print and write its table. Returns 1 if a row is not measured because the time was too short.
+def options_of(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Read the command line: the name of the benchmark, and all options, of which `results` and `file` are complete.
 
     Raises:
-        UsageError: the command line is wrong. Stopped: a signal came before anything was measured.
+        UsageError: there is no such benchmark, it does not take an option, a value is impossible, or the folder cannot be written to.
     """
     numbers = {"layers": 0, "width": 0, "repeats": 0, "micro_batch_size": 0, "limit_s": 0}
     numbers["tokens"] = 65536 if torch.cuda.is_available() else 4096
@@ -252,17 +278,40 @@ def work(arguments: list[str]) -> int:
     if len(others) != 1:
         raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")
     [name] = others
+    known = (*OPTIONS_OF[name], "results", "file")
+    takes = f"{name} takes {', '.join(f'{key}=' for key in known)}"
+    folder = Path(options["results"] or ROOT / "results" / ("counted" if name in COUNTED else device_folder()))
+    options |= {"results": folder, "file": options["file"] or f"bench_{name}"}
+    problems = without_effect(arguments, {key: takes for key in options if key not in known})
+    problems += [f"{key}={options[key]} is below 0; give 0 or more" for key in numbers if options[key] < 0]
+    if Path(options["file"]).name != options["file"]:
+        problems.append(f"file={options['file']} must be a name without a folder; name the folder with results=")
+    refuse([*problems, *problems_of_directory(folder, "results")])
+    return name, options
+
+
+def work(arguments: list[str]) -> int:
+    """Run a benchmark; print and write its table. Returns 1 if a row is not measured because the time was too short.
+
+    Raises:
+        UsageError: the command line is wrong, or the table cannot be written. Stopped: a signal came before anything was measured.
+    """
+    name, options = options_of(arguments)
     with stoppable() as stopped:
         rows = BENCHES[name](options)
     if stopped and not rows:
         raise Stopped(stopped[0], "stopped before anything was measured")
     tables = [table_of(rows), *([table_of(calls_needed(rows))] if name == "lmo" else [])]
     print("\n\n".join(table.text() for table in tables))
-    folder = Path(options["results"] or ROOT / "results" / ("counted" if name in COUNTED else device_folder()))
-    command, file = command_line("bench.py", *arguments), options["file"] or f"bench_{name}"
+    command, folder, file = command_line("bench.py", *arguments), options["results"], options["file"]
     facts = {"command": command, "device": device_name(), "environment": environment(), "rows": rows}
     foot = f"Written by {as_code(command)} on {device_name()}, torch {torch.__version__}."
-    write_tables(folder, tables, foot, facts, file)
+    try:
+        write_tables(folder, tables, foot, facts, file)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder} cannot be written ({error}), so only the text above is left; give another results="
+        ) from error
     print(f"\nwritten to {folder}: {file}.md, {file}.json")
     too_short = options["limit_s"] and any(NOT_MEASURED in row.values() for row in rows)
     return 1 if stopped or too_short else 0

@@ -23,6 +23,7 @@ from optim.assignment import assign
 from optim.manifolds import tall
 from optim.ownership import choose_owners, members_of_buckets, plan_messages, step_flops
 from optim.stack import StepRule, row_blocks
+from scripts.command import UsageError, listed
 from scripts.timing import NOT_MEASURED, Rows
 from training.build import gpt_config, step_rule
 from training.config import compose
@@ -147,8 +148,12 @@ def scaling_row(size: str, shapes: Shapes, world: int) -> dict[str, Any]:
 
 
 def memory_rows(options: dict[str, Any]) -> Rows:
-    """Memory of the rank that holds most, by launcher.shard. Activations and the temporaries of ManifoldMuon's products are left out."""
-    rows = []
+    """Memory of the rank that holds most, by launcher.shard. Activations and the temporaries of ManifoldMuon's products are left out.
+
+    Raises:
+        UsageError: the option `measured` is no list of numbers of ranks.
+    """
+    rows, worlds = [], ranks_of(options["measured"])
     for size in LARGE:
         shapes = Shapes.of([f"model={size}"])
         for world in (1, 2, 4, 8, 16, 64):
@@ -156,13 +161,24 @@ def memory_rows(options: dict[str, Any]) -> Rows:
                 parts = counted_memory(shapes, world, shard, product_bytes=2)
                 rows.append(memory_row(size, world, shard, parts, {}))
     small = Shapes.of(["model=demo", *SMALL])
-    for world in map(int, filter(None, options["measured"].split(","))):
+    for world in worlds:
         for shard in ("ddp", "fsdp"):
             parts = counted_memory(small, world, shard, product_bytes=4)
             rows.append(
                 memory_row(f"{small.layers} layers, CPU ranks", world, shard, parts, measured_memory(world, shard))
             )
     return rows
+
+
+def ranks_of(text: str) -> list[int]:
+    """The numbers of ranks of a list with commas.
+
+    Raises:
+        UsageError: one is no whole number above 0.
+    """
+    if wrong := [word for word in listed(text) if not word.isdecimal() or int(word) < 1]:
+        raise UsageError(f"measured={text}: {wrong[0]} is no number of ranks; give whole numbers, such as measured=2,4")
+    return [int(word) for word in listed(text)]
 
 
 def memory_row(

@@ -35,7 +35,7 @@ from training.signals import Stopped
 from training.step import accumulate, clip
 from training.trace import activities, longest_operations
 
-_TRACED_STEPS = 2  # how many steps a trace shows
+_TRACED_STEPS = 2  # how many steps a trace shows, if the command line does not say
 
 
 class RandomTraining:
@@ -166,26 +166,27 @@ def training_rows(options: dict[str, Any]) -> Rows:
 
 
 def profile_rows(options: dict[str, Any]) -> Rows:
-    """The operations of a step that take longest, by torch.profiler. The traces are written to the folder `traces`."""
+    """The operations of a step that take longest, by torch.profiler, over `repeats` steps. The traces are written to the folder `traces`."""
     rows: Rows = []
+    steps = options["repeats"] or _TRACED_STEPS
     with suppress(Stopped):
         for (assignment, optim, _), training in trainings_by_assignment(options | {"variants": ""}).items():
-            rows += traced(training, {"assignment": assignment, "optim": optim}, options["traces"])
+            rows += traced(training, {"assignment": assignment, "optim": optim}, options["traces"], steps)
     return rows
 
 
-def traced(training: RandomTraining, names: dict[str, Any], folder: str) -> Rows:
-    """The longest operations of some steps, a row each, which begins with `names`. The trace goes to the folder, if one is named."""
+def traced(training: RandomTraining, names: dict[str, Any], folder: str, steps: int) -> Rows:
+    """The longest operations of so many steps, a row each, which begins with `names`. The trace goes to the folder, if one is named."""
     for _ in range(3):
         training.step()
     with profile(activities=activities(training.device)) as profiler:
-        for _ in range(_TRACED_STEPS):
+        for _ in range(steps):
             training.step()
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         word = "_".join(names.values()).rstrip("_-")
         profiler.export_chrome_trace(str(Path(folder) / f"trace_{word}.json.gz"))
-    rows = longest_operations(profiler, _TRACED_STEPS, training.device)
+    rows = longest_operations(profiler, steps, training.device)
     return [{**names, **row, "operation": row["operation"].replace("|", "/")} for row in rows]
 
 

@@ -86,6 +86,12 @@ def refuse(problems: Sequence[str]) -> None:
         raise UsageError("\n".join(problems))
 
 
+def without_effect(arguments: Iterable[str], reasons: Mapping[str, str]) -> list[str]:
+    """A line for each argument that gives an option without effect here. reasons: the option → why it has none."""
+    given = [(word, reasons.get(word.partition("=")[0])) for word in arguments if "=" in word]
+    return [f"{word} has no effect: {why}; leave it out" for word, why in given if why is not None]
+
+
 def listed(text: str) -> list[str]:
     """The entries of a list with commas, each once."""
     return list(dict.fromkeys(filter(None, text.split(","))))

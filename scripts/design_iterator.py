@@ -6,8 +6,8 @@
 
 Prints the coefficients, the slope of the composed map at 0, its band (least and largest value) on the interval, and an override of train.py.
 Options: steps=5; interval=0.001,1 is also where the band is measured; cushion=0: no interval is taken to begin below this share of its upper
-end (published for Polar Express: 0.024); safety=1 widens each interval by this factor; digits=6 of the printed coefficients, whose band is the
-one that is printed; figure=outputs/iterator.png.
+end (published for Polar Express: 0.024); safety=1 widens each interval by this factor; digits=6: the coefficients are rounded to so
+many decimals, and the band is that of the rounded ones; figure=outputs/iterator.png. Only interval= alone takes a cushion; name= takes no steps.
 The maths, with sources: optim/iterators.py.
 """
 
@@ -35,7 +35,7 @@ from optim.iterators import (
     widened,
 )
 from scripts.analysis.iterator_figures import draw_iterator
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, parse, refuse, run, without_effect
 
 DEFAULTS = {
     "l": "",
@@ -89,6 +89,15 @@ def l_and_r(options: dict) -> tuple[float, float] | None:
     if not (options["l"] and options["r"]):
         raise UsageError("l= and r= belong together, for the fixed points 1-l and 1+r; give both")
     return number("l", options["l"]), number("r", options["r"])
+
+
+def reasons_of(options: dict) -> dict[str, str]:
+    """Option → why it has no effect beside the others, for those that have none."""
+    if options["name"]:
+        return {"steps": "a named list has its own steps", "cushion": "a named list is not computed"}
+    if options["l"] or options["r"]:
+        return {"cushion": "with l= and r=, no interval is taken"}
+    return {}
 
 
 def design(options: dict) -> tuple[list[Quintic], str]:
@@ -147,6 +156,7 @@ def work(arguments: list[str]) -> int:
         raise UsageError(
             f"{f'{others[0]} is no option' if others else 'nothing is asked for'}; give l= and r=, interval= or name=; see --help"
         )
+    refuse(without_effect(arguments, reasons_of(options)))
     try:
         exact, what = design(options)
     except IteratorError as error:

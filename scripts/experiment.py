@@ -36,7 +36,7 @@ from scripts.analysis.decided import refuse_decided
 from scripts.analysis.optima import EXTEND_OPTIONS
 from scripts.analysis.search import SEARCH_OPTIONS
 from scripts.analysis.study import Experiment, Study
-from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run
+from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run, without_effect
 from training.command import refusal
 from training.overrides import hint, refuse_values_for_groups
 from training.validate import problems_of_directory
@@ -44,6 +44,12 @@ from training.validate import problems_of_directory
 EXPERIMENT_KEYS = {  # keys of train.py that an experiment decides, and what to do instead
     "seed": "give seeds=",
     "resume": "runs are resumed without asking; for fresh ones give another output_dir=",
+}
+
+ZEROS = {  # options that may not be below 0, and what 0 does
+    "workers": "0 trains nothing and makes the table",
+    "extensions": "0 extends no axis",
+    "further_trials": "0 adds no trials",
 }
 
 
@@ -82,16 +88,9 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     own = {"workers": experiment.workers, "output_dir": "", "results": ""}
     lists = {"seeds": experiment.seeds, "around": ",".join(experiment.around.values())}
     words, options = parse(arguments, {**axes, **lists, **own, **experiment.all_options})
-    refuse(
-        [
-            f"{word} has no effect: this experiment {why}"
-            for word in words
-            for keys, why in ((SEARCH_OPTIONS, "searches nothing"), (EXTEND_OPTIONS, "extends no axis"))
-            if word.partition("=")[0] in keys
-        ]
-    )
-    if options["workers"] < 0:
-        raise UsageError(f"workers={options['workers']} is below 0; 0 trains nothing and makes the table")
+    searches = dict.fromkeys(SEARCH_OPTIONS, "this experiment searches nothing")
+    refuse(without_effect(words, searches | dict.fromkeys(EXTEND_OPTIONS, "this experiment extends no axis")))
+    refuse([f"{key}={options[key]} is below 0; {zero}" for key, zero in ZEROS.items() if options.get(key, 0) < 0])
     launcher = [word for word in words if word.startswith(("hydra/launcher=", "hydra.launcher."))]
     if launcher and not launcher[0].startswith("hydra/launcher="):
         raise UsageError(
@@ -135,7 +134,13 @@ def work(arguments: list[str]) -> int:
     results = Path(own["results"] or ROOT / "results" / name)
     refuse([*problems_of_directory(output_dir), *problems_of_directory(results, "results")])
     failures = Conductor(study, output_dir, own["workers"], launcher).run()
-    print("\n" + write(study, results, command_line("experiment.py", *arguments)))
+    try:
+        print("\n" + write(study, results, command_line("experiment.py", *arguments)))
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or results} cannot be written ({error}); the runs are kept: the same command with workers=0 and another "
+            "results= writes the table"
+        ) from error
     for directory, reason in failures.items():
         print(f"failed: {directory}: {reason}", file=sys.stderr)
     return 1 if failures else 0

@@ -11,6 +11,8 @@ hf            a folder with weights, configuration and tokenizer:
               transformers.GPT2LMHeadModel.from_pretrained("gpt2_folder"), AutoTokenizer.from_pretrained("gpt2_folder")
 safetensors   every tensor under its name here, for models that the others do not have
 
+An existing file is replaced. An existing folder is refused; for to=hf, so is a file.
+
 All weights are float32. train.py reads each of them back: init_from=<what was written>.
 """
 

@@ -39,7 +39,7 @@ from scripts.analysis.tables import (
     rows_of,
     write_tables,
 )
-from scripts.command import UsageError, command_line, parse, run
+from scripts.command import UsageError, command_line, parse, refuse, run
 from scripts.reproduce import ASSIGNMENTS
 from train import train
 from training.checks import check
@@ -47,6 +47,7 @@ from training.config import compose
 from training.data import open_data
 from training.log import read_records
 from training.settings import Settings
+from training.validate import problems_of_directory
 
 RUNS = tuple(dict.fromkeys(("adamw", "hetero", *ASSIGNMENTS)))  # those with a bar come first, if time is short
 SETTINGS = [
@@ -194,6 +195,7 @@ def work(arguments: list[str]) -> int:
     overrides, o = parse(arguments, options)
     if not (o["folder"] and o["results"]):
         raise UsageError("give folder= for the runs and results= for the table; see --help")
+    refuse([problem for key in ("folder", "results") for problem in problems_of_directory(Path(o[key]), key)])
     first, most = (4, 12) if o["tiny"] else (40, 2500)
     micro = [f"micro_batch_size={o['micro_batch_size']}"] if o["micro_batch_size"] else []
     settings = [*(TINY_SETTINGS if o["tiny"] else SETTINGS), *micro, *overrides]

@@ -21,7 +21,7 @@ from pathlib import Path
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
 from scripts.analysis.tables import Groups, grouped, make_table, report_columns
-from scripts.command import UsageError, command_line, parse, run
+from scripts.command import UsageError, command_line, parse, refuse, run, without_effect
 from training.files import write_whole
 
 OPTIONS = {"figures": "", "page": "", "live": False, "port": 8000}
@@ -35,6 +35,10 @@ def work(arguments: list[str]) -> int:
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/sweep; see --help")
     command = command_line("report.py", *arguments)
+    reasons = {"port": "it is for live=true"}
+    if options["live"]:
+        reasons = dict.fromkeys(("figures", "page"), "live=true serves the page and writes no file")
+    refuse(without_effect(arguments, reasons))
     if options["live"]:
         return live(places, command, options["port"])
     groups = grouped(find_runs(places))

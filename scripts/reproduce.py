@@ -51,6 +51,7 @@ from training.checks import check
 from training.config import compose
 from training.data import open_data
 from training.engine import Job, run_here
+from training.files import write_whole
 from training.log import METRICS_FILE
 from training.sweep import finished
 from training.validate import problems_of_directory
@@ -151,8 +152,12 @@ def train_all(plan: Plan) -> dict[str, str]:
 # ---- what is written ----
 
 
-def write_reproduction(plan: Plan) -> str:
-    """Write the table and the pictures into `plan.results`; returns the text for a terminal."""
+def write_reproduction(plan: Plan) -> tuple[str, list[str]]:
+    """Write the table and the pictures into `plan.results`; returns the text for a terminal, and the names of the pictures.
+
+    Raises:
+        UsageError: no run has written anything. OSError: a file cannot be written.
+    """
     directories = [job.directory for job in plan.jobs.values()]
     runs = [read_run(directory) for directory in directories if (directory / METRICS_FILE).exists()]
     if not runs:
@@ -168,12 +173,13 @@ def write_reproduction(plan: Plan) -> str:
         "settings": {**runs[0].config, "assignment": None},
     }
     write_tables(plan.results, [table], footer(plan.command, runs, f"{_cost_line(runs)}.", remark(plan, runs)), data)
-    names = ", ".join(["table.md", "table.json", *(path.name for path in draw(groups, plan.results))])
+    pictures = [path.name for path in draw(groups, plan.results)]
+    names = ", ".join(["table.md", "table.json", *pictures])
     before = [comparison(runs, plan.committed)] if plan.committed and (plan.committed / "table.json").exists() else []
     parts = [table.text(), *(other.text() for other in before)]
     written = f"  written to {plan.results}: {names}   ({_cost_line(runs)})"
     page = command_line("report.py", os.path.commonpath([r.directory for r in runs]))
-    return "\n\n".join([*parts, f"{written}\n  everything on one page: {page}"])
+    return "\n\n".join([*parts, f"{written}\n  everything on one page: {page}"]), pictures
 
 
 def comparison(runs: Sequence[RecordedRun], committed: Path) -> Table:
@@ -247,12 +253,18 @@ def decay_of(cfg: dict[str, Any]) -> str:
     return f"{muon['weight_decay'] if replaced is None else replaced:g} acts on {on}"
 
 
-def accept(plan: Plan, committed: Path) -> str:
-    """Copy the table and the pictures into `committed`, and replace the table in the Markdown files that show it; returns one line."""
+def accept(plan: Plan, committed: Path, pictures: Sequence[str]) -> str:
+    """Copy the table and its pictures into `committed`, and replace the table in the Markdown files that show it; returns one line.
+
+    Pictures in `committed` that are not among `pictures`, the names of those that belong to the table, are removed.
+    """
     committed.mkdir(parents=True, exist_ok=True)
-    for name in ("table.md", "table.json", "val_loss.png", "spectra.png", "layers.png"):
-        if (plan.results / name).exists() and plan.results != committed:
+    for name in ("table.md", "table.json", *pictures):
+        if plan.results.resolve() != committed.resolve():
             shutil.copyfile(plan.results / name, committed / name)
+    for path in committed.glob("*.png"):
+        if path.name not in pictures:
+            path.unlink()
     table = (committed / "table.md").read_text()
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     renewed = [str(page.relative_to(ROOT)) for page in pages if renew(page, committed.name, table)]
@@ -260,7 +272,11 @@ def accept(plan: Plan, committed: Path) -> str:
 
 
 def renew(page: Path, name: str, table: str) -> bool:
-    """Replace the text between `<!-- table:<name> -->` and `<!-- /table -->` in a Markdown file; False if there is no such place."""
+    """Replace the text between `<!-- table:<name> -->` and `<!-- /table -->` in a Markdown file; False if there is no such place.
+
+    Raises:
+        OSError: the file cannot be written; then it is unchanged.
+    """
     if not page.exists():
         return False
     text = page.read_text()
@@ -268,7 +284,7 @@ def renew(page: Path, name: str, table: str) -> bool:
     _, end, after = rest.partition("<!-- /table -->")
     if not end:
         return False
-    page.write_text(f"{before}{begin}{table}{end}{after}")
+    write_whole(page, f"{before}{begin}{table}{end}{after}")
     return True
 
 
@@ -284,9 +300,10 @@ def work(arguments: list[str]) -> int:
         print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     try:
-        print("\n" + write_reproduction(plan))
-        if plan.accept and plan.committed and not failures:
-            print(accept(plan, plan.committed))
+        text, pictures = write_reproduction(plan)
+        print("\n" + text)
+        if plan.accept and plan.committed:
+            print("  not accepted: a run failed" if failures else accept(plan, plan.committed, pictures))
     except OSError as error:
         raise UsageError(
             f"{error.filename or plan.results} cannot be written ({error}); the runs are kept: give another results="

@@ -21,6 +21,7 @@ from scripts.analysis.tables import different
 from scripts.command import ROOT, UsageError, parse, refuse, run
 from training.files import CONFIG_FILE, read_config
 from training.log import read_records
+from training.validate import problems_of_directory
 
 SOURCES = (
     "train.py",
@@ -31,6 +32,8 @@ SOURCES = (
     "configs/**/*.yaml",
     "requirements.lock",
 )
+OF_RUN = (CONFIG_FILE, "environment.json", "parameters.txt")
+"""The files of a run that its log holds."""
 LINE = "=" * 100
 
 
@@ -42,7 +45,7 @@ def code() -> list[Path]:
 def log_of(directory: Path) -> str:
     """The log of a run: code, settings, environment, and a line for each evaluation, with seconds of training up to it."""
     parts = [f"# ---- {path.relative_to(ROOT)} ----\n{path.read_text().rstrip()}" for path in code()]
-    for name in (CONFIG_FILE, "environment.json", "parameters.txt"):
+    for name in OF_RUN:
         parts.append(f"# ---- {name} of the run ----\n{(directory / name).read_text().rstrip()}")
     return "\n".join([*parts, LINE, *_lines(directory)]) + "\n"
 
@@ -66,8 +69,9 @@ def _lines(directory: Path) -> list[str]:
 def verdict(runs: list[RecordedRun], target: float) -> str:
     """What the rule says about all runs of one setting."""
     stopped, step, losses, p = judged([dict(zip(*r.curve("eval"))) for r in runs], target)
-    mean = f"mean {fmean(losses):.4f} of n={len(losses)} at step {step}, one-sided p={p:.1e} at σ={SIGMA}"
-    return f"not reached: {mean}" if stopped is None else f"{target:g} is reached at step {step}: {mean}"
+    of_step = f"one-sided p={p:.1e} at that step at σ={SIGMA}, not adjusted for the evaluations before it"
+    found = f"mean {fmean(losses):.4f} of n={len(losses)} at step {step}, {of_step}"
+    return f"not reached: {found}" if stopped is None else f"{target:g} is reached at step {step}: {found}"
 
 
 def work(arguments: list[str]) -> int:
@@ -78,8 +82,27 @@ def work(arguments: list[str]) -> int:
     runs = find_runs(places)
     if changed := {key for r in runs[1:] for key in different(runs[0].config, r.config)}:
         raise UsageError(f"the runs differ in {', '.join(sorted(changed))}; name the runs of one setting at a time")
-    refuse([f"{r.directory} has no evaluation yet; leave it out" for r in runs if r.final is None])
     folder = Path(options["logs"])
+    problems = [f"{r.directory} has no evaluation yet; leave it out" for r in runs if r.final is None]
+    problems += [
+        f"{r.directory} has no {name}, which its log must hold; copy it from where the run was made, or leave the run out"
+        for r in runs
+        for name in OF_RUN
+        if not (r.directory / name).is_file()
+    ]
+    refuse([*problems, *problems_of_directory(folder, "logs")])
+    try:
+        write_logs(runs, folder)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder} cannot be written ({error}); name another folder: logs="
+        ) from error
+    print(verdict(runs, options["target"]))
+    return 0
+
+
+def write_logs(runs: list[RecordedRun], folder: Path) -> None:
+    """Write the log of every run into a folder, which is made; print its path, and why it may not be the log of the run's end or code."""
     folder.mkdir(parents=True, exist_ok=True)
     for r in runs:
         newer = [path for path in code() if path.stat().st_mtime > (r.directory / CONFIG_FILE).stat().st_mtime]
@@ -91,8 +114,6 @@ def work(arguments: list[str]) -> int:
         print(f"written: {path}")
         if (done := r.curve("eval")[0][-1]) < r.config["max_steps"]:
             print(f"{path.stem} is not finished: its last loss is of step {done} of {r.config['max_steps']}")
-    print(verdict(runs, options["target"]))
-    return 0
 
 
 main = partial(run, work, __doc__)

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -148,6 +148,22 @@ def find_jobs(sweep: Path, known: dict[Path, Watched]) -> dict[Path, Watched]:
     return {path: known.get(path) or Watched(path) for path in found}
 
 
+def require_jobs(sweep: Path, jobs: Iterable[Path]) -> None:
+    """Check that the directories found in a sweep's are jobs. Those of a sweep that just began have written nothing yet.
+
+    Raises:
+        UsageError: there are none, or they are sweeps: runs lie below them.
+    """
+    jobs = list(jobs)
+    if not jobs:
+        raise UsageError(f"{sweep} holds no jobs; name the directory of a sweep, such as outputs/sweep")
+    if any((job / METRICS_FILE).exists() for job in jobs):
+        return
+    first = next((file for job in jobs for file in sorted(job.rglob(METRICS_FILE))), None)
+    if first is not None:
+        raise UsageError(f"{sweep} holds sweeps, no jobs; name one, such as {first.parent.parent}")
+
+
 def short_names(jobs: Sequence[Path]) -> list[str]:
     """The names of the jobs' directories, without the overrides that all jobs share."""
     parts = [path.name.split(",") for path in jobs]
@@ -201,7 +217,8 @@ def work(arguments: list[str]) -> int:
     sweep, stalled_s = Path(others[0]), options["stalled_s"]
     if not sweep.is_dir():
         raise UsageError(f"there is no directory {sweep}; name a sweep's, such as outputs/sweep")
-    jobs: dict[Path, Watched] = {}
+    jobs = find_jobs(sweep, {})
+    require_jobs(sweep, jobs)
 
     def look() -> Table:
         nonlocal jobs

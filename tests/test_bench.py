@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import bench, bench_ceilings, bench_predicted, bench_residual, timing
+from scripts import bench, bench_ceilings, bench_predicted, bench_residual, bench_train, gpu_check, timing
 from scripts.bench_train import RandomTraining, trainings_by_assignment
 from scripts.command import UsageError
 from training.config import compose
@@ -131,6 +131,34 @@ def test_a_timed_step_has_all_parts_of_a_step():
                 "tokens": 256,
             }
         )
+
+
+def test_gpu_check_gives_each_benchmark_options_that_it_takes():
+    """The words of its steps on a GPU and with tiny=true; and no benchmark is without an entry."""
+    assert set(bench.OPTIONS_OF) == set(bench.BENCHES)
+    for words in ([], ["tiny=true"]):
+        options = gpu_check.options_of(words)[1]
+        steps = [step.within(200) for stage in "ab" for step in gpu_check.steps_of(stage, options)]
+        benches = [command[2:] for command in steps if "scripts/bench.py" in command]
+        assert len(benches) == 8 and all(bench.options_of(words)[0] == words[0] for words in benches)
+
+
+def test_a_table_that_cannot_be_written_is_one_message(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(bench.BENCHES, "counts", lambda options: [{"step": "one"}])
+    monkeypatch.setattr(bench, "write_tables", full)
+    assert bench.main(["counts", f"results={tmp_path}"]) == 2
+    out, err = capsys.readouterr()
+    assert "one" in out and f"{tmp_path} cannot be written" in err and "give another results=" in err
+
+
+def test_a_profile_is_of_as_many_steps_as_asked(monkeypatch):
+    monkeypatch.setattr(bench_train, "trainings_by_assignment", lambda options: {("adamw", "-", "-"): None})
+    monkeypatch.setattr(bench_train, "traced", lambda training, names, folder, steps: [{**names, "steps": steps}])
+    [asked], [plain] = (bench_train.profile_rows({"repeats": n, "traces": ""}) for n in (5, 0))
+    assert (asked["steps"], plain["steps"]) == (5, 2)
 
 
 def test_bench_names_its_benchmarks(capsys):

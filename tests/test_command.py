@@ -15,7 +15,18 @@ from omegaconf import OmegaConf
 
 from data import bench as data_bench
 from data import prepare
-from scripts import bench, evaluate, experiment, probe, report, reproduce, sample, watch
+from scripts import (
+    bench,
+    design_iterator,
+    evaluate,
+    experiment,
+    gpu_runs,
+    probe,
+    report,
+    reproduce,
+    sample,
+    watch,
+)
 from scripts.command import UsageError, parse
 from training.command import run_command
 from training.config import CONFIGS, compose, directory_name
@@ -210,9 +221,37 @@ def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
         ),
         (report.main, ["run", "live=maybe"], "live=maybe must be true or false"),
         (bench.main, ["optimizer", "foo=3"], "foo= is no option"),
+        (bench.main, ["counts", "layers=2"], "layers=2 has no effect: counts takes results=, file=; leave it out"),
+        (
+            bench.main,
+            ["optimizer", "assignments=adamw"],
+            "optimizer takes layers=, width=, repeats=, limit_s=, results=",
+        ),
+        (bench.main, ["ceilings", "repeats=-1"], "repeats=-1 is below 0"),
+        (bench.main, ["memory", "measured=2,a"], "a is no number of ranks"),
+        (bench.main, ["memory", "measured=0"], "0 is no number of ranks"),
+        (bench.main, ["counts", "results=/dev/null/x"], "results=/dev/null/x cannot be used"),
+        (bench.main, ["counts", "file=a/b"], "file=a/b must be a name without a folder"),
+        (gpu_runs.main, ["folder=runs", "results=/dev/null"], "results=/dev/null cannot be used"),
+        (
+            report.main,
+            ["run", "live=true", "page=x"],
+            "page=x has no effect: live=true serves the page and writes no file",
+        ),
+        (report.main, ["run", "live=true", "figures=x"], "figures=x has no effect"),
+        (report.main, ["run", "port=8000"], "port=8000 has no effect: it is for live=true"),
+        (design_iterator.main, ["name=cans", "steps=9"], "steps=9 has no effect: a named list has its own steps"),
+        (
+            design_iterator.main,
+            ["name=cans", "cushion=0.02"],
+            "cushion=0.02 has no effect: a named list is not computed",
+        ),
+        (design_iterator.main, ["l=0.1", "r=0.1", "cushion=0.02"], "with l= and r=, no interval is taken"),
         (watch.main, ["run", "stalled_s=-5"], "stalled_s=-5.0 is no time without news"),
         (experiment.main, ["crossing", "trials=3"], "trials=3 has no effect: this experiment searches nothing"),
         (experiment.main, ["crossing", "workers=-1"], "workers=-1 is below 0"),
+        (experiment.main, ["family", "further_trials=-3"], "further_trials=-3 is below 0; 0 adds no trials"),
+        (experiment.main, ["lr_transfer", "extensions=-1"], "extensions=-1 is below 0; 0 extends no axis"),
         (experiment.main, ["crossing", "hydra/launcher=null"], "hydra/launcher has no choice null; give a name"),
         (data_bench.main, ["/nowhere"], "there is no file /nowhere"),
     ],

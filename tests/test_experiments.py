@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import HERE, ROOT, SMALL
@@ -353,6 +354,34 @@ def test_exponents_are_asked_of_assignments_that_exist(tmp_path, capsys):
     for words in (["assignments=adamw,hetro"], ["scan=-1"]):
         assert experiment.main(["exponents", *words, *own]) == 2
         assert "must be names of configs/assignment" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_table_that_cannot_be_written_leaves_the_runs_and_tells_the_remedy(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(experiment.Conductor, "run", lambda self: {})
+    monkeypatch.setattr(experiment, "write", full)
+    assert experiment.main(["crossing", f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path}/results cannot be written" in said
+        and "the same command with workers=0 and another results=" in said
+    )
+
+
+def test_any_spelling_of_skips_is_drawn(monkeypatch):
+    """What train.py takes for true or false; the name of a curve depends on it after all training."""
+    from scripts.experiments import collapses
+
+    drawn = []
+    monkeypatch.setattr(collapses, "collapse_curves", lambda panels, path: drawn.append(panels))
+    profile = {key: [1.0] for key in collapses.PANELS}
+    runs = {("4", word, "gelu"): [SimpleNamespace(directory=Path(word))] for word in ("True", "false")}
+    facts = {"profiles": dict.fromkeys(("True", "false"), profile)}
+    axes = {"model.n_layer": ["4"]}
+    collapses.draw(SimpleNamespace(axes=axes, grouped=lambda *_: runs, facts=facts), Path("x.png"))
+    assert list(drawn[0]["at initialisation, depth 4"]) == ["skips, MLP", "no skips, MLP"]
 
 
 def test_where_no_run_has_ended_there_is_no_table(tmp_path, capsys):

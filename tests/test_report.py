@@ -247,9 +247,8 @@ def test_a_setting_that_follows_from_a_choice_has_no_column():
     assert "residual.alpha" in columns(
         [group("residual=proj_sphere"), group("residual=proj_sphere", "residual.alpha=0.5"), group()]
     )
-    assert figures.label_of(groups[1], groups).startswith("Hetero, ") and "residual geonorm" in figures.label_of(
-        groups[1], groups
-    )
+    label = figures.labels_of(groups)[1]
+    assert label.startswith("Hetero, ") and "residual geonorm" in label
 
 
 def test_a_setting_that_came_later_is_no_difference():

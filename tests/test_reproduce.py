@@ -321,7 +321,7 @@ def test_make_reproduce_passes_options_on():
     assert said.strip() == ".venv/bin/python scripts/reproduce.py scale=demo logger.mode=offline"
 
 
-def test_only_the_place_of_the_scale_is_renewed_in_a_readme(tmp_path):
+def test_only_the_place_of_the_scale_is_renewed_in_a_readme_whole_or_not_at_all(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text("a\n<!-- table:demo -->\nold\n<!-- /table -->\nb\n<!-- table:paper -->\nkept\n<!-- /table -->\n")
     assert reproduce.renew(page, "demo", "| new |\n")
@@ -329,6 +329,14 @@ def test_only_the_place_of_the_scale_is_renewed_in_a_readme(tmp_path):
     assert page.read_text() == expected
     assert not reproduce.renew(page, "one_gpu", "| new |\n") and page.read_text() == expected
     assert reproduce.renew(ROOT / "nowhere.md", "demo", "") is False
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.files.sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        reproduce.renew(page, "demo", "| newer |\n")
+    assert page.read_text() == expected
 
 
 # ---- report ----

@@ -1,5 +1,7 @@
 """The public optimizer track: its order of the data, its rule, and a tiny copy of its task with the logs for it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -148,7 +150,10 @@ def test_a_tiny_copy_and_its_logs(tiny, tmp_path, capsys):
         )
     arguments = [f"{tmp_path}/seed_1", f"{tmp_path}/seed_2", f"logs={tmp_path}/logs"]
     assert speedrun_log.main(arguments) == 0
-    assert "not reached: mean" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "not reached: mean" in said and "at that step at σ=0.0013, not adjusted for the evaluations before it" in said
+    )
     log = (tmp_path / "logs" / f"{tmp_path.name}_seed_1.txt").read_text()
     assert (ROOT / "optim" / "manifold_muon.py").read_text().rstrip() in log and "global_batch_tokens: 128" in log
     assert "step:5/6 val_loss:" in log and log.count("step_avg:") == 3
@@ -164,3 +169,15 @@ def test_a_tiny_copy_and_its_logs(tiny, tmp_path, capsys):
     )
     assert speedrun_log.main([*arguments, f"{tmp_path}/young"]) == 2
     assert "young has no evaluation yet" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "logs")
+    for logs in (tmp_path / "seed_1/config.yaml", "/proc/x"):
+        assert speedrun_log.main([*arguments[:2], f"logs={logs}"]) == 2
+        out, err = capsys.readouterr()
+        assert "logs=" in err and str(logs) in err and not out
+    for name in ("environment.json", "parameters.txt"):
+        (tmp_path / "seed_2" / name).unlink()
+    assert speedrun_log.main(arguments) == 2 and not (tmp_path / "logs").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == [
+        f"{tmp_path}/seed_2 has no {name}" for name in ("environment.json", "parameters.txt")
+    ]

@@ -38,7 +38,8 @@ def test_the_verdict_names_the_leader_the_interval_and_the_power():
     assert said.headline.startswith("A has the lowest loss: 2.1000 ± ") and "3 seeds" in said.headline
     text = " ".join(said.sentences)
     assert "The next is B, whose loss is higher by 0.1000" in text and "95% interval +0.0752 to +0.1248" in text
-    assert "Power: 3 seeds find a true difference from B" in text and "2 seeds would find it" not in text
+    assert "Power: if differences scatter over seeds as these do, 3 seeds find a true difference from B of 0.0" in text
+    assert "2 seeds would find it" not in text
     assert [line[0] for line in said.table.lines] == ["A", "B"] and said.table.lines[1][-1] == "higher"
 
 
@@ -84,6 +85,8 @@ def test_what_went_wrong_and_what_cannot_be_compared_is_said():
     said = verdict([fake("A", {1: 2.0}), fake("B", {1: 1.0}, events=[event], data={"name": "books"})])
     assert said.headline.startswith("A has a loss") and any("differ in the data" in c for c in said.cautions)
     assert "B: unstable at step 70: the loss rose by 0.7." in said.cautions
+    contexts = [fake(str(size), {1: 2.0}, model={"block_size": size}) for size in (128, 256)]
+    assert verdict(contexts).cautions == ["The settings differ in the context. Compare their losses with care."]
     apart = verdict([fake("A", {1: 2.0}), fake("B", {2: 1.0})])
     assert "Give all settings the same seeds" in apart.sentences[0]
 

@@ -93,9 +93,27 @@ def test_a_single_run_and_mistakes(tmp_path, capsys):
     ):
         assert watch.main(list(map(str, arguments))) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "note.txt").write_text("x")
+    assert watch.main([str(tmp_path / "files"), "once=true"]) == 2
+    assert f"{tmp_path}/files holds no jobs; name" in capsys.readouterr().err
     for seconds in ("0", "-1", "nan"):
         assert watch.main([str(tmp_path), f"interval_s={seconds}"]) == 2
         assert "seconds above 0" in capsys.readouterr().err
+
+
+def test_sweeps_are_no_jobs(tmp_path, monkeypatch, capsys):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", interrupt)
+    write_job(tmp_path / "outputs/family", "a,seed=1")  # has not written anything yet
+    assert rows(capsys, tmp_path / "outputs/family")["a,seed=1"] == ["waiting"]
+    write_job(tmp_path / "outputs/reproduce/demo", "hetero", train(10))
+    for words in (["once=true"], []):
+        assert watch.main([str(tmp_path / "outputs"), *words]) == 2
+        out, err = capsys.readouterr()
+        assert not out and f"outputs holds sweeps, no jobs; name one, such as {tmp_path}/outputs/reproduce/demo" in err
 
 
 FOREIGN = [

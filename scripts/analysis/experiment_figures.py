@@ -14,13 +14,25 @@ from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from scripts.analysis.figures import ASSIGNMENT_COLOURS, DASHES, OTHER_COLOURS, colours_by_label, picture, plain
+from scripts.analysis.figures import (
+    ASSIGNMENT_COLOURS,
+    DASHES,
+    OTHER_COLOURS,
+    colours_by_label,
+    colours_of,
+    picture,
+    plain,
+)
 from scripts.analysis.runs import RecordedRun, at, final_losses
 from scripts.analysis.statistics import Difference, Estimate, best_rate
 from scripts.analysis.tables import Groups
 
 ROUNDING = 1e-15
 """The distance below which tokens in float64 count as equal."""
+
+UNSTABLE: dict[str, Any] = {"marker": "x", "linestyle": "", "markersize": 6, "markeredgewidth": 1.8}
+UNSTABLE_KEY = Line2D([], [], color="#555555", **UNSTABLE)
+"""The cross of an unstable run in a legend."""
 
 Curves = Mapping[str, Mapping[float, Sequence[float]]]
 """Label → learning rate → final losses, one a seed."""
@@ -60,9 +72,13 @@ def _heat(runs: Sequence[RecordedRun]) -> str:
 
 
 def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rates: str = "learning rate") -> Path:
-    """Draw final loss over learning rate: rows of panels, each with a title and its curves. A large dot marks the best rate of a curve."""
+    """Draw final loss over learning rate: rows of panels, each with a title and its curves. A large dot marks the best rate of a curve.
+
+    A rate at which a seed became unstable has a cross near the upper edge instead of a point; the line joins its neighbours.
+    """
     with picture(path, 3.2 * len(panels[0]), 0.4 + 2.6 * len(panels)) as figure:
         sharey: Literal["col", "all"] = "col" if len(panels) > 1 else "all"
+        unstable = False
         grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey=sharey, squeeze=False)
         for row, wanted in zip(grid, panels):
             for axes, (title, curves) in zip(row, wanted):
@@ -70,6 +86,7 @@ def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rat
                 for i, (label, curve) in enumerate(curves.items()):
                     shade = shades((i + 1) / len(curves))
                     points = {rate: Estimate.of(v) for rate, v in sorted(curve.items()) if all(map(math.isfinite, v))}
+                    unstable |= _crosses(axes, [rate for rate in curve if rate not in points], i, shade)
                     if points:
                         means, errors = ([getattr(e, field) for e in points.values()] for field in ("mean", "error"))
                         axes.errorbar(list(points), means, errors, color=shade, marker=".", capsize=2, label=label)
@@ -78,7 +95,21 @@ def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rat
                 axes.set_title(title, loc="left")
                 axes.legend(frameon=False, fontsize=7)
             row[0].set_ylabel("validation loss (nats a token)")
+        if unstable:
+            figure.legend([UNSTABLE_KEY], ["a seed became unstable"], loc="outside lower center", frameon=False)
     return path
+
+
+def _crosses(axes: Axes, places: Sequence[float], row: int, colour: Any) -> bool:
+    """Mark the places along the axis at which runs became unstable, by crosses near the upper edge. Each curve has its own row, from 0 on.
+
+    Returns whether there are such places.
+    """
+    heights = [1 - 0.03 * row] * len(places)
+    axes.plot(
+        places, heights, transform=axes.get_xaxis_transform(), color=colour, clip_on=False, in_layout=False, **UNSTABLE
+    )
+    return bool(places)
 
 
 def _rate_axis(axes: Axes, words: str) -> None:
@@ -93,32 +124,36 @@ def _rate_axis(axes: Axes, words: str) -> None:
 
 
 def loss_of_trials(rows: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]], path: Path) -> Path:
-    """Draw every trial of a search: searched setting → title of a panel → label of a curve → pairs of the setting's value and loss.
+    """Draw the trials of a search: searched setting → title of a panel → label of a curve → pairs of the setting's value and loss.
 
     Trials of one case may have the same value and differ in other settings; the line joins the best of each. The best of all has a large dot.
+    A trial that became unstable is a cross near the upper edge. A panel ends 0.6 above its lowest loss, and worse trials lie outside.
     """
     labels = list(dict.fromkeys(label for panels in rows.values() for curves in panels.values() for label in curves))
     colours = colours_by_label(labels)
     columns = list(dict.fromkeys(title for panels in rows.values() for title in panels))
     with picture(path, max(7.4, 3.4 * len(columns)), 1.0 + 3.2 * len(rows)) as figure:
         grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        unstable = False
         for line, (setting, panels) in zip(grid, rows.items()):
             line[0].set_ylabel("validation loss (nats a token)")
             for axes, title in zip(line, columns):
-                _trials(axes, panels.get(title, {}), colours)
+                unstable |= _trials(axes, panels.get(title, {}), colours)
                 _rate_axis(axes, "learning rate" if setting == "lr" else setting)
                 axes.set_title(title, loc="left")
-        handles = [Line2D([], [], color=colours[label], linewidth=2) for label in labels]
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=7.5
-        )
+        handles, names = [Line2D([], [], color=colours[label], linewidth=2) for label in labels], labels
+        if unstable:
+            handles, names = [*handles, UNSTABLE_KEY], [*names, "unstable"]
+        figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False, fontsize=7.5)
     return path
 
 
-def _trials(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, Any]) -> None:
-    """A panel of `loss_of_trials`."""
+def _trials(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, Any]) -> bool:
+    """A panel of `loss_of_trials`; returns whether a trial became unstable."""
+    unstable = False
     every = [loss for trials in curves.values() for _, loss in trials if math.isfinite(loss)]
-    for label, trials in curves.items():
+    for i, (label, trials) in enumerate(curves.items()):
+        unstable |= _crosses(axes, [value for value, loss in trials if not math.isfinite(loss)], i, colours[label])
         finite = sorted((value, loss) for value, loss in trials if math.isfinite(loss))
         if finite:
             lowest = dict(reversed(finite))  # of equal values, the last one stays, which is that of the lowest loss
@@ -128,6 +163,7 @@ def _trials(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], col
     if every:
         low = min(every)
         axes.set_ylim(low - 0.03, min(max(every), low + 0.6) + 0.03)
+    return unstable
 
 
 def gap_by_tokens(
@@ -181,17 +217,18 @@ def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path
     """Draw logit, entropy, saturation and loss over steps, a column for each, and a row for each setting in words, such as a learning rate.
 
     Every assignment has a colour, every seed a thin line. A triangle marks the early warning, a cross the step at which a run became unstable.
+    The panels of the loss end 2 above the lowest loss after the first fifth of training; what is higher lies outside.
     """
+    examples = {run.assignment: run for runs in rows.values() for run in runs}
+    colours = dict(zip(examples, colours_of([[run] for run in examples.values()])))
     with picture(path, 12.0, 0.9 + min(2.35 * len(rows), 10.0)) as figure:  # a page at most
         panels = figure.subplots(len(rows), len(SIGNS), squeeze=False, sharex=True, sharey="col")
-        shown: dict[str, str] = {}
         for axes, (_, _, title, _) in zip(panels[0], SIGNS):
             axes.set_title(title, loc="left", fontsize=9)
         for row, (setting, runs) in zip(panels, rows.items()):
             for axes, (kind, field, _, logarithmic) in zip(row, SIGNS):
                 for run in runs:
-                    colour = shown.setdefault(run.assignment, ASSIGNMENT_COLOURS.get(run.assignment, "#CC79A7"))
-                    _curve(axes, run, kind, field, colour)
+                    _curve(axes, run, kind, field, colours[run.assignment])
                 if logarithmic:
                     axes.set_yscale("log")
                     axes.yaxis.set_major_formatter(plain)
@@ -203,9 +240,9 @@ def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path
             axes.set_ylim(-0.03, 1.03)
         for axes in panels[-1]:
             axes.set_xlabel("step")
-        handles = [Line2D([], [], color=colour, linewidth=2) for colour in shown.values()]
+        handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours.values()]
         handles += [Line2D([], [], color="#555555", linestyle="", marker=m, markersize=6) for m in ("^", "x")]
-        names = [*shown, "early warning", "unstable"]
+        names = [*colours, "early warning", "unstable"]
         figure.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False)
     return path
 
@@ -245,7 +282,7 @@ def probe_curves(run: RecordedRun, path: Path) -> Path:
     """Draw everything that the probes of a run measured over training. A quantity by depth has a line for each depth, dark for the first layer."""
     with picture(path, 15.0, 5.0) as figure:
         for axes, (field, title) in zip(figure.subplots(2, 5, sharex=True).flat, PROBE_CURVES):
-            records = [r for r in run.records["probe"] if at(r, field) is not None]  # older runs have fewer fields
+            records = [r for r in run.records["probe"] if at(r, field) is not None]  # a run need not have every field
             if not records:
                 axes.set_axis_off()
                 continue
@@ -379,5 +416,8 @@ def loss_against_exponents(cells: Sequence[Mapping[str, Any]], path: Path) -> Pa
         figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[2], label="final validation loss")
         shown = {kind: style for kind, style in KIND_STYLES.items() if any(c["kind"] == kind for c in cells)}
         handles = [Line2D([], [], marker=m, color=colour, linestyle="") for m, colour in shown.values()]
-        figure.legend(handles, list(shown), loc="outside lower center", ncols=4, frameon=False)
+        names = list(shown)
+        if not all(map(math.isfinite, known)):
+            handles, names = [*handles, UNSTABLE_KEY], [*names, "unstable"]
+        figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
     return path

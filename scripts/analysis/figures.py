@@ -39,6 +39,7 @@ ASSIGNMENT_COLOURS = {
 OTHER_COLOURS = ("#C266A0", "#3B95CC", "#8C6BB1", "#5E8C31", "#8A7A5C")
 LARGEST, SMALLEST = "#D55E00", "#0072B2"  # singular values
 CROSS: dict[str, Any] = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2}
+LINE_STYLES = ("solid", "dashed", "dotted")
 DASHES: dict[str, Any] = {"color": "#888888", "linewidth": 0.9, "linestyle": (0, (3, 2))}
 
 DPI = 130
@@ -66,7 +67,7 @@ def draw(groups: Groups, directory: Path) -> list[Path]:
     if any(r.records.get("spectra") for group in groups for r in group):
         drawn.append(draw_spectra(groups, directory / "spectra.png"))
         drawn.append(draw_layers(groups, directory / "layers.png"))
-    if path := draw_scales([(label_of(group, groups), group) for group in groups], directory / "scales.png"):
+    if path := draw_scales(list(zip(labels_of(groups), groups)), directory / "scales.png"):
         drawn.append(path)
     for path in drawn:
         sign(path, [r for group in groups for r in group])
@@ -81,9 +82,9 @@ def draw_losses(groups: Groups, path: Path) -> Path:
     with picture(path, 9.2, 3.9) as figure:
         whole, end = figure.subplots(1, 2, width_ratios=(1, 1.15))
         colours = colours_of(groups)
-        for group, colour in zip(groups, colours):
+        for i, (group, colour) in enumerate(zip(groups, colours)):
             for axes in (whole, end):
-                _loss_curves(axes, group, colour)
+                _loss_curves(axes, group, colour, dash_of(i))
         last = max(run.step for group in groups for run in group) or 1
         finals = [run.final for group in groups for run in group if run.final is not None and math.isfinite(run.final)]
         for axes, first in ((whole, 0), (end, last // 2)):
@@ -104,7 +105,7 @@ def draw_losses(groups: Groups, path: Path) -> Path:
 
 def draw_spectra(groups: Groups, path: Path) -> Path:
     """Draw the largest and the smallest singular value of every matrix over steps: a column for each group's first run, a row for each sublayer."""
-    runs = [next((r for r in group if r.records.get("spectra")), group[0]) for group in groups]
+    runs = [first_with(group, "spectra") or group[0] for group in groups]
     with picture(path, max(4.5, 0.8 + 1.75 * len(runs)), 4.4) as figure:
         panels = figure.subplots(len(SUBLAYERS), len(runs), sharex=True, sharey="row", squeeze=False)
         for row, sublayer in zip(panels, SUBLAYERS):
@@ -112,8 +113,8 @@ def draw_spectra(groups: Groups, path: Path) -> Path:
                 _spectrum(axes, run, sublayer)
             _log_scale(row[0], [r for run in runs for records in run.spectra(sublayer).values() for r in records])
             row[0].set_ylabel(f"{_words(sublayer)}\nsingular values")
-        for top, bottom, group in zip(panels[0], panels[-1], groups):
-            top.set_title(label_of(group, groups), loc="left", fontweight="bold", fontsize=9.5, pad=16)
+        for top, bottom, label in zip(panels[0], panels[-1], labels_of(groups)):
+            top.set_title(label, loc="left", fontweight="bold", fontsize=9.5, pad=16)
             bottom.set_xlabel("step")
             bottom.set_xlim(0, max(r.step for r in runs) or 1)
         handles = [Line2D([], [], color=c, linewidth=1.6) for c in (LARGEST, SMALLEST)]
@@ -126,7 +127,7 @@ def draw_spectra(groups: Groups, path: Path) -> Path:
 
 def draw_layers(groups: Groups, path: Path) -> Path:
     """Draw the largest singular value over steps and layers: a column for each group's first run, a row for each kind of matrix."""
-    maps = [singular_values(next((r for r in group if r.records.get("spectra")), group[0])) for group in groups]
+    maps = [singular_values(first_with(group, "spectra") or group[0]) for group in groups]
     kinds = list(dict.fromkeys(kind for found in maps for kind in found))
     every = [v for found in maps for kind in found.values() for row in kind["sigma_max"] for v in row if v is not None]
     norm = LogNorm(max(min(every), 1e-3 * max(every)), max(every) * 1.001) if max(every, default=0) > 0 else None
@@ -145,8 +146,8 @@ def draw_layers(groups: Groups, path: Path) -> Path:
                 axes.set_yticks(shown, [str(layers[i]) for i in shown])
                 axes.invert_yaxis()
             row[0].set_ylabel(f"{kind}\nlayer")
-        for top, bottom, group in zip(panels[0], panels[-1], groups):
-            top.set_title(label_of(group, groups), loc="left", fontweight="bold", fontsize=9.5)
+        for top, bottom, label in zip(panels[0], panels[-1], labels_of(groups)):
+            top.set_title(label, loc="left", fontweight="bold", fontsize=9.5)
             bottom.set_xlabel("step")
         bar = figure.colorbar(mesh, ax=panels, label="largest singular value", format=FuncFormatter(plain), aspect=40)
         bar.ax.yaxis.set_minor_formatter(NullFormatter() if max(every) > 20 * min(every) else plain)
@@ -159,7 +160,7 @@ def draw_scales(groups: Sequence[tuple[str, Sequence[RecordedRun]]], path: Path)
     A line is the mean of a layer, dark for the first layer; its band is a standard deviation of the entries to each side. None, and no
     picture, if no run has records of scales.
     """
-    recorded = [(title, next((r for r in group if r.records.get("scales")), None)) for title, group in groups]
+    recorded = [(title, first_with(group, "scales")) for title, group in groups]
     found = [(title, learned_scales(run)) for title, run in recorded if run is not None]
     names = list(dict.fromkeys(name for _, scales in found for name in scales))
     if not names:
@@ -206,15 +207,20 @@ def sign(path: Path, runs: Sequence[RecordedRun]) -> None:
 # ---- pieces ----
 
 
-def _loss_curves(axes: Axes, group: Sequence[RecordedRun], colour: str) -> None:
+def first_with(group: Sequence[RecordedRun], kind: str) -> RecordedRun | None:
+    """The first run of a group that has records of a kind; None if none has."""
+    return next((r for r in group if r.records.get(kind)), None)
+
+
+def _loss_curves(axes: Axes, group: Sequence[RecordedRun], colour: str, dash: str) -> None:
     curves = [r.curve("eval") for r in group]
     if len(group) > 1:
         shared, mean, low, high = band(curves)
         axes.fill_between(shared, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(shared, mean, color=colour, linewidth=1.6, alpha=0.9)
+        axes.plot(shared, mean, color=colour, linestyle=dash, linewidth=1.6, alpha=0.9)
     for run, (steps, losses) in zip(group, curves):
         thick, alpha = (1.6, 0.9) if len(group) == 1 else (0.5, 0.6)
-        axes.plot(steps, losses, color=colour, linewidth=thick, alpha=alpha)
+        axes.plot(steps, losses, color=colour, linestyle=dash, linewidth=thick, alpha=alpha)
         if (
             run.unstable_step is not None
             and run.unstable_step in steps
@@ -240,15 +246,19 @@ def loss_limits(groups: Groups, first: int) -> tuple[float, float]:
 
 
 def _name_curves(axes: Axes, groups: Groups, colours: Sequence[str], last: int) -> None:
-    """Write the name and final loss of each group beside the end of its curve, moved apart if they would overlap."""
+    """Write the name and final loss of each group beside the end of its curve, moved apart if they would overlap.
+
+    The loss is the mean of the finite ones; where some runs have none, the text says of how many.
+    """
     low, high = axes.get_ylim()
     places = []
-    for group, colour in zip(groups, colours):
+    for group, label, colour in zip(groups, labels_of(groups), colours):
         finals = [r.final for r in group if r.final is not None and math.isfinite(r.final)]
         if finals:
             mean = sum(finals) / len(finals)
+            count = "" if len(finals) == len(group) else f" ({len(finals)} of {len(group)})"
             above = " ↑" if mean > high else ""  # the end of the curve lies above the picture
-            places.append((min(mean, high), f"{label_of(group, groups)}  {mean:.3f}{above}", colour))
+            places.append((min(mean, high), f"{label}  {mean:.3f}{count}{above}", colour))
     places.sort(key=lambda place: place[0])
     gap = 0.062 * (high - low)  # a line of text
     heights = _spread([height for height, _, _ in places], gap)
@@ -360,12 +370,24 @@ def colours_by_label(labels: Sequence[str]) -> dict[str, Any]:
     return dict(zip(labels, colormaps["tab20"].colors * 2))  # type: ignore[attr-defined]
 
 
-def label_of(group: Sequence[RecordedRun], groups: Groups) -> str:
-    """The assignment of a group, and the first two settings in which the groups differ."""
-    values = [(c.heading.split("."), c.value(group[0])) for c in settings_columns(groups)]
-    choice = ("rule", "kind", "name")
-    settings = [f"{key[-2 if key[-1] in choice else -1]} {value}" for key, value in values if value]
-    return ", ".join([group[0].assignment, *settings[:2]])
+def dash_of(index: int) -> str:
+    """The line style of a group by its place: five groups in a row have different colours, the next five another style."""
+    return LINE_STYLES[index // len(OTHER_COLOURS) % len(LINE_STYLES)]
+
+
+def labels_of(groups: Groups) -> list[str]:
+    """A label of its own for each group: its assignment, and the first two settings in which the groups differ.
+
+    Groups that would have the same label are numbered.
+    """
+    columns, choice = settings_columns(groups), ("rule", "kind", "name")
+    labels = []
+    for group in groups:
+        values = [(column.heading.split("."), column.value(group[0])) for column in columns]
+        settings = [f"{key[-2 if key[-1] in choice else -1]} {value}" for key, value in values if value]
+        labels.append(", ".join([group[0].assignment, *settings[:2]]))
+    alike = [labels[: i + 1].count(label) for i, label in enumerate(labels)]
+    return [f"{label} ({number})" if labels.count(label) > 1 else label for label, number in zip(labels, alike)]
 
 
 @contextmanager

@@ -198,7 +198,8 @@ def stopping_step(curves: Sequence[Mapping[int, float]], target: float = TARGET)
 
 def judged(curves: Sequence[Mapping[int, float]], target: float = TARGET) -> tuple[int | None, int, list[float], float]:
     """What the rule says of all runs of a setting (step → loss, at least one step in all): the stopping step, or None; the step at which
-    the runs are judged, which without a stopping step is the last that all have; their losses there; and p.
+    the runs are judged, which without a stopping step is the last that all have; their losses there; and the p of `significance` at that
+    step. That p is not adjusted for the evaluations before it, each of which could have passed the rule.
     """
     stopped = stopping_step(curves, target)
     step = max(set.intersection(*map(set, curves))) if stopped is None else stopped

@@ -33,6 +33,8 @@ from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
+from scripts.analysis.figures import dash_of
+
 HEIGHT = 300  # pixels
 _FONT = "system-ui, sans-serif"
 _TICKS = """
@@ -55,7 +57,6 @@ _NUMBER = """
 const size = Math.abs(tick);
 return size !== 0 && (size < 1e-3 || size >= 1e6) ? String(Number(tick.toPrecision(3)).toExponential()) : Number(tick.toPrecision(6)).toLocaleString("en", {maximumFractionDigits: 6});
 """
-DASHES = ("solid", "dashed", "dotted")
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,6 @@ class Line:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     mark: tuple[float, float] | None = None
-
-
-def dash_of(index: int) -> str:
-    """The dashes of a setting's line: five settings in a row have different colours, the next five other dashes."""
-    return DASHES[index // 5 % len(DASHES)]
 
 
 def javascript() -> str:

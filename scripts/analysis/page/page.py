@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from scripts.analysis import thin
-from scripts.analysis.figures import colours_of, label_of, loss_limits
+from scripts.analysis.figures import colours_of, dash_of, labels_of, loss_limits
 from scripts.analysis.page import charts
 from scripts.analysis.page.charts import Line
 from scripts.analysis.page.details import costs, geometries, machines, settings_table
@@ -54,7 +54,7 @@ def make(groups: Groups, name: str, command: str, reload_s: float = 0) -> str:
         style=Markup((HERE / "page.css").read_text()),
         script=Markup((HERE / "page.js").read_text()),
         settings=settings,
-        dashes=[charts.dash_of(i) for i in range(len(settings))],
+        dashes=[dash_of(i) for i in range(len(settings))],
         states=_states(runs),
         verdict=verdict(settings),
         loss_table=make_table(groups, [first, *columns]),
@@ -72,13 +72,7 @@ def make(groups: Groups, name: str, command: str, reload_s: float = 0) -> str:
 
 def named(groups: Groups) -> list[Setting]:
     """The groups with names of their own and colours."""
-    labels = [label_of(group, groups) for group in groups]
-    seen: dict[str, int] = {}
-    unique = []
-    for label in labels:
-        seen[label] = seen.get(label, 0) + 1
-        unique.append(label if labels.count(label) == 1 else f"{label} ({seen[label]})")
-    return [Setting(*parts) for parts in zip(unique, colours_of(groups), groups)]
+    return [Setting(*parts) for parts in zip(labels_of(groups), colours_of(groups), groups)]
 
 
 TEXTS = {

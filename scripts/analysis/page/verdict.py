@@ -23,6 +23,7 @@ from scripts.analysis.tables import Table, known_columns
 SAME = {
     "data.name": "the data",
     "data.tokenizer": "the tokenizer",
+    "model.block_size": "the context",
     "max_steps": "the number of steps",
     "global_batch_tokens": "the tokens of a step",
     "eval_windows": "the validation windows",
@@ -161,7 +162,8 @@ def _power(leader: Setting, found: ToLeader) -> list[str]:
         needed = seeds_needed(d.mean / d.deviation)
         more = f"{needed} seeds would find it four times in five" if needed else "even a thousand seeds would miss it"
         sentences.append(
-            f"Power: {d.count} seeds find a true difference from {nearest} of {sees:.4f} or more four times in five. "
+            f"Power: if differences scatter over seeds as these do, {d.count} seeds find a true difference from {nearest} of "
+            f"{sees:.4f} or more four times in five. "
             f"If the measured difference of {d.mean:.4f} is the true one, {more}."
         )
     if single:
