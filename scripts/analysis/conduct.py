@@ -153,8 +153,6 @@ def _check_search(study: Study) -> None:
     trials, seed, cases = study.options["trials"], str(study.options["search_seed"]), study.cases()
     if trials < 1:
         raise UsageError(f"trials={trials} is too few; give at least 1")
-    if (further := study.options["further_trials"]) < 0:
-        raise UsageError(f"further_trials={further} is too few; give at least 0")
     if seed in study.seeds:
         raise UsageError(f"seeds= has the seed of the trials, {seed}; leave it out, or give another search_seed=")
     for case in cases:
