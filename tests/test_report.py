@@ -22,13 +22,7 @@ from scripts.analysis import figures, thin
 from scripts.analysis.runs import RecordedRun, find_runs
 from scripts.analysis.tables import (
     about,
-    at_paper_scale,
-    different,
-    footer,
     grouped,
-    make_table,
-    report_columns,
-    settings_columns,
 )
 from training.config import compose
 from training.log import METRICS_FILE, RunLog
@@ -159,102 +153,7 @@ def test_learned_scales_are_drawn_by_layer_and_stand_on_the_page(sweep, page, tm
     assert '<h2 id="scales">' in text and 'data-chart="scale-s_z"' in text
 
 
-# ---- the tables ----
-
-
-def test_trials_of_a_search_and_jobs_without_settings_are_left_out(tmp_path, capsys):
-    config = configuration("hetero", steps=1)
-    for name in ("a", "trials/b"):
-        write_run(tmp_path / name, config, [{"kind": "eval", "step": 1, "loss": 2.0}])
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / METRICS_FILE).write_text('{"kind": "event", "step": 0, "event": "failed", "message": "x"}\n')
-    assert [r.directory for r in find_runs([tmp_path])] == [tmp_path / "a"]
-    said = capsys.readouterr().err
-    assert "1 trials of a search left out; name their folder" in said and f"{tmp_path}/c left out: it failed" in said
-    assert [r.directory for r in find_runs([tmp_path / "trials"])] == [tmp_path / "trials/b"]
-
-
-def test_a_run_counts_once_and_a_seed_once_in_a_group(tmp_path, monkeypatch):
-    config = configuration("hetero", steps=1)
-    for name in ("a", "copy"):
-        write_run(tmp_path / name, config, [{"kind": "eval", "step": 1, "loss": 2.0}])
-    monkeypatch.chdir(tmp_path)
-    runs = find_runs(["a", tmp_path / "a", tmp_path])
-    assert [r.directory.name for r in runs] == ["a", "copy"]
-    assert [len(group) for group in grouped(runs)] == [1, 1]
-
-
-def test_losses_of_a_run_that_goes_on_are_not_averaged_with_those_of_one_that_ended(tmp_path):
-    for seed, records in ((1, [{"kind": "end", "step": 1}]), (2, [])):
-        config = {**configuration("hetero", steps=1), "seed": seed}
-        write_run(tmp_path / str(seed), config, [{"kind": "eval", "step": 1, "loss": 2.0 + seed}, *records], end=False)
-    groups = grouped(find_runs([tmp_path]))
-    table = make_table(groups, report_columns(groups))
-    assert dict(zip(table.headings, table.lines[0]))["final"] == "3.0000 (1 of 2)"
-
-
-def test_the_foot_names_every_machine_and_how_many_commits(tmp_path):
-    runs = [
-        RecordedRun(tmp_path, configuration("hetero", steps=1), {}, {}, {"device": d, "code": c})
-        for d, c in ("xx", "xy", "zy")
-    ]
-    machine = "{}, Python None, torch None, "
-    last = f"{machine.format('x')}; {machine.format('z')}; code of 2 commits."
-    assert footer("command", runs).splitlines()[-1] == last
-
-
-def test_the_papers_losses_stand_at_its_scale_only():
-    def run(*words):
-        return RecordedRun("run", compose(["experiment=paper", *words]).plain(), {}, {}, {})
-
-    assert at_paper_scale(run()) and at_paper_scale(run("assignment=hetero", "max_steps=60000"))
-    for smaller in ("max_steps=10000", "model=gpt2_350m", "data=books", "global_batch_tokens=4096"):
-        assert not at_paper_scale(run(smaller))
-
-
-def test_a_table_says_nothing_of_what_a_run_does_not_have():
-    def keys(*words):
-        run = RecordedRun("run", compose(["experiment=paper", *words]).plain(), {}, {}, {})
-        return {c.key: c.value(run) for c in report_columns([[run]])}
-
-    whole, small = keys("assignment=hetero"), keys("assignment=hetero", "max_steps=10")
-    assert whole["step_rule"] == "published" and "paper_val_loss" in whole and "paper_val_loss" not in small
-    assert (small["attention"], small["mlp"]) == ("stiefel", "dgram")  # without records of spectra
-    for words in (["optim=adamw"], ["optim=modular"], ["assignment=adamw"]):
-        assert "step_rule" not in keys("assignment=unconstrained", *words)
-
-
-def test_settings_of_muon_stand_below_runs_with_muon_only():
-    adamw, hetero = (RecordedRun("run", configuration(name), {}, {}, {}) for name in ("adamw", "hetero"))
-    assert "Muon" not in footer("x", [adamw]) and "step rule" not in footer("x", [adamw])
-    for runs in ([hetero], [adamw, hetero]):
-        assert "step rule `certified`, peak learning rate of Muon" in footer("x", runs)
-
-
-def test_a_setting_that_follows_from_a_choice_has_no_column():
-    def group(*words):
-        config = compose(["assignment=hetero", *words]).plain()
-        return [RecordedRun(" ".join(words), config, {}, {}, {})]
-
-    def columns(groups):
-        return [column.key for column in settings_columns(groups)]
-
-    groups = [group("residual=pre_norm"), group("residual=geonorm"), group("residual=geonorm", "optim.muon.lr=0.5")]
-    assert columns(groups) == ["residual.rule", "optim.muon.lr"] or columns(groups) == [
-        "optim.muon.lr",
-        "residual.rule",
-    ]
-    assert "residual.alpha" in columns(
-        [group("residual=proj_sphere"), group("residual=proj_sphere", "residual.alpha=0.5"), group()]
-    )
-    label = figures.labels_of(groups)[1]
-    assert label.startswith("Hetero, ") and "residual geonorm" in label
-
-
-def test_a_setting_that_came_later_is_no_difference():
-    new = configuration("hetero")
-    old = {key: value for key, value in new.items() if key not in ("batches", "average")}
-    assert different(old, new) == different(new, old) == different(old, old) == []
+# ---- the page ----
 
 
 def test_colours_have_contrast():
@@ -263,9 +162,6 @@ def test_colours_have_contrast():
         assert min(figures.contrast(colour, paper) for paper in ("#ffffff", dark)) >= 3, colour
         assert figures.contrast(figures.text_colour(colour), "#ffffff") >= 4.5
     assert figures.contrast("#000000", "#ffffff") == pytest.approx(21)
-
-
-# ---- the page ----
 
 
 @library
