@@ -105,18 +105,42 @@ def products_for(device: torch.device, precision: str | None = None) -> Products
     return Products(precision or ("float16" if device.type == "cuda" else "float32"))
 
 
+# Where torch keeps the precision of float32 products, from the outside in: a place with "none" has that of the one around it.
+_PLACES = (("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul"))
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Inside, float32 products are those of IEEE float32; afterwards every setting of torch is what it was.
+
+    torch has the setting twice: by places, and as one word. The word cannot be read while a place disagrees with it, so the places are
+    emptied first. Inside, both agree, since a compiler may read either.
+    """
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    before = []
+    for place in _PLACES:
+        before.append(read(*place))
+        write(*place, "none")
+    word = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(word)
+        for place, precision in zip(_PLACES, before):
+            write(*place, precision)
+
+
 @contextmanager
 def exact_sums(device: torch.device) -> Iterator[None]:
     """Inside, products are what `Products` says whatever the global settings: autocast off, TF32 off, sums of 16-bit products float32."""
-    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
     reduced = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
-    torch.set_float32_matmul_precision("highest")
     matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
     try:
-        with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
+        with _float32_products(), torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
         matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = reduced
 
 

@@ -208,32 +208,59 @@ def check_manifolds_hold(*overrides, device, steps=50, largest=1e-4):
             assert residual < largest, f"{row.name} is {residual:.2g} from {row.manifold}"
 
 
+LOW_PRECISION = {
+    "word": lambda: torch.set_float32_matmul_precision("medium"),
+    "matmul": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+"""torch's process-wide settings that let float32 products be rounded."""
+PLACES = [
+    ("generic", "all"),
+    *((backend, part) for backend in ("cuda", "mkldnn") for part in ("all", "matmul", "conv")),
+]
+
+
+def float32_precisions():
+    """All that torch tells about the precision of float32, whatever was set before: "refused" where two settings disagree."""
+
+    def told(read):
+        try:
+            return read()
+        except RuntimeError:
+            return "refused"
+
+    matmul = torch.backends.cuda.matmul
+    words = [told(torch.get_float32_matmul_precision), told(lambda: matmul.allow_tf32)]
+    return words + [torch._C._get_fp32_precision_getter(*place) for place in PLACES]
+
+
 @contextlib.contextmanager
-def low_precision_products():
-    """The process-wide settings that let float32 products be rounded, all switched on; afterwards as before."""
-    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+def low_precision_products(lower):
+    """One of LOW_PRECISION switched on; afterwards torch is as it starts."""
+    lower()
     try:
-        yield lambda: (torch.get_float32_matmul_precision(), matmul.allow_tf32)
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        for place in (p for p in PLACES if p[1] != "conv"):
+            torch._C._set_fp32_precision_setter(*place, "none")
 
 
 def check_no_low_precision_in_steps(*overrides, device):
     """A process-wide switch for TF32 changes no update, and no update changes the switch."""
     found = []
-    for lowered in (False, True):
+    for lower in (None, *LOW_PRECISION.values()):
         run = Training(*overrides, "compile=false", device=device, autocast=False)
         run.advance()  # gradients are the model's business; the updates that follow are made of the same ones
         generator = torch.Generator().manual_seed(1)
         for p in run.params.values():
             p.grad = torch.randn(p.shape, generator=generator).to(device)
-        with low_precision_products() if lowered else contextlib.nullcontext(lambda: None) as switches:
-            before = switches()
+        with low_precision_products(lower) if lower else contextlib.nullcontext():
+            before = float32_precisions()
             run.optimizers.step()
-            assert switches() == before
+            assert float32_precisions() == before
         found.append(run.weights())
-    assert all(torch.equal(w, found[1][name]) for name, w in found[0].items())
+    assert all(torch.equal(w, other[name]) for other in found[1:] for name, w in found[0].items())
 
 
 def stepped(*overrides, device, products, watched=False):

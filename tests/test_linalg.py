@@ -1,9 +1,11 @@
 """Products at a named precision and what is made of them, against float64 and singular value decompositions."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from device_checks import LOW_PRECISION, float32_precisions, low_precision_products
 from torch.utils.flop_counter import FlopCounterMode
 
 from optim import linalg
@@ -143,16 +145,19 @@ def test_su_step_solves_its_equation():
     assert (project(left + left.mT) + 0.5 * H).norm() < 1e-8 * H.norm()
 
 
-def test_exact_sums_restores_the_setting():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+@pytest.mark.parametrize("name", [None, *LOW_PRECISION])
+def test_exact_sums_restores_the_setting(name):
+    """Whichever of torch's settings it was, and that a setting around it still counts."""
+    with low_precision_products(LOW_PRECISION[name]) if name else nullcontext():
+        before = float32_precisions()
         with torch.autocast("cpu", torch.bfloat16), exact_sums(torch.device("cpu")):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+            assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert float32_precisions() == before
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if name in ("word", "matmul") else "ieee")
+        torch.backends.fp32_precision = "none"
 
 
 def test_unknown_precision_names_the_choices():
