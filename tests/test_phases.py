@@ -131,7 +131,10 @@ def test_the_code_is_named_by_its_commit(monkeypatch, tmp_path):
     try:
         folder = (tmp_path / "a").resolve()
         folder.mkdir()
+        monkeypatch.delenv("MANIFOLD_GPT_CODE", raising=False)
         assert answer(folder) == "unknown"
+        monkeypatch.setenv("MANIFOLD_GPT_CODE", "a copy of 1234567")
+        assert answer(folder) == "a copy of 1234567"
 
         def git(*words):
             names = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -150,7 +153,7 @@ def test_the_code_is_named_by_its_commit(monkeypatch, tmp_path):
         assert answer(folder) == f"{commit} + changes"
         inside = folder / "site-packages"
         inside.mkdir()
-        assert answer(inside) == "unknown"  # a program that is installed in another repository
+        assert answer(inside) == "a copy of 1234567"  # a program that is installed in another repository
     finally:
         monkeypatch.setattr(run, "_ROOT", ROOT)
         run.code_version.cache_clear()

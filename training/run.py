@@ -220,7 +220,11 @@ def peak_flops(device: torch.device) -> float | None:
 
 @cache
 def code_version() -> str:
-    """The commit of this program's repository, with "+ changes" if tracked files differ from it; "unknown" outside a repository."""
+    """The commit of this program's repository, with "+ changes" if tracked files differ from it.
+
+    Outside a repository it is what the environment variable MANIFOLD_GPT_CODE says, else "unknown".
+    """
+    told = os.environ.get("MANIFOLD_GPT_CODE") or "unknown"
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(_ROOT), *words]
@@ -228,11 +232,11 @@ def code_version() -> str:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != _ROOT:
-            return "unknown"  # the repository is another one, in which this program is installed
+            return told  # the repository is another one, in which this program is installed
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + (" + changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return told
 
 
 def environment(device: torch.device | None = None) -> dict[str, str]:
