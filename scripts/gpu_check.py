@@ -36,7 +36,7 @@ import tarfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +59,8 @@ _TO_END = 25
 # Of the seconds that a benchmark has, those that it keeps to make its models, to end what it compiles and to write; and the fewest with which
 # it is started.
 _BESIDE, _FEWEST = 60, 90
+# Each process of tests/cuda compiles in so many processes; without this, in as many as the machine has cores, up to 32.
+_FEW_COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "3"}
 # How many lines of a step's output the summary shows.
 _TAIL = 30
 
@@ -68,7 +70,8 @@ class Step:
     """One command of a stage.
 
     most: the most seconds that it may take (0: the rest of the stage). fewest: with fewer seconds it is not started. limit: the option that
-    tells the command its seconds, less `beside` ("": it has no such option).
+    tells the command its seconds, less `beside` ("": it has no such option). environment: variables that the command has besides those of
+    this process.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Step:
     fewest: int = 1
     limit: str = ""
     beside: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
 
     def within(self, seconds: float) -> list[str]:
         """The command, which is to end within so many seconds."""
@@ -133,24 +137,35 @@ def steps_of(stage: str, o: Options) -> list[Step]:
         return [
             Step("environment", [python, "scripts/gpu_check.py", "environment"], 120),
             bench("ceilings", "repeats=10", most=100, limit="", tiny=["repeats=1"]),
-            Step("tests", tests_command(o.work / "a" / "tests.jsonl"), 250),
+            Step("tests", tests_command(o.work / "a" / "tests.jsonl"), 250, environment=_FEW_COMPILERS),
             Step("tests_of_time", tests_command(o.work / "a" / "tests.jsonl", alone=True), 60),
             bench("optimizer", "repeats=5", most=170, tiny=["layers=1", "width=24", "repeats=1"]),
         ]
     if stage == "b":
         few = [*small, "assignments=adamw,hetero"]
         every = [micro, f"assignments={','.join(gpu_runs.RUNS)}"]
-        options = [micro, "assignments=adamw,hetero", "variants=capture=true,model.stream_dtype=bfloat16"]
+        published = [
+            micro,
+            f"assignments={','.join(name for name in gpu_runs.RUNS if name != 'adamw')}",
+            "optims=paper",
+        ]
+        options = [micro, "assignments=adamw,hetero", f"variants={','.join(variants())}"]
         profile = [micro, "assignments=adamw,hetero", f"traces={o.work / 'b'}"]
         return [
             bench("train", *every, most=210, tiny=few),
             bench("residual", "layers=4", "repeats=5", most=170, tiny=["layers=1", "width=96", "repeats=1"]),
             bench("probes", micro, "repeats=3", most=100, limit="", tiny=small),
             bench("train", *options, most=150, tiny=[*small, "variants="], file="bench_train_options"),
-            bench("train", *every, "optims=paper", most=120, tiny=few, file="bench_train_published"),
+            bench("train", *published, most=120, tiny=[*small, "assignments=hetero"], file="bench_train_published"),
             bench("profile", *profile, most=110, limit="", tiny=small),
         ]
     return [Step("runs", [python, "scripts/gpu_runs.py", *runs_words(o)], limit="seconds")]
+
+
+def variants() -> list[str]:
+    """What is measured beside the usual step. The stream in 16 bits is not, where the compiler leaves out its rounding: before torch 2.13."""
+    rounded = torch.__version__ >= "2.13"
+    return ["capture=true", *(["model.stream_dtype=bfloat16"] if rounded else [])]
 
 
 def runs_words(o: Options) -> list[str]:
@@ -218,7 +233,13 @@ def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
     """Run a command for `most` seconds or less. Its output goes to a file. When this process ends, the command is ended too."""
     start, note = time.monotonic(), "done"
     with (folder / f"{step.name}.log").open("ab") as log:
-        process = subprocess.Popen(step.within(most), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            step.within(most),
+            env={**os.environ, **step.environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             code: int = process.wait(most)
             note = "done" if code == 0 else f"failed with exit code {code}"

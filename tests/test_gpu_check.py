@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 from scripts import gpu_check, gpu_runs, timing
@@ -119,15 +120,16 @@ def test_what_is_packed_is_small(options):
 
 def test_a_benchmark_ends_before_it_is_stopped(options, monkeypatch):
     """It is told fewer seconds than it has, whatever is left of the stage, and is not started with too few."""
-    tell = [sys.executable, "-c", "import sys; print(sys.argv)"]
-    steps = [gpu_check.Step(name, tell, 250, 90, "limit_s", 60) for name in ("first", "second", "third")]
+    tell = [sys.executable, "-c", "import os, sys; print(sys.argv, os.environ.get('TOLD'))"]
+    names = ("first", "second", "third")
+    steps = [gpu_check.Step(name, tell, 250, 90, "limit_s", 60, {"TOLD": "yes"}) for name in names]
     now = [0.0]
     monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(gpu_check, "steps_of", lambda stage, o: steps)
     monkeypatch.setattr(gpu_check, "pack", lambda o: now.__setitem__(0, now[0] + 150))
     assert gpu_check.run_stage("a", options, end=360.0) == 1  # each takes 150
     told = [(options.work / "a" / f"{name}.log").read_text() for name in ("first", "second")]
-    assert "'limit_s=190'" in told[0] and "'limit_s=150'" in told[1]
+    assert "'limit_s=190'" in told[0] and "'limit_s=150'" in told[1] and all("yes" in text for text in told)
     assert json.loads((options.work / "a" / "steps.json").read_text())["third"]["note"] == "not reached"
 
 
@@ -169,6 +171,16 @@ def test_what_has_a_bar_is_measured_first(options):
     steps = gpu_check.steps_of("b", replace(options, tiny=False))
     assert [step.name for step in steps[:3]] == ["train", "residual", "probes"]
     assert any(word.startswith("assignments=adamw,hetero,") for word in steps[0].command)
+
+
+def test_what_a_torch_cannot_show_is_not_measured(options, monkeypatch):
+    """AdamW has one step rule, so it is not measured again under the published one."""
+    for version, more in (("2.11.0+cu130", 0), ("2.13.0", 1)):
+        monkeypatch.setattr(gpu_check.torch, "__version__", torch.torch_version.TorchVersion(version))
+        steps = {step.name: step.command for step in gpu_check.steps_of("b", replace(options, tiny=False))}
+        [word] = [word for word in steps["bench_train_options"] if word.startswith("variants=")]
+        assert word.count("model.stream_dtype=bfloat16") == more and "capture=true" in word
+        assert not any("adamw" in word for word in steps["bench_train_published"])
 
 
 def test_a_mistake_in_the_data_is_found_before_the_first_stage(options, monkeypatch, tmp_path, capsys):
@@ -348,6 +360,14 @@ def test_a_row_has_its_own_peak():
         pytest.skip("the kernel does not count the peak of a process anew")
     for peak, expected in zip(peaks, (14, 304, 14)):
         assert peak / 2**20 == pytest.approx(expected, abs=6)
+
+
+def test_a_peak_counts_each_tensor_once_and_whole(monkeypatch):
+    """Two parts of one tensor, and another; the momentum of alike matrices is one tensor, of which a state is a part."""
+    monkeypatch.setattr(timing.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timing, "_status", lambda key: 0)
+    whole, other = torch.ones(8, 100), torch.ones(7)
+    assert timing.peak_bytes(lambda: None, [whole[0], whole[3], other]) in (4 * 807, None)
 
 
 def test_what_is_compiled_is_timed_once_even_after_the_limit(monkeypatch):
