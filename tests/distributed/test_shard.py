@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -194,6 +195,27 @@ def test_a_rank_holds_its_part_and_no_more(tiny_data, tmp_path):
         total = sum(f["sizes"][i] for f in found)
         assert total == pytest.approx(4 * copies * found[0]["numbers"], abs=small)
         assert max(f["sizes"][i] for f in found) < 0.6 * total
+
+
+def train_compiled(cfgs, ports):
+    """As on CUDA, where `compile=auto` means on, but for the last stage of the compiler, which would take minutes."""
+    from torch._dynamo.utils import counters
+
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    train_all(cfgs, ports)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(450)
+def test_compiled_blocks_train_as_others_do(tiny_data, tmp_path):
+    runs = {"plain": "compile=false", "compiled": "compile=true"}
+    cfgs = [compose([*tiny_data, *RUN, word, f"output_dir={tmp_path}/{name}"]) for name, word in runs.items()]
+    output = tmp_path / "output.txt"
+    codes = finish(start_ranks(2, train_compiled, cfgs, [free_port() for _ in cfgs], output=str(output)), timeout=400)
+    assert codes == [0, 0], output.read_text()
+    plain, ours = ([r["loss"] for r in records(tmp_path / name) if r["kind"] == "train"] for name in runs)
+    assert len(plain) == 4 and ours == pytest.approx(plain, rel=1e-5)
 
 
 def test_what_cannot_be_sharded_is_refused(tiny_data):
