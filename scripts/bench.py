@@ -28,7 +28,8 @@ Options (key=value) and the benchmarks that take them; the others refuse them:
     measured=                 memory: a list of numbers of CPU ranks, on which a small model is measured
 
 What is compared is timed by turns, and medians are reported. The table and a JSON file with every time are written to results/<device>/.
-ceilings, optimizer, train, profile and residual write what they have when SIGTERM stops them, with exit code 1; the others write nothing then.
+ceilings, optimizer, train, profile, residual and probes write what they have when SIGTERM stops them, with exit code 1; the others write
+nothing then. Where a part of optimizer, train, profile, residual or probes fails, the rest is written, with exit code 1.
 The same command works on a CPU and on CUDA.
 """
 
@@ -59,7 +60,18 @@ from scripts.bench_residual import residual_rows
 from scripts.bench_scaling import memory_rows, scaling_rows
 from scripts.bench_train import probe_rows, profile_rows, training_rows
 from scripts.command import ROOT, UsageError, as_code, command_line, parse, refuse, run, without_effect
-from scripts.timing import NOT_MEASURED, Rows, device, device_folder, median, seconds_of, stoppable, take_turns
+from scripts.timing import (
+    NOT_MEASURED,
+    Rows,
+    device,
+    device_folder,
+    failures,
+    median,
+    note_failure,
+    seconds_of,
+    stoppable,
+    take_turns,
+)
 from training.build import build_optimizers
 from training.config import compose
 from training.overrides import hint
@@ -80,7 +92,8 @@ def matrices(layers: int, width: int, where: torch.device) -> GPT:
 
     The gradients decay over their singular directions as in training. Isotropic gradients would be too easy.
     """
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers, n_head=1, n_embd=width)).to(where)
+    with where:
+        model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=layers, n_head=1, n_embd=width))
     for p in model.parameters():
         if p.ndim == 2:
             p.grad = torch.randn_like(p) * torch.logspace(0, -3, p.size(1), device=where) * (1e-3 / p.size(0) ** 0.5)
@@ -140,8 +153,11 @@ def check_no_sync(steps: Mapping[str, Callable[[], object]]) -> None:
         try:
             call()
             print(f"{name}: no host sync in the step")
-        except RuntimeError as error:
-            print(f"{name}: host sync in the step ({error})")
+        except Exception as error:
+            if "synchronizing CUDA operation" in str(error):
+                print(f"{name}: host sync in the step ({error})")
+            else:
+                note_failure(name)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -291,20 +307,26 @@ def options_of(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def work(arguments: list[str]) -> int:
-    """Run a benchmark; print and write its table. Returns 1 if a row is not measured because the time was too short.
+    """Run a benchmark; print and write its table. Returns 1 if a row is not measured because the time was too short or because it failed.
 
     Raises:
         UsageError: the command line is wrong, or the table cannot be written. Stopped: a signal came before anything was measured.
     """
     name, options = options_of(arguments)
+    failures.clear()
     with stoppable() as stopped:
         rows = BENCHES[name](options)
     if stopped and not rows:
         raise Stopped(stopped[0], "stopped before anything was measured")
+    if failures:
+        print(f"failed, see above: {', '.join(failures)}\n")
+    if not rows:
+        return 1
     tables = [table_of(rows), *([table_of(calls_needed(rows))] if name == "lmo" else [])]
     print("\n\n".join(table.text() for table in tables))
     command, folder, file = command_line("bench.py", *arguments), options["results"], options["file"]
-    facts = {"command": command, "device": device_name(), "environment": environment(), "rows": rows}
+    facts: dict[str, Any] = {"command": command, "device": device_name(), "environment": environment()}
+    facts |= {"failed": [*failures], "rows": rows}
     foot = f"Written by {as_code(command)} on {device_name()}, torch {torch.__version__}."
     try:
         write_tables(folder, tables, foot, facts, file)
@@ -314,7 +336,7 @@ def work(arguments: list[str]) -> int:
         ) from error
     print(f"\nwritten to {folder}: {file}.md, {file}.json")
     too_short = options["limit_s"] and any(NOT_MEASURED in row.values() for row in rows)
-    return 1 if stopped or too_short else 0
+    return 1 if stopped or too_short or failures else 0
 
 
 main = partial(run, work, __doc__)

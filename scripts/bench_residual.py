@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.residual import RESIDUAL_RULES
 from scripts.bench_train import RandomTraining
-from scripts.timing import NOT_MEASURED, Rows, steps_together, take_turns
+from scripts.timing import NOT_MEASURED, Rows, note_failure, steps_together, take_turns
 from training.config import compose
 
 NGPT_PARTS = ["model.rope=true", "model.mlp=swiglu", "model.tied=false"]
@@ -74,14 +74,19 @@ def residual_rows(options: Mapping[str, Any], sizes: Mapping[str, int] | None = 
     steps = {name: training.step for name, training in trainings.items()}
     repeats, together = options["repeats"] or 7, steps_together()
     seconds = take_turns(steps, repeats, limit_s=options["limit_s"], shuffled=True, together=together)
-    kept = {name: kept_bytes(t.forward, t.model) for name, t in trainings.items() if seconds[name]}
-    rows = []
+    rows, kept = [], {}
+    for name in filter(seconds.get, trainings):
+        try:
+            kept[name] = kept_bytes(trainings[name].forward, trainings[name].model)
+        except Exception:
+            note_failure(name)
     for name, (partner, _) in settings.items():
         mine, theirs = seconds[name], seconds[partner]
         row: dict[str, Any] = dict.fromkeys(("fastest s", "time ratio", "median ratio", "memory ratio"), NOT_MEASURED)
         if mine and theirs:
             row |= {"fastest s": min(mine), "time ratio": min(mine) / min(theirs)}
             row |= {"median ratio": statistics.median(mine) / statistics.median(theirs)}
+        if name in kept and partner in kept:
             row |= {"memory ratio": kept[name] / kept[partner]}
         rows.append({"rule": name, **row, "compared with": partner, "all s": mine})
     return rows

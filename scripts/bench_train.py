@@ -21,7 +21,7 @@ from model.gpt import GPT
 from model.probes import probe
 from model.spectra import Spectra
 from scripts.command import UsageError
-from scripts.timing import NOT_MEASURED, Rows, device, median, peak_bytes, steps_together, take_turns
+from scripts.timing import NOT_MEASURED, Rows, device, median, note_failure, peak_bytes, steps_together, take_turns
 from training.attention import choose
 from training.average import Average, average_of
 from training.build import build_optimizers, gpt_config
@@ -48,7 +48,8 @@ class RandomTraining:
         """tokens: of a step; they are rounded down to whole micro-batches, but not below one."""
         self.cfg, self.micro, self.device, block = cfg, micro, device(), cfg.model.block_size
         self.windows = max(1, tokens // block // micro) * micro
-        self.model = GPT(gpt_config(cfg)).to(self.device)
+        with self.device:
+            self.model = GPT(gpt_config(cfg))
         self.attention = choose(cfg, self.device, micro)
         self.model.attend_by(self.attention.backend, self.attention.dtype)
         _, dtype = resolve_device(cfg)
@@ -107,8 +108,7 @@ class RandomTraining:
         """The tensors that are kept between two steps."""
         states = [value for o in self.optimizers for state in o.state.values() for value in state.values()]
         states += [t for mean in self.average.means for t in mean] if self.average else []
-        storages = {t.untyped_storage().data_ptr(): t for t in states if isinstance(t, Tensor)}
-        return [*self.model.parameters(), *self.model.buffers(), *storages.values()]
+        return [*self.model.parameters(), *self.model.buffers(), *(t for t in states if isinstance(t, Tensor))]
 
 
 def training_of(cfg: Settings, options: dict[str, Any]) -> RandomTraining:
@@ -155,12 +155,15 @@ def training_rows(options: dict[str, Any]) -> Rows:
         row |= dict.fromkeys(("tokens/s", "MFU", "optimizer s", "optimizer share"), NOT_MEASURED)
         row |= {"step s": median(seconds), "peak GiB": NOT_MEASURED, "all s": seconds}
         if seconds:
-            update = statistics.median(training.update_seconds()[-len(seconds) * together :])
             rate = training.tokens / row["step s"]
             row |= {"tokens/s": rate, "MFU": rate * training.model.flops_per_token() / peak if peak else "n/a"}
-            row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
-            most = peak_bytes(training.step, training.tensors())
-            row["peak GiB"] = "n/a" if most is None else most / 2**30
+            try:
+                update = statistics.median(training.update_seconds()[-len(seconds) * together :])
+                row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
+                most = peak_bytes(training.step, training.tensors())
+                row["peak GiB"] = "n/a" if most is None else most / 2**30
+            except Exception:
+                note_failure((assignment, optim, variant))
         rows.append(row)
     return rows
 
@@ -171,7 +174,10 @@ def profile_rows(options: dict[str, Any]) -> Rows:
     steps = options["repeats"] or _TRACED_STEPS
     with suppress(Stopped):
         for (assignment, optim, _), training in trainings_by_assignment(options | {"variants": ""}).items():
-            rows += traced(training, {"assignment": assignment, "optim": optim}, options["traces"], steps)
+            try:
+                rows += traced(training, {"assignment": assignment, "optim": optim}, options["traces"], steps)
+            except Exception:
+                note_failure((assignment, optim))
     return rows
 
 
@@ -209,27 +215,30 @@ def probe_rows(options: dict[str, Any]) -> Rows:
         training.gradients()
         training.model.zero_grad(set_to_none=True)
 
-    matrices = training.optimizers.ruled_matrices(dict(training.model.named_parameters()))
+    matrices, begun = training.optimizers.ruled_matrices(dict(training.model.named_parameters())), []
     calls = {
         "step": step,
         "probe": lambda: probe(training.model, watched),
-        "begun": lambda: Spectra(matrices),
-        "spectra": lambda: Spectra(matrices).records(),
+        "begun": lambda: begun.append(Spectra(matrices)),
+        "rest": lambda: begun.pop().records(),  # a call of its own, so that the thread disturbs no other call
     }
     times = take_turns(calls, options["repeats"] or 3)
-    if not all(times.values()):
-        return []  # a signal came
-    whole = statistics.median(times["step"]) * cfg.global_batch_tokens / training.tokens
-    seconds = statistics.median(times["probe"])
-    row: dict[str, Any] = {
-        "probe s": seconds,
-        "step s": whole,
-        "measured tokens": training.tokens,
-        "probe.interval": interval,
-    }
-    row["share of training"] = f"{100 * seconds / (interval * whole):.3f}%"
-    begun, spectra = (statistics.median(times[name]) for name in ("begun", "spectra"))
-    waited = begun if training.device.type == "cuda" else spectra
-    row |= {"spectra s": spectra, "waited for s": waited, "log.interval_spectra": cfg.log.interval_spectra}
-    row["their share"] = f"{100 * waited / (cfg.log.interval_spectra * whole):.3f}%"
+    if not any(times.values()):
+        return []
+    steps = [seconds * cfg.global_batch_tokens / training.tokens for seconds in times["step"]]
+    spectra = [first + rest for first, rest in zip(times["begun"], times["rest"])]
+    waited = times["begun"] if training.device.type == "cuda" else spectra
+    row: dict[str, Any] = {"probe s": median(times["probe"]), "step s": median(steps)}
+    row |= {"measured tokens": training.tokens, "probe.interval": interval}
+    row["share of training"] = _share(times["probe"], steps, interval)
+    row |= {"spectra s": median(spectra), "waited for s": median(waited)}
+    row |= {"log.interval_spectra": cfg.log.interval_spectra}
+    row["their share"] = _share(waited, steps, cfg.log.interval_spectra)
     return [{**row, "all probe s": times["probe"]}]
+
+
+def _share(seconds: list[float], steps: list[float], interval: int) -> str:
+    """What is done once in `interval` steps, as a percentage of their time."""
+    if not seconds or not steps:
+        return NOT_MEASURED
+    return f"{100 * statistics.median(seconds) / (interval * statistics.median(steps)):.3f}%"

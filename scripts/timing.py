@@ -7,7 +7,9 @@ import random
 import re
 import signal
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,6 +28,9 @@ Rows = list[dict[str, Any]]
 """The lines of a benchmark's table: heading → value."""
 
 Key = TypeVar("Key")
+
+failures: list[str] = []
+"""What failed and was left out, see `note_failure`."""
 
 # The share of a time limit after which nothing more is compiled.
 _TO_COMPILE = 0.8
@@ -87,6 +92,16 @@ def stoppable() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def note_failure(name: object) -> None:
+    """Of an exception that is being handled: print it, name it in `failures`, and free what it held, so that the others can go on."""
+    print(f"{name} failed:", file=sys.stderr)
+    traceback.print_exc()
+    failures.append(str(name))
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):  # after some errors of a GPU no call of it works
+            torch.cuda.empty_cache()
+
+
 def take_turns(
     calls: Mapping[Key, Callable[[], object]],
     repeats: int,
@@ -97,7 +112,8 @@ def take_turns(
 ) -> dict[Key, list[float]]:
     """Seconds of every call. Each turn makes every call once, so that a machine whose speed drifts is fair to all.
 
-    A stop signal ends it as the limit does, see `stoppable`.
+    A stop signal ends it as the limit does, see `stoppable`. A call that fails is not made again, see `note_failure`; it has the seconds of
+    the turns before.
 
     Args:
         repeats, warmup: turns that are timed, after calls that are not: these compile.
@@ -114,19 +130,27 @@ def take_turns(
         for name, call in calls.items():
             if time.perf_counter() > start + _TO_COMPILE * limit:
                 break
-            for _ in range(warmup):
-                seconds_of(call)
-            order.append(name)
+            try:
+                for _ in range(warmup):
+                    seconds_of(call)
+            except Exception:
+                note_failure(name)
+            else:
+                order.append(name)
     except Stopped:
         limit = 0
     with suppress(Stopped):
         for turn in range(repeats):
             if shuffled:
                 shuffle(order)
-            for name in order:
+            for name in tuple(order):
                 if turn and time.perf_counter() > start + limit:
                     return times
-                times[name].append(seconds_of(partial(several, calls[name], together)) / together)
+                try:
+                    times[name].append(seconds_of(partial(several, calls[name], together)) / together)
+                except Exception:
+                    note_failure(name)
+                    order.remove(name)
     return times
 
 
@@ -142,7 +166,10 @@ def peak_bytes(call: Callable[[], object], own: Iterable[Tensor]) -> int | None:
     it; on a CPU the kernel does, as the resident memory of the process (Linux only; None elsewhere). There, memory that the process has freed
     but still holds is not counted, so measure in a process that did little before.
     """
-    resident = sum(t.numel() * t.element_size() for t in own)
+    storages = {
+        s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in own)
+    }  # several tensors may be parts of one
+    resident = sum(storages.values())
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -88,6 +88,58 @@ def test_a_bench_that_is_stopped_writes_what_it_has(tmp_path, monkeypatch, capsy
     assert "before anything was measured" in capsys.readouterr().err and not (tmp_path / "bench_ceilings.md").exists()
 
 
+@pytest.mark.parametrize("fails", [1, 2, 4])
+def test_what_fails_is_left_out_and_the_others_are_measured(fails, tmp_path, monkeypatch, capsys):
+    """hetero fails while it is compiled, in a turn, or when its memory is measured. The exit code says so."""
+    calls, step = [], RandomTraining.step
+
+    def failing(training):
+        if training.optimizers.muon:
+            calls.append(1)
+            if len(calls) == fails:
+                raise RuntimeError("no kernel")
+        step(training)
+
+    monkeypatch.setattr(RandomTraining, "step", failing)
+    monkeypatch.setattr(bench_train, "WARM_UP", 0)
+    small = ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=2"]
+    assert bench.main(["train", *small, "assignments=adamw,hetero", f"results={tmp_path}"]) == 1
+    data = json.loads((tmp_path / "bench_train.json").read_text())
+    adamw, hetero = data["rows"]
+    assert adamw["peak GiB"] != "not measured" and len(adamw["all s"]) == 2
+    assert hetero["peak GiB"] == "not measured" and len(hetero["all s"]) == {1: 0, 2: 0, 4: 2}[fails]
+    assert len(data["failed"]) == 1 and "hetero" in data["failed"][0] and "no kernel" in capsys.readouterr().err
+
+
+def test_a_profile_of_which_all_fails_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_train, "traced", lambda *_: 1 // 0)
+    assert bench.main(["profile", "model=demo", "tokens=256", "micro_batch_size=1", f"results={tmp_path}"]) == 1
+    assert "failed, see above" in capsys.readouterr().out and not any(tmp_path.iterdir())
+
+
+def test_a_rule_whose_memory_cannot_be_measured_keeps_its_time(monkeypatch):
+    sizes = {"layers": 1, "width": 16, "heads": 2, "block": 8, "vocab": 32, "micro": 1, "tokens": 16}
+    options = {"layers": 0, "width": 0, "micro_batch_size": 0, "repeats": 1, "limit_s": 0}
+    rules = {name: bench_residual.residual_settings()[name] for name in ("pre_norm", "geonorm")}
+    monkeypatch.setattr(bench_residual, "residual_settings", lambda: rules)
+    kept = iter([100, None])
+    monkeypatch.setattr(bench_residual, "kept_bytes", lambda *_: next(kept) or 1 // 0)
+    monkeypatch.setattr(timing, "failures", [])
+    base, rule = bench_residual.residual_rows(options, sizes)
+    assert base["memory ratio"] == 1 and rule["memory ratio"] == "not measured" and rule["time ratio"] > 0
+    assert timing.failures == ["geonorm"]
+
+
+def test_shares_of_a_probe_are_those_of_what_was_measured(monkeypatch):
+    """A probe that fails costs only its own columns; the decomposition is not timed beside another call."""
+    options = {"model": "demo", "tokens": 256, "micro_batch_size": 1, "repeats": 2}
+    monkeypatch.setattr(bench_train, "probe", lambda *_: 1 // 0)
+    monkeypatch.setattr(timing, "failures", [])
+    [row] = bench_train.probe_rows(options)
+    assert row["probe s"] == row["share of training"] == "not measured" and timing.failures == ["probe"]
+    assert row["spectra s"] == row["waited for s"] > 0 and row["their share"].endswith("%")
+
+
 def test_steps_that_are_timed_together_wait_once(monkeypatch):
     waits, made = [], []
     monkeypatch.setattr(timing, "synchronize", lambda: waits.append(1))
