@@ -1,6 +1,7 @@
 """What several test files share: a tiny prepared dataset, and the overrides of a run that takes a second."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,6 @@ pytest_plugins = ["ledger"]
 ROOT = Path(__file__).resolve().parent.parent
 CLOCK = {"tokens_per_s", "mfu", "time", "train_seconds", "peak_device_bytes"}
 """Fields of records that the clock and the device decide, and that no two runs share."""
-HERE = "hydra/launcher=basic"
-"""Runs the jobs of an experiment in this process: to start workers takes longer than tiny runs."""
 SMALL = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "schedule.warmup_steps=1"]
 
 # The fastest thread count for the tiny matrices of the tests, also in the processes they start.
@@ -51,6 +50,14 @@ def tiny_grid(tiny_data):
 
 
 @pytest.fixture
+def jobs_here(monkeypatch):
+    """The jobs of an experiment run in this process: to start workers, or one of Hydra's launchers, takes longer than tiny runs."""
+    from training.engine import run_here
+
+    monkeypatch.setattr("training.engine.run_jobs", lambda jobs, workers: map(run_here, jobs))
+
+
+@pytest.fixture
 def tiny(tiny_data, tmp_path):
     """Overrides of a run of a one-layer model that takes about a second."""
     return [
@@ -67,6 +74,50 @@ def tiny(tiny_data, tmp_path):
         *("log.interval=1", "log.interval_spectra=10", "checkpoint.interval=5", "logger.mode=disabled", "device=cpu"),
         f"output_dir={tmp_path}/run",
     ]
+
+
+@pytest.fixture(scope="session")
+def run(tiny_data, tmp_path_factory):
+    """The directory of a finished run of two steps; no test changes it."""
+    from train import train
+    from training.config import compose
+
+    directory = tmp_path_factory.mktemp("run") / "run"
+    train(
+        compose(
+            [
+                *(*tiny_data, "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16"),
+                *("max_steps=2", "eval_windows=2", "global_batch_tokens=32", "full_eval=false", "device=cpu"),
+                *("logger.mode=disabled", f"output_dir={directory}"),
+            ]
+        )
+    )
+    return directory
+
+
+@pytest.fixture(scope="session")
+def base(tiny_data, tmp_path_factory):
+    """A run of ten steps, checkpointed and evaluated every five, and its overrides but for the directory; no test changes it."""
+    from train import train
+    from training.config import compose
+
+    overrides = [
+        *(*tiny_data, "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16"),
+        *("global_batch_tokens=128", "micro_batch_size=4", "eval_interval=5", "eval_windows=4", "device=cpu"),
+        *("schedule.warmup_steps=2", "log.interval=1", "log.interval_spectra=10", "checkpoint.interval=5"),
+        *("assignment=hetero", "optim=paper", "max_steps=10", "schedule.decay_steps=20"),
+        *("logger.mode=disabled", "checkpoint.keep=3"),
+    ]
+    directory = tmp_path_factory.mktemp("base") / "run"
+    train(compose([*overrides, f"output_dir={directory}"]))
+    return directory, overrides
+
+
+@pytest.fixture
+def copied(base, tmp_path):
+    """A copy of that run to go on from, and its overrides with the copy's directory."""
+    shutil.copytree(base[0], tmp_path / "run")
+    return tmp_path / "run", [*base[1], f"output_dir={tmp_path}/run"]
 
 
 @pytest.fixture

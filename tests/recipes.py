@@ -76,12 +76,13 @@ def test_both_step_rules_train_on_a_new_manifold(rule):
         optimizers.step()
         optimizers.zero_grad()
     found = optimizers.muon.certificates()
-    for row in optimizers.rows:
-        if row.manifold in ADDED:
-            residual = MANIFOLDS[row.manifold].residual(model.get_parameter(row.name).detach())
-            exact = rule == "manifold_muon" or row.manifold == "frobenius"
-            assert residual < (2e-6 if exact else 1e-2)  # bfloat16 msign
-            assert 0 < found[row.name]["feas"] <= 1
+    added = [row for row in optimizers.rows if row.manifold in ADDED]
+    assert {row.manifold for row in added} == {*ADDED}
+    for row in added:
+        residual = MANIFOLDS[row.manifold].residual(model.get_parameter(row.name).detach())
+        exact = rule == "manifold_muon" or row.manifold == "frobenius"
+        assert residual < (2e-6 if exact else 1e-2)  # bfloat16 msign
+        assert 0 < found[row.name]["feas"] <= 1
 
 
 # ---- a residual rule ----
@@ -105,5 +106,7 @@ def test_the_step_rule_takes_feasible_steps():
     x = torch.randint(0, 257, (2, 17))
     model(x[:, :-1], x[:, 1:])[1].backward()
     optimizers.step()
-    for certificate in optimizers.muon.certificates().values():
+    found = optimizers.muon.certificates()
+    assert found
+    for certificate in found.values():
         assert 0.3 < certificate["feas"] <= 1 and certificate["tangency"] < 1e-2  # bfloat16 msign

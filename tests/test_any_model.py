@@ -93,10 +93,11 @@ def test_a_vision_transformer_trains_on_two_manifolds_with_ordinary_schedules_an
     model = Vision()
     rules = {"self_attn": "stiefel", "linear1|linear2": "dgram"}
     optimizers = for_model(model, rules, adamw_for=["head"], rule=CertifiedStep(quality="high"), **MUON)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5) for o in optimizers]
+    for optimizer in optimizers:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 2
     assert train(model, optimizers, images, labels, 15)[-1] < 0.6
-    assert [float(o.param_groups[0]["lr"]) for o in optimizers] == pytest.approx([0.01, 1.5e-3]) and len(schedules) == 2
+    assert [float(o.param_groups[0]["lr"]) for o in optimizers] == pytest.approx([0.01, 1.5e-3])
     torch.save([o.state_dict() for o in optimizers], tmp_path / "state.pt")
     for optimizer, state in zip(optimizers, torch.load(tmp_path / "state.pt")):
         optimizer.load_state_dict(state)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_resume import base, copied, state_of  # noqa: F401
+from test_resume import state_of
 from test_train import records
 
 import train as module
@@ -36,7 +36,7 @@ def test_a_run_that_ends_at_the_step_it_resumes_at_has_the_measurements_of_an_en
         assert found.count(("spectra", 5)) == found.count(("spectra", 0)) > 0 and max(found)[1] == 5
 
 
-def test_later_checkpoints_of_a_branch_that_was_left_are_gone_before_the_first_step(copied, monkeypatch):  # noqa: F811
+def test_later_checkpoints_of_a_branch_that_was_left_are_gone_before_the_first_step(copied, monkeypatch):
     run, overrides = copied
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module.Run, "make_step", killed)
@@ -50,7 +50,7 @@ def killed(*_):
     raise KeyboardInterrupt
 
 
-def test_a_branch_that_dies_before_its_first_checkpoint_begins_again_where_it_began(copied, tmp_path, monkeypatch):  # noqa: F811
+def test_a_branch_that_dies_before_its_first_checkpoint_begins_again_where_it_began(copied, tmp_path, monkeypatch):
     run, overrides = copied
     begin = f"{run}/checkpoints/step_00000005"
     words = [*overrides[:-1], f"output_dir={tmp_path}/branch", "checkpoint.interval=100"]
@@ -63,7 +63,7 @@ def test_a_branch_that_dies_before_its_first_checkpoint_begins_again_where_it_be
     assert state_of(tmp_path / "branch")["step"] == 10
 
 
-def test_the_command_of_a_branch_given_again_continues_it_and_loses_nothing(copied, tmp_path, monkeypatch):  # noqa: F811
+def test_the_command_of_a_branch_given_again_continues_it_and_loses_nothing(copied, tmp_path, monkeypatch):
     run, overrides = copied
     words = [*overrides[:-1], f"output_dir={tmp_path}/branch", f"resume={run}/checkpoints/step_00000005"]
     words += ["checkpoint.interval=2", "checkpoint.keep=9"]
@@ -105,7 +105,7 @@ def test_a_resumed_run_says_what_it_does_not_do():
     assert len(resumption(loaded, compose(["full_eval=true", "max_steps=9"]), [])) == 1
 
 
-def test_a_sweep_may_begin_at_a_checkpoint(copied, tmp_path):  # noqa: F811
+def test_a_sweep_may_begin_at_a_checkpoint(copied, tmp_path):
     run, overrides = copied
     cfg = compose([*overrides, f"resume={run}/checkpoints/step_00000005"])
     assert plan_job(cfg, tmp_path / "job")[0].resume == cfg.resume

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HERE, ROOT, SMALL
+from conftest import ROOT, SMALL
 from harness import children, command, last_step, records, wait_until
 
 from training import sweep
@@ -135,19 +135,20 @@ def worker_of(parent, job):
 def test_jobs_go_through_a_launcher_of_hydras(tiny_grid, tmp_path, capsys):
     small = (*tiny_grid, *SMALL, "max_steps=4", "logger.mode=disabled")
     good, bad = Job(small, tmp_path / "it's, a=1"), Job((*small, "grad_clip=-1"), tmp_path / "bad")
-    failures = run_all([good, bad], 1, [HERE])
+    launcher = ["hydra/launcher=basic"]
+    failures = run_all([good, bad], 1, launcher)
     assert list(failures) == [bad.directory] and failures[bad.directory].startswith("grad_clip is -1")
     assert good.ended and [r["event"] for r in records(bad.directory)] == ["failed"]
     straight = Job(small, tmp_path / "straight")
     run_here(straight)
     assert records(good.directory) == records(straight.directory)
     before = (good.directory / "metrics.jsonl").read_bytes()
-    assert run_all([good], 1, [HERE]) == {} and "1 done before" in capsys.readouterr().out
+    assert run_all([good], 1, launcher) == {} and "1 done before" in capsys.readouterr().out
     assert (good.directory / "metrics.jsonl").read_bytes() == before
     shutil.rmtree(good.directory / "checkpoints" / "step_00000004")
     lines = before.splitlines(keepends=True)
     (good.directory / "metrics.jsonl").write_bytes(b"".join(line for line in lines if b'"end"' not in line))
-    assert run_all([good], 1, [HERE]) == {} and records(good.directory) == records(straight.directory)
+    assert run_all([good], 1, launcher) == {} and records(good.directory) == records(straight.directory)
 
 
 GRID = ["assignment=adamw,unconstrained", "residual=pre_norm", "seeds=1,2", "target=100", "workers=2"]

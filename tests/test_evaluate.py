@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_export import gpt, run, tokens  # noqa: F401  # run is a fixture
+from test_export import gpt
 from test_import import TINY
 
 from data.prepare import prepare
@@ -97,7 +97,7 @@ def test_the_ranges_of_positions_double():
 # ---- the command ----
 
 
-def test_a_run_is_measured_as_it_measured_itself(run, tiny_data, capsys):  # noqa: F811
+def test_a_run_is_measured_as_it_measured_itself(run, tiny_data, capsys):
     assert evaluate.main([str(run), "windows=2"]) == 0
     out = capsys.readouterr().out
     last = [r["loss"] for r in read_records(run, "eval")][-1]
@@ -144,7 +144,7 @@ def test_other_data_and_longer_contexts(tiny_data, tmp_path, capsys):
         (["{run}", "tasks=hellaswag"], "pip install -e '.[eval]'"),
     ],
 )
-def test_mistakes_are_one_message(run, tmp_path, capsys, monkeypatch, arguments, said):  # noqa: F811
+def test_mistakes_are_one_message(run, tmp_path, capsys, monkeypatch, arguments, said):
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     assert evaluate.main([argument.format(run=run, tmp=tmp_path) for argument in arguments]) == 2
     out, err = capsys.readouterr()
@@ -169,14 +169,14 @@ def test_what_changes_the_loss_is_measured_too(tiny_data, tmp_path, capsys, sett
     assert float(row[2]) == pytest.approx(last, abs=1e-4)
 
 
-def test_files_of_other_programs_are_measured(run, tmp_path, capsys):  # noqa: F811
+def test_files_of_other_programs_are_measured(run, tmp_path, capsys):
     for name in ("train", "val"):
         np.random.default_rng(0).integers(0, 256, 100).astype("<u2").tofile(tmp_path / f"{name}.bin")
     assert evaluate.main([str(run), f"data={tmp_path}"]) == 0
     assert f"on val of {tmp_path}" in capsys.readouterr().out
 
 
-def test_data_of_another_tokenizer_is_refused(run, tiny_data, tmp_path, monkeypatch):  # noqa: F811
+def test_data_of_another_tokenizer_is_refused(run, tiny_data, tmp_path, monkeypatch):
     config = load_model(run)[1]
     dataset = evaluate.open_dataset(config["data"]["dir"])
     other = replace(dataset, tokenizer="gpt2")
@@ -252,7 +252,7 @@ def test_greedy_answers_are_their_own_continuation_and_stop():
 @pytest.mark.skipif(
     not all(map(find_spec, ("transformers", "accelerate"))), reason="transformers or accelerate is not installed"
 )
-def test_lm_eval_finds_the_same_in_the_folder_for_hugging_face(run, tmp_path):  # noqa: F811
+def test_lm_eval_finds_the_same_in_the_folder_for_hugging_face(run, tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -268,7 +268,7 @@ def test_lm_eval_finds_the_same_in_the_folder_for_hugging_face(run, tmp_path):  
 
 
 @needs_lm_eval
-def test_a_tiny_task_runs_without_a_network(run, tmp_path, capsys):  # noqa: F811
+def test_a_tiny_task_runs_without_a_network(run, tmp_path, capsys):
     lines = [{"question": f"line {i} says", "choices": [" that", " xx", " yy"], "label": 0} for i in range(4)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "tiny.yaml").write_text(

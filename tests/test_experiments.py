@@ -1,18 +1,20 @@
 """Experiments: what they run, what they refuse, and what a table says of it."""
 
 import json
+import math
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import HERE, ROOT, SMALL
+from conftest import ROOT, SMALL
 
 from model.residual import RESIDUAL_RULES
 from scripts import experiment
 from scripts.analysis import conduct
-from scripts.analysis.conduct import check_all
+from scripts.analysis.conduct import Conductor, check_all
 from scripts.command import UsageError
 from training.config import compose
 from training.validate import ConfigError
@@ -78,6 +80,7 @@ def test_an_experiment_is_data(name, capsys):
         (["lr_transfer", "head=5"], "divisor"),
         (["lr_transfer", "around=16"], "a value for each of model.n_embd, model.n_layer, max_steps"),
         (["exponents", "models=0"], "models=0 must be at least 1"),
+        (["horizon", "trials=0"], "trials=0 is too few"),
         (["crossing", "assignment=adamw", "residual=geonorm", "seeds=1,abc,-4"], "seed is 'abc'; give a whole number"),
         (["family", "optimizer=AdamW", "max_steps=2,foo", "seeds=1,-4"], "max_steps is 'foo'"),
         (["family", "optimizer=AdamW", "max_steps=2", "seeds=0,1"], "seeds= has the seed of the trials, 0"),
@@ -145,7 +148,7 @@ def test_a_launcher_that_is_not_installed_is_refused_with_the_remedy(tmp_path, m
     assert "pip install -e '.[slurm]'" in capsys.readouterr().err
 
 
-def test_an_experiment_in_a_new_file_is_found(tmp_path, monkeypatch, tiny_grid, capsys):
+def test_an_experiment_in_a_new_file_is_found(tmp_path, monkeypatch, jobs_here, tiny_grid, capsys):
     (tmp_path / "scripts" / "experiments").mkdir(parents=True)
     file = tmp_path / "scripts" / "experiments" / "mine.py"
     file.write_text(
@@ -157,7 +160,7 @@ def test_an_experiment_in_a_new_file_is_found(tmp_path, monkeypatch, tiny_grid, 
     monkeypatch.setattr("scripts.experiments.__path__", [str(file.parent)])
     assert experiment.experiment_names() == ["mine"]
     places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
-    assert experiment.main(["mine", HERE, *tiny_grid, *SMALL, "max_steps=2", *places]) == 0
+    assert experiment.main(["mine", *tiny_grid, *SMALL, "max_steps=2", *places]) == 0
     assert "| clip | final |" in (tmp_path / "results/table.md").read_text()
 
 
@@ -206,24 +209,6 @@ def test_an_override_reaches_every_job(name):
 # ---- the search ----
 
 
-def test_equally_many_trials_for_each_case_and_runs_at_the_best(tiny_grid, tmp_path, capsys):
-    words = ["horizon", HERE, *LESS["horizon"], *tiny_grid, *SMALL[:3], "max_steps=1,2", f"results={tmp_path}/results"]
-    more = ["trials=1", "further_trials=1", "seeds=1"]  # the best of one is at an edge
-    assert experiment.main([*words, *more, f"output_dir={tmp_path}/runs"]) == 0
-    data = json.loads((tmp_path / "results/table.json").read_text())
-    tried = {}
-    for trial in data["trials"]:
-        tried.setdefault((trial["arm"], trial["max_steps"]), []).append((trial["val_loss"], trial["optim.matrices.lr"]))
-    assert "minutes of training, and 0 of trials." in (tmp_path / "results/table.md").read_text()
-    assert len(tried) == 4 and {len(found) for found in tried.values()} == {2}
-    for row in data["rows"]:
-        assert row["optim.matrices.lr"] == min(tried[row["arm"], row["max_steps"]])[1] and row["seed"] == 1
-    first = {key: found[0][1] for key, found in tried.items()}
-    assert first["all_stiefel", "2"] == min(tried["all_stiefel", "1"])[1]
-    assert experiment.main([*words, "trials=0", f"output_dir={tmp_path}/none"]) == 2
-    assert "trials=0 is too few" in capsys.readouterr().err and not (tmp_path / "none").exists()
-
-
 def test_the_first_trial_has_the_values_of_start(tmp_path, capsys):
     def first(arm, *words):
         found = experiment.study_of(experiment.load_experiment("horizon"), [f"arm={arm}", "max_steps=16000", *words])[0]
@@ -239,23 +224,18 @@ def test_the_first_trial_has_the_values_of_start(tmp_path, capsys):
 
 # ---- what is written ----
 
-UNSCALED = [f"init.{name}=1" for name in ("attention_scale", "attention_residual_scale", "mlp_residual_scale")]
-UNSCALED += ["scan=2", "models=1", "assignments=hetero"]  # and little of what is measured without training
 LESS = {  # of every experiment's lists, as little as draws a picture
     "blocks": ["cut=uncut,heads_whole", "seeds=1"],
     "collapses": ["model.skips=false", "mlp=none", "seeds=1"],
     "crossing": ["assignment=adamw,unconstrained", "residual=pre_norm,geonorm", "seeds=1,2", "target=100"],
-    "family": ["optimizer=AdamW,Muon", "max_steps=2,4", "trials=1", "further_trials=0"],
+    "family": ["optimizer=AdamW,Muon", "trials=1", "further_trials=0"],
     "geonorm_adamw": ["residual=geonorm", "trials=1", "seeds=1"],
-    "horizon": [
-        "arm=unconstrained,all_stiefel",
-        "max_steps=2,4",
-        "trials=2",
-        "further_trials=0",
-        "data=stdlib",
-        "data.name=stdlib",
+    "horizon": ["arm=unconstrained,all_stiefel", "max_steps=2,4", "trials=1", "further_trials=1", "seeds=1,2"],
+    "exponents": [
+        *(f"init.{name}=1" for name in ("attention_scale", "mlp_residual_scale", "weight_scale")),
+        *("init.attention_residual_scale=0.25,16", "assignment=adamw", "residual=pre_norm,post_norm,geonorm"),
+        *("scan=2", "models=1", "assignments=hetero"),  # and little of what is measured without training
     ],
-    "exponents": [*UNSCALED, "init.weight_scale=1,2,4", "assignment=adamw", "residual=pre_norm,post_norm,geonorm"],
     "instability_one_gpu": [],
     "instability_small": ["optim.muon.lr=0.1", "optim=paper", "assignment=all_dgram,hetero"],
     "lr_transfer": [
@@ -310,26 +290,59 @@ def test_every_experiment_is_run():
     assert {*TOLD, "instability_one_gpu", "speedrun_track3"} == {*NAMES}  # tests/test_docs.py runs these two
 
 
+def trials_and_best_settings(data):
+    """Equally many trials for each case, each after those of fewer steps, and runs at the best."""
+    tried = {}
+    for trial in data["trials"]:
+        tried.setdefault((trial["arm"], trial["max_steps"]), []).append((trial["val_loss"], trial["optim.matrices.lr"]))
+    assert len(tried) == 4 and {len(found) for found in tried.values()} == {2}  # the best of one is at an edge
+    assert len(data["rows"]) == 8
+    for row in data["rows"]:
+        assert row["optim.matrices.lr"] == min(tried[row["arm"], row["max_steps"]])[1]
+    assert tried["all_stiefel", "4"][0][1] == min(tried["all_stiefel", "2"])[1]
+
+
+def planes_and_trained_networks(data):
+    """The exponents over each plane, and beside the losses of the trained networks."""
+    assert len(data["scan"]) == 3
+    assert all(len(plane[f"angle_{way}"]) == 2 for plane in data["scan"] for way in ("synthetic", "closed", "paper"))
+    assert all(math.isfinite(cell["loss"]) for cell in data["trained"])
+    written = [(cell["init.attention_residual_scale"], cell["scaled"]) for cell in data["trained"]]
+    assert sorted(written) == [("0.25", True), *[("1", False)] * 3, ("16", True)]
+    assert set(data["rank_correlation"]) == {"|λ_a|", "|λ_g|", "sum"}
+
+
+KNOWN = {"horizon": trials_and_best_settings, "exponents": planes_and_trained_networks}  # what its table.json must hold
+
+
 @pytest.mark.parametrize("name", TOLD)
-def test_an_experiment_writes_its_table_and_pictures_and_keeps_what_is_done(name, tiny_grid, tmp_path, capsys):
-    sized = [] if name == "lr_transfer" else [*SMALL[:3], "max_steps=4"]
-    steps = ["max_steps=4", "probe.interval=2"][name == "lr_transfer" :] if name != "lr_transfer" else ["max_steps=4"]
+def test_an_experiment_writes_its_table_and_pictures_and_keeps_what_is_done(
+    name, jobs_here, tiny_grid, tmp_path, capsys
+):
+    sized = [] if name == "lr_transfer" else [*SMALL[:3], "probe.interval=2"]
     places = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
     warmup = [] if name in ("lr_transfer", "ngpt_speed") else [SMALL[3]]  # their arms decide it
-    words = [name, HERE, *LESS[name], *tiny_grid, *sized, *warmup, *steps, *places]
-    assert experiment.main(words) == 0
+    words = [*sized, *warmup, "max_steps=4", *LESS[name], *tiny_grid]
+    assert experiment.main([name, *words, *places]) == 0
     table, data = (tmp_path / "results/table.md").read_text(), json.loads((tmp_path / "results/table.json").read_text())
     assert all(word in table for word in TOLD[name]), table
     assert f"python scripts/experiment.py {name}" in table and data["command"] in table.replace("`", "")
     runs = [run for run in (tmp_path / "runs").iterdir() if run.name != "trials"]
     assert len(data["rows"]) == len(runs) and all(row["val_loss_final"] > 1 for row in data["rows"])
+    KNOWN.get(name, lambda data: None)(data)
     pictures = {p.name for p in (tmp_path / "results").glob("*.png")}
     assert pictures == set(experiment.load_experiment(name).figures)
     assert all((tmp_path / "results" / p).read_bytes().startswith(PNG) for p in pictures)
     before = {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
     capsys.readouterr()
-    assert experiment.main([*words, "workers=0"]) == 0
-    assert f"{len(runs)} done before" in capsys.readouterr().out
+    if name in ("crossing", "horizon"):
+        assert experiment.main([name, *words, *places, "workers=0"]) == 0
+    else:  # without measuring and drawing again
+        again = study(name, *words)
+        again.experiment = replace(again.experiment, measure=lambda study: {})
+        assert Conductor(again, tmp_path / "runs", workers=0).run() == {}
+    rounds = re.findall(r"(\d+) runs, (\d+) done before", capsys.readouterr().out)
+    assert sum(int(done) for _, done in rounds) >= len(runs) and all(count == done for count, done in rounds)
     assert before == {path: path.read_bytes() for path in tmp_path.glob("runs/*/metrics.jsonl")}
 
 

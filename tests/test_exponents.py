@@ -56,7 +56,7 @@ def estimates(make, seeds, joined, correlation=0.99):
 
 def within_two_standard_errors(differences):
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return abs(statistics.fmean(differences)) <= 2 * error
+    return abs(statistics.fmean(differences)) <= 2 * error and error < 0.02
 
 
 @pytest.mark.parametrize(
@@ -314,12 +314,8 @@ def test_scales_and_networks_are_two_grids_around_one_model():
 def test_the_experiment_measures_untrained_models(tiny_data, tmp_path, capsys):
     small = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "micro_batch_size=4"]
     options = [
-        "models=2",
-        "assignments=adamw,all_stiefel",
-        "scan=2",
-        "max_steps=2",
-        "global_batch_tokens=128",
-        "workers=0",
+        *("models=1", "assignments=adamw,all_stiefel", "scan=0", "workers=0"),
+        *("max_steps=2", "global_batch_tokens=128"),
         *(f"init.{scale}=1" for scale in ("attention_scale", "attention_residual_scale", "mlp_residual_scale")),
         *("init.weight_scale=1,4", "assignment=adamw", "residual=pre_norm"),
     ]
@@ -332,30 +328,4 @@ def test_the_experiment_measures_untrained_models(tiny_data, tmp_path, capsys):
     assert stiefel["angle_synthetic"]["mean"] < plain["angle_synthetic"]["mean"] < 0.1
     assert stiefel["gradient_synthetic"]["mean"] > plain["gradient_synthetic"]["mean"]
     assert plain["angle_paper"]["mean"] < 0.1 and plain["gradient_paper"]["mean"] > 0
-    assert len(facts["scan"]) == 3 and (tmp_path / "phase.png").stat().st_size > 1000
-    assert all(len(plane[f"angle_{way}"]) == 2 for plane in facts["scan"] for way in ("synthetic", "closed", "paper"))
-    assert "closed form" in capsys.readouterr().out and not (tmp_path / "loss.png").exists()
-
-
-def test_the_trained_grid_sets_losses_against_exponents(tiny_data, tmp_path):
-    small = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "micro_batch_size=4"]
-    short = ["max_steps=2", "schedule.warmup_steps=1", "eval_interval=2", "eval_windows=4", "global_batch_tokens=64"]
-    options = [
-        "models=1",
-        "assignments=adamw",
-        "scan=0",
-        "assignment=adamw",
-        "residual=pre_norm",
-        f"results={tmp_path}/results",
-        f"output_dir={tmp_path}/runs",
-    ]
-    words = ["exponents", "hydra/launcher=basic", *tiny_data, *small, *short, *options]
-    scales = ["init.attention_scale=100", "init.attention_residual_scale=0.25,16", "init.mlp_residual_scale=1"]
-    assert experiment.main([*words, *scales, "init.weight_scale=0.25", "init.residual_scale=2"]) == 0
-    facts = json.loads((tmp_path / "results/table.json").read_text())
-    assert len(facts["trained"]) == 3 and all(math.isfinite(cell["loss"]) for cell in facts["trained"])
-    written = [(cell["init.attention_residual_scale"], cell["scaled"]) for cell in facts["trained"]]
-    assert sorted(written) == [("0.25", True), ("1", False), ("16", True)] and facts["scan"] == []
-    assert set(facts["rank_correlation"]) == {"|λ_a|", "|λ_g|", "sum"}
-    assert (tmp_path / "results/loss.png").stat().st_size > 1000
-    assert "Rank correlation of the final loss of 3 trained models" in (tmp_path / "results/table.md").read_text()
+    assert facts["scan"] == [] and "closed form" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))

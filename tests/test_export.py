@@ -1,10 +1,13 @@
 """What scripts/export.py writes is read by the programs it is for, and comes back bitwise."""
 
 import json
+import math
+import struct
 from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_tokenizer import TOKENIZERS
 
 from data.hf_tokenizer import merges, tokenizer_files
@@ -14,7 +17,6 @@ from model.convert import NotGPT2, from_hf, from_nanogpt, misfits, take, to_hf, 
 from model.gpt import GPT, GPTConfig
 from scripts import export
 from scripts.analysis.runs import load_model
-from train import train
 from training.config import compose
 from training.init_from import read_weights
 from training.safetensors_file import read_tensors, write_tensors
@@ -48,23 +50,6 @@ def assert_bitwise(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture(scope="module")
-def run(tiny_data, tmp_path_factory):
-    """The directory of a finished run."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    small = [
-        "model.n_layer=2",
-        "model.n_head=2",
-        "model.n_embd=16",
-        "model.block_size=16",
-        "max_steps=2",
-        "eval_windows=2",
-    ]
-    more = ["global_batch_tokens=32", "full_eval=false", "device=cpu", "logger.mode=disabled", f"output_dir={folder}"]
-    train(compose([*tiny_data, *small, *more]))
-    return folder
-
-
 # ---- Hugging Face ----
 
 
@@ -78,6 +63,56 @@ def test_to_hugging_face_and_back_is_bitwise(settings):
     fresh = GPT(model.config)
     assert take(from_hf("there", json.loads(json.dumps(about)), tensors), fresh) == []
     assert_bitwise(fresh.state_dict(), model.state_dict())
+
+
+def read_by_the_format(path):
+    """The tensors of a safetensors file: the length of a header, the header, the bytes."""
+    whole = path.read_bytes()
+    begin = 8 + struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8:begin])
+    assert header.pop("__metadata__") == {"format": "pt"} and {entry["dtype"] for entry in header.values()} == {"F32"}
+    return {
+        name: torch.tensor(struct.unpack(f"<{math.prod(entry['shape'])}f", whole[begin + start : begin + stop])).view(
+            entry["shape"]
+        )
+        for name, entry in header.items()
+        for start, stop in [entry["data_offsets"]]
+    }
+
+
+def logits_of_gpt2(about, tensors, tokens):
+    """The logits of GPT2LMHeadModel, after transformers' modeling_gpt2.py: its matrices are those of Conv1D, x @ W + b."""
+
+    def norm(name, x):
+        weight, bias = (tensors[f"transformer.{name}.{part}"] for part in ("weight", "bias"))
+        return F.layer_norm(x, weight.shape, weight, bias, about["layer_norm_epsilon"])
+
+    def conv1d(name, x):
+        return x @ tensors[f"transformer.{name}.weight"] + tensors[f"transformer.{name}.bias"]
+
+    tanh = {"gelu": "none", "gelu_new": "tanh"}[about["activation_function"]]
+    future = torch.ones(tokens.size(1), tokens.size(1), dtype=torch.bool).triu(1)
+    x = tensors["transformer.wte.weight"][tokens] + tensors["transformer.wpe.weight"][: tokens.size(1)]
+    for layer in range(about["n_layer"]):
+        block = f"h.{layer}"
+        parts = conv1d(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x)).split(about["n_embd"], -1)
+        q, k, v = (part.unflatten(-1, (about["n_head"], -1)).transpose(1, 2) for part in parts)
+        scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(future, -math.inf)
+        x = x + conv1d(f"{block}.attn.c_proj", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        hidden = F.gelu(conv1d(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x)), approximate=tanh)
+        x = x + conv1d(f"{block}.mlp.c_proj", hidden)
+    head = tensors["transformer.wte.weight" if about["tie_word_embeddings"] else "lm_head.weight"]
+    return norm("ln_f", x) @ head.T
+
+
+@pytest.mark.parametrize("settings", GPT2S.values(), ids=GPT2S)
+def test_what_is_written_computes_the_same_logits_by_gpt2s_formula(settings, tmp_path):
+    model = gpt(**settings)
+    export.write_hf(model, get_tokenizer("bytes"), tmp_path / "hf")
+    about = json.loads((tmp_path / "hf/config.json").read_text())
+    tensors = read_by_the_format(tmp_path / "hf/model.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of_gpt2(about, tensors, tokens()), model(tokens())[0], rtol=0, atol=1e-4)
 
 
 @needs_transformers

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from test_export import GPT2S, SHAPE, assert_bitwise, gpt, needs_transformers, run, tokens  # noqa: F401  # run is a fixture
+from test_export import GPT2S, SHAPE, assert_bitwise, gpt, needs_transformers, tokens
 
 from data.tokenizer import get_tokenizer
 from model.convert import NotGPT2, Weights, changed_attention, from_hf, known_settings, misfits, take, to_hf
@@ -157,7 +157,7 @@ def test_weights_of_another_kind_are_named():
 
 
 @pytest.mark.parametrize("assignment", ["hetero", "adamw"])
-def test_a_run_starts_from_a_run_on_its_manifolds(run, tiny_data, tmp_path, capsys, assignment):  # noqa: F811
+def test_a_run_starts_from_a_run_on_its_manifolds(run, tiny_data, tmp_path, capsys, assignment):
     source = tmp_path / "source"
     shutil.copytree(run, source)
     more = [
@@ -185,7 +185,7 @@ def test_a_run_starts_from_a_run_on_its_manifolds(run, tiny_data, tmp_path, caps
     assert len(list(read_records(tmp_path / "run", "init_from"))) == 1
 
 
-def test_a_run_of_an_older_program_gives_its_weights(run, monkeypatch):  # noqa: F811
+def test_a_run_of_an_older_program_gives_its_weights(run, monkeypatch):
     """Settings that came later have the values of before."""
     loaded = load_newest(run / "checkpoints")
     del loaded.state["config"]["model"]["skips"], loaded.state["config"]["average"]
@@ -240,7 +240,7 @@ class Hostile:
         return print, ("executed",)
 
 
-def test_a_source_that_cannot_be_read_is_one_message(run, tmp_path, capsys):  # noqa: F811
+def test_a_source_that_cannot_be_read_is_one_message(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "config only").mkdir()
     (tmp_path / "config only/config.json").write_text(json.dumps({"model_type": "gpt2"}))

@@ -56,6 +56,9 @@ def talk():
         with pytest.raises(ConfigError) as caught:
             ranks.from_main(refuse, "no")
         assert caught.value.problems == ["no"]
+        ranks.require_equal({"first": torch.ones(3), "second": torch.zeros(2)})
+        with pytest.raises(RuntimeError, match=r"^second is not the same on ranks \d and \d"):
+            ranks.require_equal({"first": torch.ones(3), "second": torch.tensor([0.0, float(ranks.rank == 2)])})
     finally:
         ranks.close()
 
@@ -76,12 +79,12 @@ def test_one_process_talks_to_itself():
 
 
 def fall_silent(how):
-    ranks = Ranks.init(replace(SETTINGS, launcher=replace(SETTINGS.launcher, timeout_s=3)))
+    ranks = Ranks.init(replace(SETTINGS, launcher=replace(SETTINGS.launcher, timeout_s=2)))
     ranks.barrier()
     if ranks.rank == 1:
         time.sleep(30)
     since = time.monotonic()
-    with pytest.raises(LostRanks, match=r"rank 0 of 2 .* launcher.timeout_s=3 s") as caught:
+    with pytest.raises(LostRanks, match=r"rank 0 of 2 .* launcher.timeout_s=2 s") as caught:
         ranks.max(0) if how == "control" else ranks.sum(torch.zeros(5))
     assert time.monotonic() - since < 10
     print(caught.value)

@@ -23,7 +23,8 @@ def overlaps(X):
 
 
 def simulated(m, q, p, seed):
-    """One block of the paper's model with random weights, in float64: (q, p) after it, and (own, mutual) of the gradient after and before."""
+    """One block of the paper's model with random weights, in float64: (q, p) after it, and (own, mutual) of the gradient before it and after
+    it, if the gradients after it are independent, and if half of each is the same for all tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows, columns, deviation=1.0):
@@ -38,8 +39,11 @@ def simulated(m, q, p, seed):
     hidden = torch.tanh(normed(Y) @ normal(WIDTH, 4 * WIDTH, m.sigma_w * entry))
     Z = keep * Y + m.mlp * hidden @ normal(4 * WIDTH, WIDTH, entry / 2)
     R = normal(m.tokens, WIDTH)
-    (G,) = torch.autograd.grad(Z, X, R)
-    return overlaps(Z.detach()), overlaps(G), overlaps(R)
+    found = [overlaps(Z.detach())]
+    for after in (R, math.sqrt(0.5) * (R + normal(1, WIDTH))):
+        (before,) = torch.autograd.grad(Z, X, after, retain_graph=True)
+        found += [overlaps(before), overlaps(after)]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -51,13 +55,14 @@ def simulated(m, q, p, seed):
     ],
 )
 def test_the_map_is_what_random_weights_do_on_average(m, q, p):
-    after, gradient, at_output = (torch.stack(each) for each in zip(*(simulated(m, q, p, s) for s in range(DRAWS))))
+    after, *gradients = (torch.stack(each) for each in zip(*(simulated(m, q, p, s) for s in range(DRAWS))))
     error = after.std(0) / math.sqrt(DRAWS)
     new_q, apart = m.step(q, q - p)
     derived = torch.tensor([new_q, new_q - apart])
     assert ((after.mean(0) - derived).abs() < 4 * error).all(), (after.mean(0), derived, error)
-    own, _ = m.gradient(q, q - p, *at_output.mean(0).tolist())
-    assert own == pytest.approx(gradient.mean(0)[0].item(), rel=0.15)
+    own, own_after, alike, alike_after = (each.mean(0).tolist() for each in gradients)
+    assert m.gradient(q, q - p, *own_after)[0] == pytest.approx(own[0], rel=0.15)
+    assert m.gradient(q, q - p, *alike_after)[1] == pytest.approx(alike[1], rel=0.15)
 
 
 def test_rows_of_attention_meet_as_often_as_sampled():

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from device_checks import low_precision_products, require_low_precision
 
 from optim.manifolds import MANIFOLDS, is_wide, like, polar, tall
 from optim.msign import msign
@@ -150,10 +151,8 @@ def test_zero_on_stiefel_becomes_the_identity_whatever_makes_the_polar_factor():
 
 
 def test_the_distance_ignores_the_precision_of_other_products():
+    require_low_precision("cpu")
     W = MANIFOLDS["stiefel"].retract(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)))
-    expected, before = MANIFOLDS["stiefel"].residual(W), torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")  # with bfloat16 where the processor has it
+    expected = MANIFOLDS["stiefel"].residual(W)
+    with low_precision_products():
         assert MANIFOLDS["stiefel"].residual(W) == expected
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -34,7 +34,7 @@ def random_matrix(*shape: int, condition: float = 100.0, seed: int = 0) -> torch
 
 
 def test_generator_gives_the_published_list():
-    for ours, theirs in zip(polar_express_coefficients(8, safety=1.0), PUBLISHED_LIST):
+    for ours, theirs in zip(polar_express_coefficients(8, safety=1.0), PUBLISHED_LIST, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-8)
 
 

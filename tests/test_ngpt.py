@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from dataclasses import replace
 from datetime import timedelta
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from harness import finish, start_ranks
 
 from model.gpt import GPT
 from model.scale import scale_statistics
@@ -212,11 +211,9 @@ def test_a_resumed_run_is_bitwise_the_same_and_still_unit(tiny, tmp_path):
     assert gap_to_unit_length(model) < 1e-6
 
 
-def work(rank, world, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def work(folder):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, world = dist.get_rank(), dist.get_world_size()
     model, optimizers = build("assignment=unconstrained")
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     for step in range(3):
@@ -230,7 +227,7 @@ def work(rank, world, folder):
 
 
 def test_two_ranks_hold_the_same_unit_vectors(tmp_path):
-    mp.spawn(work, (2, str(tmp_path)), nprocs=2)
+    assert finish(start_ranks(2, work, str(tmp_path))) == [0, 0]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone, optimizers = build("assignment=unconstrained")

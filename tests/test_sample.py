@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from test_export import run  # noqa: F401  # a fixture
 from test_tokenizer import TOKENIZERS
 
 from data.tokenizer import get_tokenizer
@@ -30,7 +29,7 @@ def test_pieces_are_the_text_and_no_character_is_cut(name):
     assert "".join(sample.text_of(tokenizer, tokenizer.encode(text).tolist())) == text
 
 
-def test_a_sample_is_that_of_generate_and_prompts_do_not_change_each_other(run, tmp_path, capsys):  # noqa: F811
+def test_a_sample_is_that_of_generate_and_prompts_do_not_change_each_other(run, tmp_path, capsys):
     model, tokenizer = load_model(run)[0], get_tokenizer("bytes")
     texts = {}
     for prompt in ("line 1 = ", "says"):
@@ -47,7 +46,7 @@ def test_a_sample_is_that_of_generate_and_prompts_do_not_change_each_other(run, 
     assert "tokens/s with the cache of keys and values" in said.splitlines()[-1]
 
 
-def test_text_is_printed_while_it_is_drawn(run, monkeypatch):  # noqa: F811
+def test_text_is_printed_while_it_is_drawn(run, monkeypatch):
     drawn, printed = [], []
 
     class Screen(io.StringIO):
@@ -79,7 +78,7 @@ def test_text_is_printed_while_it_is_drawn(run, monkeypatch):  # noqa: F811
         (["prompts={tmp}/one.txt", "prompt=x"], "give one prompt, or a file"),
     ],
 )
-def test_mistakes_are_one_message(run, tmp_path, capsys, arguments, said):  # noqa: F811
+def test_mistakes_are_one_message(run, tmp_path, capsys, arguments, said):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "one.txt").write_text("a\n")
     assert sample.main([str(run), *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2

@@ -56,6 +56,15 @@ def test_what_is_not_finite_is_named_with_its_rank_if_it_has_one():
     assert of_all.reason == "the gradient of h.0.attn.c_attn.weight is not finite"
 
 
+def test_more_skipped_updates_than_allowed_end_a_run():
+    for max_skipped, ended in ((None, [False] * 4), (2, [False, False, False, True]), (0, [False, True, True, True])):
+        stability, found = make(max_skipped=max_skipped), []
+        for count in range(4):
+            stability.observe_skipped(count)
+            found.append(stability.stopped)
+        assert found == ended
+
+
 def test_the_validation_loss_may_rise_by_max_rise_and_no_more():
     stability = make()
     for step, loss in [(0, 10.0), (100, 4.0), (200, 4.25), (300, 3.5), (400, 4.0)]:

@@ -50,7 +50,7 @@ def test_every_assignment_trains(tiny, tmp_path, assignment):
 
 
 @pytest.mark.parametrize("optim", ["paper"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.campaign), 0.1])
 def test_a_resumed_run_ends_bitwise_like_an_undisturbed_one(tiny, tmp_path, optim, dropout):
     common = [*tiny[:-1], f"optim={optim}", f"model.dropout={dropout}"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -215,7 +215,9 @@ def test_the_published_scale_evaluates_as_much_as_the_published_code(experiment)
     assert compose([f"experiment={experiment}"]).eval_windows == 200 * 64
 
 
-def test_a_run_that_turns_non_finite_is_a_result(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("max_skipped", "steps"), [("null", 20), ("0", 7)])
+def test_a_run_that_turns_non_finite_is_a_result(tiny, tmp_path, monkeypatch, max_skipped, steps):
+    """It goes on to its last step, or to the record that says that more updates were skipped than allowed."""
     import train as module
 
     plain, calls = module.accumulate, []
@@ -228,11 +230,11 @@ def test_a_run_that_turns_non_finite_is_a_result(tiny, tmp_path, monkeypatch):
         return loss
 
     monkeypatch.setattr(module, "accumulate", poisoned)
-    best = train(compose(tiny))
+    best = train(compose([*tiny, f"stability.max_skipped={max_skipped}"]))
     [end] = records(tmp_path / "run", "end")
-    assert end["unstable_step"] == 7 and "not finite" in end["reason"] and best < 6
+    assert end["step"] == steps and end["unstable_step"] == 7 and "not finite" in end["reason"] and best < 6
     skipped = [r["skipped_updates"] for r in records(tmp_path / "run", "train")]
-    assert skipped == [0] * 6 + [1] * 14
+    assert skipped == [0] * 6 + [1] * (steps - 6)
     assert all(p.isfinite().all() for p in checkpoint.load_newest(tmp_path / "run/checkpoints").state["model"].values())
 
 

@@ -80,6 +80,14 @@ def train_in_process(cfg):
     train(cfg)
 
 
+def train_all(cfgs, ports):
+    """As a rank: several runs, one after the other, whose ranks meet at these ports."""
+    from train import train
+
+    for cfg, os.environ["MASTER_PORT"] in zip(cfgs, ports):
+        train(cfg)
+
+
 def train_as_rank(cfg):
     """A rank of a run, as the command line would run it."""
     from train import train

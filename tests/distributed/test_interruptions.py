@@ -255,7 +255,7 @@ def test_torchrun_passes_a_signal_on(run, tiny, tmp_path):
     with command(*words, cwd=tmp_path) as process:
         wait_until(lambda: last_step(tmp_path / "run") > 5, 180, "five steps")
         process.terminate()
-        process.wait(30)
+        assert process.wait(30) != 0
     assert newest_step(tmp_path / "run") == last_step(tmp_path / "run")
     assert "SIGTERM: stopped at step" in (tmp_path / "output.txt").read_text()
     assert {p.name for p in tmp_path.iterdir()} == {"run", "output.txt"}  # no directories of Hydra, of no rank

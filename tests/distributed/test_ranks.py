@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import finish, start_ranks
+from harness import finish, free_port, start_ranks, train_all
 
 from optim.manifolds import MANIFOLDS
 from train import train
@@ -10,18 +10,30 @@ from training import checkpoint
 from training.config import compose
 from training.log import read_records
 
-SHAPE = [
-    "global_batch_tokens=192",
-    "micro_batch_size=1",
+RUN = [
+    *("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "max_steps=20"),
+    *("global_batch_tokens=192", "micro_batch_size=1"),  # 12 windows: for 1, 2, 3, 4 ranks
+    *("eval_interval=5", "eval_windows=4", "full_eval=false", "schedule.warmup_steps=2", "log.interval=1"),
+    *("log.interval_spectra=10", "checkpoint.interval=5", "logger.mode=disabled", "device=cpu"),
     "launcher.checksum_interval=1",
-]  # 12 windows: for 1, 2, 3, 4 ranks
+]
+ASSIGNMENTS = ["unconstrained", "all_stiefel", "all_dgram", "hetero_inv", "adamw"]
+EVERYWHERE = ["torch_muon", "modular"]  # optimizers that compute every step on every rank
+SHORT = {  # further overrides of runs of four steps
+    **{assignment: [f"assignment={assignment}"] for assignment in ASSIGNMENTS},
+    **{optim: [f"optim={optim}", "assignment=unconstrained"] for optim in EVERYWHERE},
+    "uneven": [
+        *("global_batch_tokens=224", "micro_batch_size=4"),
+        *("attention=qk_clip", "attention.qk_clip=1e-3", "model.rope=true"),
+    ],
+    "published": ["optim=paper", "optim.muon.rule.dual_steps=4"],
+}
 
 
-@pytest.fixture
-def settings(tiny):
+@pytest.fixture(scope="module")
+def settings(tiny_data):
     """Overrides of a two-layer run without a directory: eight matrices, uneven on three ranks."""
-    replaced = {s.split("=")[0] for s in SHAPE} | {"output_dir", "model.n_layer"}
-    return [o for o in tiny if o.split("=")[0] not in replaced] + SHAPE + ["model.n_layer=2"]
+    return [*tiny_data, *RUN]
 
 
 def train_on(world, directory, overrides):
@@ -67,30 +79,44 @@ def test_one_to_four_ranks_train_alike(settings, tmp_path):
         }
 
 
+@pytest.fixture(scope="module")
+def short(settings, tmp_path_factory):
+    """A function of the name of a short run: its directories, of one rank and of two. All those of two ranks are trained at once."""
+    folder = tmp_path_factory.mktemp("short")
+
+    def settings_of(name, world):
+        return compose([*settings, *SHORT[name], "max_steps=4", f"output_dir={folder}/{name}_{world}"])
+
+    cfgs, output = [settings_of(name, 2) for name in SHORT], folder / "output.txt"
+    codes = finish(start_ranks(2, train_all, cfgs, [free_port() for _ in cfgs], output=str(output)), timeout=200)
+    assert codes == [0, 0], output.read_text()
+
+    def directories(name):
+        train(settings_of(name, 1))
+        return folder / f"{name}_1", folder / f"{name}_2"
+
+    return directories
+
+
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("assignment", ["unconstrained", "all_stiefel", "all_dgram", "hetero_inv", "adamw"])
-def test_every_assignment_on_two_ranks(settings, tmp_path, assignment):
-    few = [*settings, f"assignment={assignment}", "max_steps=4"]
-    alone, shared = (train_on(world, tmp_path / str(world), few) for world in (1, 2))
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_every_assignment_on_two_ranks(short, assignment):
+    alone, shared = short(assignment)
     assert losses(shared) == pytest.approx(losses(alone), abs=1e-3)
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("optim", ["torch_muon", "modular"])
-def test_optimizers_that_compute_every_step_on_every_rank(settings, tmp_path, optim):
-    few = [*settings, f"optim={optim}", "assignment=unconstrained", "max_steps=4"]
-    alone, shared = (train_on(world, tmp_path / str(world), few) for world in (1, 2))
+@pytest.mark.parametrize("optim", EVERYWHERE)
+def test_optimizers_that_compute_every_step_on_every_rank(short, optim):
+    alone, shared = short(optim)
     assert losses(shared) == pytest.approx(losses(alone), abs=1e-3)
     assert state(shared)["optimizers"].keys() == state(alone)["optimizers"].keys()
 
 
 @pytest.mark.timeout(240)
-def test_ranks_whose_last_micro_batch_is_smaller(settings, tmp_path):
+def test_ranks_whose_last_micro_batch_is_smaller(short):
     """14 windows: seven twos alone, four and three on each of two ranks. The largest logit of QK-clip is that of all ranks and micro-batches."""
-    few = [o for o in settings if o.split("=")[0] not in ("global_batch_tokens", "micro_batch_size")]
-    few += ["global_batch_tokens=224", "micro_batch_size=4", "max_steps=4"]
-    few += ["attention=qk_clip", "attention.qk_clip=1e-3", "model.rope=true"]
-    alone, shared = (train_on(world, tmp_path / str(world), few) for world in (1, 2))
+    alone, shared = short("uneven")
     assert losses(shared)[0] == pytest.approx(losses(alone)[0], abs=1e-5)
     assert norms(shared)[0] == pytest.approx(norms(alone)[0], rel=1e-5)
     assert losses(shared) == pytest.approx(losses(alone), abs=1e-3)
@@ -100,10 +126,9 @@ def test_ranks_whose_last_micro_batch_is_smaller(settings, tmp_path):
 
 
 @pytest.mark.timeout(240)
-def test_the_published_step_on_two_ranks(settings, tmp_path):
+def test_the_published_step_on_two_ranks(short):
     """Its solver is chaotic, so only the first step, the constraint, and equal replicas (compared by the run) can be asked for."""
-    few = [*settings, "optim=paper", "max_steps=4", "optim.muon.rule.dual_steps=4"]
-    alone, shared = (train_on(world, tmp_path / str(world), few) for world in (1, 2))
+    alone, shared = short("published")
     assert losses(shared)[0] == pytest.approx(losses(alone)[0], abs=1e-5)
     for name, W in state(shared)["model"].items():
         if ".attn." in name:

@@ -1,14 +1,13 @@
 """Sharded over two ranks, a run is the run of DDP bit by bit: weights, records, checkpoints."""
 
 import json
-import os
 import pickle
 import shutil
 from functools import partial
 
 import pytest
 import torch
-from harness import final_state, finish, free_port, records, same, start_ranks
+from harness import final_state, finish, free_port, records, same, start_ranks, train_all
 
 from train import train
 from training.build import build
@@ -30,11 +29,6 @@ RUN = [
 ]
 MIXED = ["assignment=custom", "assignment.rules={attn: euclidean, c_fc: dgram, mlp.c_proj: adamw}", "dtype=bfloat16"]
 SCALARS_THAT_BREAK = ["residual=p_sphere", "optim.adamw.lr=1e15"]  # after the first update, nothing is finite
-
-
-def train_all(cfgs, ports):
-    for cfg, os.environ["MASTER_PORT"] in zip(cfgs, ports):
-        train(cfg)
 
 
 @pytest.fixture(scope="module")

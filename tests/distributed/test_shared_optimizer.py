@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from harness import finish, start_ranks
 
 from optim.manifold_muon import ManifoldMuon
 from optim.ownership import choose_owners, plan_messages
@@ -35,11 +35,8 @@ def advance(params, optimizer, steps, wait=True):
         optimizer.receive()
 
 
-def work(rank, world, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def work(folder):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     params, optimizer = build()
     owned = len(optimizer.state)
     advance(params, optimizer, range(3))
@@ -56,7 +53,9 @@ def work(rank, world, folder):
     advance(again, resumed, range(3, 5), wait=False)
     advance(copied, twin, range(3, 5))
     assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(params, again, copied))
-    torch.save({"weights": [p.detach() for p in params], "state": state, "owned": owned}, f"{folder}/rank{rank}.pt")
+    torch.save(
+        {"weights": [p.detach() for p in params], "state": state, "owned": owned}, f"{folder}/rank{dist.get_rank()}.pt"
+    )
     os._exit(0)  # the end of gloo's threads aborts a process now and then (torch 2.13), after all that is tested here
 
 
@@ -107,7 +106,7 @@ def single():
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_any_number_of_ranks_takes_the_same_steps(world, single, tmp_path):
-    mp.spawn(work, args=(world, str(tmp_path)), nprocs=world)
+    assert finish(start_ranks(world, work, str(tmp_path))) == [0] * world
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
     weights, state = single
     for result in ranks:
