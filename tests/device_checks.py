@@ -252,7 +252,7 @@ def require_low_precision(device):
     """Skip the test if the switches change no product on this device, such as a processor without bfloat16."""
     W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
     product = W @ W
-    with low_precision_products():
+    with low_precision_products(LOW_PRECISION["word"]):
         if torch.equal(W @ W, product):
             pytest.skip("no product of float32 is rounded here")
 
