@@ -3,22 +3,16 @@
 import math
 from itertools import pairwise, product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import pytest
 from conftest import ROOT
-from documents import EXPERIMENTS, FRONT, by_setting, mean_loss, result, text
+from documents import EXPERIMENTS, FRONT, by_setting, result, text
 
-from model.residual import RESIDUAL_RULES
-from optim.geonorm import MAX_ANGLE
 from scripts.analysis.optima import seed_slopes
 from scripts.analysis.speed_up import steps_needed
 from scripts.analysis.statistics import Difference, best_rate
 from scripts.experiments.horizon import PAPER
-
-BYTE_FREQUENCIES = 3.2
-"""Less than the loss of the standard library's bytes if only how often each occurs is known, which is 3.2096."""
-GEONORMS = ("geonorm_no_norms", "geonorm_with_norms")
 
 # ---- why Hetero ----
 
@@ -150,139 +144,6 @@ def test_the_best_rates_by_horizon_are_as_the_page_says():
     for arm in ("unconstrained", "hetero"):
         first, last = (float(rates[arm, n]["optim.matrices.weight_decay"]) for n in (250, 4000))
         assert first > last
-
-
-# ---- streams ----
-
-
-def test_geonorm_beats_pre_norm_with_three_assignments_of_four_under_muon():
-    assert "GeoNorm beats pre-norm with three of the four assignments" in text(EXPERIMENTS)
-    wins = [
-        mean_loss("crossing/table.json", assignment=a, residual="geonorm")
-        < mean_loss("crossing/table.json", assignment=a, residual="pre_norm")
-        for a in ("unconstrained", "all_stiefel", "all_dgram", "hetero")
-    ]
-    assert wins == [True, True, False, True]
-
-
-def test_two_runs_of_the_retractions_became_unstable_and_a_smaller_first_step_helps():
-    assert "two of their runs became unstable" in text(EXPERIMENTS)
-    rows = result("residual_rules/table.json")["rows"]
-    assert [r["residual"] for r in rows if r["unstable_step"] is not None] == ["cayley_sphere", "p_sphere"]
-    for rule in ("proj_sphere", "cayley_sphere", "p_sphere"):
-        assert mean_loss("residual_alpha/table.json", residual=rule) < mean_loss(
-            "residual_rules/table.json", residual=rule
-        )
-
-
-def apart_by(name, key, theirs, **wanted):
-    """Difference of the losses of each case from those of another, by the value of an axis."""
-    losses = {}
-    for r in result(f"{name}/table.json")["rows"]:
-        if all(r[k] == value for k, value in wanted.items()):
-            losses.setdefault(r[key], {})[r["seed"]] = r["val_loss"]
-    return {case: Difference.of(found, losses[theirs]) for case, found in losses.items() if case != theirs}
-
-
-def test_the_residual_rules_at_their_best_are_ordered_as_the_page_says():
-    assert "four rules end below pre-norm**: GeoNorm with norms, deep-norm, peri-norm and post-norm" in text(
-        EXPERIMENTS
-    )
-    muon, adamw = (apart_by("residual_tuned", "residual", "pre_norm", optimizer=name) for name in ("muon", "adamw"))
-    lower = {"geonorm_with_norms", "deep_norm", "peri_norm", "post_norm"}
-    assert {rule for rule, d in muon.items() if d.high < 0} == lower
-    assert muon["ngpt"].mean < muon["post_norm"].mean and muon["ngpt"].high > 0
-    assert {rule for rule, d in muon.items() if d.low > 0} == {"sandwich_norm"}
-    assert min(muon, key=lambda rule: muon[rule].mean) == "geonorm_with_norms"
-    assert {rule for rule, d in adamw.items() if not d.low < 0 < d.high} == {"post_norm"} and adamw["post_norm"].low > 0
-    norms = {
-        name: apart_by("residual_tuned", "residual", "geonorm_with_norms", optimizer=name) for name in ("muon", "adamw")
-    }
-    assert all(d[rule].low > 0 for d in norms.values() for rule in ("post_norm", "sandwich_norm"))
-    assert all(d["deep_norm"].low < 0 < d["deep_norm"].high for d in norms.values())
-    assert all(norms["muon"][rule].low > 0 for rule in ("proj_sphere", "cayley_sphere", "p_sphere"))
-    assert min(adamw, key=lambda rule: adamw[rule].mean) == "cayley_sphere"
-    below = {"geonorm_no_norms", "geonorm_with_norms", "peri_norm", "ngpt", "cayley_sphere", "p_sphere"}
-    assert {rule for rule, d in adamw.items() if d.mean < 0} == below
-    losses = {}
-    for r in result("residual_tuned/table.json")["rows"]:
-        losses.setdefault(r["optimizer"], {}).setdefault(r["residual"], []).append(r["val_loss"])
-    scatter = [fmean(stdev(seeds) for seeds in losses[name].values()) for name in ("adamw", "muon")]
-    assert 7 < scatter[0] / scatter[1] < 8
-    assert (
-        "two of the three seeds of post-norm and of deep-norm did not get beyond the loss of byte frequencies"
-        in text(EXPERIMENTS)
-    )
-    stuck = {rule for rule, found in losses["adamw"].items() for loss in found if loss > BYTE_FREQUENCIES}
-    assert stuck == {"post_norm", "deep_norm", "proj_sphere"}
-    assert all(sum(loss > BYTE_FREQUENCIES for loss in losses["adamw"][rule]) == 2 for rule in stuck)
-
-
-def test_the_streams_of_the_residual_rules_are_as_the_page_says():
-    assert "turns of more than 160 degrees in a sublayer" in text(EXPERIMENTS)
-    found = {(s["optimizer"], s["residual"]): s for s in result("residual_tuned/table.json")["stream"]}
-    assert all(fmean(found["adamw", rule]["turn"]) > math.radians(160) for rule in ("cayley_sphere", "p_sphere"))
-    muon, adamw = (found[name, "pre_norm"]["step"] for name in ("muon", "adamw"))
-    assert 3 < muon[1] / muon[-1] < 4.5 and adamw[-1] > adamw[1] / 2 and all(s[0] > 3 * s[1] for s in (muon, adamw))
-    scales = {(name, rule): found[name, rule]["scales"] for name in ("muon", "adamw") for rule in GEONORMS}
-    starts = {"scale_attn": 1, "scale_mlp": 1, "offset_attn": 0, "offset_mlp": 0}
-    moved = {key: {name: [x - starts[name] for x in given[name]] for name in starts} for key, given in scales.items()}
-    assert all(abs(x) < 0.1 for rule in GEONORMS for layers in moved["muon", rule].values() for x in layers)
-    assert "Its turns are those of its clamp, (π/4·scale + offset)/D(l), within an eighth" in text(EXPERIMENTS)
-    for case in (("muon", "geonorm_with_norms"), ("muon", "geonorm_no_norms"), ("adamw", "geonorm_with_norms")):
-        for i, turn in enumerate(found[case]["turn"]):
-            kind, layer = ("attn", "mlp")[i % 2], i // 2
-            scale, offset = (scales[case][f"{name}_{kind}"][layer] for name in ("scale", "offset"))
-            clamped = min(MAX_ANGLE, (MAX_ANGLE * scale + offset) / (layer + 1))
-            assert turn == pytest.approx(clamped, rel=0.125)
-    offsets = moved["adamw", "geonorm_no_norms"]["offset_attn"]
-    assert offsets[0] > 0 > max(offsets[1:]) and -0.25 < min(offsets) < -0.2
-
-
-def test_the_best_retraction_has_a_finite_p_as_the_page_says():
-    assert (
-        "under AdamW p = 2, level with 4, under Muon the smallest p that was tried, a half, level with 2. Both end below the "
-        "geodesic by more than chance" in text(EXPERIMENTS)
-    )
-    for optimizer, best in (("adamw", "p=2"), ("muon", "p=0.5")):
-        apart = apart_by("sphere_p", "residual", "geodesic", optimizer=optimizer)
-        assert min(apart, key=lambda arm: apart[arm].mean) == best and apart[best].high < 0
-        nearest = apart_by("sphere_p", "residual", best, optimizer=optimizer)
-        level = {arm for arm in ("p=0.5", "p=2", "p=4") if arm != best and nearest[arm].low < 0 < nearest[arm].high}
-        assert level == {"adamw": {"p=4"}, "muon": {"p=2"}}[optimizer]
-        lower = {arm for arm, d in apart.items() if d.high < 0}
-        assert lower == ({"p=0.5", "p=2", "p=4", "learned"} if optimizer == "adamw" else {"p=0.5"})
-    fixed = (
-        apart_by("sphere_p", "residual", "learned", optimizer="muon"),
-        apart_by("sphere_p", "residual", "learned", optimizer="adamw"),
-    )
-    assert all(d["p=2"].low < 0 < d["p=2"].high for d in fixed) and fixed[0]["p=0.5"].high < 0
-    scales = {
-        s["optimizer"]: s["scales"] for s in result("sphere_p/table.json")["stream"] if s["residual"] == "learned"
-    }
-    assert all(abs(p - 2) < 0.4 for found in scales.values() for name in ("p_attn", "p_mlp") for p in found[name])
-
-
-def test_geonorm_under_adamw_needs_what_the_page_says():
-    assert "Two arms end below plain GeoNorm by more than chance: `start`" in text(EXPERIMENTS)
-    plain, pre_norm = (apart_by("geonorm_adamw", "residual", rule) for rule in ("geonorm", "pre_norm"))
-    assert {arm for arm, d in plain.items() if not d.low < 0 < d.high} == {"start", "warmup"}
-    assert pre_norm["start"].mean < 0 < pre_norm["start_no_decay"].mean
-    assert pre_norm["geonorm"].mean > 0 and all(
-        pre_norm[arm].low < 0 < pre_norm[arm].high for arm in ("geonorm", "start", "start_no_decay")
-    )
-    assert all(plain[arm].low < 0 < plain[arm].high for arm in ("fast_angle", "fixed_angle", "fixed_offset", "gains"))
-    assert abs(pre_norm["pre_norm_start"].mean) < pre_norm["pre_norm_start"].error
-
-
-def test_there_are_eleven_residual_rules():
-    assert (
-        "eleven rules" in text(FRONT) and "ten of the eleven rules" in text(EXPERIMENTS) and len(RESIDUAL_RULES) == 11
-    )
-    compared = {r["residual"] for r in result("residual_rules/table.json")["rows"]}
-    assert len(compared) == 10 and set(RESIDUAL_RULES) - compared == {
-        "pre_rms_norm"
-    }  # the norm of the public optimizer track
 
 
 # ---- collapse ----
