@@ -260,7 +260,7 @@ LESS = {  # of every experiment's lists, as little as draws a picture
 TOLD = {  # what its table says
     "blocks": ["| Unconstrained | heads_whole |", "move c_attn equally far"],
     "collapses": ["| false | none | 1 |", "digits, start", "outside the embeddings' span"],
-    "crossing": ["| 2 |", "steps to 100.00", "| Unconstrained | geonorm |"],
+    "crossing": ["| 2 |", "steps to 100", "| Unconstrained | geonorm |"],
     "family": ["| 4 | Muon |", "minus AdamW", "state, bytes a parameter"],
     "geonorm_adamw": ["| adamw | geonorm |", "minus pre_norm", "minus geonorm", "turn, start"],
     "horizon": ["| 4 | all_stiefel |", "(edge)", "minus Unconstrained", "paired by seed"],

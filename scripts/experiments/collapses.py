@@ -34,13 +34,11 @@ def columns(study: Study) -> list[Column]:
 def draw(study: Study, path: Path) -> Path:
     """Draw the first seed of the deepest models."""
     deepest = max(study.axes["model.n_layer"], key=int)
-    groups = study.grouped("model.n_layer", "model.skips", "mlp").items()
-    first = {
-        f"{SKIPS.get(skips.lower(), skips)}, {MLP[mlp]}": runs[0]
-        for (depth, skips, mlp), runs in groups
-        if depth == deepest
-    }
-    found = {label: study.facts["profiles"][r.directory.name] for label, r in first.items()}
+    found = {}
+    for (depth, skips, mlp), runs in study.grouped("model.n_layer", "model.skips", "mlp").items():
+        if depth == deepest:
+            label = f"{SKIPS.get(skips.lower(), skips)}, {MLP[mlp]}"
+            found[label] = study.facts["profiles"][runs[0].directory.name]
     curves = {title: {label: profile[kind] for label, profile in found.items()} for kind, title in PANELS.items()}
     return collapse_curves({f"{title}, depth {deepest}": of for title, of in curves.items()}, path)
 
