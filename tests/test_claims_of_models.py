@@ -14,6 +14,8 @@ from scripts.analysis.speed_up import steps_needed
 from scripts.analysis.statistics import Difference, best_rate
 from scripts.experiments.horizon import PAPER
 
+HORIZONS = ("horizon", "horizon_16000", "horizon_16000_stiefel", "horizon_16000_dgram")
+
 # ---- why Hetero ----
 
 
@@ -60,7 +62,7 @@ def test_the_matrices_of_hetero_are_as_the_page_says():
 def test_the_order_by_horizon_is_as_the_page_says():
     assert "At 16,000 steps, Hetero's gap is what it was at 4,000" in text(EXPERIMENTS)
     losses = {}
-    tables = [result(f"{folder}/table.json") for folder in ("horizon", "horizon_16000", "horizon_16000_stiefel")]
+    tables = [result(f"{folder}/table.json") for folder in HORIZONS]
     for r in [row for table in tables for row in table["rows"]]:
         losses.setdefault((r["arm"], int(r["max_steps"])), {})[r["seed"]] = r["val_loss"]
 
@@ -96,6 +98,11 @@ def test_the_order_by_horizon_is_as_the_page_says():
     assert apart("hetero", "unconstrained", 16000).low > 0
     changed = apart("hetero", "unconstrained", 4000, 16000)
     assert changed.low < 0 < changed.high and abs(changed.mean) < 0.1 * gap["hetero", 4000]
+    assert "At 16,000 steps, All-DGram is still the nearest to Unconstrained" in text(EXPERIMENTS)
+    changed = apart("all_dgram", "unconstrained", 4000, 16000)
+    assert changed.low < 0 < changed.high and apart("all_dgram", "unconstrained", 16000).low > 0
+    assert max(apart("all_dgram", other, 16000).high for other in ("hetero", "all_stiefel")) < 0
+    assert {row["status"] for table in tables for row in table["rows"] if row["arm"] == "all_dgram"} == {"ok"}
     assert "At 16,000 steps, Hetero is below All-Stiefel, as in the paper" in text(EXPERIMENTS)
     assert apart("hetero", "all_stiefel", 16000).high < 0 and PAPER["Hetero"][1] < PAPER["All-Stiefel"][1]
     shrinks = apart("all_stiefel", "unconstrained", 4000, 16000)
