@@ -107,7 +107,7 @@ def test_without_a_stable_case_there_is_no_target():
     asked.groups = [[fake("hetero", 1, ((0, 5.0), (9, 2.0)), 5)]]
     asked.facts = crossing.target(asked)
     assert asked.facts == {"target": None} and not any("steps to" in c.heading for c in crossing.columns(asked))
-    for wrong in ("-1.0", "nan"):
+    for wrong in ("-1.0", "inf"):
         with pytest.raises(UsageError, match="is no loss"):
             crossing.EXPERIMENT.check(study("crossing", f"target={wrong}"))
 
