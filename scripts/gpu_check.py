@@ -144,11 +144,8 @@ def steps_of(stage: str, o: Options) -> list[Step]:
     if stage == "b":
         few = [*small, "assignments=adamw,hetero"]
         every = [micro, f"assignments={','.join(gpu_runs.RUNS)}"]
-        published = [
-            micro,
-            f"assignments={','.join(name for name in gpu_runs.RUNS if name != 'adamw')}",
-            "optims=paper",
-        ]
+        ruled = ",".join(name for name in gpu_runs.RUNS if name != "adamw")
+        published = [micro, f"assignments={ruled}", "optims=paper"]
         options = [micro, "assignments=adamw,hetero", f"variants={','.join(variants())}"]
         profile = [micro, "assignments=adamw,hetero", f"traces={o.work / 'b'}"]
         return [

@@ -166,9 +166,8 @@ def peak_bytes(call: Callable[[], object], own: Iterable[Tensor]) -> int | None:
     it; on a CPU the kernel does, as the resident memory of the process (Linux only; None elsewhere). There, memory that the process has freed
     but still holds is not counted, so measure in a process that did little before.
     """
-    storages = {
-        s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in own)
-    }  # several tensors may be parts of one
+    parts = [t.untyped_storage() for t in own]
+    storages = {part.data_ptr(): part.nbytes() for part in parts}  # several tensors may be parts of one
     resident = sum(storages.values())
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -158,8 +158,7 @@ def _only_sets(override: Override) -> bool:
 
 def _is_marked(override: Override) -> bool:
     """Whether a word adds, takes away or gives several values."""
-    marked = override.is_add(), override.is_force_add(), override.is_delete(), override.is_sweep_override()
-    return any(marked)
+    return override.is_add() or override.is_force_add() or override.is_delete() or override.is_sweep_override()
 
 
 def refuse_values_for_groups(words: Sequence[str], configs: Path = CONFIGS) -> None:
