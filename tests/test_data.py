@@ -168,6 +168,7 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch):
     [
         ["data=openwebtext"],
         ["data=books", "data.tokenizer=bytes"],
+        ["data=books", "data.name=more_books", "data.val_files=b.txt"],
         ["data=text", "data.name=mine", "data.files=corpus/**/*.txt", "data.val_files=[b.txt]"],
         [
             "data=text",
@@ -320,6 +321,14 @@ def test_settings_that_training_gives_must_be_those_of_the_preparation(prepared)
         DataError, match=r"\(val_fraction: 0.1 there, 0.9 asked\); leave out data.val_fraction to use it"
     ):
         compose([*words, "data.name=stdlib", "data.val_fraction=0.9"]).data.open()
+
+
+def test_what_a_file_of_configs_says_is_not_given_under_another_name_either(prepared):
+    """As in configs/experiment/horizon.yaml: prepared from other files than those of data=books, and named otherwise."""
+    words = ["data=books", "data.name=corpus", f"data.dir={prepared}", "data.tokenizer=bytes"]
+    assert compose(words).data.open().train.tokens
+    with pytest.raises(DataError, match=r"\(files: .* there, 'x.txt' asked\); leave out data.files to use it"):
+        compose([*words, "data.files=x.txt"]).data.open()
 
 
 def test_changed_files_are_refused_and_removed_ones_are_not_needed(tmp_path, prepared):
