@@ -69,11 +69,11 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Of each setting of a group, which values are allowed, and that in words."""
 
 
-def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> tuple[Tensor, Tensor]:
-    """The new momentum, and what is stepped along; the old momentum where `skip` (0-d bool) is true, whatever g is."""
+def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> Tensor:
+    """Take g into the momentum, in place, and return what is stepped along. Where `skip` (0-d bool) is true the momentum stays, whatever g is."""
     g = torch.where(skip, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
-    advanced = torch.where(skip, momentum, torch.add(g, momentum, alpha=factor))
-    return advanced, torch.add(g, advanced, alpha=factor) if nesterov else advanced
+    momentum.copy_(torch.where(skip, momentum, torch.add(g, momentum, alpha=factor)))
+    return torch.add(g, momentum, alpha=factor) if nesterov else momentum.clone()
 
 
 class ManifoldMuon(torch.optim.Optimizer):
@@ -182,7 +182,7 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     @cached_property
     def compiled_advance(self) -> Any:
-        """`advance`, compiled: one pass instead of four."""
+        """`advance`, compiled: one pass instead of five."""
         return compiled_whole(advance)
 
     def _bucket(self, group: dict[str, Any], params: list[Tensor]) -> Bucket:
@@ -279,9 +279,10 @@ class ManifoldMuon(torch.optim.Optimizer):
             )
         skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
         g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
-        new_momentum = self.compiled_advance if g.is_cuda else advance
-        advanced, G = new_momentum(g, momentum, group["momentum"], group["nesterov"], skip)
-        momentum.copy_(advanced)  # in place: each parameter's state is a view of it
+        take = self.compiled_advance if g.is_cuda else advance
+        G = take(
+            g, momentum, group["momentum"], group["nesterov"], skip
+        )  # in place: each parameter's state is a view of the momentum
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
             row_squares = bucket.state.get("row_squares")

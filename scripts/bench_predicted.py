@@ -33,8 +33,8 @@ BARS = {"adamw": 500e3, "hetero": 0.95}
 """The bars: tokens a second for AdamW; for Hetero, its share of AdamW's rate."""
 
 # Bytes a parameter: AdamW reads the weight, the gradient and two moments and writes all but the gradient. ManifoldMuon stacks gradients and
-# weights (read and write), advances the momentum (read two, write two, and one copy), and writes the weights back (read and write).
-ADAMW_BYTES, MUON_BYTES = 28, 48
+# weights (read and write), advances the momentum (read two, write two), and writes the weights back (read and write).
+ADAMW_BYTES, MUON_BYTES = 28, 40
 
 
 @cache
