@@ -36,7 +36,7 @@ from training.attention import Backend, choose
 from training.average import average_of
 from training.build import build
 from training.checks import check
-from training.data import batches_of, open_data, separator_of
+from training.data import batches_of, open_data, require_as_prepared, separator_of
 from training.effects import without_effect
 from training.init_from import start_from
 from training.limits import machine_limits
@@ -94,6 +94,8 @@ class Run:
         windows = cfg.global_batch_tokens // cfg.model.block_size
         self.micro_batch = micro_batch_size(windows // ranks.world, cfg.micro_batch_size)
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
+        if resumed is None:
+            require_as_prepared(cfg, dataset)
         kept = None if resumed is None else Backend(resumed.state.get("attention"), dtype)
         self.attention = ranks.from_main(choose, cfg, self.device, self.micro_batch, kept)
 

@@ -20,7 +20,7 @@ _EXAMPLES = {"files": "your/folder/*.txt", "repository": "owner/name"}
 def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
     """The `python -m data.prepare` that leads to these settings.
 
-    It names the file of configs/data that is nearest to them, and every setting that differs from that file.
+    It names the file of configs/data that has the name of the dataset, or else of its source, and every setting that differs from that file.
     """
     group, defaults = _file_of(cfg, configs)
     changed = {} if cfg.name == group else {"name": cfg.name}
@@ -32,25 +32,19 @@ def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
 
 
 def given_settings(cfg: Source, configs: Path = CONFIGS) -> dict[str, Any]:
-    """The settings that decide the tokens and differ from the file that `prepare_command` names: those that a command line gave."""
-    _, defaults = _file_of(cfg, configs)
-    return {key: value for key, value in cfg.content.items() if defaults.get(key, value) != value}
+    """The settings that decide the tokens and have a value that no file of configs/data with this source has: a command line or an experiment gave them."""
+    files = [_defaults(file, cfg.name) for file in sorted((configs / "data").glob("[!_]*.yaml"))]
+    files = [settings for settings in files if settings.get("source") == cfg.source]
+    return {key: value for key, value in cfg.content.items() if all(file.get(key, value) != value for file in files)}
 
 
 def _file_of(cfg: Source, configs: Path) -> tuple[str, dict[str, Any]]:
-    """The name of the file of configs/data from which the settings come, and the settings in it.
-
-    A run does not record the file. It is the one of this source from which fewest settings differ; among equals, the one with the name of the
-    dataset, then the one with that of the source.
-    """
-    names = [cfg.name, cfg.source, *sorted(file.stem for file in (configs / "data").glob("[!_]*.yaml"))]
-    files = {name: configs / "data" / f"{Path(name).name}.yaml" for name in names}
-    found = {name: _defaults(file, cfg.name) for name, file in files.items() if file.exists()}
-    found = {name: defaults for name, defaults in found.items() if defaults.get("source", cfg.source) == cfg.source}
-    if not found:
-        return cfg.source, {}
-    group = min(found, key=lambda name: sum(found[name].get(key, ...) != value for key, value in cfg.content.items()))
-    return group, found[group]
+    """The name of the file of configs/data from which the settings come, and the settings in it."""
+    for group in (cfg.name, cfg.source):
+        file = configs / "data" / f"{Path(group).name}.yaml"
+        if file.exists() and (defaults := _defaults(file, cfg.name)).get("source", cfg.source) == cfg.source:
+            return group, defaults
+    return cfg.source, {}
 
 
 def _defaults(file: Path, name: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Data:
         """Open the tokens.
 
         Raises:
-            DataError: they are missing or damaged, or were prepared with other settings than the ones that were given.
+            DataError: they are missing or damaged.
         """
         raise NotImplementedError
 
@@ -90,7 +90,6 @@ class Source(Data):
     max_tokens: Annotated[Count | None, ("null", "takes all there are")]
 
     def open(self) -> Dataset:
-        from data.command import given_settings
         from data.shards import DataError, open_dataset
 
         dataset = open_dataset(self.dir, settings=self)
@@ -98,13 +97,6 @@ class Source(Data):
             raise DataError(
                 f"{self.dir} holds {dataset.tokenizer} tokens, and data.tokenizer is {self.tokenizer}; add data.tokenizer="
                 f"{dataset.tokenizer}, or prepare the text again under another data.name"
-            )
-        there, given = dataset.manifest.settings, given_settings(self)
-        if other := [key for key in given if key != "name" and key in there and there[key] != given[key]]:
-            changes = ", ".join(f"{key}: {there[key]!r} there, {given[key]!r} asked" for key in other)
-            raise DataError(
-                f"{self.dir} was prepared with other settings ({changes}); leave out {', '.join(f'data.{key}' for key in other)} "
-                "to use it as it is, or prepare the text again under another data.name"
             )
         return dataset
 

@@ -26,6 +26,7 @@ from data.settings import Data
 from data.shards import DataError, open_dataset
 from data.tokenizer import get_tokenizer
 from training.config import compose
+from training.data import require_as_prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = [f"Book {i}.\n\nÉtude — 文字 number {i}.\n" + "word " * i for i in range(40)]
@@ -310,25 +311,26 @@ def test_other_settings_are_refused(tmp_path, prepared):
 
 
 def test_settings_that_training_gives_must_be_those_of_the_preparation(prepared):
-    """Else they would be recorded, and have no effect. What is not given, such as files, is not compared."""
-    words = ["data=text", f"data.dir={prepared}", "data.tokenizer=bytes"]
-    assert compose(words).data.open().train.tokens and compose([*words, "data.val_fraction=0.1"]).data.open()
+    """Else they would be recorded, and have no effect. What a file of configs/data says, such as files, is not given."""
+
+    def begin(*words):
+        cfg = compose([*words, f"data.dir={prepared}", "data.tokenizer=bytes"])
+        require_as_prepared(cfg, cfg.data.open())
+
+    begin("data=text")
+    begin("data=text", "data.val_fraction=0.1")
+    begin("data=books", "data.name=corpus")  # as in configs/experiment/horizon.yaml
+    begin("data=books", "data.name=corpus", "data.val_files=null")
     with pytest.raises(
         DataError, match=r"max_tokens: None there, 5 asked, files: .* there, 'x.txt' asked.*; leave out"
     ):
-        compose([*words, "data.max_tokens=5", "data.files=x.txt"]).data.open()
+        begin("data=text", "data.max_tokens=5", "data.files=x.txt")
+    with pytest.raises(DataError, match=r"\(files: .* there, 'x.txt' asked\); leave out data.files to use it"):
+        begin("data=books", "data.name=corpus", "data.files=x.txt")
     with pytest.raises(
         DataError, match=r"\(val_fraction: 0.1 there, 0.9 asked\); leave out data.val_fraction to use it"
     ):
-        compose([*words, "data.name=stdlib", "data.val_fraction=0.9"]).data.open()
-
-
-def test_what_a_file_of_configs_says_is_not_given_under_another_name_either(prepared):
-    """As in configs/experiment/horizon.yaml: prepared from other files than those of data=books, and named otherwise."""
-    words = ["data=books", "data.name=corpus", f"data.dir={prepared}", "data.tokenizer=bytes"]
-    assert compose(words).data.open().train.tokens
-    with pytest.raises(DataError, match=r"\(files: .* there, 'x.txt' asked\); leave out data.files to use it"):
-        compose([*words, "data.files=x.txt"]).data.open()
+        begin("data=text", "data.name=stdlib", "data.val_fraction=0.9")
 
 
 def test_changed_files_are_refused_and_removed_ones_are_not_needed(tmp_path, prepared):

@@ -87,3 +87,12 @@ def test_a_preparation_takes_only_words_about_data(tmp_path, capsys):
     assert main(["data=stdlib", f"data.dir={tmp_path}/x", "max_steps=3"]) == 2
     said = capsys.readouterr().err
     assert "max_steps=3 has no effect on a preparation; leave it out" in said and not (tmp_path / "x").exists()
+
+
+def test_data_of_a_file_elsewhere_is_prepared(tmp_path, capsys):
+    """hydra.searchpath names folders in which Hydra looks for the files of its groups too."""
+    (tmp_path / "my" / "data").mkdir(parents=True)
+    (tmp_path / "my" / "data" / "letters.yaml").write_text("defaults: [stdlib, _self_]\nname: letters\n")
+    words = [f"hydra.searchpath=[{tmp_path}/my]", "data=letters", f"data.dir={tmp_path}/x", "data.max_tokens=100000"]
+    assert main(words) == 0, capsys.readouterr().err
+    assert open_dataset(tmp_path / "x").manifest.name == "letters"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from data.command import given_settings
 from data.in_order import InOrder, first_windows
 from data.loader import Loader, validation_windows
 from data.prepare import prepare
 from data.settings import Source
-from data.shards import Dataset, Split, Tokens
+from data.shards import DataError, Dataset, Prepared, Split, Tokens
 from training.settings import Settings
 from training.validate import ConfigError
 
@@ -30,6 +31,23 @@ def open_data(cfg: Settings) -> Dataset:
             ]
         )
     return dataset
+
+
+def require_as_prepared(cfg: Settings, dataset: Dataset) -> None:
+    """For a run that begins. Settings of the text that are not those of its preparation would be recorded, and have no effect.
+
+    Raises:
+        DataError: such settings were given.
+    """
+    if not (isinstance(cfg.data, Source) and isinstance(dataset, Prepared)):
+        return
+    there, given = dataset.manifest.settings, given_settings(cfg.data)
+    if other := [key for key in given if key != "name" and key in there and there[key] != given[key]]:
+        changes = ", ".join(f"{key}: {there[key]!r} there, {given[key]!r} asked" for key in other)
+        raise DataError(
+            f"{cfg.data.dir} was prepared with other settings ({changes}); leave out {', '.join(f'data.{key}' for key in other)} "
+            "to use it as it is, or prepare the text again under another data.name"
+        )
 
 
 def batches_of(cfg: Settings, train: Tokens, rank: int, world: int) -> Loader:
