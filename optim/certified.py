@@ -12,8 +12,8 @@ So a good L makes sign(X) nearly tangent, and any L bounds the optimum from abov
     3. tangent      T = A - W K deletes what the retraction would delete anyway
     4. cap          T has singular values above 1, where the objective hardly sees them: lower those, project again
     5. retract      V = W - eta·T / max(1, ‖T‖₂), then V (VᵀV)^(-1/2) by a small n × n factor
-    6. fallback     where V is too far from the manifold for that, the next step of this matrix takes more rounds, or an exact retraction;
-                    where the products' precision gives no direction, it is taken in float32
+    6. fallback     where V is too far from the manifold for that, or the products' precision gives no direction, the weight stays, and the next
+                    step of this matrix takes a second round, or is made exactly and in float32
 
 A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)). A set of matrices without a Gram condition names the manifold, point and
 momentum whose problem (1) is its own, and moves by itself instead of 5 and 6 (`Manifold.problem`, `Manifold.move`).
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ from .linalg import (
     matrix_sign,
     over,
     products_for,
+    ratio,
     sign_coefficients,
     skew_sign,
     su_step,
@@ -68,13 +69,15 @@ LENGTHS: dict[str, Callable[[int, int], float]] = {
 }
 """‖T‖₂ by name: 1, or what gives Muon's update the root mean square .2 that AdamW's has (Moonlight, arXiv 2502.16982)."""
 
-LARGEST_ENTRY = 0.125  # of G as the step sees it: sums over m = 2^17 rows of its squares then still fit float16
+LARGEST_ENTRY = 0.125  # of G as the step sees it: far from both ends of float16, and so is 1/‖G‖₂ up to 2^30 entries
 SKEW_STEPS, SKEW_LOWER = 7, 1e-3  # of a square Stiefel matrix; feas .997 and more on recorded problems
 CAP_FROM = 0.5  # the cap's polynomial is fitted on singular values in [CAP_FROM, 1]·‖T‖₂; smaller ones hardly exist
 # Lanczos iterations for ‖T‖₂ in n × n, and with the tall T itself, which costs memory traffic: 2% short on average and 6.5% at most on recorded
 # problems, up to a fifth on random ones of low rank.
 SMALL_NORM_STEPS, TALL_NORM_STEPS = 7, 2
-TANGENT_SHARE = 48.0  # no direction is trusted if what is tangent in G is below so many rounding errors of the operands
+# No direction is trusted if what is tangent in G is below so many rounding errors of the operands: in general, and in the closed form of a
+# square Stiefel matrix. Of 400 random momenta at a third of it none had a feas below .5 in float16 (tests/test_hard_momenta.py).
+TANGENT_SHARE, SKEW_SHARE = 48.0, 4.0
 
 # A round of the retraction leaves an error of 5/16·‖E‖³: 2e-7 of ‖E‖ = SECOND_ROUND. Two rounds could still mend more than EXACT.
 SECOND_ROUND, EXACT = 0.008, 0.15
@@ -86,27 +89,33 @@ DISTANCE_STEPS = 4
 # ---- 1. multiplier ----
 
 
-def multiplied(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products) -> tuple[Tensor, Tensor | None]:
-    """X = G + 2WL (k, m, n), and XᵀX (k, n, n) if that is known in n × n.
+def dual_matrix(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products) -> tuple[Tensor, Tensor | None]:
+    """X = G + 2WL (k, m, n), and XᵀX (k, n, n) float32 if that is known in n × n. C: UᵀG.
 
     The normal part of G is taken away first, in m × n. A momentum may be normal for the most part: taken from GᵀG, that part would leave
     negative eigenvalues of XᵀX, with which no inverse root converges.
     """
     cK = frame.normal(C)
-    X, C = mm.add(G, 1.0, frame.U, cK, alpha=-1.0), C - frame.times_gram(cK, mm)  # the tangent part of G, and UᵀX
+    X = mm.add(G, 1.0, frame.U, cK, alpha=-1.0)  # the tangent part of G
     if not effort.su:
         return X, None
-    XX = S = mm(X.mT, X)  # (k, n, n)
-    cL = DL = torch.zeros_like(C)  # what the Su steps add to L
+    # UᵀX. A difference loses digits: in 16 bits X has lost as many, in float32 they matter.
+    UX = C - frame.times_gram(cK, mm) if mm.is_16_bit else mm(frame.U.mT, X)
+    S = mm.in_float32(X.mT, X)
+    size = frobenius(S)
+    # In units of its root, ‖X‖₂ ≤ 1: what is tangent may be small, and its squares must not leave float16.
+    XX = S = over(S, size).to(mm.dtype)  # (k, n, n)
+    UX = over(UX, size.sqrt()).to(mm.dtype)
+    cL = DL = torch.zeros_like(UX)  # what the Su steps add to L
     coefficients, metric = sign_coefficients(effort.su_steps, effort.su_lower), partial(frame.metric, mm=mm)
     for _ in range(effort.su):
         Z = gram_stage(over(S, frobenius(S)).to(mm.dtype), coefficients, mm)  # (k, n, n) ≈ (XᵀX)^(-1/2), up to a factor
-        H = frame.tangency(mm(C + 2 * DL, Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
+        H = frame.tangency(mm(UX + 2 * DL, Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
         dL = su_step(frame.manifold.project, metric, H, Z, frame.d, effort.conjugate_gradients, mm)
         cL = (cL + effort.relaxation * frame.c * dL).to(mm.dtype)
         DL = frame.times_gram(cL, mm)
-        S = XX + 2 * symmetric_sum(mm(cL.mT, C + DL))
-    return mm.add(X, 1.0, frame.U, cL, alpha=2.0), S
+        S = XX + 2 * symmetric_sum(mm(cL.mT, UX + DL))
+    return mm.add(X, 1.0, frame.U, cL * size.sqrt(), alpha=2.0), S.float() * size
 
 
 # ---- 2. sign, 3. tangent, 4. cap ----
@@ -145,7 +154,7 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
         return mm(U, skew_sign(skew, SKEW_STEPS, SKEW_LOWER, mm)), frobenius(skew)
     frame = frame_of(W, manifold, mm)
     C = mm(frame.U.mT, G)  # (k, n, n)
-    X, S = multiplied(frame, G, C, effort, mm)
+    X, S = dual_matrix(frame, G, C, effort, mm)
     A, gram_of_A = matrix_sign(X, effort.stages, effort.lower, mm, S)  # (k, m, n)
     for i in range(effort.caps):
         B = mm(A.mT, A) if i else gram_of_A()  # (k, n, n) = AᵀA
@@ -159,14 +168,27 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
     return A, frobenius(X)
 
 
-def direction_and_length(
-    W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products
-) -> tuple[Tensor, Tensor, Tensor]:
-    """T (k, m, n), in the precision of the products; 1 / max(1, ‖T‖₂) (k, 1, 1) float32, 0 where there is no direction; failed (k,) bool.
+def least_share(W: Tensor, manifold: Manifold, mm: Products) -> float:
+    """What share of ‖G‖_F must be tangent for a direction that these products make to be trusted."""
+    closed_form = manifold.rotations and W.size(-2) == W.size(-1)
+    return (SKEW_SHARE if closed_form else TANGENT_SHARE) * torch.finfo(mm.dtype).eps
 
-    There is none where G is zero. It failed where G is not finite, and where what is tangent in G is lost in the rounding of the products.
-    W, G: tall, float32, G at any scale.
+
+class Direction(NamedTuple):
+    """T (k, m, n), in the precision of the products; scale (k, 1, 1) float32: 1 / max(1, ‖T‖₂), or 0 where there is no direction.
+
+    There is none where G is zero, or where it `failed` (k,): G is not finite, or what is tangent in G is lost in the rounding of the products.
+    share (k,): the size of what is tangent, relative to ‖G‖_F; infinite where G is zero, and 0 where nothing is known.
     """
+
+    T: Tensor
+    scale: Tensor
+    share: Tensor
+    failed: Tensor
+
+
+def direction_of(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> Direction:
+    """The direction of the step at tall W along G, both float32, G at any scale."""
     W, G, manifold = manifold.problem(W, G)
     # By the largest entry: squares of a gradient of size 1e-25 or 1e25 leave the range of float32.
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
@@ -175,8 +197,10 @@ def direction_and_length(
     size_of_G, G = frobenius(G), G.to(mm.dtype)
     T, size = tangent_sign(W, G, manifold, effort, mm)
     norm = largest_eigenvalue(lambda v: mm.times_vector(T.mT, mm.times_vector(T, v)), T, TALL_NORM_STEPS).sqrt()
-    found = given & (size > TANGENT_SHARE * torch.finfo(mm.dtype).eps * size_of_G) & norm.isfinite()
-    return T, torch.where(found, 1 / norm.clamp_min(1), 0), (~found & (largest != 0)).flatten()
+    share = torch.where(given & norm.isfinite(), ratio(size, size_of_G), 0)
+    found = share > least_share(W, manifold, mm)  # false where it is NaN
+    share = torch.where(largest == 0, torch.inf, share).flatten()
+    return Direction(T, torch.where(found, 1 / norm.clamp_min(1), 0), share, (~found & (largest != 0)).flatten())
 
 
 # ---- 5. retract ----
@@ -251,6 +275,7 @@ def step(
     norm_cap: float | None = None,
     whole: tuple[int, int] | None = None,
     refine: Refine | None = None,
+    unresolved: float = 0.0,
 ) -> Moved:
     """One update of tall W (k, m, n) float32 on its manifold along momentum G, at any scale. Pure, without a host sync.
 
@@ -263,13 +288,13 @@ def step(
             norm_cap: no free length grows longer.
         whole: the shape of the parameter of which the matrices are blocks, if its step is to be as long as without the cut, see `reach`.
         refine: what happens to the direction before it is taken, see optim/refine.py.
+        unresolved: in an exact step, the share of what is tangent up to which the ordinary step fails, so that the next one is exact too.
 
     Returns:
         Moved. Where there is no direction, or V did not land, the weight is kept bitwise.
     """
-    T, scale, failed = direction_and_length(W, G, manifold, effort, mm)
+    T, scale, share, failed = direction_of(W, G, manifold, effort, mm)
     moving, failed = (scale.flatten() > 0) & ~skip, failed & ~skip
-    asks = 2 if highest < 2 else 0  # of a failed matrix: once more in float32, which need not be tried twice in a row
     row_squares = None
     if refine is not None:
         T, row_squares = refine(torch.where(scale > 0, scale * T, 0), W, manifold, moving)
@@ -277,23 +302,23 @@ def step(
     shrink = 1 - eta * decay
     far = eta * reach(length, W.size(-2), W.size(-1), whole)  # 0-d
     trial = far * scale * T
-    if not manifold.constrained:
+    exact = highest == 2
+    if manifold.constrained:
+        cap = torch.inf if norm_cap is None else norm_cap
+        new, distance = retract(W - trial, manifold, shrink, cap, level, highest, mm)
+        landed = distance < torch.inf if exact else distance <= torch.where(level >= 1, LANDS[1], LANDS[0])
+        wanted = (~(distance <= SECOND_ROUND)).float() + (~(distance <= EXACT)).float()  # NaN asks for the exact one
+    else:
         new = manifold.move(W, G, trial, far, shrink)
-        new = torch.where(moving[:, None, None], new, W)
-        scale = torch.where(moving[:, None, None], scale, 0)
-        return Moved(new, T, scale, failed.to(level.dtype) * asks, failed, row_squares)
-    cap = torch.inf if norm_cap is None else norm_cap
-    new, distance = retract(W - trial, manifold, shrink, cap, level, highest, mm)
-    landed = distance <= torch.where(level >= 1, LANDS[1], LANDS[0]) if highest < 2 else distance < torch.inf
+        landed, wanted = torch.ones_like(moving), torch.zeros_like(level)
+    wanted = torch.where(share <= unresolved, 2, wanted)
     taken = (moving & landed)[:, None, None]
-    wanted = (~(distance <= SECOND_ROUND)).float() + (~(distance <= EXACT)).float()  # NaN asks for the exact one
-    wanted = torch.where(failed, asks, torch.where(moving, wanted, level))
     return Moved(
         torch.where(taken, new, W),
         T,
         torch.where(taken, scale, 0),
-        wanted,
-        failed | (moving & ~landed if highest < 2 else moving),
+        torch.where(failed, 0 if exact else 2, torch.where(moving, wanted, level)),
+        failed | (moving if exact else moving & ~landed),
         row_squares,
     )
 
@@ -369,7 +394,9 @@ class CertifiedStep:
             moved = call(*given, products_for(W.device, self.products), highest=min(stack.highest, 1), **settings)
             if stack.highest < 2:
                 return moved
-            exact = step(*given, Products("float32"), highest=2, **settings)  # rare: not worth a compilation
+            unresolved = least_share(W, manifold, products_for(W.device, self.products))
+            # Rare: not worth a compilation.
+            exact = step(*given, Products("float32"), highest=2, unresolved=unresolved, **settings)
             asked = level.eq(2)
             pairs = zip(exact, moved)
             return Moved(
@@ -391,7 +418,8 @@ def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, 
 
     Args:
         W: (m, n) or (k, m, n), any float dtype and orientation, on the manifold.
-        G: momentum, shaped like W, at any scale. Where it is zero or not finite the direction is zero.
+        G: momentum, shaped like W, at any scale. The direction is zero where G is zero or not finite, or where its tangent part is lost in the
+            rounding of the products; float32 keeps what 16 bits lose.
         manifold: a name of MANIFOLDS.
         products: "float32", "float16" or "bfloat16"; None for the device's choice.
         quality: "default" or "high".
@@ -406,9 +434,7 @@ def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, 
     M = MANIFOLDS[manifold]
     stacks = [stacked(X).float() for X in (W, G)]
     with torch.no_grad(), exact_sums(W.device):
-        T, scale, _ = direction_and_length(
-            stacks[0], stacks[1], M, effort_of(M, quality), products_for(W.device, products)
-        )
+        T, scale, *_ = direction_of(stacks[0], stacks[1], M, effort_of(M, quality), products_for(W.device, products))
         T = torch.where(scale > 0, T.double(), 0)
         T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)  # the step is content with an estimate
     return unstacked(T, W).to(W.dtype)

@@ -264,12 +264,11 @@ def matrix_sign(
     """A ≈ U Vᵀ (k, m, n) of X = U Σ Vᵀ, and a function that returns AᵀA (k, n, n) for two more products.
 
     Singular values σ ≥ lower·‖XᵀX‖_F^½ come near 1, smaller ones stay below: a smoothed sign. `stages` are the numbers of steps between
-    two formations of XᵀX, which 16 bits need; float32 takes all steps in one stage. S is the first XᵀX where the caller has it. Zero for zero
-    X. In float16 the largest entry of X must not lie far from 1, or XᵀX leaves its range.
+    two formations of XᵀX, which 16 bits need; float32 takes all steps in one stage. S is the first XᵀX where the caller has it. Zero for zero X.
     """
     stages = tuple(stages) if mm.is_16_bit else (sum(stages),)
     coefficients = sign_coefficients(sum(stages), lower)
-    S = mm(X.mT, X) if S is None else S  # (k, n, n)
+    S = mm.in_float32(X.mT, X) if S is None else S  # (k, n, n)
     size = frobenius(S)  # its root is at least ‖X‖₂
     S = over(S, size).to(mm.dtype)
     done = 0
@@ -339,7 +338,7 @@ def top_pair(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     and v are then a mixture of theirs.
     """
     largest = W.abs().amax(dim=(-2, -1), keepdim=True)
-    W = over(W, largest)
+    W = W / torch.where(largest > 0, largest, 1)
     S = W.mT @ W  # (k, n, n)
     for _ in range(16):
         S = over(S, frobenius(S))

@@ -40,8 +40,8 @@ class Moved(NamedTuple):
     """What a step rule returns of a stack.
 
     W: new weights (k, m, n). T, scale: the direction that was taken is scale·T, T (k, m, n) of any float dtype and scale (k, 1, 1), 0 where
-    none was. level: (k,) float32, what the next step of each matrix is to take. fallback: (k,) bool, whether this step was not the
-    ordinary one, or kept the weight. row_squares: the new mean squares of rows, where the stack's `refine` keeps them.
+    none was. level: (k,) float32, what the next step of each matrix is to take. fallback: (k,) bool, whether this step was made
+    exactly, or failed: its direction was lost in rounding, or its trial point did not land. row_squares: the new mean squares of rows, where the stack's `refine` keeps them.
     """
 
     W: Tensor

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_certified import stack_of
 
+from optim import certified
 from optim.certificate import certify
 from optim.certified import CertifiedStep, direction
 from optim.linalg import top_pair
@@ -26,7 +27,9 @@ def mostly_normal(name, tangent, k=4):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("products", "tangent"), [("float32", 0.01), ("float16", 0.1), ("bfloat16", 0.8)])
+@pytest.mark.parametrize(
+    ("products", "tangent"), [("float32", 1e-4), ("float32", 0.01), ("float16", 0.1), ("bfloat16", 0.8)]
+)
 def test_the_step_is_good_though_the_momentum_is_mostly_normal(name, products, tangent):
     W, G = mostly_normal(name, tangent)
     seen = certify(W, G, direction(W, G, name, products), name)
@@ -36,13 +39,37 @@ def test_the_step_is_good_though_the_momentum_is_mostly_normal(name, products, t
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_the_least_share_of_what_is_tangent_has_room(name, monkeypatch):
+    """In float16, at a third of it, directions are good still; a hundred momenta, since it is the worst of them that fails."""
+    W, G = mostly_normal(name, 16 * torch.finfo(torch.float16).eps, k=100)
+    assert not direction(W, G, name, "float16").any()
+    monkeypatch.setattr(certified, "TANGENT_SHARE", 1.0)
+    assert certify(W, G, direction(W, G, name, "float16"), name).feas.min() > 0.85
+
+
+def test_a_square_stiefel_matrix_bears_more():
+    """Its closed form squares nothing."""
+    torch.manual_seed(0)
+    W, S = (torch.randn(4, 32, 32) for _ in range(2))
+    W = MANIFOLDS["stiefel"].retract(W)
+    skew, symmetric = (0.5 * X / torch.linalg.matrix_norm(X, keepdim=True) for X in (S - S.mT, S + S.mT))
+    G = W @ (symmetric + 0.1 * skew)
+    assert certify(W, G, direction(W, G, "stiefel", "bfloat16"), "stiefel").feas.min() > 0.95
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_what_16_bits_cannot_resolve_is_stepped_in_float32(name):
+    """The first time the weight stays; from then on every step is made, as long as the momentum is of that kind."""
     W, G = mostly_normal(name, 0.02)
     rule = CertifiedStep(products="float16")
     first = rule(stack_of(W, G, name, 0.01, 0.0, [0] * 4))
     assert torch.equal(first.W, W) and first.fallback.all() and first.level.eq(2).all()
-    second = rule(stack_of(W, G, name, 0.01, 0.0, [2] * 4))
-    assert certify(W, G, second.direction, name).feas.min() > 0.85 and not torch.equal(second.W, W)
+    for _ in range(2):
+        moved = rule(stack_of(W, G, name, 0.01, 0.0, [2] * 4))
+        assert certify(W, G, moved.direction, name).feas.min() > 0.85 and not torch.equal(moved.W, W)
+        assert moved.fallback.all() and moved.level.eq(2).all()
+    healthy = rule(stack_of(W, torch.randn_like(G), name, 0.01, 0.0, [2] * 4))
+    assert healthy.level.max() < 2
 
 
 def test_a_momentum_without_a_tangent_part_is_tried_in_float32_every_other_time():
@@ -67,4 +94,4 @@ def test_the_largest_singular_value_of_any_size(size):
     W = torch.randn(3, 24, 8)
     sigma = top_pair(size * W)[1].flatten() / size
     torch.testing.assert_close(sigma, torch.linalg.matrix_norm(W, 2), rtol=1e-4, atol=0)
-    assert top_pair(torch.zeros(1, 4, 2))[1] == 0
+    assert top_pair(torch.zeros(1, 4, 2))[1] == 0 and top_pair(torch.full((1, 4, 2), 1e-40))[1] > 0
