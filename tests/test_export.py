@@ -288,6 +288,12 @@ def test_bad_arguments_are_one_message_and_leave_nothing(run, tmp_path, capsys, 
     assert said.format(run=run) in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_the_name_of_the_file_may_have_an_equals_sign(run, tmp_path):
+    assert export.main([str(run), str(tmp_path / "lr=0.1.pt")]) == 0
+    assert export.problems_of_export(["outputs/x", "lr=0.1.pt"], {}) == []
+    assert "foo=1 is no option" in export.problems_of_export(["foo=1", "gpt.pt"], {})[0]
+
+
 @pytest.mark.parametrize("to", export.FORMATS)
 def test_only_the_folder_with_the_tokenizer_needs_its_vocabulary(run, tmp_path, capsys, monkeypatch, to):
     monkeypatch.setattr(export, "get_tokenizer", without_network)
