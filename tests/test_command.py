@@ -184,6 +184,13 @@ def test_options_of_scripts_are_not_misspelt():
         parse(["--foo=3"], {"seeds": "", "workers": 1})
 
 
+def test_options_are_told_from_paths_that_hold_an_equals_sign():
+    others, options = parse(["outputs/sweep/seed=1", "seed=2", "prompt=a=b"], {"seed": 0, "prompt": ""})
+    assert others == ["outputs/sweep/seed=1"] and options == {"seed": 2, "prompt": "a=b"}
+    with pytest.raises(UsageError, match="not a number"):
+        parse(["temperature=hot"], {"temperature": 1.0})
+
+
 def test_true_and_false_are_the_values_of_a_switch():
     assert parse(["once=true"], {"once": False})[1] == {"once": True} and parse([], {"once": True})[1] == {"once": True}
     assert parse(["once=false"], {"once": True})[1] == {"once": False}
