@@ -18,7 +18,7 @@ Options (key=value) and the benchmarks that take them; the others refuse them:
     repeats=                  ceilings, optimizer, train, residual, probes: how often a call is timed. profile: the steps of a trace
     layers=, width=           optimizer, residual
     micro_batch_size=         train, profile, residual, probes
-    model=, tokens=           train, profile, probes: tokens of a step
+    model=, tokens=           train, profile, probes: a model of configs/model, and the tokens of a step
     assignments=, optims=     train, profile: lists
     variants=                 train: a list of overrides, such as capture=true
     limit_s=                  optimizer, train, residual: seconds after which no further call is timed, but for the first of each; the exit code is
@@ -38,6 +38,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,17 @@ from scripts.bench_ceilings import ceiling_rows
 from scripts.bench_residual import residual_rows
 from scripts.bench_scaling import memory_rows, scaling_rows
 from scripts.bench_train import probe_rows, profile_rows, training_rows
-from scripts.command import ROOT, UsageError, as_code, command_line, parse, refuse, run, without_effect
+from scripts.command import (
+    ROOT,
+    UsageError,
+    as_code,
+    command_line,
+    parse,
+    problems_of_names,
+    refuse,
+    run,
+    without_effect,
+)
 from scripts.timing import (
     NOT_MEASURED,
     Rows,
@@ -142,7 +153,8 @@ def optimizer_rows(options: dict[str, Any]) -> Rows:
             row["times faster than published"] = base / row["median s"]
         rows.append({**row, "all s": seconds})
     if where.type == "cuda":
-        check_no_sync({name: call for name, call in steps.items() if times[name]})
+        with suppress(Stopped):
+            check_no_sync({name: call for name, call in steps.items() if times[name]})
     return rows
 
 
@@ -288,12 +300,11 @@ def options_of(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     texts = dict.fromkeys(("problems", "model", "traces", "measured", "results", "file"), "")
     lists = {"assignments": "adamw,unconstrained,hetero", "optims": "manifold_muon", "variants": ""}
     others, options = parse(arguments, {**numbers, **texts, **lists})
-    if len(others) == 1 and others[0] not in BENCHES:
-        raise UsageError(f"there is no benchmark '{others[0]}'{hint(others[0], BENCHES)}")
-    refuse([f"{word.partition('=')[0]}= is no option" for word in others if "=" in word])
-    if len(others) != 1:
-        raise UsageError(f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5")
+    remedy = f"name one benchmark: {', '.join(BENCHES)}; then options such as repeats=5"
+    refuse(problems_of_names(others, options, 1, remedy))
     [name] = others
+    if name not in BENCHES:
+        raise UsageError(f"there is no benchmark '{name}'{hint(name, BENCHES)}")
     known = (*OPTIONS_OF[name], "results", "file")
     takes = f"{name} takes {', '.join(f'{key}=' for key in known)}"
     folder = Path(options["results"] or ROOT / "results" / ("counted" if name in COUNTED else device_folder()))
@@ -302,6 +313,8 @@ def options_of(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     problems += [f"{key}={options[key]} is below 0; give 0 or more" for key in numbers if options[key] < 0]
     if Path(options["file"]).name != options["file"]:
         problems.append(f"file={options['file']} must be a name without a folder; name the folder with results=")
+    if options["traces"]:
+        problems += problems_of_directory(Path(options["traces"]), "traces")
     refuse([*problems, *problems_of_directory(folder, "results")])
     return name, options
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from model.residual import RESIDUAL_RULES
 from scripts.bench_train import RandomTraining
 from scripts.timing import NOT_MEASURED, Rows, note_failure, steps_together, take_turns
 from training.config import compose
+from training.signals import Stopped
 
 NGPT_PARTS = ["model.rope=true", "model.mlp=swiglu", "model.tied=false"]
 RESIDUAL_SIZES = {
@@ -75,11 +77,12 @@ def residual_rows(options: Mapping[str, Any], sizes: Mapping[str, int] | None = 
     repeats, together = options["repeats"] or 7, steps_together()
     seconds = take_turns(steps, repeats, limit_s=options["limit_s"], shuffled=True, together=together)
     rows, kept = [], {}
-    for name in filter(seconds.get, trainings):
-        try:
-            kept[name] = kept_bytes(trainings[name].forward, trainings[name].model)
-        except Exception:
-            note_failure(name)
+    with suppress(Stopped):
+        for name in filter(seconds.get, trainings):
+            try:
+                kept[name] = kept_bytes(trainings[name].forward, trainings[name].model)
+            except Exception:
+                note_failure(name)
     for name, (partner, _) in settings.items():
         mine, theirs = seconds[name], seconds[partner]
         row: dict[str, Any] = dict.fromkeys(("fastest s", "time ratio", "median ratio", "memory ratio"), NOT_MEASURED)

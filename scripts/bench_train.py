@@ -157,14 +157,17 @@ def training_rows(options: dict[str, Any]) -> Rows:
         if seconds:
             rate = training.tokens / row["step s"]
             row |= {"tokens/s": rate, "MFU": rate * training.model.flops_per_token() / peak if peak else "n/a"}
-            try:
-                update = statistics.median(training.update_seconds()[-len(seconds) * together :])
-                row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
-                most = peak_bytes(training.step, training.tensors())
-                row["peak GiB"] = "n/a" if most is None else most / 2**30
-            except Exception:
-                note_failure((assignment, optim, variant))
         rows.append(row)
+    with suppress(Stopped):
+        for row, (key, training) in zip(rows, trainings.items()):
+            try:
+                if seconds := times[key]:
+                    update = statistics.median(training.update_seconds()[-len(seconds) * together :])
+                    row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
+                    most = peak_bytes(training.step, training.tensors())
+                    row["peak GiB"] = "n/a" if most is None else most / 2**30
+            except Exception:
+                note_failure(key)
     return rows
 
 

@@ -39,10 +39,7 @@ def parse(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in defaults:
-            near = get_close_matches(key, list(defaults), 1, _ALMOST) if equals and key.isidentifier() else []
-            misspelt = [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
-            if equals and key.startswith("-"):
-                misspelt = [f"{argument} is no option; write it without dashes: {argument.lstrip('-')}"]
+            misspelt = _misspelt(argument, defaults) if equals else []
             problems += misspelt
             others += [] if misspelt else [argument]
             continue
@@ -64,19 +61,32 @@ def parse(
     return others, options
 
 
+def _misspelt(argument: str, defaults: Mapping[str, Any]) -> list[str]:
+    """What is wrong with an argument `key=value` whose key is no option, if it is one that was misspelt or has dashes."""
+    key, bare = argument.partition("=")[0], argument.lstrip("-")
+    if bare != argument:
+        there = key.lstrip("-").partition(".")[0] in {*defaults, *top_names()}
+        meant = f"write it without dashes: {bare}" if there else f"choose of {_listed(defaults)}, without dashes"
+        return [f"{argument} is no option; {meant}"]
+    near = get_close_matches(key, list(defaults), 1, _ALMOST) if key.isidentifier() else []
+    return [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
+
+
+def _listed(options: Iterable[str]) -> str:
+    return ", ".join(f"{key}=" for key in options)
+
+
 def problems_of_run(others: list[str], options: dict[str, Any]) -> list[str]:
     """What is wrong with the words besides the options, where they must be the directory of one run."""
-    known = ", ".join(f"{key}=" for key in options)
-    return problems_of_names(others, options, 1, f"name one run and, if you like, {known}; see --help")
+    return problems_of_names(others, options, 1, f"name one run and, if you like, {_listed(options)}; see --help")
 
 
 def problems_of_names(others: list[str], options: dict[str, Any], count: int, remedy: str) -> list[str]:
     """What is wrong with the words besides the options, of which `count` must be there; `remedy` says which."""
-    known = ", ".join(f"{key}=" for key in options)
     wrong = [
         word for word in others if word.partition("=")[0].isidentifier() and "=" in word and not Path(word).exists()
     ]
-    found = [f"{word} is no option; choose of {known}" for word in wrong]
+    found = [f"{word} is no option; choose of {_listed(options)}" for word in wrong]
     return found if len(others) - len(wrong) == count else [*found, remedy]
 
 

@@ -120,7 +120,9 @@ def _remove(path: Path) -> None:
 
 
 def problems_of_export(others: list[str], options: dict[str, Any]) -> list[str]:
-    """What is wrong with the words besides the options, which must be a run and a file."""
+    """What is wrong with the words besides the options, which must be a run and a file, whose name may have a `=`."""
+    if len(others) == 2:
+        return problems_of_names(others[:1], options, 1, "the first word must be a run")
     remedy = "name a run and the file to write: python scripts/export.py outputs/first gpt.pt"
     return problems_of_names(others, options, 2, remedy)
 

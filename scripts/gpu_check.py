@@ -6,7 +6,7 @@ scripts/gpu_check.sh a b c d data=text data.name=mine 'data.files=mine/train*.tx
     c    AdamW and the five assignments at 124M: the same number of steps, as many as time allows, with spectra and probes
     d    the same runs, continued
 
-    scripts/gpu_check.sh b seconds=480     what has a bar, if there is little time; then a seconds=240
+    scripts/gpu_check.sh b seconds=480     what has a bar, if there is little time; then a seconds=200
     scripts/gpu_check.sh tiny=true         all stages with small models, on a CPU, in two minutes
 
 Without a GPU, and without tiny=true, the stages are refused. Before the first stage, the data of c and d is prepared, so that a mistake

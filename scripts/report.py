@@ -37,25 +37,26 @@ def work(arguments: list[str]) -> int:
     command = command_line("report.py", *arguments)
     reasons = {"port": "it is for live=true"}
     if options["live"]:
-        reasons = dict.fromkeys(("figures", "page"), "live=true serves the page and writes no file")
+        written = ("figures",) if options["page"] == "none" else ("figures", "page")
+        reasons = dict.fromkeys(written, "live=true serves the page and writes no file")
     refuse(without_effect(arguments, reasons))
     if options["live"]:
         return live(places, command, options["port"])
     groups = grouped(find_runs(places))
-    written: list[Path] = []
+    files: list[Path] = []
     if options["figures"]:
         try:
-            written = draw(groups, Path(options["figures"]))
+            files = draw(groups, Path(options["figures"]))
         except OSError as error:
             raise UsageError(
                 f"figures={options['figures']} cannot be written ({error}); name another directory"
             ) from error
     print(make_table(groups, report_columns(groups)).text())
     if options["page"] != "none" and has_library():
-        written.append(write_page(groups, places, options["page"], command))
+        files.append(write_page(groups, places, options["page"], command))
     elif options["page"] != "none":
         print(NO_LIBRARY, file=sys.stderr)
-    for path in written:
+    for path in files:
         print(f"written: {path}")
     return 0
 

@@ -259,8 +259,8 @@ def accept(plan: Plan, committed: Path, pictures: Sequence[str]) -> str:
     Pictures in `committed` that are not among `pictures`, the names of those that belong to the table, are removed.
     """
     committed.mkdir(parents=True, exist_ok=True)
-    for name in ("table.md", "table.json", *pictures):
-        if plan.results.resolve() != committed.resolve():
+    if plan.results.resolve() != committed.resolve():
+        for name in ("table.md", "table.json", *pictures):
             shutil.copyfile(plan.results / name, committed / name)
     for path in committed.glob("*.png"):
         if path.name not in pictures:

@@ -69,7 +69,7 @@ def _lines(directory: Path) -> list[str]:
 def verdict(runs: list[RecordedRun], target: float) -> str:
     """What the rule says about all runs of one setting."""
     stopped, step, losses, p = judged([dict(zip(*r.curve("eval"))) for r in runs], target)
-    of_step = f"one-sided p={p:.1e} at that step at σ={SIGMA}, not adjusted for the evaluations before it"
+    of_step = f"one-sided p={p:.1e} (σ={SIGMA}) at that step, not adjusted for the evaluations before it"
     found = f"mean {fmean(losses):.4f} of n={len(losses)} at step {step}, {of_step}"
     return f"not reached: {found}" if stopped is None else f"{target:g} is reached at step {step}: {found}"
 

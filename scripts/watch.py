@@ -148,20 +148,22 @@ def find_jobs(sweep: Path, known: dict[Path, Watched]) -> dict[Path, Watched]:
     return {path: known.get(path) or Watched(path) for path in found}
 
 
-def require_jobs(sweep: Path, jobs: Iterable[Path]) -> None:
+def require_jobs(sweep: Path, jobs: Iterable[Path], once: bool) -> None:
     """Check that the directories found in a sweep's are jobs. Those of a sweep that just began have written nothing yet.
 
     Raises:
-        UsageError: there are none, or they are sweeps: runs lie below them.
+        UsageError: there are none and the table is printed once, or they are sweeps: runs lie below them.
     """
     jobs = list(jobs)
-    if not jobs:
+    if once and not jobs:
         raise UsageError(f"{sweep} holds no jobs; name the directory of a sweep, such as outputs/sweep")
     if any((job / METRICS_FILE).exists() for job in jobs):
         return
     first = next((file for job in jobs for file in sorted(job.rglob(METRICS_FILE))), None)
     if first is not None:
-        raise UsageError(f"{sweep} holds sweeps, no jobs; name one, such as {first.parent.parent}")
+        found = first.parent.parent
+        found = found.parent if found.name == TRIALS else found
+        raise UsageError(f"{sweep} holds sweeps, no jobs; name one, such as {found}")
 
 
 def short_names(jobs: Sequence[Path]) -> list[str]:
@@ -218,7 +220,7 @@ def work(arguments: list[str]) -> int:
     if not sweep.is_dir():
         raise UsageError(f"there is no directory {sweep}; name a sweep's, such as outputs/sweep")
     jobs = find_jobs(sweep, {})
-    require_jobs(sweep, jobs)
+    require_jobs(sweep, jobs, options["once"])
 
     def look() -> Table:
         nonlocal jobs

@@ -3,6 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+from conftest import ROOT
+
 from scripts import reproduce
 
 
@@ -30,3 +33,27 @@ def test_a_failed_run_is_said_to_prevent_accepting(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(reproduce, "write_reproduction", lambda _: ("the table", []))
     assert reproduce.main(["--accept"]) == 1 and list(tmp_path.iterdir()) == []
     assert "not accepted: a run failed" in capsys.readouterr().out
+
+
+def test_only_a_plain_table_is_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["scale=demo", "seeds=2", "--accept"]) == 2
+    assert "leave out seeds=2" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_only_the_place_of_the_scale_is_renewed_in_a_readme_whole_or_not_at_all(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- table:demo -->\nold\n<!-- /table -->\nb\n<!-- table:paper -->\nkept\n<!-- /table -->\n")
+    assert reproduce.renew(page, "demo", "| new |\n")
+    expected = "a\n<!-- table:demo -->\n| new |\n<!-- /table -->\nb\n<!-- table:paper -->\nkept\n<!-- /table -->\n"
+    assert page.read_text() == expected
+    assert not reproduce.renew(page, "one_gpu", "| new |\n") and page.read_text() == expected
+    assert reproduce.renew(ROOT / "nowhere.md", "demo", "") is False
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.files.sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        reproduce.renew(page, "demo", "| newer |\n")
+    assert page.read_text() == expected

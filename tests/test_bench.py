@@ -87,9 +87,6 @@ def test_a_bench_that_had_too_little_time_says_so(tmp_path, monkeypatch):
 def test_a_bench_that_is_stopped_writes_what_it_has(tmp_path, monkeypatch, capsys):
     """A signal that comes while the second is compiled: the first is timed once. Before anything is measured, nothing is written."""
 
-    def stop():
-        os.kill(os.getpid(), signal.SIGTERM)
-
     before = signal.getsignal(signal.SIGTERM)
 
     def rows(options):
@@ -100,9 +97,30 @@ def test_a_bench_that_is_stopped_writes_what_it_has(tmp_path, monkeypatch, capsy
     assert bench.main(["optimizer", f"results={tmp_path}"]) == 1 and signal.getsignal(signal.SIGTERM) == before
     one, two = json.loads((tmp_path / "bench_optimizer.json").read_text())["rows"]
     assert one["median s"] >= 0 and two["median s"] == "not measured"
-    monkeypatch.setattr(bench_ceilings, "ceiling_row", lambda *_: stop())
+    monkeypatch.setattr(bench_ceilings, "ceiling_row", stop)
     assert bench.main(["ceilings", f"results={tmp_path}"]) == 143
     assert "before anything was measured" in capsys.readouterr().err and not (tmp_path / "bench_ceilings.md").exists()
+
+
+def stop(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "memory", "time", "words"),
+    [
+        ("train", bench_train, "peak_bytes", "tokens/s", ["model=demo", "tokens=256", "assignments=adamw,hetero"]),
+        ("residual", bench_residual, "kept_bytes", "time ratio", []),
+    ],
+)
+def test_a_signal_while_memory_is_measured_costs_no_time(name, module, memory, time, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, memory, stop)
+    small = {"layers": 1, "width": 16, "heads": 2, "block": 8, "vocab": 32, "tokens": 16}
+    monkeypatch.setitem(bench_residual.RESIDUAL_SIZES, "cpu", bench_residual.RESIDUAL_SIZES["cpu"] | small)
+    shared = ["micro_batch_size=1", "repeats=1", f"results={tmp_path}"]
+    assert bench.main([name, *words, *shared]) == 1
+    rows = json.loads((tmp_path / f"bench_{name}.json").read_text())["rows"]
+    assert len(rows) > 1 and all(row[time] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("fails", [1, 2, 4])

@@ -59,6 +59,8 @@ def test_methods_without_a_multiplier_agree_with_those_that_have_one():
     torch.manual_seed(0)
     W, G = torch.linalg.qr(torch.randn(2, 16, 16))[0], torch.randn(2, 16, 16)
     assert solve(W, G, "stiefel", "intrinsic", 1).feas.min() > 1 - 1e-6
+    with pytest.raises(ValueError, match="choose another method for dgram"):
+        solve(W, G, "dgram", "intrinsic", 1)
 
 
 def test_orientation_scale_and_units():

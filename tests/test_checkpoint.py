@@ -68,6 +68,7 @@ def test_no_checkpoint_is_none_and_a_wrong_path_names_the_right_one(tmp_path):
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*in the folder checkpoints of a run"):
         load(tmp_path / "absent")
     save(tmp_path / "checkpoints", 5, make_state(5))
+    (tmp_path / "checkpoints" / ".step_00000010.replaced").mkdir()
     for wrong in (".", "checkpoints", "checkpoints/step_5"):
         with pytest.raises(CheckpointError, match=r"did you mean .*checkpoints/step_00000005\?"):
             load(tmp_path / wrong)
@@ -166,6 +167,8 @@ def test_a_manifest_reformatted_or_of_another_shape_is_refused(two):
 def test_a_missing_file_is_detected(two, file):
     (two / file).unlink()
     assert_falls_back(two)
+    with pytest.raises(CheckpointError, match=rf"not a checkpoint \({file}: .*; use an older checkpoint"):
+        load(two)
 
 
 def test_files_of_another_checkpoint_are_detected(two):

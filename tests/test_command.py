@@ -177,8 +177,18 @@ def test_options_of_scripts_are_not_misspelt():
         parse(["worker=2", "sedes=1"], {"workers": 1, "seeds": ""})
     with pytest.raises(UsageError, match=r"target=nan is not a number; give one, such as target=3\.5"):
         parse(["target=nan"], {"target": 3.5})
-    with pytest.raises(UsageError, match="--seeds=3 is no option; write it without dashes: seeds=3"):
-        parse(["--seeds=3"], {"seeds": ""})
+    for word in ("seeds=3", "optim.muon.lr=1"):
+        with pytest.raises(UsageError, match=f"--{word} is no option; write it without dashes: {word}"):
+            parse([f"--{word}"], {"seeds": ""})
+    with pytest.raises(UsageError, match="--foo=3 is no option; choose of seeds=, workers=, without dashes"):
+        parse(["--foo=3"], {"seeds": "", "workers": 1})
+
+
+def test_options_are_told_from_paths_that_hold_an_equals_sign():
+    others, options = parse(["outputs/sweep/seed=1", "seed=2", "prompt=a=b"], {"seed": 0, "prompt": ""})
+    assert others == ["outputs/sweep/seed=1"] and options == {"seed": 2, "prompt": "a=b"}
+    with pytest.raises(UsageError, match="not a number"):
+        parse(["temperature=hot"], {"temperature": 1.0})
 
 
 def test_true_and_false_are_the_values_of_a_switch():
@@ -220,7 +230,8 @@ def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
             "limit= is for tasks; name some with tasks=\ntask_folder=",
         ),
         (report.main, ["run", "live=maybe"], "live=maybe must be true or false"),
-        (bench.main, ["optimizer", "foo=3"], "foo= is no option"),
+        (bench.main, ["optimizer", "foo=3"], "foo=3 is no option; choose of layers="),
+        (bench.main, ["profile", "traces=/dev/null"], "traces=/dev/null cannot be used"),
         (bench.main, ["counts", "layers=2"], "layers=2 has no effect: counts takes results=, file=; leave it out"),
         (
             bench.main,

@@ -1,14 +1,17 @@
 """Contests: cases that were searched, and their differences from the case that each is compared with."""
 
 import json
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scripts import experiment
-from scripts.analysis.contest import contest_table, targets
+from scripts.analysis import contest as module
+from scripts.analysis.contest import contest_table, costs, targets
 from scripts.analysis.runs import RecordedRun
 from scripts.analysis.search import Axis, Found
 from scripts.analysis.statistics import Difference
@@ -90,8 +93,13 @@ def test_the_curves_go_on_from_an_earlier_table(contest, tmp_path):
     assert {n: d.mean for n, d in found["AdamW"].items()} == pytest.approx({50e3: 0.3, 250e3: -0.5, 1e6: -0.5})
     assert list(found["All-Stiefel"]) == [250e3, 1e6]
     (tmp_path / "table.json").write_text(json.dumps({"rows": rows, "overrides": ["model.n_embd=256"]}))
-    with pytest.raises(UsageError, match=r"cannot be compared: only one of the two commands has model.n_embd=256"):
+    with pytest.raises(
+        UsageError, match=r"cannot be compared: only one of the two commands has model.n_embd=256; give both the same"
+    ):
         horizon.curves(contest)
+    words = ["logger.mode=offline", "log.interval=9", "probe.interval=null"]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows, "overrides": words}))
+    assert horizon.curves(contest) == found
     for content in ("[]", '{"rows": [{}]}', "x"):
         (tmp_path / "table.json").write_text(content)
         with pytest.raises(UsageError, match=r"table.json is not the table.json of another command"):
@@ -107,3 +115,17 @@ def test_an_arm_with_an_unstable_run_has_no_difference_and_sets_no_target(contes
                 del r.records["eval"]  # it ended before its first evaluation
     assert list(horizon.curves(contest)["All-Stiefel"]) == [1_000_000]
     assert targets(contest, "unconstrained") == pytest.approx({"1000": 1.8})
+
+
+def test_a_step_that_fails_costs_only_its_own_numbers(contest, monkeypatch):
+    """All training is done by then, so the table has to be written."""
+    training = SimpleNamespace(optimizers=SimpleNamespace(state_bytes=lambda: {"Muon": 4.0}), step=None)
+    monkeypatch.setattr(module, "completed", lambda config: config)
+    monkeypatch.setattr(
+        module, "read_sound", lambda config: [SimpleNamespace(micro_batch_size=1, global_batch_tokens=1)]
+    )
+    monkeypatch.setattr(module, "RandomTraining", lambda *_: training)
+    monkeypatch.setattr(module, "take_turns", lambda calls, **_: {name: [0.5] * (name != "adamw") for name in calls})
+    found = costs(contest, "arm")
+    assert found.keys() == LOSSES.keys() and found["unconstrained"] == {"ms_per_step": 500.0, "state_bytes": 4.0}
+    assert all(map(math.isnan, found["adamw"].values()))

@@ -120,9 +120,11 @@ def test_a_run_notes_the_program_with_its_place_in_the_repository(monkeypatch):
     assert typed_command() == "python train.py"
 
 
-def test_a_run_notes_its_system_without_the_name_of_the_kernel():
+def test_a_run_notes_its_system_without_the_name_of_the_kernel(monkeypatch):
     noted = environment()["platform"]
     assert platform.system() in noted and platform.machine() in noted and platform.release() not in noted
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))  # as on macOS
+    assert environment()["platform"] == f"{platform.system()} {platform.machine()}"
 
 
 def worker_of(parent, job):

@@ -321,6 +321,7 @@ def test_the_experiment_measures_untrained_models(tiny_data, tmp_path, capsys):
     ]
     places = [f"results={tmp_path}", f"output_dir={tmp_path}/runs"]
     assert experiment.main(["exponents", *tiny_data, *small, *options, *places, "optim=manifold_muon"]) == 0
+    assert "have not ended" not in (tmp_path / "table.md").read_text()  # no run was asked for
     facts = json.loads((tmp_path / "table.json").read_text())
     assert [row["assignment"] for row in facts["exponents"]] == ["adamw", "all_stiefel"] and facts["rows"] == []
     # Orthonormal rows write far more into the stream than GPT-2's small ones: tokens collapse faster, gradients grow faster.

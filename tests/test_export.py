@@ -17,6 +17,7 @@ from model.convert import NotGPT2, from_hf, from_nanogpt, misfits, take, to_hf, 
 from model.gpt import GPT, GPTConfig
 from scripts import export
 from scripts.analysis.runs import load_model
+from scripts.command import UsageError
 from training.config import compose
 from training.init_from import read_weights
 from training.safetensors_file import read_tensors, write_tensors
@@ -286,6 +287,18 @@ def test_a_damaged_file_of_tensors_is_refused(tmp_path):
 def test_bad_arguments_are_one_message_and_leave_nothing(run, tmp_path, capsys, arguments, said):
     assert export.main([argument.format(run=run, tmp=tmp_path) for argument in arguments]) == 2
     assert said.format(run=run) in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_below_a_folder_named_checkpoints_is_a_whole_run(tmp_path):
+    (tmp_path / "checkpoints/run").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"no checkpoint in .*/checkpoints/run/checkpoints; let the run"):
+        load_model(tmp_path / "checkpoints/run")
+
+
+def test_the_name_of_the_file_may_have_an_equals_sign(run, tmp_path):
+    assert export.main([str(run), str(tmp_path / "lr=0.1.pt")]) == 0
+    assert export.problems_of_export(["outputs/x", "lr=0.1.pt"], {}) == []
+    assert "foo=1 is no option" in export.problems_of_export(["foo=1", "gpt.pt"], {})[0]
 
 
 @pytest.mark.parametrize("to", export.FORMATS)

@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_unstable_trials_are_crosses_and_what_they_mean_is_said(drawn):
     assert [words_of(figure.legends[0]) for figure in drawn] == [["SGD", "Muon", "unstable"], ["SGD"]]
 
 
+def test_the_crosses_of_many_curves_stay_near_the_upper_edge(drawn):
+    trials = {f"optimizer {i}": [(0.1, 3.0), (0.4, math.inf)] for i in range(15)}
+    experiment_figures.loss_of_trials({"lr": {"steps 1": trials}}, NOWHERE)
+    heights = [line.get_ydata()[0] for line in drawn[0].axes[0].lines if line.get_marker() == "x"]
+    assert len({*heights}) == 15 and max(heights) == 1 and min(heights) > 0.85
+
+
 def test_a_rate_with_an_unstable_seed_is_a_cross(drawn):
     curve = {0.1: [3.0, 3.1], 0.2: [2.9, math.inf], 0.4: [3.2, 3.3]}
     experiment_figures.loss_by_rate([[("width 16", {"GPT": curve})]], NOWHERE)
@@ -108,3 +116,12 @@ def test_assignments_that_are_not_the_papers_have_colours_of_their_own(config, d
     experiment_figures.warning_signs({"rate 1": runs}, NOWHERE)
     colours = [line.get_color() for line in drawn[0].legends[0].get_lines()[:3]]
     assert len({*colours}) == 3 and colours[2] == figures.ASSIGNMENT_COLOURS["Hetero"]
+
+
+def test_labels_of_curves_do_not_overlap():
+    gap = 1.0
+    for heights in ([0.0, 0.1, 0.2, 5.0], [1.0], [0.0, 2.0, 2.5, 3.2], [4.0] * 5):
+        spread = figures._spread(heights, gap)
+        assert all(b - a >= gap - 1e-9 for a, b in pairwise(spread))
+        assert sum(spread) == pytest.approx(sum(heights))
+    assert figures._spread([0.0, 2.0], gap) == [0.0, 2.0]

@@ -113,6 +113,7 @@ def test_an_extension_runs_no_case_a_second_time(monkeypatch, tmp_path):
     found = study.Study(experiment, {RATE: ["0.01", "0.02", "0.04"]}, {}, ["1", "2"], dict(experiment.all_options), [])
     conduct.Conductor(found, tmp_path, 0).run()
     assert sorted((r.case[RATE], r.config["seed"]) for r in found.runs).count(("0.04", 1)) == 1
+    assert found.missing[0] == f"{RATE}=0.04, seed=2"
 
 
 # ---- slopes ----
@@ -168,7 +169,7 @@ def test_the_tables_of_a_race():
     runs[-4] = replace(runs[-4], records={"eval": [{"step": 9, "loss": math.nan}]})
     axes = {"arm": ["GPT", "nGPT"], context: ["256", "1024"], "max_steps": ["50", "100", "200"]}
     costs = {f"{arm}, {at}": {"ms_per_step": ms} for arm, ms in (("GPT", 10.0), ("nGPT", 20.0)) for at in axes[context]}
-    beyond = [{**runs[0].case, "multiple": m, "loss": 2.0 + m} for m in (1, 2)]
+    beyond = [{**runs[0].case, "multiple": m, "loss": loss} for m, loss in ((1, 3.0), (1, None), (2, 4.0))]
     found = asked(ngpt_speed.EXPERIMENT, axes, {}, runs, costs=costs, beyond=beyond)
     found.groups = list(found.grouped(*axes).values())
     table = speed_table(found, race)
@@ -176,7 +177,7 @@ def test_the_tables_of_a_race():
         *("2", "141 ± 0", "1.41 ± 0.00", "10.0", "20.0", "0.71 ± 0.00"),
     ]
     assert table.lines[1][5:] == ["2", "<50", ">4.00", "10.0", "20.0", ">2.00"]
-    assert context_table(found, race).lines == [["256", "GPT", "3.000", "4.000", ""]]
+    assert context_table(found, race).lines == [["256", "GPT", "3.000 (1 of 2)", "4.000", ""]]
     assert [title for title, _ in race.longest(found, "nGPT")] == ["nGPT, context 256", "nGPT, context 1024"]
 
 

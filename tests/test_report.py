@@ -205,7 +205,9 @@ def test_without_the_library_the_table_is_printed_and_the_remedy(tmp_path, monke
     out, err = capsys.readouterr()
     assert "3.0000" in out and "val_loss.png" in out and "pip install bokeh" in err
     assert not (tmp_path / "report.html").exists()
-    assert report.main([str(tmp_path), "live=true"]) == 2 and report.main([str(tmp_path), "page=none"]) == 0
+    assert report.main([str(tmp_path), "page=none"]) == 0
+    assert report.main([str(tmp_path), "live=true", "page=none"]) == 2  # which writes no page anyway
+    assert capsys.readouterr().err == f"{report.NO_LIBRARY}\n"
 
 
 @library

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from conftest import ROOT
 
 from model.gpt import GPT, GPTConfig
 from scripts import export, report, reproduce, sample
-from scripts.analysis import figures, tables
+from scripts.analysis import tables
 from scripts.analysis.runs import load_model, read_run
-from scripts.command import UsageError, parse
+from scripts.command import UsageError
 from training.config import compose
 from training.log import RunLog, read_records
 
@@ -286,12 +285,6 @@ def test_accepting_writes_results_and_every_page_that_shows_the_table(
     assert "beside results/demo_paper" in said and said.count("+0.2500") == 1 and said.count("+0.0000") == 4
 
 
-def test_only_a_plain_table_is_accepted(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert reproduce.main(["scale=demo", "seeds=2", "--accept"]) == 2
-    assert "leave out seeds=2" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
-
-
 def test_the_foot_says_what_decays():
     for optim, said in (("manifold_muon", "and DGram's column norms"), ("paper", "only, as in the paper")):
         assert reproduce.decay_of(compose([f"optim={optim}"]).plain()).endswith(said)
@@ -319,24 +312,6 @@ def test_make_reproduce_passes_options_on():
     ]
     said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.strip() == ".venv/bin/python scripts/reproduce.py scale=demo logger.mode=offline"
-
-
-def test_only_the_place_of_the_scale_is_renewed_in_a_readme_whole_or_not_at_all(tmp_path, monkeypatch):
-    page = tmp_path / "README.md"
-    page.write_text("a\n<!-- table:demo -->\nold\n<!-- /table -->\nb\n<!-- table:paper -->\nkept\n<!-- /table -->\n")
-    assert reproduce.renew(page, "demo", "| new |\n")
-    expected = "a\n<!-- table:demo -->\n| new |\n<!-- /table -->\nb\n<!-- table:paper -->\nkept\n<!-- /table -->\n"
-    assert page.read_text() == expected
-    assert not reproduce.renew(page, "one_gpu", "| new |\n") and page.read_text() == expected
-    assert reproduce.renew(ROOT / "nowhere.md", "demo", "") is False
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("training.files.sync", full)
-    with pytest.raises(OSError, match="No space left"):
-        reproduce.renew(page, "demo", "| newer |\n")
-    assert page.read_text() == expected
 
 
 # ---- report ----
@@ -372,14 +347,6 @@ def test_runs_that_differ_in_the_seed_alone_share_a_line(finished, tmp_path, cap
     assert "unfinished at step 1" in seeds and "1/4" in seeds
 
 
-def test_values_of_a_line():
-    assert tables.cell([1.0], 2) == "1.00" and tables.cell([None], 2) == ""
-    assert tables.cell([3.0, None, 4.0], 0) == "4 ± 0 (2 of 3)"
-    assert tables.cell([1.0, float("nan")], 2) == "nan ± nan"
-    assert tables.cell(["ok", "ok"], 2) == "ok"
-    assert tables.cell(["ok", "unstable at step 3", "ok"], 2) == "2 x ok, unstable at step 3"
-
-
 def test_report_draws_what_there_is(finished, tmp_path, capsys):
     where, _ = finished
     assert (
@@ -392,15 +359,6 @@ def test_report_draws_what_there_is(finished, tmp_path, capsys):
     assert len(lines) == 1 + 5 + 3 + report.has_library(), "a run named twice is one run"
     assert (tmp_path / "new/val_loss.png").read_bytes().startswith(PNG)
     assert (tmp_path / "new/val_loss.png").read_bytes() == (where / "results/val_loss.png").read_bytes()
-
-
-def test_labels_of_curves_do_not_overlap():
-    gap = 1.0
-    for heights in ([0.0, 0.1, 0.2, 5.0], [1.0], [0.0, 2.0, 2.5, 3.2], [4.0] * 5):
-        spread = figures._spread(heights, gap)
-        assert all(b - a >= gap - 1e-9 for a, b in pairwise(spread))
-        assert sum(spread) == pytest.approx(sum(heights))
-    assert figures._spread([0.0, 2.0], gap) == [0.0, 2.0]
 
 
 # ---- sample and export ----
@@ -463,10 +421,3 @@ def test_bad_paths_and_values_are_one_message(finished, tmp_path, capsys, main, 
 @pytest.mark.parametrize("main", [report.main, sample.main, export.main, reproduce.main])
 def test_help_is_shown(main, capsys):
     assert main(["--help"]) == 0 and "python scripts/" in capsys.readouterr().out
-
-
-def test_options_are_told_from_paths_that_hold_an_equals_sign():
-    others, options = parse(["outputs/sweep/seed=1", "seed=2", "prompt=a=b"], {"seed": 0, "prompt": ""})
-    assert others == ["outputs/sweep/seed=1"] and options == {"seed": 2, "prompt": "a=b"}
-    with pytest.raises(UsageError, match="not a number"):
-        parse(["temperature=hot"], {"temperature": 1.0})

@@ -151,9 +151,7 @@ def test_a_tiny_copy_and_its_logs(tiny, tmp_path, capsys):
     arguments = [f"{tmp_path}/seed_1", f"{tmp_path}/seed_2", f"logs={tmp_path}/logs"]
     assert speedrun_log.main(arguments) == 0
     said = capsys.readouterr().out
-    assert (
-        "not reached: mean" in said and "at that step at σ=0.0013, not adjusted for the evaluations before it" in said
-    )
+    assert "not reached: mean" in said and "(σ=0.0013) at that step, not adjusted for the evaluations before it" in said
     log = (tmp_path / "logs" / f"{tmp_path.name}_seed_1.txt").read_text()
     assert (ROOT / "optim" / "manifold_muon.py").read_text().rstrip() in log and "global_batch_tokens: 128" in log
     assert "step:5/6 val_loss:" in log and log.count("step_avg:") == 3

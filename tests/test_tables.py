@@ -6,6 +6,7 @@ from scripts.analysis import figures
 from scripts.analysis.runs import RecordedRun, find_runs
 from scripts.analysis.tables import (
     at_paper_scale,
+    cell,
     different,
     footer,
     grouped,
@@ -39,19 +40,22 @@ def test_a_run_counts_once_and_a_seed_once_in_a_group(tmp_path, monkeypatch):
     assert [len(group) for group in grouped(runs)] == [1, 1]
 
 
-def test_losses_of_a_run_that_goes_on_are_not_averaged_with_those_of_one_that_ended(tmp_path):
+def test_measurements_of_a_run_that_goes_on_are_not_averaged_with_those_of_one_that_ended(tmp_path):
     for seed, records in ((1, [{"kind": "end", "step": 1}]), (2, [])):
         config = {**configuration("hetero", steps=1), "seed": seed}
-        write_run(tmp_path / str(seed), config, [{"kind": "eval", "step": 1, "loss": 2.0 + seed}, *records], end=False)
+        probe = {"kind": "probe", "step": 1, "least_entropy": 0.1 * seed, "greatest_saturation": 0.0}
+        measured = [{"kind": "eval", "step": 1, "loss": 2.0 + seed}, probe]
+        write_run(tmp_path / str(seed), config, [*measured, *records], end=False)
     groups = grouped(find_runs([tmp_path]))
     table = make_table(groups, report_columns(groups))
-    assert dict(zip(table.headings, table.lines[0]))["final"] == "3.0000 (1 of 2)"
+    found = dict(zip(table.headings, table.lines[0]))
+    assert (found["final"], found["entropy"]) == ("3.0000 (1 of 2)", "0.10 (1 of 2)")
 
 
 def test_the_foot_names_every_machine_and_how_many_commits(tmp_path):
     runs = [
         RecordedRun(tmp_path, configuration("hetero", steps=1), {}, {}, {"device": d, "code": c})
-        for d, c in ("xx", "xy", "zy")
+        for d, c in (("x", "x"), ("x", "y"), ("z", "y + changes"), ("z", None))
     ]
     machine = "{}, Python None, torch None, "
     last = f"{machine.format('x')}; {machine.format('z')}; code of 2 commits."
@@ -110,3 +114,11 @@ def test_a_setting_that_came_later_is_no_difference():
     new = configuration("hetero")
     old = {key: value for key, value in new.items() if key not in ("batches", "average")}
     assert different(old, new) == different(new, old) == different(old, old) == []
+
+
+def test_values_of_a_line():
+    assert cell([1.0], 2) == "1.00" and cell([None], 2) == ""
+    assert cell([3.0, None, 4.0], 0) == "4 ± 0 (2 of 3)"
+    assert cell([1.0, float("nan")], 2) == "nan ± nan"
+    assert cell(["ok", "ok"], 2) == "ok"
+    assert cell(["ok", "unstable at step 3", "ok"], 2) == "2 x ok, unstable at step 3"

@@ -114,6 +114,12 @@ def test_sweeps_are_no_jobs(tmp_path, monkeypatch, capsys):
         assert watch.main([str(tmp_path / "outputs"), *words]) == 2
         out, err = capsys.readouterr()
         assert not out and f"outputs holds sweeps, no jobs; name one, such as {tmp_path}/outputs/reproduce/demo" in err
+    write_job(tmp_path / "others/family" / TRIALS, "a,seed=0", train(10))
+    assert watch.main([str(tmp_path / "others")]) == 2
+    assert capsys.readouterr().err.endswith(f"name one, such as {tmp_path}/others/family\n")
+    (tmp_path / "new").mkdir()
+    assert watch.main([str(tmp_path / "new")]) == 0  # the jobs of a sweep that just began appear later
+    assert watch.main([str(tmp_path / "new"), "once=true"]) == 2
 
 
 FOREIGN = [

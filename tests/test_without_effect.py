@@ -113,6 +113,8 @@ def test_the_cases_have_every_reason():
         "assignment=all_spectral_sphere optim.muon.rule.quality=high log.interval_certificate=9 residual=geonorm residual.radius=unit",
         "optim=paper assignment=hetero init.residual_scale=2 init.weight_scale=2 optim.muon.rule.iterator=polar_express",
         "assignment=adamw log.interval_certificate=null init.residual_scale=2",
+        "optim.always_adamw=[wte,wpe,lm_head,mlp.c_fc] assignment=custom assignment.rules={attn:stiefel,mlp.c_proj:stiefel} "
+        "init.weight_scale=2",
         "optim=paper assignment=all_dgram optim.muon.rule.decay_manifolds=true optim.muon.weight_decay=1",
     ],
 )

@@ -40,6 +40,7 @@ MANIFEST_FILE = "manifest.json"
 # A checkpoint that is being replaced has a hidden name, under which it can be read; a ".tmp" is never read.
 _CHECKPOINT_NAME = re.compile(r"(step_(?P<step>\d{8,})|\.step_(?P<hidden>\d{8,})\.replaced)")
 _OURS = "use a checkpoint that this program saved"
+_OLDER = "use an older checkpoint (resume=auto finds the newest good one)"
 _PLAIN_TYPES = (
     dict,
     OrderedDict,
@@ -115,7 +116,7 @@ class _Manifest:
         except (ValueError, TypeError, KeyError, RecursionError):
             manifest = None
         if manifest is None or not manifest.typed or manifest.render() != raw:
-            raise CheckpointError(f"{path} is damaged; use an older checkpoint (resume=auto finds the newest good one)")
+            raise CheckpointError(f"{path} is damaged; {_OLDER}")
         return manifest
 
 
@@ -155,7 +156,6 @@ def save_sharded(
     """
     directory = Path(directory)
     rest, tensors = split(state)
-
     with _saving(directory, step, removes=ranks.is_main) as temp:
         ranks.from_main(_prepare, temp, rest, keep)
         files = write_tensors(temp / TENSORS, tensors, ranks)
@@ -407,14 +407,7 @@ def _check_size(path: Path) -> _Manifest:
         manifest = _Manifest.read(path / MANIFEST_FILE)
         sizes = {name: (path / name).stat().st_size for name in manifest.every_file}
     except OSError as error:
-        near = (other for folder in (path, path / "checkpoints", path.parent) for other in _checkpoints(folder))
-        newest = next((other for other in near if other != path), None)
-        hint = (
-            f"did you mean {newest}?"
-            if newest
-            else "give a directory step_<number>, in the folder checkpoints of a run"
-        )
-        name = Path(error.filename or path).name
+        name, hint = Path(error.filename or path).name, _instead_of(path)
         raise CheckpointError(f"{path} is not a checkpoint ({name}: {error.strerror or error}); {hint}") from error
     for name, (size, _) in manifest.every_file.items():
         if sizes[name] != size:
@@ -429,6 +422,15 @@ def _check_size(path: Path) -> _Manifest:
             f"name it step_{manifest.step:08d} if there is none of that name, or use an older checkpoint"
         )
     return manifest
+
+
+def _instead_of(path: Path) -> str:
+    """The remedy for a path that is no whole checkpoint: another one if this is a damaged one, or else the newest one near by."""
+    if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
+        return _OLDER
+    near = (other for folder in (path, path / "checkpoints", path.parent) for other in _checkpoints(folder))
+    newest = next((other for other in near if not other.name.startswith(".")), None)
+    return f"did you mean {newest}?" if newest else "give a directory step_<number>, in the folder checkpoints of a run"
 
 
 def _verify(path: Path) -> _Manifest:

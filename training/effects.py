@@ -54,7 +54,7 @@ def _keeps_scale(cfg: Settings, *parts: str) -> bool:
     """Whether a factor of the initial matrices of these parts of a block, such as mlp.c_fc, is left by what brings them to their place."""
     names = [f"transformer.h.{layer}.{part}.weight" for layer in range(cfg.model.n_layer) for part in parts]
     rules = (cfg.assignment.rules or {}).items()
-    chosen = {choice for pattern, choice in rules if any(matches(pattern, name) for name in names)}
+    chosen = {next((choice for pattern, choice in rules if matches(pattern, name)), ADAMW) for name in names}
     return not cfg.model.unit_weights and not all(choice != ADAMW and _forgets_scale(choice) for choice in chosen)
 
 

@@ -68,6 +68,7 @@ class StepsOrShare(Kind):
 
 
 _RESUMES = ("never", "auto")
+_WORDS = (*YAML_WORDS, "true", "false", "none", *_RESUMES)
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ class Resume(PathText):
     remedy = "choose never or auto, or give the path of a checkpoint"
 
     def fits(self, value: Any) -> bool:
-        small = value.lower() if isinstance(value, str) else ""
-        meant_otherwise = small in (*YAML_WORDS, "true", "false", "none") or (small in _RESUMES and value != small)
-        return super().fits(value) and not meant_otherwise
+        return super().fits(value) and (value in _RESUMES or value.lower() not in _WORDS)
 
     def hint(self, value: Any) -> str:
         small = value.lower() if isinstance(value, str) else ""

@@ -247,7 +247,7 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "torch": str(torch.__version__),
         "device": device_name(device),
         "platform": ", ".join(
-            filter(None, [f"{platform.system()} {platform.machine()}", " ".join(platform.libc_ver())])
+            filter(None, [f"{platform.system()} {platform.machine()}", " ".join(filter(None, platform.libc_ver()))])
         ),
     }
 

@@ -66,7 +66,10 @@ def open_log(
 
 
 def typed_command() -> str:
-    """The command that runs here; of a sweep or an experiment, the one for all of its runs. A program of this repository has its path there."""
+    """The command that runs here; of a sweep or an experiment, the one for all of its runs.
+
+    A program of this repository has its path there.
+    """
     program = Path(sys.argv[0]).resolve()
     shown = program.relative_to(ROOT).as_posix() if program.is_relative_to(ROOT) else program.name
     return shlex.join(["python", shown, *sys.argv[1:]])

@@ -35,6 +35,10 @@ from training.signals import Stopped
 from training.validate import ConfigError
 
 COST_FILE = "cost.json"
+# A run may be continued with another value of these, but a whole run has another result with it.
+_DECISIVE = ("max_steps", "init_from", "full_eval")
+SAME_RESULT = tuple(key for key in HARMLESS if key not in _DECISIVE)
+"""Settings that change no number of a whole run."""
 
 
 def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) -> float:
@@ -169,9 +173,7 @@ def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name"
 
 def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two configurations that make them different runs, as "key: before → after"."""
-    # A run may be continued with another value of these, but a whole run has another result with it.
-    decisive = ("max_steps", "init_from", "full_eval")
-    return differences(completed(saved), now, ignore=[key for key in HARMLESS if key not in decisive])
+    return differences(completed(saved), now, ignore=SAME_RESULT)
 
 
 def note_failure(directory: Path, error: BaseException, cfg: Settings | None = None) -> None:

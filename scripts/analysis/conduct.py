@@ -56,9 +56,15 @@ class Conductor:
         study.groups = [self.groups[key] for key in sorted(self.groups, key=order.__getitem__)]
         ended = {(key, str(r.config["seed"])) for key, runs in self.groups.items() for r in runs}
         wanted = [(key, seed) for key in order for seed in study.seeds]
-        study.missing = [f"{', '.join(key)}, seed {seed}" for key, seed in wanted if (key, seed) not in ended]
+        study.missing = [
+            ", ".join([*map("=".join, zip(study.axes, key)), f"seed={seed}"])
+            for key, seed in wanted
+            if (key, seed) not in ended
+        ]
         if not study.groups and not study.experiment.untrained:
             raise UsageError(self._without_runs())
+        if not study.groups and self.workers == 0:
+            study.missing = []  # no run was asked for
         study.facts = study.experiment.measure(study)
         return self.failures
 
@@ -171,15 +177,15 @@ def _check_search(study: Study) -> None:
 
 
 def write(study: Study, results: Path, command: str) -> str:
-    """Write table.md, table.json and the pictures; returns the tables for a terminal."""
+    """Write table.md, table.json and the pictures; returns the tables for a terminal. A picture that is not drawn this time is removed."""
     experiment = study.experiment
     tables, columns, remark = experiment.tables(study), experiment.columns(study), experiment.remark(study)
-    about_losses = ""
+    about_losses, missing = "", _missing(study)
     if study.runs:
         trials = f", and {study.trial_seconds / 60:.0f} of trials" if study.found else ""
         spent = f"{train_seconds(study.runs) / 60:.0f} minutes of training{trials}"
         about_losses = f"Losses are in nats a token, mean ± standard error over seeds; {spent}."
-    foot = footer(command, study.runs, about_losses, _missing(study), remark)
+    foot = footer(command, study.runs, about_losses, missing, remark)
     env = dict(study.runs[0].environment if study.runs else environment())
     env.pop("command", None)  # of one run, with the paths of its machine
     rows = rows_of(study.runs, columns or ENDS)
@@ -193,7 +199,7 @@ def write(study: Study, results: Path, command: str) -> str:
             sign(results / name, study.runs)
         else:
             (results / name).unlink(missing_ok=True)  # it would show other runs than the table
-    parts = [*(table.text() for table in tables), _missing(study), remark]
+    parts = [*(table.text() for table in tables), missing, remark]
     written = ", ".join(["table.md", "table.json", *drawn])
     return "\n\n".join(filter(None, parts)) + f"\n\n  written to {results}: {written}"
 

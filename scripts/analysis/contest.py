@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ from scripts.analysis.statistics import Difference, Estimate
 from scripts.analysis.study import Case, Study
 from scripts.analysis.tables import HELD_OUT, Column, Table, make_table
 from scripts.bench_train import RandomTraining
-from scripts.command import UsageError
+from scripts.command import UsageError, key_of
 from scripts.timing import take_turns
 from training.run import device_name
 from training.settings import completed, read_sound
+from training.sweep import SAME_RESULT
 
 REMARK = (
-    "Differences are paired by seed, with Student's 95% interval, which is not adjusted for their number. The search has a seed of its own, which no run of the table has. "
+    "Differences are paired by seed, with Student's 95% interval; the intervals are not adjusted for the number of differences. "
+    "The search has a seed of its own, which no run of the table has. "
     "(edge): a neighbour of the best settings was not tried."
 )
 """The sentences below a table of a contest."""
@@ -64,11 +67,17 @@ def earlier_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
             raise UsageError(
                 f"earlier={table} is not the table.json of another command of this experiment ({type(error).__name__}: {error})"
             ) from error
-        if others := {*data.get("overrides", study.overrides)} ^ {*study.overrides}:
+        if others := _decisive(data.get("overrides", study.overrides)) ^ _decisive(study.overrides):
             raise UsageError(
-                f"earlier={table} cannot be compared: only one of the two commands has {', '.join(sorted(others))}"
+                f"earlier={table} cannot be compared: only one of the two commands has {', '.join(sorted(others))}; "
+                "give both the same, or leave that table out"
             )
     return {key: losses for key, losses in found.items() if key not in unstable}
+
+
+def _decisive(overrides: Sequence[str]) -> set[str]:
+    """The overrides that may change a loss."""
+    return {word for word in overrides if not f"{key_of(word)}.".startswith(tuple(f"{key}." for key in SAME_RESULT))}
 
 
 def known_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
@@ -138,7 +147,7 @@ def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
     """Milliseconds of a whole training step, and bytes of state of a parameter that its optimizer updates, by the values of some axes.
 
     The values are joined by ", "; without axes, they are those of the first axis. Measured now, by turns in one process, on random tokens,
-    with the settings of the first run with these values.
+    with the settings of the first run with these values. Not a number where the step fails.
     """
     trainings: dict[str, RandomTraining] = {}
     for r in study.runs:
@@ -147,13 +156,12 @@ def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
             cfg = read_sound(completed(r.config))[0]
             trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
     times = take_turns({name: training.step for name, training in trainings.items()}, repeats=_TIMED, warmup=2)
-    return {
-        name: {
-            "ms_per_step": 1000 * statistics.median(times[name]),
-            "state_bytes": next(iter(training.optimizers.state_bytes().values())),
-        }
-        for name, training in trainings.items()
-    }
+    found = {name: {"ms_per_step": math.nan, "state_bytes": math.nan} for name in trainings}
+    for name, seconds in times.items():
+        if seconds:
+            found[name]["ms_per_step"] = 1000 * statistics.median(seconds)
+            found[name]["state_bytes"] = next(iter(trainings[name].optimizers.state_bytes().values()))
+    return found
 
 
 def cost_remark() -> str:

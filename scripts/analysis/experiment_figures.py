@@ -18,6 +18,8 @@ from scripts.analysis.figures import (
     ASSIGNMENT_COLOURS,
     DASHES,
     OTHER_COLOURS,
+    UNSTABLE,
+    UNSTABLE_KEY,
     colours_by_label,
     colours_of,
     picture,
@@ -29,10 +31,6 @@ from scripts.analysis.tables import Groups
 
 ROUNDING = 1e-15
 """The distance below which tokens in float64 count as equal."""
-
-UNSTABLE: dict[str, Any] = {"marker": "x", "linestyle": "", "markersize": 6, "markeredgewidth": 1.8}
-UNSTABLE_KEY = Line2D([], [], color="#555555", **UNSTABLE)
-"""The cross of an unstable run in a legend."""
 
 Curves = Mapping[str, Mapping[float, Sequence[float]]]
 """Label → learning rate → final losses, one a seed."""
@@ -86,7 +84,7 @@ def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rat
                 for i, (label, curve) in enumerate(curves.items()):
                     shade = shades((i + 1) / len(curves))
                     points = {rate: Estimate.of(v) for rate, v in sorted(curve.items()) if all(map(math.isfinite, v))}
-                    unstable |= _crosses(axes, [rate for rate in curve if rate not in points], i, shade)
+                    unstable |= _crosses(axes, [rate for rate in curve if rate not in points], i, len(curves), shade)
                     if points:
                         means, errors = ([getattr(e, field) for e in points.values()] for field in ("mean", "error"))
                         axes.errorbar(list(points), means, errors, color=shade, marker=".", capsize=2, label=label)
@@ -100,12 +98,12 @@ def loss_by_rate(panels: Sequence[Sequence[tuple[str, Curves]]], path: Path, rat
     return path
 
 
-def _crosses(axes: Axes, places: Sequence[float], row: int, colour: Any) -> bool:
-    """Mark the places along the axis at which runs became unstable, by crosses near the upper edge. Each curve has its own row, from 0 on.
+def _crosses(axes: Axes, places: Sequence[float], row: int, rows: int, colour: Any) -> bool:
+    """Mark the places along the axis at which runs became unstable, by crosses near the upper edge. Each curve has a row of its own.
 
     Returns whether there are such places.
     """
-    heights = [1 - 0.03 * row] * len(places)
+    heights = [1 - min(0.03, 0.15 / rows) * row] * len(places)
     axes.plot(
         places, heights, transform=axes.get_xaxis_transform(), color=colour, clip_on=False, in_layout=False, **UNSTABLE
     )
@@ -153,7 +151,8 @@ def _trials(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], col
     unstable = False
     every = [loss for trials in curves.values() for _, loss in trials if math.isfinite(loss)]
     for i, (label, trials) in enumerate(curves.items()):
-        unstable |= _crosses(axes, [value for value, loss in trials if not math.isfinite(loss)], i, colours[label])
+        places = [value for value, loss in trials if not math.isfinite(loss)]
+        unstable |= _crosses(axes, places, i, len(curves), colours[label])
         finite = sorted((value, loss) for value, loss in trials if math.isfinite(loss))
         if finite:
             lowest = dict(reversed(finite))  # of equal values, the last one stays, which is that of the lowest loss
@@ -241,7 +240,7 @@ def warning_signs(rows: Mapping[str, Sequence[RecordedRun]], path: Path) -> Path
         for axes in panels[-1]:
             axes.set_xlabel("step")
         handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours.values()]
-        handles += [Line2D([], [], color="#555555", linestyle="", marker=m, markersize=6) for m in ("^", "x")]
+        handles += [Line2D([], [], color="#555555", **{**UNSTABLE, "marker": m}) for m in "^x"]
         names = [*colours, "early warning", "unstable"]
         figure.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False)
     return path
@@ -260,8 +259,7 @@ def _curve(axes: Axes, run: RecordedRun, kind: str, field: str, colour: str) -> 
     for step, marker in ((run.warned_step, "^"), (run.unstable_step, "x")):
         if step is not None and steps:
             nearest = min(range(len(steps)), key=lambda i: abs(steps[i] - step))
-            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "markeredgewidth": 1.8}
-            axes.plot([steps[nearest]], [values[nearest]], **style)
+            axes.plot([steps[nearest]], [values[nearest]], color=colour, **{**UNSTABLE, "marker": marker})
 
 
 PROBE_CURVES = [

@@ -38,7 +38,10 @@ ASSIGNMENT_COLOURS = {
 }
 OTHER_COLOURS = ("#C266A0", "#3B95CC", "#8C6BB1", "#5E8C31", "#8A7A5C")
 LARGEST, SMALLEST = "#D55E00", "#0072B2"  # singular values
-CROSS: dict[str, Any] = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2}
+UNSTABLE: dict[str, Any] = {"marker": "x", "linestyle": "", "markersize": 6, "markeredgewidth": 1.8}
+"""The cross of an unstable run."""
+UNSTABLE_KEY = Line2D([], [], color="#555555", **UNSTABLE)
+"""The same in a legend."""
 LINE_STYLES = ("solid", "dashed", "dotted")
 DASHES: dict[str, Any] = {"color": "#888888", "linewidth": 0.9, "linestyle": (0, (3, 2))}
 
@@ -93,9 +96,8 @@ def draw_losses(groups: Groups, path: Path) -> Path:
             axes.set_xlabel("step")
         whole.set_ylabel("validation loss (nats per token)")
         if any(run.unstable_step is not None for group in groups for run in group):
-            cross = Line2D([], [], color="#555555", linestyle="", **CROSS)
             place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.98), "handletextpad": 0.2}
-            whole.legend([cross], ["becomes unstable"], frameon=False, **place)
+            whole.legend([UNSTABLE_KEY], ["becomes unstable"], frameon=False, **place)
         whole.set_title("all of training", loc="left")
         end.set_title("second half", loc="left")
         if finals:
@@ -226,7 +228,7 @@ def _loss_curves(axes: Axes, group: Sequence[RecordedRun], colour: str, dash: st
             and run.unstable_step in steps
             and math.isfinite(at := losses[steps.index(run.unstable_step)])
         ):
-            axes.plot([run.unstable_step], [at], color=colour, **CROSS)
+            axes.plot([run.unstable_step], [at], color=colour, **UNSTABLE)
 
 
 def loss_limits(groups: Groups, first: int) -> tuple[float, float]:

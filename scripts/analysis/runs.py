@@ -380,10 +380,10 @@ def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, dict[
     if not directory.is_dir():
         raise UsageError(f"there is no run {directory}; name a directory that training wrote, such as outputs/first")
     loaded = load_newest(directory / "checkpoints")
-    if loaded is None and (directory.name == "checkpoints" or directory.parent.name == "checkpoints"):
-        run = directory.parent if directory.name == "checkpoints" else directory.parent.parent
-        raise UsageError(f"{directory} is a part of a run; name the run itself: {run}")
     if loaded is None:
+        for part in (directory, directory.parent):
+            if part.name == "checkpoints" and (part.parent / CONFIG_FILE).exists():
+                raise UsageError(f"{directory} is a part of a run; name the run itself: {part.parent}")
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
     return model_of(loaded, average), loaded.state["config"], loaded.step
 

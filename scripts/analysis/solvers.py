@@ -117,11 +117,13 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
         method: a key of METHODS or DIRECT.
 
     Raises:
-        ValueError: an unknown method, or no calls.
+        ValueError: an unknown method, or one that is not for this manifold, or no calls.
     """
     if method not in (*METHODS, *DIRECT) or calls < 1:
         names = ", ".join((*METHODS, *DIRECT))
         raise ValueError(f"choose a method among {names}, and calls of 1 or more; got {method!r}, {calls}")
+    if method == "intrinsic" and manifold != "stiefel":
+        raise ValueError(f"intrinsic is for stiefel only; choose another method for {manifold}")
     tall_W, tall_G = (stacked(X) for X in (W, G))
     problem = StepProblem(tall_W, tall_G, MANIFOLDS[manifold])
     if method in DIRECT:

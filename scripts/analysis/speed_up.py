@@ -21,7 +21,7 @@ from scripts.analysis.figures import DASHES, OTHER_COLOURS, picture
 from scripts.analysis.runs import RecordedRun, load_model
 from scripts.analysis.statistics import Estimate
 from scripts.analysis.study import Study, loss_cell
-from scripts.analysis.tables import Table
+from scripts.analysis.tables import Table, cell
 from scripts.evaluate import measure
 from training.data import open_data, separator_of
 from training.settings import completed, read_sound
@@ -113,7 +113,10 @@ def speed_table(study: Study, race: Race) -> Table:
         )
     headings = ["context", f"{race.slow}'s loss", *(f"{race.fast}, {n} steps" for n in lengths), "seeds"]
     headings += [f"steps for {race.slow}'s loss", "times fewer", f"ms a step, {race.slow}", race.fast, "times faster"]
-    caption = f"Steps that {race.fast} needs for {race.slow}'s final loss; > and < mark bounds, where it lies beyond the lengths of the runs:"
+    caption = (
+        f"Steps that {race.fast} needs for {race.slow}'s final loss; > and < mark bounds, where it lies beyond the lengths of the "
+        "runs:"
+    )
     return Table(headings, lines, [True] * len(headings), caption)
 
 
@@ -155,15 +158,14 @@ def steps_picture(study: Study, race: Race, path: Path) -> Path:
 def losses_beyond(study: Study, race: Race) -> list[dict[str, Any]]:
     """The loss (nats a token) of the longest run of each arm, context and seed on windows of MULTIPLES of its context.
 
-    Unstable runs are left out. All lengths have the same targets: the windows of the greatest length are cut into shorter ones. With learned positions, only the
-    context of training can be read.
+    An unstable run has None. All lengths have the same targets: the windows of the greatest length are cut into shorter ones. With learned
+    positions, only the context of training can be read.
     """
     return [
         {**run.case, "seed": run.config["seed"], "multiple": multiple, "loss": loss}
         for _, runs in race.longest(study, race.slow, race.fast)
         for run in runs
-        if run.stable
-        for multiple, loss in _beyond(run.directory).items()
+        for multiple, loss in (_beyond(run.directory) if run.stable else dict.fromkeys(MULTIPLES)).items()
     ]
 
 
@@ -192,7 +194,7 @@ def context_table(study: Study, race: Race) -> Table:
             rows = [row for row in study.facts["beyond"] if (row[race.context], row["arm"]) == (context, arm)]
             cells = [[row["loss"] for row in rows if row["multiple"] == multiple] for multiple in MULTIPLES]
             if rows:
-                lines.append([context, arm, *(Estimate.of(found).text(3) if found else "" for found in cells)])
+                lines.append([context, arm, *(cell(found, 3) for found in cells)])
     headings = ["trained context", "model", *(f"read at {multiple}x" for multiple in MULTIPLES)]
     numeric = [True, False, *[True] * len(MULTIPLES)]
     return Table(headings, lines, numeric, "Losses on the same text, in windows longer than the context of training:")

@@ -79,7 +79,10 @@ ATTENTION_COLUMNS = [
     STATUS,
 ]
 """The state of attention at the end of a run. `ATTENTION_REMARK` belongs below such a table."""
-ATTENTION_REMARK = "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe in which they are finite."
+ATTENTION_REMARK = (
+    "Logit, entropy (least layer, relative to log(position)) and saturated rows are those of the last probe in which they are "
+    "finite."
+)
 
 TURN_COLUMNS = [
     Column(
@@ -163,8 +166,8 @@ def cell(values: Sequence[Value], digits: int) -> str:
             str(text) if len(counts) == 1 or count == 1 else f"{count} x {text}" for text, count in counts.items()
         )
     some = f" ({len(numbers)} of {len(values)})" if len(numbers) < len(values) else ""
-    different = numbers if len({*numbers}) > 1 else numbers[:1]  # one number of all runs has no error
-    return Estimate.of(different).text(digits) + some
+    shown = numbers if len({*numbers}) > 1 else numbers[:1]  # one number of all runs has no error
+    return Estimate.of(shown).text(digits) + some
 
 
 def rows_of(runs: Sequence[RecordedRun], columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -236,8 +239,8 @@ def of_setting(heading: str, name: str, key: str) -> Column:
 def report_columns(groups: Groups) -> list[Column]:
     """The columns of the paper's table, the step rule, the settings in which the groups differ, and the steps of each run.
 
-    The losses of the paper are left out unless all runs are at its scale, and those of a run that has not ended where another of its group
-    has.
+    The losses of the paper are left out unless all runs are at its scale. The measurements of a run that has not ended are left out where
+    another run of its group has ended.
     """
     early = {r.directory for g in groups if any(r.finished for r in g) for r in g if not r.finished}
 
@@ -247,7 +250,7 @@ def report_columns(groups: Groups) -> list[Column]:
     rule = Column("step rule", "step_rule", lambda r: text_at(r.config, "optim.muon.rule.kind") if r.has_muon else None)
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
     status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
-    measured = [of_ended(column) if column in (BEST, FINAL) else column for column in COLUMNS[3:status]]
+    measured = map(of_ended, COLUMNS[3:status])
     columns = [*COLUMNS[:3], rule, *settings_columns(groups), *measured, steps, *COLUMNS[status:]]
     runs = [r for group in groups for r in group]
     kept = columns_with_values(columns, runs)
@@ -279,7 +282,7 @@ def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
     about = ", ".join(filter(None, parts))
     environments = [r.environment for r in runs] or [environment()]
     places = [*dict.fromkeys(map(_machine, environments))]
-    if len(commits := {env.get("code") for env in environments}) > 1:
+    if len(commits := {env["code"].removesuffix(" + changes") for env in environments if env.get("code")}) > 1:
         places.append(f"code of {len(commits)} commits")
     first = f"Written by {as_code(command)}{': ' if about else ''}{about}."
     return "\n".join([first, *filter(None, remarks), f"{'; '.join(places)}."])
