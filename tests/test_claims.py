@@ -184,14 +184,16 @@ def test_the_order_on_the_front_is_that_of_the_table():
 
 
 def test_the_seeds_differ_as_the_front_says():
-    said = "Hetero and Hetero-Inv change places: between the two seeds a loss moves by up to 0.02, which is more than"
+    said = (
+        "Hetero-Inv ends below Hetero and All-Stiefel: between the two seeds a loss moves by up to 0.03, which is more"
+    )
     assert said in text(FRONT)
     first, second = full_losses("demo"), full_losses("demo_seed_2")
     order, other = (sorted(losses, key=losses.get) for losses in (first, second))
-    swap = {"Hetero": "Hetero-Inv", "Hetero-Inv": "Hetero"}
-    assert other != order and [swap.get(name, name) for name in other] == order
+    assert order == ["Unconstrained", "All-DGram", "Hetero", "All-Stiefel", "Hetero-Inv"]
+    assert other == ["Unconstrained", "All-DGram", "Hetero-Inv", "Hetero", "All-Stiefel"]
     moved = max(abs(first[name] - second[name]) for name in first)
-    assert f"{moved:.2f}" == "0.02"
+    assert f"{moved:.2f}" == "0.03"
     assert any(abs(a - b) < moved for losses in (first, second) for a, b in pairwise(sorted(losses.values())))
 
 
@@ -289,7 +291,7 @@ CLAIMS = {  # numbers with decimals in the prose: what they say, and where it is
     "2.660": lambda: mean_loss("residual_rules/table.json", residual="geonorm"),
     "2.389": lambda: mean_loss("residual_rules/table.json", residual="pre_norm"),
 }
-ABOVE = {"0.02", "0.01"}  # bounds, which the tests of the seeds and of the rules compare
+ABOVE = {"0.03", "0.01"}  # bounds, which the tests of the seeds and of the rules compare
 
 
 def prose(file):
