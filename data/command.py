@@ -32,7 +32,10 @@ def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
 
 
 def given_settings(cfg: Source, configs: Path = CONFIGS) -> dict[str, Any]:
-    """The settings that decide the tokens and have a value that no file of configs/data with this source has: a command line or an experiment gave them."""
+    """The settings that decide the tokens and have a value that no file of configs/data with this source has.
+
+    A command line or an experiment gave them.
+    """
     files = [_defaults(file, cfg.name) for file in sorted((configs / "data").glob("[!_]*.yaml"))]
     files = [settings for settings in files if settings.get("source") == cfg.source]
     return {key: value for key, value in cfg.content.items() if all(file.get(key, value) != value for file in files)}

@@ -331,11 +331,9 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
 
 
 def _is_of_data(word: str) -> bool:
-    """Whether a word of the command line decides the data; an experiment may choose one."""
+    """Whether a word of the command line decides the data: an experiment may choose one, and hydra.searchpath says where its file lies."""
     key = word.partition("=")[0].lstrip("+~")
-    return key in ("data", "experiment") or key.startswith(
-        ("data.", "hydra.")
-    )  # hydra.searchpath: where a file of data lies
+    return key in ("data", "experiment") or key.startswith(("data.", "hydra."))
 
 
 def _check_of(cfg: Data) -> str:

@@ -70,7 +70,10 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> Tensor:
-    """Take g into the momentum, in place, and return what is stepped along. Where `skip` (0-d bool) is true the momentum stays, whatever g is."""
+    """Take g into the momentum, in place, since the state of each parameter is a view of it; returns what is stepped along.
+
+    Where `skip` (0-d bool) is true the momentum stays, whatever g is.
+    """
     g = torch.where(skip, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
     momentum.copy_(torch.where(skip, momentum, torch.add(g, momentum, alpha=factor)))
     return torch.add(g, momentum, alpha=factor) if nesterov else momentum.clone()
@@ -280,9 +283,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
         g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
         take = self.compiled_advance if g.is_cuda else advance
-        G = take(
-            g, momentum, group["momentum"], group["nesterov"], skip
-        )  # in place: each parameter's state is a view of the momentum
+        G = take(g, momentum, group["momentum"], group["nesterov"], skip)
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
             row_squares = bucket.state.get("row_squares")
