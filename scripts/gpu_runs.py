@@ -56,7 +56,14 @@ SETTINGS = [
     *("log.interval_certificate=null", "checkpoint.interval=1000000", "checkpoint.keep=1", "full_eval=false"),
 ]
 TINY_SETTINGS = [
-    *("experiment=demo", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16"),
+    *(
+        "experiment=demo",
+        "model.vocab_size=auto",
+        "model.n_layer=1",
+        "model.n_head=2",
+        "model.n_embd=16",
+        "model.block_size=16",
+    ),
     *("global_batch_tokens=128", "micro_batch_size=4", "eval_interval=4", "eval_windows=4", "log.interval=1"),
     *("probe.interval=4", "log.interval_spectra=4", "schedule.warmup_steps=2", "full_eval=false"),
 ]
@@ -204,7 +211,7 @@ def work(arguments: list[str]) -> int:
     for name in RUNS:
         check(timed.config(name, first))
     cfg = timed.config(RUNS[0], first)
-    if isinstance(cfg.data, Source):
+    if isinstance(cfg.data, Source) and not Path(cfg.data.dir).exists():
         prepare(cfg.data)
     open_data(cfg)
     if o["prepare"]:

@@ -90,7 +90,7 @@ WRONG = {
     "average=null": "average has no choice null; choose one of ema, none, window",
     "attention=1": "attention has no choice 1; choose one of gated,",
     "optim.library.settings.eps=1e-6": "optim.library.settings.eps is not in the chosen file of configs/optim; "
-    "write +optim.library.settings.eps=1e-6, beside an optimizer of a library, such as optim=adamw",
+    "write +optim.library.settings.eps=1e-6, beside an optimizer of a library, such as optim=sgd",
     "max_steps": "max_steps has no value; write max_steps=<value>",
     "optim.modular.lr=0.1": "optim.modular.lr is no setting here; it belongs to optim=modular",
     "optim.library.lr=0.1": "optim.library.lr is no setting here; it belongs to optim=adamw and optim=lion and optim=sgd",

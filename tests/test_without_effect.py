@@ -51,6 +51,7 @@ CASES = [
         {
             "optim.muon.rule.dual_steps=2": NO_CONDITION,
             "optim.muon.rule.alpha=0.5": NO_CONDITION,
+            "optim.muon.rule.decay_manifolds=true": "no matrix is on a manifold with a retraction",
             "init.mlp_residual_scale=5": AT_ZERO,
             "init_from=x": "resume names a checkpoint",
         },
@@ -116,6 +117,8 @@ def test_the_cases_have_every_reason():
         "optim.always_adamw=[wte,wpe,lm_head,mlp.c_fc] assignment=custom assignment.rules={attn:stiefel,mlp.c_proj:stiefel} "
         "init.weight_scale=2",
         "optim=paper assignment=all_dgram optim.muon.rule.decay_manifolds=true optim.muon.weight_decay=1",
+        "optim=paper assignment=all_stiefel optim.muon.rule.decay_manifolds=true optim.muon.weight_decay=1",
+        "schedule=constant schedule.warmup_steps=30 max_steps=20 schedule.decay_steps=50",
     ],
 )
 def test_what_has_an_effect_or_was_not_given_is_not_named(words):

@@ -26,11 +26,14 @@ def _free_lengths(cfg: Settings) -> bool:
 
 
 def _decays(cfg: Settings) -> bool:
-    """Whether the decay of the matrices may move one: it acts on sizes that a manifold leaves free."""
+    """Whether the decay of the matrices may move one: it acts on sizes that a manifold leaves free.
+
+    `decay_manifolds` of the published step shortens every weight before its step, which the retraction then makes longer.
+    """
     if cfg.optim.library or cfg.optim.modular:
         return True
-    on_lengths = getattr(cfg.optim.muon.rule, "decay_manifolds", True)  # the certified step has no such setting
-    return any(m.free_lengths and on_lengths if m.constrained else m.decays for m in _manifolds(cfg))
+    on_all = getattr(cfg.optim.muon.rule, "decay_manifolds", None)  # the certified step has no such setting
+    return any((m.free_lengths if on_all is None else on_all) if m.constrained else m.decays for m in _manifolds(cfg))
 
 
 def _has_conditions(manifold: Manifold) -> bool:
@@ -61,7 +64,7 @@ def _keeps_scale(cfg: Settings, *parts: str) -> bool:
 def _peaks_late(cfg: Settings) -> bool:
     """Whether the end of the decay changes a learning rate: also a constant one has a warm-up, which may be a share of it or end with it."""
     asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
-    return cfg.schedule.kind != "constant" or 0 < asked < 1 or asked >= updates
+    return cfg.schedule.kind != "constant" or 0 < asked < 1 or asked >= min(updates, cfg.max_steps)
 
 
 def _ranks(cfg: Settings) -> int:
@@ -109,9 +112,14 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ("optim.muon.weight_decay optim.matrices.weight_decay", _decays, "no matrix has a size that is free to decay"),
     ("optim.muon.block_length", lambda c: c.optim.muon.blocks, "optim.muon.blocks cuts no matrix"),
     (
-        "optim.muon.rule.norm_cap optim.muon.rule.retraction optim.muon.rule.decay_manifolds",
+        "optim.muon.rule.norm_cap optim.muon.rule.retraction",
         _free_lengths,
         "no matrix is on a manifold with free column norms, such as dgram",
+    ),
+    (
+        "optim.muon.rule.decay_manifolds",
+        lambda c: any(m.constrained for m in _manifolds(c)),
+        "no matrix is on a manifold with a retraction",
     ),
     (
         "optim.muon.rule.msign_steps",

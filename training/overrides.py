@@ -220,7 +220,7 @@ def problems_of_words(
         elif name.startswith(f"{_RULES}.") and len(config["assignment"].get("rules") or ()):
             found.append(f"{name} is no rule of this assignment; {_OWN_RULES}")
         elif name.startswith(f"{_LIBRARY}.") and not word.startswith("~"):
-            beside = "" if _has(config, _LIBRARY) else ", beside an optimizer of a library, such as optim=adamw"
+            beside = "" if _has(config, _LIBRARY) else ", beside an optimizer of a library, such as optim=sgd"
             found.append(f"{name} is not in the chosen file of configs/optim; write +{word}{beside}")
         elif mapping := _empty_mapping(name, config):
             key, value = name.removeprefix(f"{mapping}."), word.partition("=")[2]

@@ -21,7 +21,7 @@ def searched(study: Study, case: Case) -> list[Axis]:
     """The learning rate; on the sphere also the first step. nGPT normalises its outputs, so its first step is alpha."""
     rule, optimizer = case["residual"], case["optimizer"]
     starts = {"ngpt": Axis("residual.alpha", 0.1), "geonorm_with_norms": Axis(START, 1.0, 6.0)}
-    step = [starts.get(rule, Axis(START, STARTS[optimizer], 6.0))] if rule in SPHERE else []
+    step = [starts.get(rule, Axis(START, STARTS[optimizer], 6.0))] if rule in (*SPHERE, "geonorm") else []
     return [Axis(*RATES[optimizer]), *step]
 
 
