@@ -20,7 +20,7 @@ from torch.profiler import profile
 from model.gpt import GPT
 from model.probes import probe
 from model.spectra import Spectra
-from scripts.command import UsageError
+from scripts.command import UsageError, refuse
 from scripts.timing import NOT_MEASURED, Rows, device, median, note_failure, peak_bytes, steps_together, take_turns
 from training.attention import choose
 from training.average import Average, average_of
@@ -34,6 +34,7 @@ from training.settings import Settings
 from training.signals import Stopped
 from training.step import accumulate, clip
 from training.trace import activities, longest_operations
+from training.validate import problems_of_capture
 
 _TRACED_STEPS = 2  # how many steps a trace shows, if the command line does not say
 
@@ -131,6 +132,7 @@ def trainings_by_assignment(options: dict[str, Any]) -> dict[tuple[str, str, str
                 if key not in found:
                     overrides = [f"model={_size(options)}", f"assignment={assignment}", f"optim={optim}"]
                     cfg = compose([*overrides, *([variant] if variant != "-" else [])])
+                    refuse(problems_of_capture(cfg))
                     if cfg.batches.documents:
                         raise UsageError(f"{variant} cannot be measured: the random tokens are no documents")
                     found[key] = training_of(cfg, options)

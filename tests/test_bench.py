@@ -290,3 +290,9 @@ def test_predictions_are_judged_by_measurements(tmp_path, monkeypatch):
     assert table["hetero"]["measured in"] == "nvidia-h100-80gb-hbm3" and table["all_dgram"]["measured in"] == "-"
     counted = {name: bench_predicted.groups_of(name).total() for name in ("adamw", *bench_predicted.ASSIGNMENTS)}
     assert counted == {name: 0 if name == "adamw" else 48 for name in counted}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records the update")
+def test_an_update_that_cannot_be_captured_is_refused_before_anything_is_measured(capsys, tmp_path):
+    assert bench.main(["train", "variants=capture=true", f"results={tmp_path}"]) == 2
+    assert "the device is a CPU; use capture=false" in capsys.readouterr().err
