@@ -1,13 +1,16 @@
-"""`python -m data.prepare`: what it prepares, what it refuses, and the configurations that it takes."""
+"""`python -m data.prepare`: what it prepares, what it refuses, the configurations that it takes, and the command that messages recommend."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data import sources
-from data.command import CONFIGS
-from data.prepare import main
-from data.shards import open_dataset
+from data.command import CONFIGS, prepare_command
+from data.prepare import main, prepare
+from data.shards import DataError, open_dataset
+from training.config import compose
 
 BOOKS = [f"Book {i}." for i in range(40)]
 
@@ -96,3 +99,46 @@ def test_data_of_a_file_elsewhere_is_prepared(tmp_path, capsys):
     words = [f"hydra.searchpath=[{tmp_path}/my]", "data=letters", f"data.dir={tmp_path}/x", "data.max_tokens=100000"]
     assert main(words) == 0, capsys.readouterr().err
     assert open_dataset(tmp_path / "x").manifest.name == "letters"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data=openwebtext"],
+        ["data=books", "data.tokenizer=bytes"],
+        ["data=books", "data.name=more_books", "data.val_files=b.txt"],
+        ["data=text", "data.name=mine", "data.files=corpus/**/*.txt", "data.val_files=[b.txt]"],
+        [
+            "data=text",
+            "data.name='1e3'",
+            "data.files=['a b.txt','c,d*.txt']",
+            "data.separator=''",
+            "data.column='null'",
+        ],
+        ["data=text", "data.name=stdlib", "data.files=x.txt"],
+        ["data=text", "data.name='a|b $x'", "data.files=x.txt", "data.separator=null", "data.dir=/nowhere"],
+        ["data=fineweb", "data.max_tokens=1000", "data.val_fraction=0.00001"],
+        ["data=hub", "data.name=wiki", "data.repository=wikimedia/wikipedia", "data.revisions=[abc,null]"],
+        ["data=stdlib", "data.dir=somewhere/else", "data.auto_prepare=false"],
+    ],
+    ids=lambda overrides: overrides[1] if len(overrides) > 1 else overrides[0],
+)
+def test_a_recommended_command_prepares_what_was_asked_for(overrides):
+    """Pasted into a shell, the command composes the very settings."""
+    asked = compose(overrides).data
+    words = shlex.split(prepare_command(asked))
+    assert words[:3] == ["python", "-m", "data.prepare"]
+    assert replace(compose(words[3:]).data, auto_prepare=asked.auto_prepare) == asked
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"), [("text", "'data.files=your/folder/*.txt'"), ("hub", "data.repository=owner/name")]
+)
+def test_what_training_does_not_need_is_asked_for_when_the_data_is_missing(tmp_path, source, asked):
+    """As the first lines of configs/data/text.yaml and hub.yaml show: the second command names no files."""
+    cfg = compose([f"data={source}", "data.name=mine"]).data
+    with pytest.raises(DataError, match="no prepared data in data/prepared/mine") as caught:
+        cfg.open()
+    assert str(caught.value).endswith(f": python -m data.prepare data={source} data.name=mine {asked}")
+    with pytest.raises(DataError, match=r"data\.\w+ names no (file|dataset); set it"):
+        prepare(replace(cfg, dir=str(tmp_path / "out")), progress=False)
