@@ -425,7 +425,7 @@ def _check_size(path: Path) -> _Manifest:
 
 
 def _instead_of(path: Path) -> str:
-    """The remedy for a path that is no whole checkpoint: another one if this is a damaged one, or else the newest one near by."""
+    """The remedy for a path that is no whole checkpoint. For a damaged one: an older one. For any other path: the newest one near it."""
     if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
         return _OLDER
     near = (other for folder in (path, path / "checkpoints", path.parent) for other in _checkpoints(folder))
