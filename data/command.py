@@ -51,7 +51,10 @@ def _file_of(cfg: Source, configs: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _defaults(file: Path, name: str) -> dict[str, Any]:
-    """The settings of a file of configs/data and of its `defaults`, under the given name; empty if they cannot be resolved without the rest of configs/."""
+    """The settings of a file of configs/data and of its `defaults`, under the given name.
+
+    Empty if they cannot be resolved without the rest of configs/.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

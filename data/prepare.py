@@ -132,13 +132,13 @@ def _write(work: Progress, shown: bool, workers: int | None) -> Manifest:
 
 def _empty(split: str, splits: Mapping[str, SplitInfo]) -> str:
     total = sum(info.documents for info in splits.values())
-    remedy = (
-        "name other files for it (data.val_files), raise data.val_fraction, or split the text into more documents "
-        "(data.separator='' makes each paragraph one)"
-        if split == "val"
-        else "name more files (data.files) or lower data.val_fraction"
-    )
-    return f"none of the {total} documents fell into the split {split!r}; {remedy}"
+    to_val = split == "val"
+    remedies = [f"name {'other files for it (data.val_files)' if to_val else 'more files (data.files)'}"]
+    if total > 1:  # no share divides one document
+        remedies.append(f"{'raise' if to_val else 'lower'} data.val_fraction")
+    if to_val:
+        remedies.append("split the text into more documents (data.separator='' makes each paragraph one)")
+    return f"none of the {total} documents fell into the split {split!r}; {', or '.join(remedies)}"
 
 
 def _compare(splits: Mapping[str, SplitInfo], cfg: Source) -> dict[str, Any]:

@@ -189,8 +189,8 @@ Tokens = Split | Mixture
 class Dataset:
     """Data that was opened. fingerprint: a checkpoint stores it, so that a run is not resumed on other data.
 
-    separator: the token between documents, None if it is not known. separator_first: whether it begins a document, as in the files of the speedruns; otherwise it
-    ends one.
+    separator: the token between documents, None if it is not known. separator_first: whether it begins a document, as in the files of the
+    speedruns; otherwise it ends one.
     """
 
     fingerprint: str

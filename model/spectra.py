@@ -42,7 +42,10 @@ def _roots(gram: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of alike matrices W (k, m, n) on their device: the Gram matrices (k, n, n) float64 of their tall form, and the residuals (k,)."""
+    """What is measured of alike matrices W (k, m, n), on their device.
+
+    gram: (k, n, n) float64, of their tall form. residual: (k,), the distances from the manifold.
+    """
 
     gram: Tensor
     residual: Tensor | None

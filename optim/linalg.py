@@ -334,8 +334,8 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
 def top_pair(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular value σ (k, 1, 1), from below, of W (k, m, n), and its vectors u (k, m, 1), v (k, n, 1); zero for zero W.
 
-    W at any scale. By WᵀW to the power 2^16, squared n × n: the error of σ is at most about log(n)/2^17 of it, where singular values crowd at the top; u
-    and v are then a mixture of theirs.
+    W at any scale. By WᵀW to the power 2^16, squared n × n: the error of σ is at most about log(n)/2^17 of it, where singular values crowd
+    at the top; u and v are then a mixture of theirs.
     """
     largest = W.abs().amax(dim=(-2, -1), keepdim=True)
     W = W / torch.where(largest > 0, largest, 1)

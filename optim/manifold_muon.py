@@ -102,8 +102,8 @@ class ManifoldMuon(torch.optim.Optimizer):
     are sent and received. A copy, or what a pickle gives back, has them as they were at the start.
 
     Raises:
-        ValueError: with every problem: a parameter is not a matrix, has 16 bits, or cannot be cut into its blocks, a group has no matrices, a manifold
-            is unknown, a radius does not fit it, or SETTINGS does not allow a value.
+        ValueError: with every problem: a parameter is not a matrix, has 16 bits, or cannot be cut into its blocks, a group has no
+            matrices, a manifold is unknown, a radius does not fit it, or SETTINGS does not allow a value.
     """
 
     def __init__(

@@ -31,7 +31,9 @@ def as_operator(p: Tensor, input: str) -> Tensor:
 
 
 def norm_of(p: Tensor, input: str, output: str, exact: bool = False) -> Norm:
-    """The norm of a parameter (at most 2-D; a number is a vector of one) as `as_operator` gives it; its matrix sign by SVD if `exact`, else by an iteration.
+    """The norm of a parameter (at most 2-D; a number is a vector of one) as `as_operator` gives it.
+
+    Its matrix sign is made by SVD if `exact`, else by an iteration.
 
     Raises:
         ValueError: there is no such norm, or the parameter has more dimensions.

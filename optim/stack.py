@@ -41,7 +41,8 @@ class Moved(NamedTuple):
 
     W: new weights (k, m, n). T, scale: the direction that was taken is scale·T, T (k, m, n) of any float dtype and scale (k, 1, 1), 0 where
     none was. level: (k,) float32, what the next step of each matrix is to take. fallback: (k,) bool, whether this step was made
-    exactly, or failed: its direction was lost in rounding, or its trial point did not land. row_squares: the new mean squares of rows, where the stack's `refine` keeps them.
+    exactly, or failed: its direction was lost in rounding, or its trial point did not land. row_squares: the new mean squares of rows, where
+    the stack's `refine` keeps them.
     """
 
     W: Tensor

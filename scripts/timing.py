@@ -47,7 +47,10 @@ def device_folder() -> str:
 
 
 def steps_together() -> int:
-    """How many training steps are timed as one. A single step on a GPU begins with an idle device and ends with a wait; those of training do not."""
+    """How many training steps are timed as one.
+
+    A single step on a GPU begins with an idle device and ends with a wait; those of training do not.
+    """
     return 4 if torch.cuda.is_available() else 1
 
 

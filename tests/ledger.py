@@ -1,4 +1,4 @@
-"""A ledger of the tests: how each ended is written at once, so that a run that is cut off loses nothing, and the next one leaves out what passed."""
+"""A ledger of the tests: how each ended is written at once. A run that is cut off loses nothing, and the next one leaves out what passed."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The update as a graph, with a stand-in that repeats recorded operations on recorded tensors, as a CUDA graph does; tests/cuda has the real one."""
+"""The update as a graph, with a stand-in that repeats recorded operations on recorded tensors, as a CUDA graph does.
+
+tests/cuda has the real one.
+"""
 
 import pytest
 import torch

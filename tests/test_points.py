@@ -1,4 +1,4 @@
-"""Points of the map of optimizers: sets of matrices that no Gram projector describes, refined directions, and steps of blocks as long as the whole."""
+"""Points of the map of optimizers: sets without a Gram projector, refined directions, and steps of blocks as long as the whole."""
 
 import math
 from pathlib import Path

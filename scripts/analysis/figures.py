@@ -80,7 +80,8 @@ def draw(groups: Groups, directory: Path) -> list[Path]:
 def draw_losses(groups: Groups, path: Path) -> Path:
     """Draw validation loss over steps: all of training on the left, its second half with the names of the curves on the right.
 
-    Of a group with several seeds, the mean stands in a band from the lowest to the highest seed. A cross marks the step at which a run became unstable.
+    Of a group with several seeds, the mean stands in a band from the lowest to the highest seed. A cross marks the step at which a run
+    became unstable.
     """
     with picture(path, 9.2, 3.9) as figure:
         whole, end = figure.subplots(1, 2, width_ratios=(1, 1.15))

@@ -41,7 +41,8 @@ def tables(study: Study) -> list[Table]:
 
 
 EXPERIMENT = Experiment(
-    hypothesis="Which point of the family reaches the lowest loss, if each is searched by the same rule over rate and decay?\nearlier= names the table.json of other commands of it, with whose losses the table may compare.",
+    hypothesis="Which point of the family reaches the lowest loss, if each is searched by the same rule over rate and decay?\n"
+    "earlier= names the table.json of other commands of it, with whose losses the table may compare.",
     base=("experiment=family",),
     axes={"optimizer": {name: overrides for name, (overrides, _, _) in POINTS.items()}, "max_steps": "100,400"},
     search=Search(searched, along="max_steps"),

@@ -41,7 +41,8 @@ def curves(study: Study) -> dict[str, dict[float, Difference]]:
 
 COLUMNS = [case("steps", "max_steps"), case("arm", "arm"), HELD_OUT, STATUS]
 EXPERIMENT = Experiment(
-    hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?\nearlier= names the table.json of other commands of it: the picture shows their losses too, and the table may compare with them.",
+    hypothesis="Do the constrained assignments close up on Unconstrained as training gets longer, each at its own best rate and decay?\n"
+    "earlier= names the table.json of other commands of it: the picture shows their losses too, and the table may compare with them.",
     base=("experiment=horizon",),
     axes={"arm": {**ADAMW, **OURS, **THEIRS}, "max_steps": "250,1000,4000,16000"},
     derived=lambda study, case: COMPILED if case["arm"] in OURS and case["max_steps"] == "16000" else [],
