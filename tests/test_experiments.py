@@ -362,6 +362,12 @@ def test_a_cluster_may_have_what_this_machine_lacks(monkeypatch):
         check_all(study("blocks"))
 
 
+def test_an_experiment_without_its_data_is_refused_before_the_first_run(tmp_path, capsys):
+    words = ["data=text", "data.name=lost", f"data.dir={tmp_path}/lost"]
+    assert experiment.main(["blocks", *words, f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]) == 2
+    assert capsys.readouterr().err.count("there is no prepared data") == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_exponents_are_asked_of_assignments_that_exist(tmp_path, capsys):
     own = [f"output_dir={tmp_path}/runs", f"results={tmp_path}/results"]
     for words in (["assignments=adamw,hetro"], ["scan=-1"]):

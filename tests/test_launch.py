@@ -270,6 +270,17 @@ def test_jobs_of_a_cluster_are_checked_without_this_machine(monkeypatch):
     assert wrong_jobs(words, jobs_of(words)) is None
 
 
+def test_a_sweep_without_its_data_is_refused_before_it_begins(tmp_path, monkeypatch):
+    """A sweep that is there may be finished: it is continued job by job."""
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep.name=lost", "data=text", "data.name=lost", "seed=1,2"]
+    [problem] = wrong_jobs(words, jobs_of(words)).problems
+    assert "there is no prepared data" in problem and "python -m data.prepare data=text" in problem
+    assert wrong_jobs([*words, "hydra/launcher=basic"], jobs_of(words)) is None and list(tmp_path.iterdir()) == []
+    (tmp_path / "outputs/lost").mkdir(parents=True)
+    assert wrong_jobs(words, jobs_of(words)) is None
+
+
 def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fails(tiny, tmp_path, train_here):
     missing = tmp_path / "none.safetensors"
     words = ["-m", *tiny[:-1], "assignment=adamw", f"init_from={missing},null", "max_steps=10", "sweep.name=mine"]

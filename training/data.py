@@ -50,6 +50,19 @@ def require_as_prepared(cfg: Settings, dataset: Dataset) -> None:
         )
 
 
+def problems_of_data(cfg: Settings) -> list[str]:
+    """What keeps a run from beginning on its data; nothing is known of data that the run itself prepares (`data.auto_prepare`)."""
+    if isinstance(cfg.data, Source) and cfg.data.auto_prepare:
+        return []
+    try:
+        require_as_prepared(cfg, open_data(cfg))
+    except ConfigError as error:
+        return error.problems
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
 def batches_of(cfg: Settings, train: Tokens, rank: int, world: int) -> Loader:
     """The training batches of a rank, in the order of `batches.order`.
 

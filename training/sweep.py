@@ -24,6 +24,7 @@ import yaml
 from data.parallel import available_cores
 from training.checks import USER_ERRORS, check, read
 from training.config import compose, resolved
+from training.data import problems_of_data
 from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
@@ -77,7 +78,9 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
 
 
 def check_jobs(jobs: Sequence[tuple[str, Sequence[str]]], here: bool) -> None:
-    """Check the configuration of every job before the first one is run.
+    """Check the configuration of every job before the first one is run, and the data unless the directory of the sweep exists.
+
+    A sweep that is continued may be finished, and then needs no data.
 
     Args:
         jobs: for each, what distinguishes it, and its overrides of train.py.
@@ -92,6 +95,8 @@ def check_jobs(jobs: Sequence[tuple[str, Sequence[str]]], here: bool) -> None:
             cfg = compose(overrides)
             if here:
                 check(cfg)
+                if not Path("outputs", cfg.sweep.name).exists() and (problems := problems_of_data(cfg)):
+                    raise ConfigError(problems)
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(name)

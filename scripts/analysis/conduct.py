@@ -17,6 +17,7 @@ from scripts.analysis.tables import ENDS, footer, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
 from training.config import compose
+from training.data import problems_of_data
 from training.engine import Job, run_all
 from training.run import environment
 from training.validate import ConfigError
@@ -46,7 +47,7 @@ class Conductor:
             UsageError, ConfigError: something is wrong, and nothing was run; or no run has ended, and the experiment has no table without runs.
         """
         study = self.study
-        check_all(study, here=not self.launcher)
+        check_all(study, here=not self.launcher, begins=self.workers > 0 and not self.parent.exists())
         for cases in study.stages():
             if study.experiment.search:
                 self._search(cases)
@@ -127,10 +128,10 @@ class Conductor:
 # ---- before the first run ----
 
 
-def check_all(study: Study, here: bool = True) -> None:
+def check_all(study: Study, here: bool = True, begins: bool = False) -> None:
     """Check each case, with the values at which its search starts, and each seed.
 
-    here: whether the runs use this machine; if not, only the values are checked.
+    here: whether the runs use this machine; if not, only the values are checked. begins: whether no run has begun, so that all need their data.
 
     Raises:
         UsageError, ConfigError: something is wrong. Cases after the first that has no new problem are not checked.
@@ -147,6 +148,8 @@ def check_all(study: Study, here: bool = True) -> None:
             cfg = compose(study.job(Path(), case, seed, study.settings(case), start).overrides)
             if here:
                 check(cfg)
+                if begins and (found := problems_of_data(cfg)):
+                    raise ConfigError(found)
         except ConfigError as error:
             if problems.keys() >= {*error.problems}:
                 break  # it is wrong in every case, and each takes a second
