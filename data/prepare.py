@@ -115,7 +115,7 @@ def _write(work: Progress, shown: bool, workers: int | None) -> Manifest:
     splits = {writer.split: writer.finish() for writer in (work.train, work.val)}
     for split, info in splits.items():
         if not info.tokens:
-            raise DataError(_empty(split, splits))
+            raise DataError(_empty(split, splits, cfg))
     return Manifest(
         format=FORMAT,
         name=cfg.name,
@@ -130,15 +130,23 @@ def _write(work: Progress, shown: bool, workers: int | None) -> Manifest:
     )
 
 
-def _empty(split: str, splits: Mapping[str, SplitInfo]) -> str:
+def _empty(split: str, splits: Mapping[str, SplitInfo], cfg: Source) -> str:
+    """Why a split has no documents, with the remedies that this source has."""
     total = sum(info.documents for info in splits.values())
-    to_val = split == "val"
-    remedies = [f"name {'other files for it (data.val_files)' if to_val else 'more files (data.files)'}"]
-    if total > 1:  # no share divides one document
-        remedies.append(f"{'raise' if to_val else 'lower'} data.val_fraction")
-    if to_val:
+    of_files, own_files = hasattr(cfg, "val_files"), bool(getattr(cfg, "val_files", None))
+    remedies = []
+    if of_files:
+        remedies.append(
+            "name other files for it (data.val_files)" if split == "val" else "name more files (data.files)"
+        )
+    if total != 1 and not own_files:  # no share divides one document
+        remedies.append(f"{'raise' if split == 'val' else 'lower'} data.val_fraction")
+    if cfg.max_tokens is not None:
+        remedies.append("raise data.max_tokens")
+    if split == "val" and of_files:
         remedies.append("split the text into more documents (data.separator='' makes each paragraph one)")
-    return f"none of the {total} documents fell into the split {split!r}; {', or '.join(remedies)}"
+    remedy = ", or ".join(remedies) or "choose a source with more documents"
+    return f"none of the {total} documents fell into the split {split!r}; {remedy}"
 
 
 def _compare(splits: Mapping[str, SplitInfo], cfg: Source) -> dict[str, Any]:
@@ -333,7 +341,7 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
 def _is_of_data(word: str) -> bool:
     """Whether a word of the command line decides the data: an experiment may choose one, and hydra.searchpath says where its file lies."""
     key = word.partition("=")[0].lstrip("+~")
-    return key in ("data", "experiment") or key.startswith(("data.", "hydra."))
+    return key in ("data", "experiment", "hydra.searchpath") or key.startswith("data.")
 
 
 def _check_of(cfg: Data) -> str:

@@ -179,12 +179,10 @@ class Direction(NamedTuple):
     """T (k, m, n), in the precision of the products; scale (k, 1, 1) float32: 1 / max(1, ‖T‖₂), or 0 where there is no direction.
 
     There is none where G is zero, or where it `failed` (k,): G is not finite, or what is tangent in G is lost in the rounding of the products.
-    share (k,): the size of what is tangent, relative to ‖G‖_F; infinite where G is zero, and 0 where nothing is known.
     """
 
     T: Tensor
     scale: Tensor
-    share: Tensor
     failed: Tensor
 
 
@@ -198,10 +196,9 @@ def direction_of(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
     size_of_G, G = frobenius(G), G.to(mm.dtype)
     T, size = tangent_sign(W, G, manifold, effort, mm)
     norm = largest_eigenvalue(lambda v: mm.times_vector(T.mT, mm.times_vector(T, v)), T, TALL_NORM_STEPS).sqrt()
-    share = torch.where(given & norm.isfinite(), ratio(size, size_of_G), 0)
-    found = share > least_share(W, manifold, mm)  # false where it is NaN
-    share = torch.where(largest == 0, torch.inf, share).flatten()
-    return Direction(T, torch.where(found, 1 / norm.clamp_min(1), 0), share, (~found & (largest != 0)).flatten())
+    # Both comparisons are false where a number is NaN.
+    found = given & norm.isfinite() & (ratio(size, size_of_G) > least_share(W, manifold, mm))
+    return Direction(T, torch.where(found, 1 / norm.clamp_min(1), 0), (~found & (largest != 0)).flatten())
 
 
 # ---- 5. retract ----
@@ -276,7 +273,6 @@ def step(
     norm_cap: float | None = None,
     whole: tuple[int, int] | None = None,
     refine: Refine | None = None,
-    unresolved: float = 0.0,
 ) -> Moved:
     """One update of tall W (k, m, n) float32 on its manifold along momentum G, at any scale. Pure, without a host sync.
 
@@ -289,12 +285,11 @@ def step(
             norm_cap: no free length grows longer.
         whole: the shape of the parameter of which the matrices are blocks, if its step is to be as long as without the cut, see `reach`.
         refine: what happens to the direction before it is taken, see optim/refine.py.
-        unresolved: in an exact step, the share of what is tangent up to which the ordinary step fails, so that the next one is exact too.
 
     Returns:
         Moved. Where there is no direction, or V did not land, the weight is kept bitwise.
     """
-    T, scale, share, failed = direction_of(W, G, manifold, effort, mm)
+    T, scale, failed = direction_of(W, G, manifold, effort, mm)
     moving, failed = (scale.flatten() > 0) & ~skip, failed & ~skip
     row_squares = None
     if refine is not None:
@@ -312,7 +307,6 @@ def step(
     else:
         new = manifold.move(W, G, trial, far, shrink)
         landed, wanted = torch.ones_like(moving), torch.zeros_like(level)
-    wanted = torch.where(share <= unresolved, 2, wanted)
     taken = (moving & landed)[:, None, None]
     return Moved(
         torch.where(taken, new, W),
@@ -395,9 +389,11 @@ class CertifiedStep:
             moved = call(*given, products_for(W.device, self.products), highest=min(stack.highest, 1), **settings)
             if stack.highest < 2:
                 return moved
-            unresolved = least_share(W, manifold, products_for(W.device, self.products))
             # Rare: not worth a compilation.
-            exact = step(*given, Products("float32"), highest=2, unresolved=unresolved, **settings)
+            exact = step(*given, Products("float32"), highest=2, **settings)
+            # Where the ordinary step fails and this one is taken, the next one is exact too.
+            again = moved.level.eq(2) & (exact.scale.flatten() > 0)
+            exact = exact._replace(level=torch.where(again, 2, exact.level))
             asked = level.eq(2)
             pairs = zip(exact, moved)
             return Moved(

@@ -282,9 +282,9 @@ def matrix_sign(
 
 def skew_sign(K: Tensor, steps: int, lower: float, mm: Products) -> Tensor:
     """The orthogonal skew factor (k, n, n) of skew K (k, n, n): its singular values above lower·‖K‖ to 1. 3·steps products."""
-    square = mm(K, K)  # (k, n, n) = -KᵀK
+    square = mm.in_float32(K, K)  # (k, n, n) = -KᵀK; a small K squared leaves float16
     size = frobenius(square)
-    X, square = over(K, size.sqrt()), over(square, size)
+    X, square = over(K, size.sqrt()).to(mm.dtype), over(square, size).to(mm.dtype)
     for i, (a, b, c) in enumerate(sign_coefficients(steps, lower)):
         square = mm(X, X) if i else square
         X = mm.add(X, a, X, mm.add(square, -b, square, square, alpha=c))

@@ -67,8 +67,8 @@ class PublishedStep:
 
     dual_steps, alpha: see `dual_ascent`.  msign_steps, msign_dtype: the matrix sign, also inside the Stiefel retraction.
     iterator: another matrix sign in its place, everywhere; it has its own number of steps. [ours, off]
-    decay_manifolds: whether weight decay also shrinks weights on a manifold, which the published code leaves out; it acts on DGram's
-    column norms alone, the other retractions undo it. [ours, off]
+    decay_manifolds: whether weight decay also shrinks weights on a manifold, which the published code leaves out: it shortens DGram's
+    columns; elsewhere the retraction makes a longer step of it. [ours, off]
     retraction: of manifolds whose columns have free lengths (DGram): "sorted_svd", as published, or "manifold", the class's own. [ours]
 
     Raises:

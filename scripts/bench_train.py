@@ -160,16 +160,23 @@ def training_rows(options: dict[str, Any]) -> Rows:
             rate = training.tokens / row["step s"]
             row |= {"tokens/s": rate, "MFU": rate * training.model.flops_per_token() / peak if peak else "n/a"}
         rows.append(row)
-    with suppress(Stopped):
-        for row, (key, training) in zip(rows, trainings.items()):
-            try:
-                if seconds := times[key]:
-                    update = statistics.median(training.update_seconds()[-len(seconds) * together :])
-                    row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
-                    most = peak_bytes(training.step, training.tensors())
-                    row["peak GiB"] = "n/a" if most is None else most / 2**30
-            except Exception:
-                note_failure(key)
+
+    def read_update(row: dict[str, Any], key: tuple[str, str, str]) -> None:
+        update = statistics.median(trainings[key].update_seconds()[-len(times[key]) * together :])
+        row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
+
+    def measure_memory(row: dict[str, Any], key: tuple[str, str, str]) -> None:
+        most = peak_bytes(trainings[key].step, trainings[key].tensors())
+        row["peak GiB"] = "n/a" if most is None else most / 2**30
+
+    with suppress(Stopped):  # what is known already comes first
+        for complete in (read_update, measure_memory):
+            for row, key in zip(rows, trainings):
+                try:
+                    if times[key]:
+                        complete(row, key)
+                except Exception:
+                    note_failure(key)
     return rows
 
 

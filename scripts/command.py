@@ -26,12 +26,13 @@ def parse(
     arguments: Sequence[str],
     defaults: Mapping[str, Any],
     problems_of: Callable[[list[str], dict[str, Any]], Iterable[str]] = lambda others, options: (),
+    overrides: bool = False,
 ) -> tuple[list[str], dict[str, Any]]:
     """Split a command line into its other arguments and the options named in `defaults`, each of its default's type.
 
     The directories of a sweep have a `=` in their names. So an argument that does not begin with a known key is an other argument, unless
     the key is almost one of them, and no setting of train.py. problems_of: what else is wrong with the two, a line each; an option whose
-    value is not of its type has its default there.
+    value is not of its type has its default there. overrides: whether the other arguments may be settings of train.py.
 
     Raises:
         UsageError: a key is misspelt, or a value is not of the option's type, or there are other problems. The message lists all.
@@ -40,7 +41,7 @@ def parse(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in defaults:
-            misspelt = _misspelt(argument, defaults) if equals else []
+            misspelt = _misspelt(argument, defaults, overrides) if equals else []
             problems += misspelt
             others += [] if misspelt else [argument]
             continue
@@ -62,11 +63,12 @@ def parse(
     return others, options
 
 
-def _misspelt(argument: str, defaults: Mapping[str, Any]) -> list[str]:
+def _misspelt(argument: str, defaults: Mapping[str, Any], overrides: bool) -> list[str]:
     """What is wrong with an argument `key=value` whose key is no option, if it is one that was misspelt or has dashes."""
     key, bare = argument.partition("=")[0], argument.lstrip("-")
     if bare != argument:
-        there = key.lstrip("-").partition(".")[0] in {*defaults, *top_names()}
+        name = bare.partition("=")[0].partition(".")[0]
+        there = name in defaults or (overrides and (name in top_names() or name.startswith("hydra")))
         meant = f"write it without dashes: {bare}" if there else f"choose of {_listed(defaults)}, without dashes"
         return [f"{argument} is no option; {meant}"]
     near = get_close_matches(key, list(defaults), 1, _ALMOST) if key.isidentifier() else []
@@ -146,8 +148,9 @@ def run(work: Callable[[list[str]], int], description: str, arguments: Sequence[
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "-h" in arguments or "--help" in arguments:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
-        print(description.strip())
+        before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
+        print(description.strip(), flush=True)
+        signal.signal(signal.SIGPIPE, before)
         return 0
     from training.checks import USER_ERRORS
     from training.overrides import REFUSALS

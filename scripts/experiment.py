@@ -87,7 +87,7 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
     axes = {axis: experiment.values(axis) for axis in experiment.axes}
     own = {"workers": experiment.workers, "output_dir": "", "results": ""}
     lists = {"seeds": experiment.seeds, "around": ",".join(experiment.around.values())}
-    words, options = parse(arguments, {**axes, **lists, **own, **experiment.all_options})
+    words, options = parse(arguments, {**axes, **lists, **own, **experiment.all_options}, overrides=True)
     searches = dict.fromkeys(SEARCH_OPTIONS, "this experiment searches nothing")
     refuse(without_effect(words, searches | dict.fromkeys(EXTEND_OPTIONS, "this experiment extends no axis")))
     refuse([f"{key}={options[key]} is below 0; {zero}" for key, zero in ZEROS.items() if options.get(key, 0) < 0])

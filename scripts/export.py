@@ -121,7 +121,7 @@ def _remove(path: Path) -> None:
 
 def problems_of_export(others: list[str], options: dict[str, Any]) -> list[str]:
     """What is wrong with the words besides the options, which must be a run and a file, whose name may have a `=`."""
-    if len(others) == 2:
+    if len(others) == 2 and (Path(others[1]).suffix or not others[1].partition("=")[0].isidentifier()):
         return problems_of_names(others[:1], options, 1, "the first word must be a run")
     remedy = "name a run and the file to write: python scripts/export.py outputs/first gpt.pt"
     return problems_of_names(others, options, 2, remedy)

@@ -107,7 +107,7 @@ def options_of(arguments: Sequence[str]) -> tuple[list[str], Options]:
         UsageError: a value is impossible.
     """
     defaults = {"seconds": 560, "work": "outputs/gpu_check_work", "out": os.environ.get("OUT") or "outputs/gpu_check"}
-    words, given = parse(arguments, {**defaults, "results": "", "micro_batch_size": 64, "tiny": False})
+    words, given = parse(arguments, {**defaults, "results": "", "micro_batch_size": 64, "tiny": False}, overrides=True)
     if min(given["seconds"], given["micro_batch_size"]) < 1:
         raise UsageError("seconds= and micro_batch_size= must be positive whole numbers; the defaults are 560 and 64")
     data = [word for word in words if word.startswith(("data=", "data."))]

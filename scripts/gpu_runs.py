@@ -44,7 +44,7 @@ from scripts.reproduce import ASSIGNMENTS
 from train import train
 from training.checks import check
 from training.config import compose
-from training.data import open_data
+from training.data import holds_files, open_data, require_as_prepared
 from training.log import read_records
 from training.settings import Settings
 from training.validate import problems_of_directory
@@ -200,7 +200,7 @@ def work(arguments: list[str]) -> int:
     """Train; then print and write the table, also if the training was stopped."""
     options: dict[str, Any] = {"folder": "", "results": "", "seconds": 500, "micro_batch_size": 0}
     options |= {"tiny": False, "prepare": False}
-    overrides, o = parse(arguments, options)
+    overrides, o = parse(arguments, options, overrides=True)
     if not (o["folder"] and o["results"]):
         raise UsageError("give folder= for the runs and results= for the table; see --help")
     refuse([problem for key in ("folder", "results") for problem in problems_of_directory(Path(o[key]), key)])
@@ -211,9 +211,11 @@ def work(arguments: list[str]) -> int:
     for name in RUNS:
         check(timed.config(name, first))
     cfg = timed.config(RUNS[0], first)
-    if isinstance(cfg.data, Source) and not Path(cfg.data.dir).exists():
+    if isinstance(cfg.data, Source) and not holds_files(cfg.data.dir):
         prepare(cfg.data)
-    open_data(cfg)
+    dataset = open_data(cfg)
+    if not any(timed.folder.glob("*/metrics.jsonl")):
+        require_as_prepared(cfg, dataset)
     if o["prepare"]:
         return 0
     try:

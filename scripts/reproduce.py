@@ -49,7 +49,7 @@ from scripts.analysis.tables import (
 from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run
 from training.checks import check
 from training.config import compose
-from training.data import open_data
+from training.data import open_data, require_as_prepared
 from training.engine import Job, run_here
 from training.files import write_whole
 from training.log import METRICS_FILE
@@ -99,7 +99,7 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     Raises:
         UsageError, ConfigError, DataError: the command line or a configuration is wrong.
     """
-    words, options = parse(arguments, {"scale": "demo", "seeds": "", "results": "", "output_dir": ""})
+    words, options = parse(arguments, {"scale": "demo", "seeds": "", "results": "", "output_dir": ""}, overrides=True)
     overrides = [word for word in words if word != "--accept"]
     refuse_keys(overrides, REPRODUCE_KEYS)
     scale = options["scale"]
@@ -124,7 +124,9 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     for cfg, job in zip(configurations, jobs.values()):
         check(cfg)
         finished(cfg, job.directory, "give another output_dir=")
-    open_data(configurations[0])
+    dataset = open_data(configurations[0])
+    if not any((job.directory / METRICS_FILE).exists() for job in jobs.values()):
+        require_as_prepared(configurations[0], dataset)
     return Plan(scale, overrides, None if others else name, results, jobs, "--accept" in words, options["seeds"])
 
 

@@ -179,6 +179,9 @@ def test_options_of_scripts_are_not_misspelt():
         parse(["target=nan"], {"target": 3.5})
     for word in ("seeds=3", "optim.muon.lr=1"):
         with pytest.raises(UsageError, match=f"--{word} is no option; write it without dashes: {word}"):
+            parse([f"--{word}"], {"seeds": ""}, overrides=True)
+    for word in ("optim.muon.lr=1", "device=cpu"):  # of a script that takes no settings
+        with pytest.raises(UsageError, match=f"--{word} is no option; choose of seeds=, without dashes"):
             parse([f"--{word}"], {"seeds": ""})
     with pytest.raises(UsageError, match="--foo=3 is no option; choose of seeds=, workers=, without dashes"):
         parse(["--foo=3"], {"seeds": "", "workers": 1})

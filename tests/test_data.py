@@ -24,7 +24,6 @@ from data.settings import Data
 from data.shards import DataError, open_dataset
 from data.tokenizer import get_tokenizer
 from training.config import compose
-from training.data import require_as_prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = [f"Book {i}.\n\nÉtude — 文字 number {i}.\n" + "word " * i for i in range(40)]
@@ -263,29 +262,6 @@ def test_other_settings_are_refused(tmp_path, prepared):
         DataError, match=r"other settings \(split_seed: 2357 there, 7 asked\); move .* elsewhere .* or set data\.dir"
     ):
         prepare(text_config(tmp_path, split_seed=7), progress=False)
-
-
-def test_settings_that_training_gives_must_be_those_of_the_preparation(prepared):
-    """Else they would be recorded, and have no effect. What a file of configs/data says, such as files, is not given."""
-
-    def begin(*words):
-        cfg = compose([*words, f"data.dir={prepared}", "data.tokenizer=bytes"])
-        require_as_prepared(cfg, cfg.data.open())
-
-    begin("data=text")
-    begin("data=text", "data.val_fraction=0.1")
-    begin("data=books", "data.name=corpus")  # as in configs/experiment/horizon.yaml
-    begin("data=books", "data.name=corpus", "data.val_files=null")
-    with pytest.raises(
-        DataError, match=r"max_tokens: None there, 5 asked, files: .* there, 'x.txt' asked.*; leave out"
-    ):
-        begin("data=text", "data.max_tokens=5", "data.files=x.txt")
-    with pytest.raises(DataError, match=r"\(files: .* there, 'x.txt' asked\); leave out data.files to use it"):
-        begin("data=books", "data.name=corpus", "data.files=x.txt")
-    with pytest.raises(
-        DataError, match=r"\(val_fraction: 0.1 there, 0.9 asked\); leave out data.val_fraction to use it"
-    ):
-        begin("data=text", "data.name=stdlib", "data.val_fraction=0.9")
 
 
 def test_changed_files_are_refused_and_removed_ones_are_not_needed(tmp_path, prepared):

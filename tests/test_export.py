@@ -298,6 +298,7 @@ def test_a_run_below_a_folder_named_checkpoints_is_a_whole_run(tmp_path):
 def test_the_name_of_the_file_may_have_an_equals_sign(run, tmp_path):
     assert export.main([str(run), str(tmp_path / "lr=0.1.pt")]) == 0
     assert export.problems_of_export(["outputs/x", "lr=0.1.pt"], {}) == []
+    assert "format=hf is no option" in export.problems_of_export(["outputs/x", "format=hf"], {"to": ""})[0]
     assert "foo=1 is no option" in export.problems_of_export(["foo=1", "gpt.pt"], {})[0]
 
 

@@ -47,14 +47,30 @@ def test_the_least_share_of_what_is_tangent_has_room(name, monkeypatch):
     assert certify(W, G, direction(W, G, name, "float16"), name).feas.min() > 0.85
 
 
-def test_a_square_stiefel_matrix_bears_more():
-    """Its closed form squares nothing."""
+def square_and_skew(n, k=4):
+    """W on Stiefel and a skew matrix of norm 1 (k, n, n)."""
     torch.manual_seed(0)
-    W, S = (torch.randn(4, 32, 32) for _ in range(2))
-    W = MANIFOLDS["stiefel"].retract(W)
-    skew, symmetric = (0.5 * X / torch.linalg.matrix_norm(X, keepdim=True) for X in (S - S.mT, S + S.mT))
-    G = W @ (symmetric + 0.1 * skew)
+    W, S = (torch.randn(k, n, n) for _ in range(2))
+    skew = S - S.mT
+    return MANIFOLDS["stiefel"].retract(W), skew / torch.linalg.matrix_norm(skew, keepdim=True)
+
+
+def test_a_square_stiefel_matrix_bears_more():
+    W, skew = square_and_skew(32)
+    S = torch.randn_like(W)
+    G = W @ ((S + S.mT) / torch.linalg.matrix_norm(S + S.mT, keepdim=True) + 0.1 * skew)
     assert certify(W, G, direction(W, G, "stiefel", "bfloat16"), "stiefel").feas.min() > 0.95
+
+
+@pytest.mark.parametrize(("turned", "share"), [(True, 0.005), (True, 0.02), (False, 0.01)])
+def test_one_large_entry_of_a_square_momentum_hides_nothing(turned, share):
+    """What is tangent beside it is so small that its squares leave float16."""
+    W, skew = square_and_skew(64)
+    W = W if turned else torch.eye(64).expand_as(W).contiguous()
+    normal = torch.zeros_like(W)
+    normal[:, 0, 0] = 1
+    G = W @ (normal + share * skew)
+    assert certify(W, G, direction(W, G, "stiefel", "float16"), "stiefel").feas.min() > 0.95
 
 
 @pytest.mark.parametrize("name", SHAPES)

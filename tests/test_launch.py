@@ -279,6 +279,7 @@ def test_a_sweep_without_its_data_is_refused_before_it_begins(tmp_path, monkeypa
     assert wrong_jobs([*words, "hydra/launcher=basic"], jobs_of(words)) is None and list(tmp_path.iterdir()) == []
     (tmp_path / "outputs/lost").mkdir(parents=True)
     assert wrong_jobs(words, jobs_of(words)) is None
+    assert wrong_jobs([*words, "hydra.sweep.dir=elsewhere"], jobs_of(words)) is not None
 
 
 def test_a_sweep_skips_what_is_finished_resumes_what_is_not_and_outlives_what_fails(tiny, tmp_path, train_here):

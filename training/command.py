@@ -185,7 +185,9 @@ def wrong_jobs(words: Sequence[str], jobs: Sequence[tuple[str, list[str]]]) -> E
     try:
         if problems := problems_of_words(plain, sweep=True)[0]:  # they concern all jobs
             raise error_of_words(plain, ConfigError(problems), sweep=True)
-        check_jobs(jobs, here=not any(word.startswith("hydra/launcher=") for word in words))
+        own = [word.partition("=")[2] for word in words if word.startswith("hydra.sweep.dir=")]
+        here = not any(word.startswith("hydra/launcher=") for word in words)
+        check_jobs(jobs, here, own[-1] if own else None)
     except USER_ERRORS as error:
         return error
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from data.command import given_settings
@@ -50,17 +52,32 @@ def require_as_prepared(cfg: Settings, dataset: Dataset) -> None:
         )
 
 
-def problems_of_data(cfg: Settings) -> list[str]:
-    """What keeps a run from beginning on its data; nothing is known of data that the run itself prepares (`data.auto_prepare`)."""
-    if isinstance(cfg.data, Source) and cfg.data.auto_prepare:
-        return []
-    try:
-        require_as_prepared(cfg, open_data(cfg))
-    except ConfigError as error:
-        return error.problems
-    except DataError as error:
-        return [str(error)]
-    return []
+class DataCheck:
+    """What keeps runs from beginning on their data. Data that several of them have are opened once."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, list[str]] = {}
+
+    def __call__(self, cfg: Settings) -> list[str]:
+        """The problems; none of data that the run itself prepares (`data.auto_prepare`)."""
+        if isinstance(cfg.data, Source) and cfg.data.auto_prepare and not holds_files(cfg.data.dir):
+            return []
+        begins = cfg.resume in ("never", "auto")  # else at a checkpoint
+        key = repr((cfg.data, cfg.model.vocab_size, begins))
+        if key not in self.known:
+            self.known[key] = []
+            try:
+                dataset = open_data(cfg)
+                if begins:
+                    require_as_prepared(cfg, dataset)
+            except (ConfigError, DataError) as error:
+                self.known[key] = error.problems if isinstance(error, ConfigError) else [str(error)]
+        return self.known[key]
+
+
+def holds_files(directory: str) -> bool:
+    """Whether there is such a directory, and something in it."""
+    return Path(directory).is_dir() and any(Path(directory).iterdir())
 
 
 def batches_of(cfg: Settings, train: Tokens, rank: int, world: int) -> Loader:

@@ -24,7 +24,7 @@ import yaml
 from data.parallel import available_cores
 from training.checks import USER_ERRORS, check, read
 from training.config import compose, resolved
-from training.data import problems_of_data
+from training.data import DataCheck
 from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
@@ -77,7 +77,7 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
             add_cost(directory, time.perf_counter() - started)
 
 
-def check_jobs(jobs: Sequence[tuple[str, Sequence[str]]], here: bool) -> None:
+def check_jobs(jobs: Sequence[tuple[str, Sequence[str]]], here: bool, directory: str | None = None) -> None:
     """Check the configuration of every job before the first one is run, and the data unless the directory of the sweep exists.
 
     A sweep that is continued may be finished, and then needs no data.
@@ -85,17 +85,20 @@ def check_jobs(jobs: Sequence[tuple[str, Sequence[str]]], here: bool) -> None:
     Args:
         jobs: for each, what distinguishes it, and its overrides of train.py.
         here: whether the jobs run on this machine; if not, only the values are checked.
+        directory: of the sweep; None for outputs/<sweep.name>.
 
     Raises:
         ConfigError: some are wrong. It lists each problem once, with the first job that has it if others do not.
     """
     found: dict[str, list[str]] = {}
+    problems_of_data = DataCheck()
     for name, overrides in jobs:
         try:
             cfg = compose(overrides)
             if here:
                 check(cfg)
-                if not Path("outputs", cfg.sweep.name).exists() and (problems := problems_of_data(cfg)):
+                begun = Path(directory or f"outputs/{cfg.sweep.name}").exists()
+                if not begun and (problems := problems_of_data(cfg)):
                     raise ConfigError(problems)
         except ConfigError as error:
             for problem in error.problems:

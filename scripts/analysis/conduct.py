@@ -17,7 +17,7 @@ from scripts.analysis.tables import ENDS, footer, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
 from training.config import compose
-from training.data import problems_of_data
+from training.data import DataCheck
 from training.engine import Job, run_all
 from training.run import environment
 from training.validate import ConfigError
@@ -138,6 +138,7 @@ def check_all(study: Study, here: bool = True, begins: bool = False) -> None:
     """
     study.experiment.check(study)
     cases, seeds, problems = study.cases(), study.seeds, dict[str, None]()
+    problems_of_data = DataCheck()
     if study.experiment.search:
         _check_search(study)
         seeds = [*seeds, str(study.options["search_seed"])]

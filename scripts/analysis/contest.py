@@ -76,8 +76,9 @@ def earlier_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
 
 
 def _decisive(overrides: Sequence[str]) -> set[str]:
-    """The overrides that may change a loss."""
-    return {word for word in overrides if not f"{key_of(word)}.".startswith(tuple(f"{key}." for key in SAME_RESULT))}
+    """The overrides that may change a loss; `data.dir` may name another text."""
+    same = tuple(f"{key}." for key in SAME_RESULT if key != "data.dir")
+    return {word for word in overrides if not f"{key_of(word)}.".startswith(same)}
 
 
 def known_losses(study: Study) -> dict[tuple[str, ...], dict[int, float]]:
