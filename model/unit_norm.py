@@ -22,7 +22,11 @@ class UnitNorm:
         self()
 
     @torch.no_grad()
-    def __call__(self) -> None:
-        """Scale every vector to unit length; a zero vector stays zero."""
+    def __call__(self, skip: Tensor | None = None) -> None:
+        """Scale every vector to unit length; a zero vector stays zero. Where `skip` (0-d bool, on the device) is true, nothing changes.
+
+        Scaling a vector again changes its last bits.
+        """
         for W, dim in self.matrices:
-            W.div_(torch.linalg.vector_norm(W, dim=dim, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny))
+            length = torch.linalg.vector_norm(W, dim=dim, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
+            W.div_(length if skip is None else torch.where(skip, 1, length))

@@ -80,6 +80,7 @@ from scripts.timing import (
     median,
     note_failure,
     seconds_of,
+    steps_together,
     stoppable,
     take_turns,
 )
@@ -141,7 +142,7 @@ def optimizer_rows(options: dict[str, Any]) -> Rows:
         steps[name] = muon.step
         stepped = [(p, group["manifold"]) for group in muon.param_groups for p in group["params"]]
         flops[name] = sum(step_flops(muon.rule, max(p.shape), min(p.shape), manifold) for p, manifold in stepped)
-    times = take_turns(steps, options["repeats"] or 3, limit_s=options["limit_s"])
+    times = take_turns(steps, options["repeats"] or 3, limit_s=options["limit_s"], together=steps_together())
     base = median(times["published (bfloat16)"])
     rows = []
     for name, seconds in times.items():

@@ -166,7 +166,9 @@ def training_rows(options: dict[str, Any]) -> Rows:
         row |= {"optimizer s": update, "optimizer share": update / row["step s"]}
 
     def measure_memory(row: dict[str, Any], key: tuple[str, str, str]) -> None:
-        most = peak_bytes(trainings[key].step, trainings[key].tensors())
+        training = trainings[key]
+        # A graph keeps memory of its own, which is not told apart from that of the others.
+        most = None if training.cfg.capture else peak_bytes(training.step, training.tensors())
         row["peak GiB"] = "n/a" if most is None else most / 2**30
 
     with suppress(Stopped):  # what is known already comes first

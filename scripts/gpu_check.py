@@ -56,8 +56,8 @@ STAGES = ("a", "b", "c", "d")
 
 # Seconds that are kept for stopping the last step of a stage, so that a run can save.
 _TO_END = 25
-# Of the seconds that a benchmark has, those that it keeps to make its models, to end what it compiles and to write; and the fewest with which
-# it is started.
+# Of the seconds that a benchmark or training has, those that it keeps to make its models, to end what it compiles and to write; and the
+# fewest with which it is started.
 _BESIDE, _FEWEST = 60, 90
 # Each process of tests/cuda compiles in so many processes; without this, in as many as the machine has cores, up to 32.
 _FEW_COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "3"}
@@ -125,11 +125,17 @@ def steps_of(stage: str, o: Options) -> list[Step]:
     python, results = sys.executable, f"results={o.results}"
 
     def bench(
-        name: str, *words: str, most: int, limit: str = "limit_s", tiny: Sequence[str] = (), file: str = ""
+        name: str,
+        *words: str,
+        most: int,
+        fewest: int = _FEWEST,
+        limit: str = "limit_s",
+        tiny: Sequence[str] = (),
+        file: str = "",
     ) -> Step:
         chosen = [*words, *(tiny if o.tiny else ()), *([f"file={file}"] if file else ())]
         command = [python, "scripts/bench.py", name, results, *chosen]
-        return Step(file or name, command, most, _FEWEST, limit, _BESIDE)
+        return Step(file or name, command, most, fewest, limit, _BESIDE)
 
     small = ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"]
     micro = f"micro_batch_size={o.micro}"
@@ -151,12 +157,13 @@ def steps_of(stage: str, o: Options) -> list[Step]:
         return [
             bench("train", *every, most=210, tiny=few),
             bench("residual", "layers=4", "repeats=5", most=170, tiny=["layers=1", "width=96", "repeats=1"]),
-            bench("probes", micro, "repeats=3", most=100, limit="", tiny=small),
+            bench("probes", micro, "repeats=3", most=100, fewest=50, limit="", tiny=small),
             bench("train", *options, most=150, tiny=[*small, "variants="], file="bench_train_options"),
             bench("train", *published, most=120, tiny=[*small, "assignments=hetero"], file="bench_train_published"),
             bench("profile", *profile, most=110, limit="", tiny=small),
         ]
-    return [Step("runs", [python, "scripts/gpu_runs.py", *runs_words(o)], limit="seconds")]
+    fewest, beside = (1, 0) if o.tiny else (_FEWEST, _BESIDE)
+    return [Step("runs", [python, "scripts/gpu_runs.py", *runs_words(o)], 0, fewest, "seconds", beside)]
 
 
 def variants() -> list[str]:

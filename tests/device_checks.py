@@ -98,6 +98,13 @@ def relative(a, b):
     return (torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double()).clamp_min(1e-30)).item()
 
 
+def with_numbers_together(found):
+    """The gradients by name, those of single numbers as one vector: terms of such a gradient cancel, and what is left is mostly rounding."""
+    numbers = {name: g for name, g in found.items() if name != "loss" and g.numel() == 1}
+    others = {name: g for name, g in found.items() if name not in numbers}
+    return others | ({"numbers": torch.stack([g.flatten() for g in numbers.values()])} if numbers else {})
+
+
 def check_compiled_gradients(name, device, autocast, backend, large=False):
     """Compiled gradients are as near to exact ones as eager ones are. Of a large model, single numbers have larger errors by chance."""
     exact = gradients(name, device, False, dtype=torch.float64, large=large)
@@ -105,6 +112,7 @@ def check_compiled_gradients(name, device, autocast, backend, large=False):
     ours = gradients(name, device, autocast, backend, large=large)
     assert ours.keys() == eager.keys() == exact.keys()
     more = 2e-4 if not autocast else 3e-2 if large else 5e-3
+    ours, eager, exact = (with_numbers_together(found) for found in (ours, eager, exact))
     for key, g in ours.items():
         allowed = 2 * relative(eager[key], exact[key]) + more
         assert relative(g, exact[key]) < allowed, f"{key}: {relative(g, exact[key]):.2g}, allowed {allowed:.2g}"
@@ -311,7 +319,8 @@ def check_certificates(*overrides, device, products, tolerance=1e-2):
 
 def check_captured(*overrides, device, record, tolerance=1e-3):
     """Updates that are replayed from a graph are those that are made as usual: refused ones, a watched one, a second round."""
-    usual, captured = (Training(*overrides, device=device) for _ in range(2))
+    # At this rate no matrix asks for a second round by itself, so each graph is replayed.
+    usual, captured = (Training(*overrides, "optim.muon.lr=0.005", device=device) for _ in range(2))
     captured.optimizers.capture(record)
     for step in range(WARM_UP + 6):
         for run in (usual, captured):
@@ -322,6 +331,7 @@ def check_captured(*overrides, device, record, tolerance=1e-3):
                     muon.buckets[0].highest = None
             run.advance(poison=step == WARM_UP + 2)
     assert usual.guard.count == captured.guard.count == 1 and captured.optimizers.captured.graphs
+    assert captured.optimizers.captured.made.total() <= WARM_UP + 2  # the others were replayed
     for name, w in usual.weights().items():
         assert relative(captured.weights()[name], w) < tolerance, name
 

@@ -68,9 +68,10 @@ def test_only_queries_of_the_measured_dtype_without_a_mask_are_computed_by_it():
 
 
 def test_the_fastest_that_is_not_refused_is_chosen(monkeypatch):
-    seconds = {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0}
+    seconds = {"flash": [2.5, 2.0], "cudnn": [1.0, 1.0], "efficient": [3.0, 3.5]}
     monkeypatch.setattr(attention, "refusal", lambda name, *_: "too wide" if name == "cudnn" else None)
-    monkeypatch.setattr(attention, "_seconds", lambda name, *_: seconds[name])
+    monkeypatch.setattr(attention, "_inputs", lambda *_: ())
+    monkeypatch.setattr(attention, "_seconds", lambda calls, _: {name: seconds[name] for name in calls})
     found = choose(settings("dtype=bfloat16"), CUDA, 3)
     assert found == Backend("flash", torch.bfloat16, {"flash": 2.0, "cudnn": None, "efficient": 3.0})
     assert "flash 2e+03 ms, cudnn refused" in found.record()["message"]

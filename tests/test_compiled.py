@@ -198,8 +198,11 @@ def test_evaluation_computes_no_gradient_in_chunks(monkeypatch):
 # ---- the checks of tests/cuda, on the CPU ----
 
 
-def test_an_update_that_is_left_out_changes_nothing():
-    check_no_sync("assignment=hetero", device="cpu")
+@pytest.mark.parametrize(
+    "model", [["assignment=hetero"], ["assignment=adamw", *MODELS["nGPT"]]], ids=["Hetero", "nGPT"]
+)
+def test_an_update_that_is_left_out_changes_nothing(model):
+    check_no_sync(*model, device="cpu")
 
 
 def test_matrices_stay_on_their_manifolds_under_autocast():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -82,12 +83,11 @@ def choose(cfg: Settings, device: torch.device, micro_batch: int, kept: Backend 
 @cache  # the runs of one process share the choice, and so their compiled programs
 def measured(shape: tuple[int, int, int, int], dtype: torch.dtype, dropout: float, device: torch.device) -> Backend:
     """The backend that is fastest for the shape (B, T, H, w)."""
-    seconds: dict[str, float | None] = {}
-    for name in MEASURED:
-        refused = refusal(name, shape, dtype, dropout, device)
-        seconds[name] = None if refused is not None else _seconds(name, shape, dtype, dropout, device)
-    accepted = {name: s for name, s in seconds.items() if s is not None}
-    return Backend(min(accepted, key=accepted.__getitem__, default=None), dtype, seconds)
+    accepted = [name for name in MEASURED if refusal(name, shape, dtype, dropout, device) is None]
+    calls = {name: partial(_call, name, *_inputs(shape, dtype, device), dropout) for name in accepted}
+    fastest = {name: min(times) for name, times in _seconds(calls, device).items()}
+    seconds = {name: fastest.get(name) for name in MEASURED}
+    return Backend(min(fastest, key=fastest.__getitem__, default=None), dtype, seconds)
 
 
 def refusal(name: str, shape: tuple[int, ...], dtype: torch.dtype, dropout: float, device: torch.device) -> str | None:
@@ -104,17 +104,19 @@ def refusal(name: str, shape: tuple[int, ...], dtype: torch.dtype, dropout: floa
     return None
 
 
-def _seconds(name: str, shape: tuple[int, ...], dtype: torch.dtype, dropout: float, device: torch.device) -> float:
-    call = partial(_call, name, *_inputs(shape, dtype, device), dropout)
-    times = []
-    for count in (_BEFORE, *[_TOGETHER] * _TIMES):
-        wait_for(device)
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        wait_for(device)
-        times.append((time.perf_counter() - start) / count)
-    return min(times[1:])
+def _seconds(calls: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call, several times. They take turns, so that a device whose clock still rises is fair to all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn, count in enumerate((_BEFORE, *[_TOGETHER] * _TIMES)):
+        for name, call in calls.items():
+            wait_for(device)
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            wait_for(device)
+            if turn:
+                times[name].append((time.perf_counter() - start) / count)
+    return times
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

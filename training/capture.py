@@ -50,8 +50,10 @@ class CapturedUpdate:
         torch._foreach_copy_(self.gradients, given)
         if key not in self.graphs:
             self._set(self.gradients)
-            self.graphs[key] = self.record(lambda: self.update(self.skip, key))
-            self._set(given)
+            try:
+                self.graphs[key] = self.record(lambda: self.update(self.skip, key))
+            finally:
+                self._set(given)
         self.graphs[key]()
 
     def _set(self, gradients: Sequence[Tensor]) -> None:

@@ -62,7 +62,7 @@ class Optimizers:
             self.update(skip)
             if muon is not None:
                 muon.receive()
-        self.unit_norm()
+        self.unit_norm(skip)
 
     def update(self, skip: Tensor | None, levels: Sequence[int] | None = None) -> None:
         """A step before new weights of other ranks are received. With `levels`, of ManifoldMuon.highest_levels, only the part that is the
