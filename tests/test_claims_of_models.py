@@ -246,12 +246,12 @@ def test_the_zero_lines_cross_where_the_page_says():
 # ---- the best learning rate ----
 
 
-def rate_slopes(arm, axis):
-    """How far the best rate of an arm moves as an axis doubles: the difference from 0 over the seeds, in octaves."""
+def rate_slopes(arm, axis, folder="lr_transfer"):
+    """How far the best rate of an arm moves as an axis doubles: the difference from 0 over the seeds, in octaves; the losses of seeds by size."""
     base = {"model.n_embd": "64", "model.n_layer": "4", "max_steps": "200"}
     optima = {}
     curves = {}
-    for r in result("lr_transfer/table.json")["rows"]:
+    for r in result(f"{folder}/table.json")["rows"]:
         if r["arm"] == arm and all(r[key] == value for key, value in base.items() if key != axis):
             curves.setdefault(r[axis], {}).setdefault(r["seed"], {})[float(r["optim.adamw.lr"])] = [r["val_loss_final"]]
     for size, seeds in curves.items():
@@ -259,9 +259,8 @@ def rate_slopes(arm, axis):
         optima[size] = {seed: (math.log2(rate), loss, at_end) for seed, (rate, loss, at_end) in found.items()}
     slopes = seed_slopes(optima)
     assert len(slopes) == 3  # no best rate at an end
-    return Difference.of(slopes, dict.fromkeys(slopes, 0.0)), {
-        size: fmean(o[1] for o in f.values()) for size, f in optima.items()
-    }
+    losses = {size: {seed: loss for seed, (_, loss, _) in f.items()} for size, f in optima.items()}
+    return Difference.of(slopes, dict.fromkeys(slopes, 0.0)), losses
 
 
 def test_the_best_rates_move_as_the_page_says():
@@ -285,10 +284,33 @@ def test_the_best_rates_move_as_the_page_says():
     assert moved["ngpt", "max_steps"] == pytest.approx(-0.8, abs=0.05)
     assert moved["nugpt", "max_steps"] == pytest.approx(-0.33, abs=0.05)
     assert "At width 32, at depth 2 and up to 100 steps, nGPT's mean is lower" in text(EXPERIMENTS)
+
+    def mean(arm, axis, size):
+        return fmean(slopes[arm, axis][1][size].values())
+
     for axis, size in (("model.n_embd", "128"), ("max_steps", "400")):
-        assert slopes["nugpt", axis][1][size] < slopes["ngpt", axis][1][size]
+        assert mean("nugpt", axis, size) < mean("ngpt", axis, size)
     for axis, size in (("model.n_embd", "32"), ("model.n_layer", "2"), ("max_steps", "50"), ("max_steps", "100")):
-        assert slopes["nugpt", axis][1][size] > slopes["ngpt", axis][1][size]
+        assert mean("nugpt", axis, size) > mean("ngpt", axis, size)
+
+
+def test_the_best_rates_of_wider_models_move_as_the_page_says():
+    page = text(EXPERIMENTS)
+    assert "GPT and nGPT fall by about three quarters and three fifths of an octave" in page
+    found = {arm: rate_slopes(arm, "model.n_embd", "lr_transfer_wide") for arm in ("gpt", "ngpt", "nugpt")}
+    slopes = {arm: slope for arm, (slope, _) in found.items()}
+    assert slopes["gpt"].high < 0 and slopes["gpt"].mean == pytest.approx(-3 / 4, abs=0.04)
+    assert slopes["ngpt"].high < 0 and slopes["ngpt"].mean == pytest.approx(-3 / 5, abs=0.04)
+    assert slopes["nugpt"].low < 0 < slopes["nugpt"].high
+    assert (
+        "νGPT also ends below nGPT at width 256 by more than chance" in page
+        and "level with GPT, and nGPT ends above GPT" in page
+    )
+    losses = {arm: by_size["256"] for arm, (_, by_size) in found.items()}
+    assert Difference.of(losses["nugpt"], losses["ngpt"]).high < 0 < Difference.of(losses["ngpt"], losses["gpt"]).low
+    level = Difference.of(losses["nugpt"], losses["gpt"])
+    assert level.low < 0 < level.high
+    assert set(found["gpt"][1]) == {"64", "128", "256"}
 
 
 # ---- nGPT's speed ----

@@ -24,13 +24,20 @@ def shape(study: Study, case: Case) -> list[str]:
     return [f"model.n_head={width // head}", *(stated if case["arm"] == "nugpt" else [])]
 
 
+def varied(study: Study) -> dict[str, str]:
+    """The sizes that have several values; all, if none has."""
+    return {axis: size for axis, size in SIZES.items() if len(study.axes[axis]) > 1} or SIZES
+
+
 def panels_by_size(study: Study) -> list:
     """The panels of the picture: a row for each model, a panel for each size that is varied."""
 
     def curves(arm: str, axis: str) -> dict:
         return {value: losses_by(runs, RATE) for value, runs in study.along(axis, arm=arm).items()}
 
-    return [[(f"{MODELS[arm]}: {SIZES[a]}", curves(arm, a)) for a in SIZES] for arm in study.axes["arm"]]
+    return [
+        [(f"{MODELS[arm]}: {name}", curves(arm, a)) for a, name in varied(study).items()] for arm in study.axes["arm"]
+    ]
 
 
 EXPERIMENT = Experiment(
@@ -48,6 +55,6 @@ EXPERIMENT = Experiment(
     seeds="1,2,3",
     options={"head": 16},
     derived=shape,
-    tables=lambda study: [table(study, RATE, MODELS, SIZES) for table in (slope_table, optimum_table)],
+    tables=lambda study: [table(study, RATE, MODELS, varied(study)) for table in (slope_table, optimum_table)],
     figures={"loss_by_rate.png": lambda study, path: loss_by_rate(panels_by_size(study), path)},
 )
