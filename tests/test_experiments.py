@@ -269,7 +269,7 @@ TOLD = {  # what its table says
         *("| all | 5 | &#124;λ_a&#124; |", "lowest loss", "| adamw | post_norm |"),
     ],
     "instability_small": ["| paper | 0.1 | all_dgram |", "those of the last probe"],
-    "lr_transfer": ["| νGPT | width | 32 |", "| +0.00 |", "| GPT | steps | not known |", "Per doubling:"],
+    "lr_transfer": ["| νGPT | width | 32 |", "| +0.00 |", "Per doubling:"],
     "mechanism": ["| all_dgram | norm_cap |", "attention was restored by norm_cap"],
     "ngpt_speed": ["| 16 | nGPT |", "times fewer", "read at 4x", "paired by seed"],
     "residual_rules": ["| AdamW | ngpt |"],

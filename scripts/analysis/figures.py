@@ -193,7 +193,9 @@ def draw_scales(groups: Sequence[tuple[str, Sequence[RecordedRun]]], path: Path)
 def sign(path: Path, runs: Sequence[RecordedRun]) -> None:
     """Write model, steps and data of the runs below a picture. Without runs, the picture stays as it is."""
     image = Image.open(path).convert("RGB")
-    lines = textwrap.wrap(about(runs), max(20, (image.width - 12) // 7))  # a letter is less than 7 pixels wide; a margin on each side
+    lines = textwrap.wrap(
+        about(runs), max(20, (image.width - 12) // 7)
+    )  # a letter is less than 7 pixels wide; a margin on each side
     if not lines:
         return
     strip = Figure(figsize=(image.width / DPI, 0.06 + 0.15 * len(lines)), dpi=DPI)

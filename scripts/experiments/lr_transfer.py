@@ -35,9 +35,8 @@ def panels_by_size(study: Study) -> list:
     def curves(arm: str, axis: str) -> dict:
         return {value: losses_by(runs, RATE) for value, runs in study.along(axis, arm=arm).items()}
 
-    return [
-        [(f"{MODELS[arm]}: {name}", curves(arm, a)) for a, name in varied(study).items()] for arm in study.axes["arm"]
-    ]
+    sizes = varied(study).items()
+    return [[(f"{MODELS[arm]}: {name}", curves(arm, a)) for a, name in sizes] for arm in study.axes["arm"]]
 
 
 EXPERIMENT = Experiment(
