@@ -65,6 +65,13 @@ def test_the_curves_are_those_of_adamw_and_our_step_rule(contest):
     assert all(isinstance(d, Difference) and d.count == 2 for d in found["All-Stiefel"].values())
 
 
+def test_the_curves_of_published_arms_alone_are_theirs(contest):
+    contest.axes["arm"] = [arm for arm in LOSSES if arm.endswith("_published")]
+    contest.groups = [runs for runs in contest.groups if runs[0].case["arm"] in contest.axes["arm"]]
+    found = horizon.curves(contest)
+    assert found.keys() == {"Hetero"} and found["Hetero"][250e3].mean == pytest.approx(-0.3)
+
+
 def row(arm, steps, seed, loss, unstable=None):
     """A row of a table.json."""
     return {"arm": arm, "max_steps": steps, "seed": seed, "val_loss": loss, "unstable_step": unstable}

@@ -167,12 +167,16 @@ def _trials(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], col
 
 def gap_by_tokens(
     gaps: Mapping[str, Mapping[float, Difference]], path: Path, published: Mapping[str, tuple[float, float]]
-) -> Path:
+) -> Path | None:
     """Draw the loss minus that of the baseline over training tokens: label → tokens → paired difference, whose 95% interval is a bar.
+
+    Nothing is drawn without gaps.
 
     published: label → tokens and gap of a published run, one seed, drawn as a hollow mark of the label's colour. Its tokens may be others.
     The axis of the gaps is linear up to 0.05 and logarithmic beyond. Marks at the same tokens stand side by side.
     """
+    if not gaps:
+        return None
     with picture(path, 7.2, 4.2) as figure:
         axes = figure.subplots()
         for i, (label, line) in enumerate(gaps.items()):

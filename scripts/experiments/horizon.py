@@ -11,8 +11,8 @@ ASSIGNMENTS = {name.lower().replace("-", "_"): name for name in PUBLISHED}
 ADAMW = {"adamw": ("assignment=unconstrained", "optim=adamw")}  # on matrices; the rest is as in the other arms
 OURS = {name: (f"assignment={name}", "optim=manifold_muon") for name in ASSIGNMENTS}
 THEIRS = {f"{name}_published": (f"assignment={name}", "optim=paper") for name in ASSIGNMENTS}
-UNDECAYED = {"all_stiefel", *THEIRS} - {"unconstrained_published"}  # there no decay acts on a matrix
 COMPILED = ["optim.muon.rule.compile=true"]  # in the longest runs, where it saves more time than it takes
+UNDECAYED = {"all_stiefel", *THEIRS} - {"unconstrained_published"}  # there no decay acts on a matrix
 PAPER = {  # tokens of the runs of arXiv 2606.13276, one seed each, and their losses minus that of Unconstrained
     name: (3.28e9, float(PUBLISHED[name]) - float(PUBLISHED["Unconstrained"])) for name in ("Hetero", "All-Stiefel")
 }
@@ -30,12 +30,12 @@ def baseline(case: Case) -> dict[str, str]:
 
 
 def curves(study: Study) -> dict[str, dict[float, Difference]]:
-    """The curves of the picture: tokens → difference, of AdamW and of the assignments under our step rule, with those of `earlier=`."""
-    found: dict[str, dict[float, Difference]] = {}
+    """The picture's: tokens → difference, with `earlier=`; under our step rule, or the published one if all arms have it."""
+    found, theirs = dict[str, dict[float, Difference]](), THEIRS.keys() >= {*study.axes["arm"]}
     for (arm, steps), apart in differences(known_losses(study), [*study.axes], baseline).items():
-        if arm not in THEIRS:
-            tokens = int(steps) * study.runs[0].config["global_batch_tokens"]
-            found.setdefault(ASSIGNMENTS.get(arm, "AdamW"), {})[tokens] = apart
+        if (arm in THEIRS) == theirs:
+            label, tokens = arm.removesuffix("_published"), int(steps) * study.runs[0].config["global_batch_tokens"]
+            found.setdefault(ASSIGNMENTS.get(label, "AdamW"), {})[tokens] = apart
     return found
 
 
