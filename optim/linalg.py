@@ -282,7 +282,7 @@ def matrix_sign(
 
 def skew_sign(K: Tensor, steps: int, lower: float, mm: Products) -> Tensor:
     """The orthogonal skew factor (k, n, n) of skew K (k, n, n): its singular values above lower·‖K‖ to 1. 3·steps products."""
-    square = mm.in_float32(K, K)  # (k, n, n) = -KᵀK; a small K squared leaves float16
+    square = mm.in_float32(K, K)  # (k, n, n) = -KᵀK; squares of a small K are below what float16 holds
     size = frobenius(square)
     X, square = over(K, size.sqrt()).to(mm.dtype), over(square, size).to(mm.dtype)
     for i, (a, b, c) in enumerate(sign_coefficients(steps, lower)):

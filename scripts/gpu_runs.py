@@ -44,7 +44,7 @@ from scripts.reproduce import ASSIGNMENTS
 from train import train
 from training.checks import check
 from training.config import compose
-from training.data import holds_files, open_data, require_as_prepared
+from training.data import holds_files, require_data
 from training.log import read_records
 from training.settings import Settings
 from training.validate import problems_of_directory
@@ -213,9 +213,7 @@ def work(arguments: list[str]) -> int:
     cfg = timed.config(RUNS[0], first)
     if isinstance(cfg.data, Source) and not holds_files(cfg.data.dir):
         prepare(cfg.data)
-    dataset = open_data(cfg)
-    if not any(timed.folder.glob("*/metrics.jsonl")):
-        require_as_prepared(cfg, dataset)
+    require_data(cfg, begins=not any(timed.folder.glob("*/metrics.jsonl")))
     if o["prepare"]:
         return 0
     try:

@@ -49,7 +49,7 @@ from scripts.analysis.tables import (
 from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run
 from training.checks import check
 from training.config import compose
-from training.data import open_data, require_as_prepared
+from training.data import require_data
 from training.engine import Job, run_here
 from training.files import write_whole
 from training.log import METRICS_FILE
@@ -124,9 +124,8 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     for cfg, job in zip(configurations, jobs.values()):
         check(cfg)
         finished(cfg, job.directory, "give another output_dir=")
-    dataset = open_data(configurations[0])
-    if not any((job.directory / METRICS_FILE).exists() for job in jobs.values()):
-        require_as_prepared(configurations[0], dataset)
+    begun = any((job.directory / METRICS_FILE).exists() for job in jobs.values())
+    require_data(configurations[0], begins=not begun)
     return Plan(scale, overrides, None if others else name, results, jobs, "--accept" in words, options["seeds"])
 
 
@@ -245,12 +244,11 @@ def remark(plan: Plan, runs: Sequence[RecordedRun]) -> str:
 def decay_of(cfg: dict[str, Any]) -> str:
     """The matrices on which Muon's weight decay acts, in words. The step rules differ in this."""
     muon = cfg["optim"]["muon"]
-    free_norms = muon["rule"].get("decay_manifolds", True)  # the certified step has no such setting
-    on = (
-        "unconstrained matrices and DGram's column norms"
-        if free_norms
-        else "unconstrained matrices only, as in the paper"
-    )
+    on = {
+        None: "unconstrained matrices and DGram's column norms",  # the certified step has no such setting
+        False: "unconstrained matrices only, as in the paper",
+        True: "unconstrained matrices and DGram's column norms; on other manifolds it makes the step longer",
+    }[muon["rule"].get("decay_manifolds")]
     replaced = at(cfg, "optim.matrices.weight_decay")
     return f"{muon['weight_decay'] if replaced is None else replaced:g} acts on {on}"
 

@@ -312,7 +312,7 @@ def test_the_best_rates_move_as_the_page_says():
 
 def test_the_best_rates_of_wider_models_move_as_the_page_says():
     page = text(EXPERIMENTS)
-    assert "GPT and nGPT fall by about three quarters and three fifths of an octave" in page
+    assert "of GPT and nGPT fall by about three quarters and three fifths of an octave" in page
     found = {arm: rate_slopes(arm, "model.n_embd", "lr_transfer_wide") for arm in ("gpt", "ngpt", "nugpt")}
     slopes = {arm: slope for arm, (slope, _) in found.items()}
     assert slopes["gpt"].high < 0 and slopes["gpt"].mean == pytest.approx(-3 / 4, abs=0.04)

@@ -289,6 +289,8 @@ def test_the_foot_says_what_decays():
     for optim, said in (("manifold_muon", "and DGram's column norms"), ("paper", "only, as in the paper")):
         assert reproduce.decay_of(compose([f"optim={optim}"]).plain()).endswith(said)
     assert reproduce.decay_of(compose(["optim.matrices.weight_decay=0.5"]).plain()).startswith("0.5 acts on")
+    everywhere = compose(["optim=paper", "optim.muon.rule.decay_manifolds=true"]).plain()
+    assert reproduce.decay_of(everywhere).endswith("; on other manifolds it makes the step longer")
 
 
 def test_a_column_that_no_run_fills_is_left_out(finished, tmp_path):

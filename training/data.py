@@ -52,27 +52,28 @@ def require_as_prepared(cfg: Settings, dataset: Dataset) -> None:
         )
 
 
-class DataCheck:
-    """What keeps runs from beginning on their data. Data that several of them have are opened once."""
+def require_data(cfg: Settings, begins: bool) -> None:
+    """Before the first of several runs: open the data, see `open_data`, and for runs that begin compare the settings, see `require_as_prepared`.
 
-    def __init__(self) -> None:
-        self.known: dict[str, list[str]] = {}
+    Raises:
+        DataError, ConfigError: see there.
+    """
+    dataset = open_data(cfg)
+    if begins:
+        require_as_prepared(cfg, dataset)
 
-    def __call__(self, cfg: Settings) -> list[str]:
-        """The problems; none of data that the run itself prepares (`data.auto_prepare`)."""
-        if isinstance(cfg.data, Source) and cfg.data.auto_prepare and not holds_files(cfg.data.dir):
-            return []
-        begins = cfg.resume in ("never", "auto")  # else at a checkpoint
-        key = repr((cfg.data, cfg.model.vocab_size, begins))
-        if key not in self.known:
-            self.known[key] = []
-            try:
-                dataset = open_data(cfg)
-                if begins:
-                    require_as_prepared(cfg, dataset)
-            except (ConfigError, DataError) as error:
-                self.known[key] = error.problems if isinstance(error, ConfigError) else [str(error)]
-        return self.known[key]
+
+def problems_of_data(cfg: Settings) -> list[str]:
+    """What keeps a run from beginning on its data, without preparing any; a run at a checkpoint does not begin."""
+    if isinstance(cfg.data, Source) and cfg.data.auto_prepare and not holds_files(cfg.data.dir):
+        return []
+    try:
+        require_data(cfg, begins=cfg.resume in ("never", "auto"))
+    except ConfigError as error:
+        return error.problems
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def holds_files(directory: str) -> bool:

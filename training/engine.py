@@ -31,7 +31,7 @@ from typing import Any
 from data.parallel import available_cores
 from training.checks import USER_ERRORS
 from training.config import CONFIGS, compose
-from training.data import open_data, require_as_prepared
+from training.data import require_data
 from training.files import CONFIG_FILE
 from training.launch import USER_ERROR, RankFailed
 from training.lock import InUse
@@ -88,9 +88,8 @@ def run_all(jobs: Sequence[Job], workers: int, launcher: Sequence[str] = ()) -> 
     if not waiting or workers < 1:
         return {}
     first = compose(waiting[0].overrides)
-    dataset = open_data(first)  # prepares the data once, before several jobs need it
-    if not (waiting[0].directory / CONFIG_FILE).exists():
-        require_as_prepared(first, dataset)
+    # It prepares the data once, before several jobs need it.
+    require_data(first, begins=not (waiting[0].directory / CONFIG_FILE).exists())
     failures, started = {}, time.perf_counter()
     outcomes = submit(waiting, launcher) if launcher else run_jobs(waiting, workers)
     for done, outcome in enumerate(outcomes, start=1):

@@ -24,7 +24,7 @@ import yaml
 from data.parallel import available_cores
 from training.checks import USER_ERRORS, check, read
 from training.config import compose, resolved
-from training.data import DataCheck
+from training.data import problems_of_data
 from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
@@ -91,15 +91,18 @@ def check_jobs(jobs: Sequence[tuple[str, Sequence[str]]], here: bool, directory:
         ConfigError: some are wrong. It lists each problem once, with the first job that has it if others do not.
     """
     found: dict[str, list[str]] = {}
-    problems_of_data = DataCheck()
+    of_data: dict[str, list[str]] = {}  # jobs with the same data open them once
     for name, overrides in jobs:
         try:
             cfg = compose(overrides)
             if here:
                 check(cfg)
-                begun = Path(directory or f"outputs/{cfg.sweep.name}").exists()
-                if not begun and (problems := problems_of_data(cfg)):
-                    raise ConfigError(problems)
+                if not Path(directory or f"outputs/{cfg.sweep.name}").exists():
+                    data = repr((cfg.data, cfg.model.vocab_size, cfg.resume))
+                    if data not in of_data:
+                        of_data[data] = problems_of_data(cfg)
+                    if of_data[data]:
+                        raise ConfigError(of_data[data])
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(name)

@@ -17,7 +17,6 @@ from scripts.analysis.tables import ENDS, footer, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
 from training.config import compose
-from training.data import DataCheck
 from training.engine import Job, run_all
 from training.run import environment
 from training.validate import ConfigError
@@ -47,7 +46,7 @@ class Conductor:
             UsageError, ConfigError: something is wrong, and nothing was run; or no run has ended, and the experiment has no table without runs.
         """
         study = self.study
-        check_all(study, here=not self.launcher, begins=self.workers > 0 and not self.parent.exists())
+        check_all(study, here=not self.launcher)
         for cases in study.stages():
             if study.experiment.search:
                 self._search(cases)
@@ -128,17 +127,16 @@ class Conductor:
 # ---- before the first run ----
 
 
-def check_all(study: Study, here: bool = True, begins: bool = False) -> None:
+def check_all(study: Study, here: bool = True) -> None:
     """Check each case, with the values at which its search starts, and each seed.
 
-    here: whether the runs use this machine; if not, only the values are checked. begins: whether no run has begun, so that all need their data.
+    here: whether the runs use this machine; if not, only the values are checked.
 
     Raises:
         UsageError, ConfigError: something is wrong. Cases after the first that has no new problem are not checked.
     """
     study.experiment.check(study)
     cases, seeds, problems = study.cases(), study.seeds, dict[str, None]()
-    problems_of_data = DataCheck()
     if study.experiment.search:
         _check_search(study)
         seeds = [*seeds, str(study.options["search_seed"])]
@@ -149,8 +147,6 @@ def check_all(study: Study, here: bool = True, begins: bool = False) -> None:
             cfg = compose(study.job(Path(), case, seed, study.settings(case), start).overrides)
             if here:
                 check(cfg)
-                if begins and (found := problems_of_data(cfg)):
-                    raise ConfigError(found)
         except ConfigError as error:
             if problems.keys() >= {*error.problems}:
                 break  # it is wrong in every case, and each takes a second

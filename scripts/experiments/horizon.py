@@ -30,7 +30,7 @@ def baseline(case: Case) -> dict[str, str]:
 
 
 def curves(study: Study) -> dict[str, dict[float, Difference]]:
-    """The picture's: tokens → difference, with `earlier=`; under our step rule, or the published one if all arms have it."""
+    """What the picture shows, label → tokens → difference: arms of our step rule; those of the published one if no others are asked for."""
     found, theirs = dict[str, dict[float, Difference]](), THEIRS.keys() >= {*study.axes["arm"]}
     for (arm, steps), apart in differences(known_losses(study), [*study.axes], baseline).items():
         if (arm in THEIRS) == theirs:
