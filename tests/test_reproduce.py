@@ -226,7 +226,7 @@ def test_runs_of_other_settings_are_not_overwritten(copied, capsys):
 )
 def test_a_table_is_named_after_scale_and_step_rule(overrides, name, directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # runs of the checkout are none of its business
-    monkeypatch.setattr(reproduce, "open_data", lambda cfg: None)
+    monkeypatch.setattr(reproduce, "require_data", lambda cfg, begins: None)
     plan = reproduce.make_plan(["scale=demo", *overrides])
     assert plan.name == name and str(plan.results) == f"outputs/reproduce/{directory}"
     assert plan.committed == (None if name is None else ROOT / "results" / name)
@@ -238,7 +238,7 @@ def test_a_table_is_named_after_scale_and_step_rule(overrides, name, directory, 
 
 
 def test_every_seed_has_its_runs_and_one_spelling(monkeypatch):
-    monkeypatch.setattr(reproduce, "open_data", lambda cfg: None)
+    monkeypatch.setattr(reproduce, "require_data", lambda cfg, begins: None)
     plan = reproduce.make_plan(["scale=demo", "seeds=3,4"])
     assert next(iter(plan.jobs)) == "unconstrained,seed=3" and list(plan.jobs)[-1] == "hetero_inv,seed=4"
     assert len(plan.jobs) == 10 and "seed=4" in plan.jobs["hetero,seed=4"].overrides
