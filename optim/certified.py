@@ -193,11 +193,11 @@ def direction_of(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     given = torch.isfinite(largest) & (largest > 0)
     G = torch.where(given, G, 0) / torch.where(given, largest, 1) * LARGEST_ENTRY
-    size_of_G, G = frobenius(G), G.to(mm.dtype)
+    G = G.to(mm.dtype)
     T, size = tangent_sign(W, G, manifold, effort, mm)
     norm = largest_eigenvalue(lambda v: mm.times_vector(T.mT, mm.times_vector(T, v)), T, TALL_NORM_STEPS).sqrt()
     # Both comparisons are false where a number is NaN.
-    found = given & norm.isfinite() & (ratio(size, size_of_G) > least_share(W, manifold, mm))
+    found = given & norm.isfinite() & (ratio(size, frobenius(G)) > least_share(W, manifold, mm))
     return Direction(T, torch.where(found, 1 / norm.clamp_min(1), 0), (~found & (largest != 0)).flatten())
 
 

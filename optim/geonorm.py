@@ -121,9 +121,9 @@ def rotate(x: Tensor, g: Tensor, angle: Callable[[Tensor], Tensor], radius: floa
         scale = radius * xx.rsqrt()
         along, across = along * scale, across * scale
     has_direction = own_xx > _SMALLEST_RADIUS**2
-    along, across = torch.where(has_direction, along, 1.0), torch.where(has_direction, across, 0.0)
-    # x cos φ + v sin φ/t, with v written out: one pass over x and g.
-    return cast(torch.addcmul((along - across * xg / xx) * point, across, update), x.dtype)
+    # x cos φ + v sin φ/t, with v written out: one pass over x and g. Triton 3.6 cannot compile `across` if it is guarded before it is used here.
+    kept = torch.where(has_direction, along - across * xg / xx, 1.0)
+    return cast(torch.addcmul(kept * point, torch.where(has_direction, across, 0.0), update), x.dtype)
 
 
 def geonorm_angle(t: Tensor, scale: Tensor | float, offset: Tensor | float, decay: float) -> Tensor:

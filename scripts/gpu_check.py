@@ -2,7 +2,7 @@
 scripts/gpu_check.sh a b c d data=text data.name=mine 'data.files=mine/train*.txt.gz' 'data.val_files=mine/val*.txt.gz'
 
     a    environment, ceilings of the device, tests/cuda, the optimizer step
-    b    training steps by assignment under both step rules, every residual rule, probes and spectra, the longest operations
+    b    programs are compiled; training steps by assignment under both step rules, every residual rule, probes and spectra, the longest operations
     c    AdamW and the five assignments at 124M: the same number of steps, as many as time allows, with spectra and probes
     d    the same runs, continued
 
@@ -154,7 +154,9 @@ def steps_of(stage: str, o: Options) -> list[Step]:
         published = [micro, f"assignments={ruled}", "optims=paper"]
         options = [micro, "assignments=adamw,hetero", f"variants={','.join(variants())}"]
         profile = [micro, "assignments=adamw,hetero", f"traces={o.work / 'b'}"]
+        programs = [python, "scripts/gpu_programs.py", "tiny=true" if o.tiny else micro]
         return [
+            Step("programs", programs, 150),
             bench("train", *every, most=210, tiny=few),
             bench("residual", "layers=4", "repeats=5", most=170, tiny=["layers=1", "width=96", "repeats=1"]),
             bench("probes", micro, "repeats=3", most=100, fewest=50, limit="", tiny=small),

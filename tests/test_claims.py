@@ -54,6 +54,19 @@ def test_a_claim_has_a_command_and_results(claim):
     assert not any(there) if outcome == "not run yet" else all(there)
 
 
+def test_the_front_says_what_was_measured_on_a_gpu():
+    front, folder = text(FRONT), "nvidia-h100-80gb-hbm3"
+    assert "500,000 tokens a second" in front and "nine tenths of that" in front
+    rate = {row["assignment"]: row["tokens/s"] for row in result(f"{folder}/bench_train.json")["rows"]}
+    assert rate["adamw"] == pytest.approx(500_000, rel=0.01) and rate["hetero"] / rate["adamw"] == pytest.approx(0.9, abs=0.02)
+    seconds = {
+        (row["assignment"], row["variant"]): row["step s"]
+        for row in result(f"{folder}/bench_train_options.json")["rows"]
+    }
+    for assignment in ("adamw", "hetero"):  # "a step takes the same time"
+        assert seconds[assignment, "capture=true"] == pytest.approx(seconds[assignment, "-"], rel=0.005)
+
+
 # ---- the family ----
 
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from scripts import gpu_check, gpu_runs, timing
+from scripts import gpu_check, gpu_programs, gpu_runs, timing
+from scripts.bench_predicted import groups_of
 from scripts.command import UsageError
+from scripts.reproduce import ASSIGNMENTS
 from training.signals import Stopped
 
 SCRIPT = str(ROOT / "scripts" / "gpu_check.sh")
@@ -142,6 +144,27 @@ def test_every_benchmark_that_has_a_limit_is_told_one(options):
     for name, step in found.items():
         assert step.limit == ("" if name in ("ceilings", "probes", "profile") else "limit_s"), name
         assert 0 < step.fewest < step.most and (not step.limit or 0 < step.beside < step.fewest)
+
+
+def test_the_programs_compiled_beforehand_are_those_of_all_assignments():
+    """Every stack of equally shaped matrices, with its manifold, is in one of the updates."""
+    compiled = {stack for name in gpu_programs.UPDATES for stack in groups_of(name).items()}
+    assert all(set(groups_of(name).items()) <= compiled for name in ASSIGNMENTS)
+
+
+def test_a_program_that_is_not_compiled_is_named(monkeypatch, capsys):
+    """The others are compiled."""
+    part = "import sys; sys.exit('only=hetero' in sys.argv)"
+    started = []
+
+    def start(command):
+        started.append(command[-1])
+        return subprocess_popen([sys.executable, "-c", part, command[-1]])
+
+    subprocess_popen = subprocess.Popen
+    monkeypatch.setattr(gpu_programs.subprocess, "Popen", start)
+    assert gpu_programs.main(["tiny=true"]) == 1
+    assert len(started) == 4 and "failed, see above: hetero\n" in capsys.readouterr().out
 
 
 def test_a_stage_asks_for_a_gpu(monkeypatch, tmp_path, capsys):
