@@ -42,7 +42,6 @@ from .linalg import (
     Products,
     cap_fit,
     compiled_whole,
-    diagonal,
     exact_sums,
     eye_like,
     frobenius,
@@ -212,8 +211,8 @@ def polish(
     M makes V (VᵀV)^(-1/2) of V. Where lengths l of columns are free, it makes that of V/l, whose columns then get the lengths l·f, with
     f = shrink, or less for a length of at most norm_cap: (V/l)(I + M₁)(l·f) = V (I + M) with M = l⁻¹ M₁ l·f + f - I.
     """
-    S, V_rounded = mm.gram(V)  # (k, n, n)
-    lengths = diagonal(S).sqrt()[:, :, None] if manifold.free_lengths else None  # (k, n, 1)
+    S, squares, V_rounded = mm.gram(V)  # (k, n, n), (k, n)
+    lengths = squares.sqrt()[:, :, None] if manifold.free_lengths else None  # (k, n, 1)
     E = manifold.defect(S if lengths is None else over(over(S, lengths), lengths.mT))
     E_rounded = E.to(mm.dtype)
     M = inverse_sqrt_increment(E, E_rounded, mm)

@@ -68,18 +68,19 @@ class Products:
         """X v (k, a, 1) for v (k, b, 1), at least float32; X is read as it is kept, since a product would convert a copy of it first."""
         return (X * v.mT).sum(-1, keepdim=True) if self.is_16_bit else X @ v
 
-    def gram(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """XᵀX (k, n, n) float32 of float32 X, to nearly float32 accuracy; and X rounded, as `times_near_identity` takes it.
+    def gram(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """XᵀX (k, n, n) float32 of float32 X, to nearly float32 accuracy, its diagonal (k, n), and X rounded, as `times_near_identity` takes it.
 
         At 16 bits X comes in two halves, high + low, of 22 bits together in float16 and 16 in bfloat16; low·low lies below the last of them
         and is left out. The diagonal, which is all sum and no cancellation, is taken elementwise. Two tall products instead of one.
         """
         if not self.is_16_bit:
-            return X.mT @ X, X
+            S = X.mT @ X
+            return S, diagonal(S), X
         high, low = self.halves(X)
         cross = self.in_float32(high.mT, low) / LOW_BITS  # (k, n, n)
-        S = self.in_float32(high.mT, high) + cross + cross.mT
-        return S + torch.diag_embed(X.square().sum(-2) - diagonal(S)), high
+        S, squares = self.in_float32(high.mT, high) + cross + cross.mT, X.square().sum(-2)
+        return torch.where(on_diagonal(S), squares[:, None, :], S), squares, high
 
     def halves(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """High, of `dtype`, and low, float32, of float32 X = high + low / LOW_BITS; at 16 bits only.
@@ -96,8 +97,7 @@ class Products:
         """X (I + Y) in float32, for float32 X, X rounded to `dtype` (`rounded`), and small Y (k, n, n). Only Y off its diagonal is rounded."""
         if not self.is_16_bit:
             return torch.baddbmm(X, X, Y)
-        on = diagonal(Y)
-        return X + X * on[:, None, :] + self.in_float32(rounded, Y - torch.diag_embed(on))
+        return X + X * own_diagonal(Y)[:, None, :] + self.in_float32(rounded, without_diagonal(Y))
 
 
 def products_for(device: torch.device, precision: str | None = None) -> Products:
@@ -195,6 +195,24 @@ def at_least_float32(x: Tensor) -> Tensor:
 def diagonal(S: Tensor) -> Tensor:
     """Diagonal (k, n) of S (k, n, n), a view."""
     return torch.diagonal(S, dim1=-2, dim2=-1)
+
+
+def on_diagonal(S: Tensor) -> Tensor:
+    """Which entries are on the diagonal of S (k, n, n), as bools (n, n)."""
+    return torch.eye(S.size(-1), dtype=torch.bool, device=S.device)
+
+
+def own_diagonal(S: Tensor) -> Tensor:
+    """Diagonal (k, n) of S (k, n, n), on CUDA as a tensor of its own, by a sum over rows.
+
+    A compiled program reads a view of the diagonal again for every entry of the matrices that it computes, one sector of memory for each.
+    """
+    return torch.where(on_diagonal(S), S, 0).sum(-1) if S.is_cuda else diagonal(S)
+
+
+def without_diagonal(S: Tensor) -> Tensor:
+    """S (k, n, n) with zeros on its diagonal; on CUDA as `own_diagonal` reads it, on a CPU by the faster way."""
+    return torch.where(on_diagonal(S), 0, S) if S.is_cuda else S - torch.diag_embed(diagonal(S))
 
 
 def eye_like(S: Tensor) -> Tensor:
@@ -382,7 +400,7 @@ def su_step(
     H = P(WᵀA + AᵀW) (k, n, n) for A = XZ; a factor of Z and H alike changes nothing. By conjugate gradients, preconditioned with
     d_i z_jj + z_ii d_j; one product an iteration beside the metric's. Source: Su, kexue.fm 11221, in products.
     """
-    z = at_least_float32(diagonal(Z))
+    z = at_least_float32(own_diagonal(Z))
     scale = symmetric_sum(d[..., :, None] * z[..., None, :])
 
     r = -0.5 * H  # (k, n, n) residual

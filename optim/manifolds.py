@@ -45,6 +45,7 @@ from .linalg import (
     ratio,
     sign_coefficients,
     top_pair,
+    without_diagonal,
 )
 from .msign import iterate, msign
 
@@ -260,7 +261,7 @@ class DGram(Manifold):
     }
 
     def project(self, S: Tensor) -> Tensor:
-        return S - torch.diag_embed(diagonal(S))
+        return without_diagonal(S)
 
     def normal(self, H: Tensor, d: Tensor) -> Tensor:
         return ratio(H, d[..., :, None] + d[..., None, :])

@@ -58,7 +58,9 @@ def test_the_front_says_what_was_measured_on_a_gpu():
     front, folder = text(FRONT), "nvidia-h100-80gb-hbm3"
     assert "500,000 tokens a second" in front and "nine tenths of that" in front
     rate = {row["assignment"]: row["tokens/s"] for row in result(f"{folder}/bench_train.json")["rows"]}
-    assert rate["adamw"] == pytest.approx(500_000, rel=0.01) and rate["hetero"] / rate["adamw"] == pytest.approx(0.9, abs=0.02)
+    assert rate["adamw"] == pytest.approx(500_000, rel=0.01) and rate["hetero"] / rate["adamw"] == pytest.approx(
+        0.9, abs=0.02
+    )
     seconds = {
         (row["assignment"], row["variant"]): row["step s"]
         for row in result(f"{folder}/bench_train_options.json")["rows"]

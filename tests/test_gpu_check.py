@@ -193,8 +193,8 @@ def test_every_command_of_every_stage_is_well_formed(options):
 
 def test_what_has_a_bar_is_measured_first(options):
     steps = gpu_check.steps_of("b", replace(options, tiny=False))
-    assert [step.name for step in steps[:3]] == ["train", "residual", "probes"]
-    assert any(word.startswith("assignments=adamw,hetero,") for word in steps[0].command)
+    assert [step.name for step in steps[:4]] == ["programs", "train", "residual", "probes"]
+    assert any(word.startswith("assignments=adamw,hetero,") for word in steps[1].command)
 
 
 def test_what_a_torch_cannot_show_is_not_measured(options, monkeypatch):
