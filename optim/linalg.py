@@ -268,17 +268,17 @@ def gram_stage(R: Tensor, coefficients: Sequence[Quintic], mm: Products) -> Tens
     Q = None
     for i, (a, b, c) in enumerate(coefficients):
         last = i == len(coefficients) - 1
-        if mm.is_16_bit:
-            # In plain products: on a GPU, one that adds a matrix copies it first, and takes a third longer.
+        if (
+            mm.is_16_bit
+        ):  # in plain products: on a GPU, one that adds a matrix copies it first, and takes a third longer
             P = (a * eye_like(R) + b * R + c * mm(R, R)).to(mm.dtype)  # (k, n, n) = aI + Z
             Q = P if Q is None else mm(Q, P)
             R = R if last else mm(P, mm(R, P))
-            continue
-        Z = mm.add(R, b, R, R, alpha=c)  # (k, n, n) = bR + cR²
-        Q = Z + a * eye_like(Z) if Q is None else mm.add(Q, a, Q, Z)
-        if not last:
-            RZ = mm.add(R, a, R, Z)  # R(aI + Z)
-            R = mm.add(RZ, a, Z, RZ)  # (aI + Z)R(aI + Z)
+        else:
+            Z = mm.add(R, b, R, R, alpha=c)  # (k, n, n) = bR + cR²
+            Q = Z + a * eye_like(Z) if Q is None else mm.add(Q, a, Q, Z)
+            RZ = None if last else mm.add(R, a, R, Z)  # R(aI + Z)
+            R = R if RZ is None else mm.add(RZ, a, Z, RZ)  # (aI + Z)R(aI + Z)
     assert Q is not None
     return Q
 

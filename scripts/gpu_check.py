@@ -2,7 +2,8 @@
 scripts/gpu_check.sh a b c d data=text data.name=mine 'data.files=mine/train*.txt.gz' 'data.val_files=mine/val*.txt.gz'
 
     a    environment, ceilings of the device, tests/cuda, the optimizer step
-    b    programs are compiled; training steps by assignment under both step rules, every residual rule, probes and spectra, the longest operations
+    b    programs, compiled beforehand; training steps by assignment under both step rules, every residual rule, probes and spectra, the
+         longest operations
     c    AdamW and the five assignments at 124M: the same number of steps, as many as time allows, with spectra and probes
     d    the same runs, continued
 
