@@ -45,7 +45,7 @@ POSITIVE = {  # a number above zero in every row
         ),
         ("train", ["model=demo", "tokens=256", "assignments=hetero", "repeats=1"], ["hetero", "optimizer share"]),
         ("ceilings", ["repeats=1"], ["copy, bytes read and written", "svdvals", "cudnn, forward"]),
-        ("predicted", [], ["hetero_inv", "tokens/s, predicted", "not measured"]),
+        ("predicted", [], ["hetero_inv", "tokens/s, predicted", "measured in"]),
         (
             "profile",
             ["model=demo", "tokens=256", "micro_batch_size=1", "assignments=adamw"],
