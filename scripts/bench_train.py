@@ -39,8 +39,8 @@ from training.validate import problems_of_capture
 _TRACED_STEPS = 2  # how many steps a trace shows, if the command line does not say
 
 UNTRAINED = ["optim.muon.lr=0.01"]
-"""Settings for steps of an untrained model. At twice this rate, the default, the short columns of its mlp.c_proj ask for a second round of
-the retraction. In training that is rare: 10 of the 200 steps of Hetero in the demonstration, all before step 22."""
+"""Settings for steps of an untrained model. At the default rate, which is twice as large, the columns of its mlp.c_proj are so short that
+they ask for a second round of the retraction."""
 
 
 class RandomTraining:

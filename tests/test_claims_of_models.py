@@ -312,11 +312,11 @@ def test_the_best_rates_move_as_the_page_says():
 
 def test_the_best_rates_of_wider_models_move_as_the_page_says():
     page = text(EXPERIMENTS)
-    assert "of GPT and nGPT fall by about four fifths and half of an octave" in page
+    assert "by four fifths of an octave and by a little more than half of one" in page
     found = {arm: rate_slopes(arm, "model.n_embd", "lr_transfer_wide") for arm in ("gpt", "ngpt", "nugpt")}
     slopes = {arm: slope for arm, (slope, _) in found.items()}
-    assert slopes["gpt"].high < 0 and slopes["gpt"].mean == pytest.approx(-4 / 5, abs=0.06)
-    assert slopes["ngpt"].high < 0 and slopes["ngpt"].mean == pytest.approx(-1 / 2, abs=0.06)
+    assert slopes["gpt"].high < 0 and slopes["gpt"].mean == pytest.approx(-4 / 5, abs=0.04)
+    assert slopes["ngpt"].high < 0 and -0.6 < slopes["ngpt"].mean < -0.5
     assert slopes["nugpt"].low < 0 < slopes["nugpt"].high
     assert "νGPT also ends below nGPT at width 256 by more than chance, and on average at widths 128 and 512" in page
     assert "256 and 512 it is level with GPT, and nGPT ends above GPT, at both by more than chance" in page
