@@ -67,6 +67,9 @@ def test_the_front_says_what_was_measured_on_a_gpu():
     }
     for assignment in ("adamw", "hetero"):  # "a step takes the same time"
         assert seconds[assignment, "capture=true"] == pytest.approx(seconds[assignment, "-"], rel=0.005)
+    ratio = {row["rule"]: row["time ratio"] for row in result(f"{folder}/bench_residual.json")["rows"]}
+    assert "differ there by as much as GeoNorm and pre-norm do" in text(ROOT / "results" / "README.md")
+    assert ratio["post_norm"] / ratio["deep_norm"] == pytest.approx(ratio["geonorm"], abs=0.01)
 
 
 # ---- the family ----
