@@ -405,8 +405,7 @@ def su_step(
 
     r = -0.5 * H  # (k, n, n) residual
     dL = torch.zeros_like(r)
-    q = project(ratio(r, scale))  # r, preconditioned within the range of P
-    p = q.to(H.dtype)
+    p = q = project(ratio(r, scale)).to(H.dtype)  # r, preconditioned within the range of P
     rq = inner(r, q)
     for i in range(iterations):
         Ap = project(symmetric_sum(metric(mm(p, Z))))  # (k, n, n): the equation's left side at p
@@ -414,7 +413,7 @@ def su_step(
         dL = (dL + step * p).to(H.dtype)  # kept at H's precision, like all of these
         if i < iterations - 1:
             r = (r - step * Ap).to(H.dtype)
-            q = project(ratio(r, scale))
+            q = project(ratio(r, scale)).to(H.dtype)
             before, rq = rq, inner(r, q)
             p = (q + ratio(rq, before) * p).to(H.dtype)
     return dL
