@@ -13,7 +13,8 @@ An experiment is a file of scripts/experiments. Options of every experiment:
     around=       for axes that are varied one at a time: the value of each while another one is varied, in their order
     trials=       for experiments that search their settings: how many trials each case has; search_seed= is their seed;
                   further_trials=: how many more a case gets while its best settings are at an edge of what was tried;
-                  start=: the values of the first trial, a list with commas in the order of the searched settings
+                  start=: the values of the first trial, a list with commas in the order of the searched settings; with a slash
+                  between several starts, a search from each, of which the best counts
     extensions=   for experiments that extend an axis: how often it gets further values where a best value is at an end; 0: never
     workers=      how many runs at a time; 0 trains nothing and makes the table of the runs that have ended
     output_dir=   where the runs are written (outputs/<name>)

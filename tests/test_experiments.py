@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,12 +213,21 @@ def test_an_override_reaches_every_job(name):
 def test_the_first_trial_has_the_values_of_start(tmp_path, capsys):
     def first(arm, *words):
         found = experiment.study_of(experiment.load_experiment("horizon"), [f"arm={arm}", "max_steps=16000", *words])[0]
-        return list(found.new_search(found.cases()[0]).best.values())
+        return list(found.new_searches(found.cases()[0])[0].best.values())
 
     assert first("hetero") == ["0.05", "0.1"] and first("hetero", "start=0.0125") == ["0.0125", "0.1"]
     assert first("hetero", "start=0.1,0.1") == ["0.1", "0.1"] and first("all_stiefel", "start=0.1,0.2") == ["0.1"]
+    several = experiment.study_of(experiment.load_experiment("horizon"), ["arm=hetero", "start=0.1/0.02,0.4"])[0]
+    searches = several.new_searches({"arm": "hetero", "max_steps": "250"})
+    assert [list(search.best.values()) for search in searches] == [["0.1", "0.1"], ["0.02", "0.4"]]
+    several.found["hetero", "250"] = replace(searches[1], tried={(Fraction(-1), Fraction(0)): 2.0})
+    [following] = several.new_searches(
+        {"arm": "hetero", "max_steps": "1000"}
+    )  # goes on where the best of the two ended
+    assert list(following.best.values()) == ["0.01", "0.4"]
     own = ["arm=hetero,all_stiefel", "workers=0", f"output_dir={tmp_path}/none"]
-    for word, problem in (("0.1,x", "must be positive"), ("0", "must be positive"), ("1,1,1", "has more values than")):
+    wrong = dict.fromkeys(("0.1,x", "0", "0.1/-1"), "must be positive") | {"0.1/1,1,1": "has more values than"}
+    for word, problem in wrong.items():
         assert experiment.main(["horizon", *own, f"start={word}"]) == 2
         assert f"start={word} {problem}" in capsys.readouterr().err
 
@@ -252,7 +262,14 @@ LESS = {  # of every experiment's lists, as little as draws a picture
     "ngpt_speed": ["around=nGPT,4", "trials=1", "further_trials=0", "seeds=1", "tokens=64"],
     "residual_rules": ["residual=ngpt"],
     "residual_tuned": ["optimizer=muon", "residual=geonorm_with_norms", "trials=1", "further_trials=0", "seeds=1"],
-    "sphere_p": ["optimizer=muon", "residual=geodesic,learned", "trials=1", "further_trials=0", "seeds=1"],
+    "sphere_p": [
+        "optimizer=muon",
+        "residual=geodesic,learned",
+        "trials=1",
+        "further_trials=0",
+        "seeds=1",
+        "start=0.05,6/0.05,6",
+    ],
     "solver_sweep": ["optim.muon.lr=0.02,0.05", "assignment=hetero", "seeds=1"],
     "stream_dtype": [],
     "why_hetero": ["setting=hetero,nothing,c_fc,mlp_c_proj", "trials=1", "seeds=1", "log.interval_spectra=2"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts import experiment
-from scripts.analysis.search import Axis, Found
+from scripts.analysis.search import Axis, Found, best_of_searches
 from scripts.analysis.statistics import Difference, student_cdf, student_quantile
 
 
@@ -46,6 +46,20 @@ def test_a_search_goes_on_until_no_best_value_is_at_an_edge():
 def test_a_search_flees_from_unstable_rates():
     found = search(lambda rate, decay: math.inf if rate > -3 else -rate, 4)
     assert [float(point[0]) for point in found.tried] == [0, -1, -2, -3] and found.best["lr"] == "0.00125"
+
+
+def test_a_search_from_a_second_start_finds_another_valley():
+    def valleys(rate, decay):
+        return min(bowl(rate, decay), bowl(rate - 8, decay) - 1)
+
+    first, second = search(valleys, 12), search(valleys, 12, start=(Fraction(8), Fraction(0)))
+    best = best_of_searches([first, second])
+    assert best is second and best.loss == second.loss < first.loss and best.others == [first]
+    assert best_of_searches([first, Found(first.axes)]) is first and Found(first.axes).loss == math.inf
+    again = Found(first.axes, tried=dict(first.tried))  # came to the same values
+    assert best_of_searches([first, again]) is first and len(first.trials) == 12
+    best.others = [first]
+    assert len(best.trials) == 24 and best.trials[0] == ({"lr": "2.56", "decay": "0.1"}, valleys(8, 0))
 
 
 def test_students_distribution_and_paired_differences():

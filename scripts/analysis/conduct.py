@@ -11,7 +11,7 @@ from typing import Any
 from scripts.analysis.figures import sign
 from scripts.analysis.optima import further_cases
 from scripts.analysis.runs import RecordedRun, read_run
-from scripts.analysis.search import TRIALS, Found
+from scripts.analysis.search import TRIALS, Found, best_of_searches
 from scripts.analysis.study import Case, Study
 from scripts.analysis.tables import ENDS, footer, rows_of, write_tables
 from scripts.command import UsageError
@@ -29,7 +29,8 @@ class Conductor:
     """Runs the jobs of a study, and fills the study.
 
     parent: the directory of the runs. workers: how many runs at a time; with 0, the runs that have ended are read. launcher: the overrides that
-    choose one of Hydra's launchers. groups: the runs that ended, by the values of their case. failures: directory → reason.
+    choose one of Hydra's launchers. groups: the runs that ended, by the values of their case. failures: directory → reason. trials:
+    directory → seconds of training.
     """
 
     study: Study
@@ -38,6 +39,7 @@ class Conductor:
     launcher: Sequence[str] = ()
     groups: dict[tuple[str, ...], list[RecordedRun]] = field(default_factory=dict)
     failures: dict[Path, str] = field(default_factory=dict)
+    trials: dict[Path, float] = field(default_factory=dict)
 
     def run(self) -> dict[Path, str]:
         """Check all, run what has not ended, read the runs, and measure. Returns the failures.
@@ -100,24 +102,23 @@ class Conductor:
     def _search(self, cases: Sequence[Case]) -> None:
         """Run the trials of some cases, a trial of each at a time. A search of which a trial fails ends."""
         study = self.study
-        going = [case for case in cases if study.searched(case) == case]
-        found = {tuple(case.values()): study.new_search(case) for case in going}
-        study.found |= found
-
-        def search_of(case: Case) -> Found:
-            return found[tuple(case.values())]
-
+        searches = {
+            tuple(case.values()): (case, study.new_searches(case)) for case in cases if study.searched(case) == case
+        }
         trials, further = study.options["trials"], study.options["further_trials"]
-        while going := [case for case in going if search_of(case).goes_on(trials, further)]:
-            points = [search_of(case).next_point() for case in going]
-            jobs = [self._trial(case, search_of(case).values(point)) for case, point in zip(going, points)]
-            self._start(jobs)
-            for case, point, job in zip(going, points, jobs):
+        going = [(case, search) for case, several in searches.values() for search in several]
+        while going := [(case, search) for case, search in going if search.goes_on(trials, further)]:
+            points = [search.next_point() for _, search in going]
+            jobs = [self._trial(case, search.values(point)) for (case, search), point in zip(going, points)]
+            self._start(list(dict.fromkeys(jobs)))  # two searches of a case may come to the same values
+            for (_, search), point, job in zip(going, points, jobs):
                 if job.ended:
                     r = read_run(job.directory)
-                    search_of(case).tried[point] = r.final if r.stable and r.final is not None else math.inf
-                    study.trial_seconds += train_seconds([r])
-            going = [case for case, job in zip(going, jobs) if job.ended]
+                    search.tried[point] = r.final if r.stable and r.final is not None else math.inf
+                    self.trials[job.directory] = train_seconds([r])
+            going = [pair for pair, job in zip(going, jobs) if job.ended]
+        study.found |= {key: best_of_searches(several) for key, (_, several) in searches.items()}
+        study.trial_seconds = sum(self.trials.values())
 
     def _trial(self, case: Case, searched: Case) -> Job:
         settings = [*self.study.settings(case), "full_eval=false"]  # a trial is judged by the windows
@@ -142,11 +143,11 @@ def check_all(study: Study, here: bool = True) -> None:
         seeds = [*seeds, str(study.options["search_seed"])]
     wanted = [*((case, seeds[0]) for case in cases), *((cases[0], seed) for seed in seeds[1:])]
     for case, seed in wanted:  # a seed changes nothing else
-        start = study.new_search(study.searched(case)).best
         try:
-            cfg = compose(study.job(Path(), case, seed, study.settings(case), start).overrides)
-            if here:
-                check(cfg)
+            for search in study.new_searches(study.searched(case)):
+                cfg = compose(study.job(Path(), case, seed, study.settings(case), search.best).overrides)
+                if here:
+                    check(cfg)
         except ConfigError as error:
             if problems.keys() >= {*error.problems}:
                 break  # it is wrong in every case, and each takes a second
@@ -166,8 +167,8 @@ def _check_search(study: Study) -> None:
             raise UsageError(
                 f"{', '.join(case.values())} takes the best settings of {', '.join(searched.values())}; add that to the values"
             )
-    keys = max((study.new_search(study.searched(case)).axes for case in cases), key=len)
-    if len(study.starts) > len(keys):
+    keys = max((study.new_searches(study.searched(case))[0].axes for case in cases), key=len)
+    if max(map(len, study.starts)) > len(keys):
         raise UsageError(
             f"start={study.options['start']} has more values than settings are searched: {', '.join(axis.key for axis in keys)}"
         )
@@ -219,4 +220,4 @@ def train_seconds(runs: Iterable[RecordedRun]) -> float:
 def _trials(study: Study, key: Sequence[str], search: Found) -> list[dict[str, Any]]:
     """The trials of a case as data, in their order."""
     case = dict(zip(study.axes, key))
-    return [{**case, **search.values(point), "val_loss": loss} for point, loss in search.tried.items()]
+    return [{**case, **values, "val_loss": loss} for values, loss in search.trials]

@@ -130,10 +130,10 @@ def trials_by(study: Study, panel: str, curve: str) -> dict[str, dict[str, dict[
     found: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for key, search in study.found.items():
         case = dict(zip(study.axes, key))
-        for i, axis in enumerate(search.axes):
+        for axis in search.axes:
             row = found.setdefault(axis.key.rpartition(".")[2].replace("_", " "), {})
             curves = row.setdefault(f"{panel.rpartition('.')[2]} {case[panel]}", {})
-            tried = ((float(axis.text(point[i])), loss) for point, loss in search.tried.items())
+            tried = ((float(values[axis.key]), loss) for values, loss in search.trials)
             curves.setdefault(case[curve], []).extend(tried)
     return found
 

@@ -24,7 +24,8 @@ SEARCH_OPTIONS = {"trials": 8, "further_trials": 0, "search_seed": 0, "start": "
 
 trials: of each case. further_trials: how many more a case gets at most, while its best settings are at an edge (`Found.bracketed`).
 search_seed: the seed of all trials, which no final run should have.
-start: the values of the first trial, with commas, in the order of the searched settings; empty: those of the experiment.
+start: the values of the first trial, with commas, in the order of the searched settings; empty: those of the experiment. With slashes: of
+several searches, of which the one that finds the lowest loss counts.
 """
 
 
@@ -59,17 +60,30 @@ class Search:
 class Found:
     """The search of a case. axes: what is searched. start: the point of the first trial. tried: point → loss (nats a token), in order.
 
-    The loss of an unstable run is infinite.
+    The loss of an unstable run is infinite. others: the searches of the same case from other starts, none of which found a lower loss.
     """
 
     axes: list[Axis]
     start: Point | None = None
     tried: dict[Point, float] = field(default_factory=dict)
+    others: list[Found] = field(default_factory=list)
 
     @property
     def point(self) -> Point:
         """The point with the lowest loss, the first one of equals; before the first trial, that at which it starts."""
         return min(self.tried, key=self.tried.__getitem__, default=self.start or (Fraction(0),) * len(self.axes))
+
+    @property
+    def loss(self) -> float:
+        """The lowest loss; infinite before the first trial."""
+        return self.tried.get(self.point, math.inf)
+
+    @property
+    def trials(self) -> list[tuple[dict[str, str], float]]:
+        """The values and the loss of all trials, in order, and then those that only the other searches made."""
+        own = [(self.values(point), loss) for point, loss in self.tried.items()]
+        further = (trial for other in self.others for trial in other.trials)
+        return own + [(values, loss) for values, loss in further if values not in (own_values for own_values, _ in own)]
 
     @property
     def best(self) -> dict[str, str]:
@@ -106,6 +120,13 @@ class Found:
                 if neighbour not in self.tried:
                     return neighbour
             distance /= 2
+
+
+def best_of_searches(searches: list[Found]) -> Found:
+    """The search with the lowest loss, the first one of equals; it gets the others."""
+    best = min(searches, key=lambda search: search.loss)
+    best.others = [search for search in searches if search is not best]
+    return best
 
 
 def _neighbours(point: Point, distance: Fraction) -> Iterator[Point]:

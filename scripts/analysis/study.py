@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.analysis.optima import EXTEND_OPTIONS
 from scripts.analysis.runs import RecordedRun, final_losses
-from scripts.analysis.search import SEARCH_OPTIONS, Found, Search
+from scripts.analysis.search import SEARCH_OPTIONS, Axis, Found, Search
 from scripts.analysis.statistics import Estimate
 from scripts.analysis.tables import Column, Table, make_table
 from scripts.command import UsageError
@@ -183,7 +183,7 @@ class Study:
             searched = self.searched(case)
             search = self.found.get(tuple(searched.values()))
             if search is None:
-                ready.append((case, self.settings(case), self.new_search(searched).best))
+                ready.append((case, self.settings(case), self.new_searches(searched)[0].best))
             elif search.tried:
                 ready.append((case, self.settings(case), search.best))
         return [
@@ -196,28 +196,38 @@ class Study:
         """The case in whose search the settings of a case are found."""
         return self.experiment.search.of(case) if self.experiment.search else case
 
-    def new_search(self, case: Case) -> Found:
-        """The search of a case before its first trial. The option `start` counts where no search goes before along the axis of the search."""
+    def new_searches(self, case: Case) -> list[Found]:
+        """The searches of a case before their first trials, one from each start.
+
+        Where a search goes before along the axis of the search, there is one, from the best point of that one.
+        """
         search, before = self.experiment.search, self.found.get(self._previous(case))
         axes = search.axes(self, case) if search else []
-        axes = [*(replace(axis, start=value) for axis, value in zip(axes, self.starts)), *axes[len(self.starts) :]]
-        return Found(axes, before.point if before and before.tried else None)
+
+        def started(values: Sequence[float]) -> list[Axis]:
+            return [*(replace(axis, start=value) for axis, value in zip(axes, values)), *axes[len(values) :]]
+
+        if before and before.tried:
+            return [Found(started([axis.start for axis in before.axes]), before.point)]
+        return [Found(started(values)) for values in self.starts]
 
     @property
-    def starts(self) -> list[float]:
-        """The values of the option `start`.
+    def starts(self) -> list[list[float]]:
+        """The values of the option `start`, for each search; none for those of the experiment.
 
         Raises:
             UsageError: one is no positive number.
         """
         text = self.options.get("start", "")
         try:
-            values = [float(word) for word in text.split(",") if word]
+            starts = [[float(word) for word in start.split(",") if word] for start in text.split("/")]
         except ValueError:
-            values = [math.nan]
-        if not all(0 < value < math.inf for value in values):
-            raise UsageError(f"start={text} must be positive numbers with commas, such as start=0.05,0.1")
-        return values
+            starts = [[math.nan]]
+        if not all(0 < value < math.inf for values in starts for value in values):
+            raise UsageError(
+                f"start={text} must be positive numbers with commas, such as start=0.05,0.1; with a slash between several starts"
+            )
+        return starts
 
     def _previous(self, case: Case) -> tuple[str, ...]:
         """The values of the case before this one along the axis of the search; empty if there is none."""
