@@ -330,6 +330,16 @@ def test_the_best_rates_of_wider_models_move_as_the_page_says():
         assert level.low < 0 < level.high
 
 
+def test_the_best_rates_of_longer_runs_move_as_the_page_says():
+    page = text(EXPERIMENTS)
+    assert "The best rate of nGPT falls for each doubling by two fifths of an octave" in page
+    found = {arm: rate_slopes(arm, "max_steps", "lr_transfer_long") for arm in ("gpt", "ngpt", "nugpt")}
+    assert all(set(by_size) == {"200", "400", "800", "1600"} for _, by_size in found.values())
+    slopes = {arm: slope for arm, (slope, _) in found.items()}
+    assert slopes["ngpt"].high < 0 and slopes["ngpt"].mean == pytest.approx(-2 / 5, abs=0.03)
+    assert all(slopes[arm].low < 0 < slopes[arm].high for arm in ("gpt", "nugpt"))
+
+
 # ---- nGPT's speed ----
 
 
