@@ -81,9 +81,10 @@ class Found:
     @property
     def trials(self) -> list[tuple[dict[str, str], float]]:
         """The values and the loss of all trials, in order, and then those that only the other searches made."""
-        own = [(self.values(point), loss) for point, loss in self.tried.items()]
-        further = (trial for other in self.others for trial in other.trials)
-        return own + [(values, loss) for values, loss in further if values not in (own_values for own_values, _ in own)]
+        found = [(self.values(point), loss) for point, loss in self.tried.items()]
+        for other in self.others:
+            found += [trial for trial in other.trials if trial not in found]
+        return found
 
     @property
     def best(self) -> dict[str, str]:
