@@ -221,9 +221,8 @@ def test_the_first_trial_has_the_values_of_start(tmp_path, capsys):
     searches = several.new_searches({"arm": "hetero", "max_steps": "250"})
     assert [list(search.best.values()) for search in searches] == [["0.1", "0.1"], ["0.02", "0.4"]]
     several.found["hetero", "250"] = replace(searches[1], tried={(Fraction(-1), Fraction(0)): 2.0})
-    [following] = several.new_searches(
-        {"arm": "hetero", "max_steps": "1000"}
-    )  # goes on where the best of the two ended
+    # The next search goes on where the best of the two ended.
+    [following] = several.new_searches({"arm": "hetero", "max_steps": "1000"})
     assert list(following.best.values()) == ["0.01", "0.4"]
     own = ["arm=hetero,all_stiefel", "workers=0", f"output_dir={tmp_path}/none"]
     wrong = dict.fromkeys(("0.1,x", "0", "0.1/-1"), "must be positive") | {"0.1/1,1,1": "has more values than"}

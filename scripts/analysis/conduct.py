@@ -29,8 +29,7 @@ class Conductor:
     """Runs the jobs of a study, and fills the study.
 
     parent: the directory of the runs. workers: how many runs at a time; with 0, the runs that have ended are read. launcher: the overrides that
-    choose one of Hydra's launchers. groups: the runs that ended, by the values of their case. failures: directory → reason. trials:
-    directory → seconds of training.
+    choose one of Hydra's launchers. groups: the runs that ended, by the values of their case. failures: directory → reason.
     """
 
     study: Study
@@ -39,7 +38,6 @@ class Conductor:
     launcher: Sequence[str] = ()
     groups: dict[tuple[str, ...], list[RecordedRun]] = field(default_factory=dict)
     failures: dict[Path, str] = field(default_factory=dict)
-    trials: dict[Path, float] = field(default_factory=dict)
 
     def run(self) -> dict[Path, str]:
         """Check all, run what has not ended, read the runs, and measure. Returns the failures.
@@ -107,6 +105,7 @@ class Conductor:
         }
         trials, further = study.options["trials"], study.options["further_trials"]
         going = [(case, search) for case, several in searches.values() for search in several]
+        seconds: dict[Path, float] = {}  # of a trial's training
         while going := [(case, search) for case, search in going if search.goes_on(trials, further)]:
             points = [search.next_point() for _, search in going]
             jobs = [self._trial(case, search.values(point)) for (case, search), point in zip(going, points)]
@@ -115,10 +114,10 @@ class Conductor:
                 if job.ended:
                     r = read_run(job.directory)
                     search.tried[point] = r.final if r.stable and r.final is not None else math.inf
-                    self.trials[job.directory] = train_seconds([r])
+                    seconds[job.directory] = train_seconds([r])
             going = [pair for pair, job in zip(going, jobs) if job.ended]
         study.found |= {key: best_of_searches(several) for key, (_, several) in searches.items()}
-        study.trial_seconds = sum(self.trials.values())
+        study.trial_seconds += sum(seconds.values())
 
     def _trial(self, case: Case, searched: Case) -> Job:
         settings = [*self.study.settings(case), "full_eval=false"]  # a trial is judged by the windows
