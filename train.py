@@ -210,9 +210,11 @@ class Run:
 
     def due(self, interval: int | None) -> bool:
         """Whether an action of every `interval` steps and of the end is due (None: never), and was not done before the save that was resumed."""
-        if interval is None or self.step == self.ended_at:
+        if interval is None or self.step == self.ended_at:  # what the end asks for was done before the save
             return False
-        return self.finished if self.step % interval else self.step != self.resumed_at
+        if self.step % interval:
+            return self.finished
+        return self.step != self.resumed_at  # what this step asks for was done before the save
 
     @contextmanager
     def pause(self, wait: bool) -> Iterator[None]:

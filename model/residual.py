@@ -299,8 +299,8 @@ class _OnSphere(ResidualRule):
     embedding: "normalize" scales the embedding of every token to the radius. "none" leaves it unchanged, and every token keeps its
         length; GPT-2's embeddings are so short (0.02 √d) that the first steps then reach GeoNorm's clamp. Default: normalize.
     radius: "auto" is the length that the sublayers expect (√d for GPT-2's weights, 1 for nGPT's); or "sqrt_d", "unit". Default: auto.
-    input_norm: "none", or "rms": a norm with a gain before each sublayer; on a sphere only the gain acts. Default: none, as in the port
-        of GeoNorm that is a trained language model; the other port has the norms (LayerNorms, which also subtract the mean).
+    input_norm: "none", or "rms": a norm with a gain before each sublayer; at the radius "auto" only the gain acts. Default: none, as in
+        the port of GeoNorm that is a trained language model; the other port has the norms (LayerNorms, which also subtract the mean).
     final_norm: "none", or "rms": the same before the head. Default: none, for the same reason.
     The two ports by name: `residual=geonorm_no_norms` and `residual=geonorm_with_norms`.
     """

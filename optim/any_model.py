@@ -11,7 +11,7 @@ from torch import nn
 from .assignment import AssignmentError, Row, assign, by_pattern, listed, matches, similar
 from .certified import CertifiedStep
 from .manifold_muon import ManifoldMuon
-from .stack import StepRule
+from .stack import StepRule, divides
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """Modules whose weights are tables, a row a token, and so AdamW's."""
@@ -126,9 +126,9 @@ def _groups(rows: list[Row], blocks: Mapping[str, int], radius: Mapping[str, flo
         AssignmentError: a pattern of `blocks` or `radius` matches nothing, or blocks do not divide a matrix.
     """
     cuts = by_pattern([row.name for row in rows], blocks, 1, "blocks")
-    if wrong := [row for row in rows if cuts[row.name] < 1 or row.shape[0] % cuts[row.name]]:
+    if wrong := [row for row in rows if not divides(cuts[row.name], row.shape[0])]:
         raise AssignmentError(
-            [f"blocks: {cuts[row.name]} do not divide the {row.shape[0]} rows of '{row.name}'" for row in wrong]
+            [f"blocks: {cuts[row.name]!r} do not divide the {row.shape[0]} rows of '{row.name}'" for row in wrong]
         )
     radii = by_pattern([row.name for row in rows], radius, 1.0, "radius")
     alike: dict[tuple[str, int, float], list[str]] = {}

@@ -151,7 +151,7 @@ def _problems(
     ]
     problems += [f"assignment: {_unclear(found, names)}" for found, names in unclear.items()]
     problems += [
-        f"assignment: '{names[0]}' and {len(names) - 1} more would have two owners: the model keeps their vectors at unit length, and "
+        f"assignment: {listed(names)} would have two owners: the model keeps their vectors at unit length, and "
         f"rule '{rule}' puts them on '{rules[rule]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
         for rule, names in contested.items()
     ]
@@ -172,7 +172,7 @@ def _unclear(hits: Sequence[str], names: Sequence[str]) -> str:
     if hits:
         return f"several rules ({', '.join(map(repr, hits))}) match {listed(names)}; keep one of them"
     parts = names[0].split(".")
-    example = next(part for part in [*parts[-2::-1], *parts] if not part.isdigit())
+    example = next((part for part in [*parts[-2::-1], *parts] if not part.isdigit()), names[0])
     return f"no rule matches {listed(names)}; add one, such as {example}: adamw"
 
 

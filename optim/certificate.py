@@ -29,7 +29,7 @@ from .manifolds import MANIFOLDS, Manifold, stacked
 
 DUAL_STEPS, CONJUGATE_GRADIENTS = 4, 12
 """Su steps toward the least dual value, each of one eigendecomposition in n × n, and the iterations of each. The value is then .1 to 2%
-above the optimum on recorded problems, up to 8% on random ones of low rank."""
+above the optimum on recorded problems, up to an eighth on random ones of low rank."""
 
 
 class Certificate(NamedTuple):
@@ -37,7 +37,8 @@ class Certificate(NamedTuple):
 
     tangency: ‖normal part of T‖_F / ‖T‖_F, 0 for a tangent T. norm: ‖tangent part‖₂. feas: at least this share of the optimum was
     achieved; 1 where G is zero, NaN where it is not finite. bound: the dual value, in the units of ⟨G, T⟩.
-    normal_share, length_share, size_share: of ‖G‖_F², see above. momentum_top: σ_max² / Σσ² of G, the share of its largest singular direction.
+    normal_share, length_share, size_share: of ‖G‖_F², see above. On oblique_gain, whose step problem has another momentum than G
+    (`Manifold.problem`), normal_share and what follows are of that one. momentum_top: σ_max² / Σσ² of G, the share of its largest singular direction.
     momentum_rank, step_rank: effective rank of G, and of the tangent part of T: from 1 to n; exp of the entropy of the singular values,
     as shares of their sum (Roy, Vetterli, EUSIPCO 2007). Those of G are 0 where G is zero, NaN where it is not finite.
     """
@@ -93,7 +94,7 @@ class StepProblem:
         """The least ‖G + 2WL‖_* (k, 1, 1) over DUAL_STEPS over-relaxed Su steps from least squares: at least the optimum."""
         L = self.least_squares()
         least, H, Z = self.sign_at(L)
-        for i in range(DUAL_STEPS if self.manifold.constrained else 0):
+        for i in range(DUAL_STEPS if self.manifold.conditioned else 0):
             L = L + min(1.2 + 0.2 * i, 1.6) * self.su_step(H, Z)
             value, H, Z = self.sign_at(L)
             least = torch.minimum(least, torch.where(value.isfinite(), value, torch.inf))

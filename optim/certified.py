@@ -60,7 +60,7 @@ from .linalg import (
 from .manifolds import MANIFOLDS, Effort, Manifold, stacked, unstacked
 from .msign import iterate
 from .refine import Refine
-from .stack import Moved, Stack
+from .stack import EXACTLY, ONE_ROUND, TWO_ROUNDS, Moved, Stack
 
 LENGTHS: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda m, n: 1.0,
@@ -79,8 +79,9 @@ SMALL_NORM_STEPS, TALL_NORM_STEPS = 7, 2
 # (tests/test_hard_momenta.py).
 TANGENT_SHARE, SKEW_SHARE = 48.0, 4.0
 
-# A round of the retraction leaves an error of 5/16·‖E‖³: 2e-7 of ‖E‖ = SECOND_ROUND. Two rounds could still mend more than EXACT.
-SECOND_ROUND, EXACT = 0.008, 0.15
+# ‖E‖₂ above which the next step is made with two rounds, and exactly. One round leaves an error of 5/16·‖E‖³: 2e-7 of the first. Two
+# rounds could still mend more than the second.
+ASK_TWO_ROUNDS, ASK_EXACTLY = 0.008, 0.15
 LANDS = (0.015, 0.3)  # ‖E‖ that one round, and two, still bring onto the manifold to a few 1e-6
 # Lanczos iterations for ‖E‖₂: at most two fifths short on random E; the limits above leave room for that
 DISTANCE_STEPS = 4
@@ -143,11 +144,11 @@ def cap_factor(B: Tensor, effort: Effort, mm: Products) -> Tensor:
 
 def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> tuple[Tensor, Tensor]:
     """T (k, m, n) near the optimum of (1), tangent, and ‖X‖_F (k, 1, 1), the size of what there was to take a sign of."""
-    if not manifold.constrained:
+    if not manifold.conditioned:
         if effort.iterator:
             return iterate(G, effort.iterator.coefficients, effort.iterator.margin, mm.dtype), frobenius(G)
         return matrix_sign(G, effort.stages, effort.lower, mm)[0], frobenius(G)
-    if manifold.rotations and W.size(-2) == W.size(-1):
+    if manifold.closed_form(W):
         U = W.to(mm.dtype)
         C = mm(U.mT, G)  # (k, n, n)
         skew = 0.5 * (C - C.mT)
@@ -170,8 +171,7 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
 
 def least_share(W: Tensor, manifold: Manifold, mm: Products) -> float:
     """What share of ‖G‖_F must be tangent for a direction that these products make to be trusted."""
-    closed_form = manifold.rotations and W.size(-2) == W.size(-1)
-    return (SKEW_SHARE if closed_form else TANGENT_SHARE) * torch.finfo(mm.dtype).eps
+    return (SKEW_SHARE if manifold.closed_form(W) else TANGENT_SHARE) * torch.finfo(mm.dtype).eps
 
 
 class Direction(NamedTuple):
@@ -228,16 +228,16 @@ def retract(
     """A point of the manifold near the trial point V (k, m, n), and ‖E‖₂ (k,), how far V was from it.
 
     The distance is infinite where the increment M is not finite. Free lengths of columns become length·shrink, at most norm_cap.
-    highest: 0 for one round; 1 for a second one where the level (k,) is 1 or more; 2 for an exact retraction, and a round for the lengths.
+    highest: ONE_ROUND; TWO_ROUNDS, a second one where the level (k,) asks for it; EXACTLY, an exact retraction, and a round for the lengths.
     """
     new, M, E = polish(V, manifold, shrink, norm_cap, mm)
-    if highest == 2:
+    if highest == EXACTLY:
         new, M, _ = polish(manifold.retract(torch.where(V.isfinite(), V, 0)), manifold, shrink, norm_cap, mm)
     distance = largest_eigenvalue(lambda v: mm.times_vector(E, v), E, DISTANCE_STEPS).flatten()
     distance = torch.where(M.to(mm.dtype).isfinite().all(dim=(-2, -1)), distance, torch.inf)
-    if highest == 1:
+    if highest == TWO_ROUNDS:
         again, _, _ = polish(new, manifold, 1.0, torch.inf, mm)
-        new = torch.where(level[:, None, None] >= 1, again, new)
+        new = torch.where(level[:, None, None] >= TWO_ROUNDS, again, new)
     return new, distance
 
 
@@ -277,11 +277,10 @@ def step(
 
     Args:
         eta: 0-d learning rate on the device: the length of the step in spectral norm, times LENGTHS[length].
-        level: (k,) what the last step of each matrix asked for, see Moved.level. highest: what is done for those that asked for it, 0 to
-            2, see `retract`.
-        skip: 0-d bool, on the device: where true nothing moves, whatever G is.
+        level: (k,), see optim/stack.py. highest: the largest level that is served; see `retract`.
+        skip: 0-d or (k,) bool, on the device: where true nothing moves, whatever G is.
         decay: decoupled, per unit of eta, of weights without a Gram condition (but see their `move`) and of free lengths of columns;
-            norm_cap: no free length grows longer.
+            norm_cap: after the step no free length is longer; longer ones are cut to it at once.
         whole: the shape of the parameter of which the matrices are blocks, if its step is to be as long as without the cut, see `reach`.
         refine: what happens to the direction before it is taken, see optim/refine.py.
 
@@ -290,30 +289,34 @@ def step(
     """
     T, scale, failed = direction_of(W, G, manifold, effort, mm)
     moving, failed = (scale.flatten() > 0) & ~skip, failed & ~skip
-    row_squares = None
+    row_squares = rows_before = None if refine is None else refine.row_squares
     if refine is not None:
-        T, row_squares = refine(torch.where(scale > 0, scale * T, 0), W, manifold, moving)
+        T, row_squares = refine(torch.where(scale > 0, scale * T, 0), W, manifold)
         scale = (scale > 0).to(T.dtype)
     shrink = 1 - eta * decay
-    far = eta * reach(length, W.size(-2), W.size(-1), whole)  # 0-d
-    trial = far * scale * T
-    exact = highest == 2
-    if manifold.constrained:
+    step_length = eta * reach(length, W.size(-2), W.size(-1), whole)  # 0-d
+    trial = step_length * scale * T
+    exact = highest == EXACTLY
+    if manifold.gram_space:
         cap = torch.inf if norm_cap is None else norm_cap
         new, distance = retract(W - trial, manifold, shrink, cap, level, highest, mm)
-        landed = distance < torch.inf if exact else distance <= torch.where(level >= 1, LANDS[1], LANDS[0])
-        wanted = (~(distance <= SECOND_ROUND)).float() + (~(distance <= EXACT)).float()  # NaN asks for the exact one
+        landed = distance < torch.inf if exact else distance <= torch.where(level >= TWO_ROUNDS, LANDS[1], LANDS[0])
+        wanted = (~(distance <= ASK_TWO_ROUNDS)).float() + (~(distance <= ASK_EXACTLY)).float()  # NaN asks for EXACTLY
     else:
-        new = manifold.move(W, G, trial, far, shrink)
+        new = manifold.move(W, G, trial, step_length, shrink)
         landed, wanted = torch.ones_like(moving), torch.zeros_like(level)
-    taken = (moving & landed)[:, None, None]
+    taken = moving & landed
+    next_level = torch.where(moving, wanted, level)
+    next_level = torch.where(failed, ONE_ROUND if exact else EXACTLY, next_level)
+    if row_squares is not None and rows_before is not None:
+        row_squares = torch.where(taken[:, None], row_squares, rows_before)
     return Moved(
-        torch.where(taken, new, W),
-        T,
-        torch.where(taken, scale, 0),
-        torch.where(failed, 0 if exact else 2, torch.where(moving, wanted, level)),
-        failed | (moving if exact else moving & ~landed),
-        row_squares,
+        W=torch.where(taken[:, None, None], new, W),
+        T=T,
+        scale=torch.where(taken[:, None, None], scale, 0),
+        level=next_level,
+        fallback=failed | (moving if exact else moving & ~landed),
+        row_squares=row_squares,
     )
 
 
@@ -323,11 +326,12 @@ def step(
 class CertifiedStep:
     """The step rule `certified` of ManifoldMuon: every stack by `step`.
 
-    Each matrix steps at the level that its last step asked for: 0, or 1 for a second round. Where any asked for 2, which no healthy matrix
-    does, its stack is stepped once more, exactly and in float32, for those alone.
+    Each matrix steps at the level that its last step asked for. Where one asked for EXACTLY, which no healthy matrix does, its stack is
+    stepped once more, exactly and in float32, for those alone.
 
     Args:
-        quality: a key of a manifold's `efforts`: "default" or "high".
+        quality: a key of a manifold's `efforts`: "default" or "high", which has more Su steps and caps: up to twice the operations. It is
+            better for momenta of full rank; for momenta of low rank it is worse on tall Stiefel matrices, and often on others.
         products: a name of PRECISIONS, or None for the device's own.
         length, norm_cap: see `step`; weight decay comes with the stacks.
         iterator: of unconstrained matrices; None for the step's own, see `Effort`.
@@ -385,19 +389,26 @@ class CertifiedStep:
         settings = {"decay": stack.weight_decay, "whole": stack.whole, "refine": stack.refine, **self.settings}
         call = self.compiled_step if (W.is_cuda if self.compile is None else self.compile) else step
         with torch.no_grad(), exact_sums(W.device):
-            moved = call(*given, products_for(W.device, self.products), highest=min(stack.highest, 1), **settings)
-            if stack.highest < 2:
+            highest = min(stack.highest, TWO_ROUNDS)
+            moved = call(*given, products_for(W.device, self.products), highest=highest, **settings)
+            if stack.highest < EXACTLY:
                 return moved
             # Rare: not worth a compilation.
-            exact = step(*given, Products("float32"), highest=2, **settings)
-            # Where the ordinary step fails and this one is taken, the next one is exact too.
-            again = moved.level.eq(2) & (exact.scale.flatten() > 0)
-            exact = exact._replace(level=torch.where(again, 2, exact.level))
-            asked = level.eq(2)
-            pairs = zip(exact, moved)
-            return Moved(
-                *(y if x is None else torch.where(asked.view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in pairs)
-            )
+            exact = step(*given, Products("float32"), highest=EXACTLY, **settings)
+            # An exact step asks for an ordinary one. Where that would fail again, as it does now, the next step is exact too: otherwise
+            # the matrix would move in every second step only.
+            stays = (moved.level == EXACTLY) & (exact.scale.flatten() > 0)
+            exact = exact._replace(level=torch.where(stays, EXACTLY, exact.level))
+            return _choose(level == EXACTLY, exact, moved)
+
+
+def _choose(mask: Tensor, yes: Moved, no: Moved) -> Moved:
+    """Of each matrix what `yes` holds where mask (k,) is true, else what `no` holds."""
+
+    def choose(x: Any, y: Any) -> Any:
+        return None if x is None else torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, y)
+
+    return Moved(*(choose(x, y) for x, y in zip(yes, no)))
 
 
 def effort_of(manifold: Manifold, quality: str) -> Effort:

@@ -14,12 +14,12 @@ from .manifolds import Manifold
 
 
 class Frame(NamedTuple):
-    """W as U = W/c (k, m, n) and c (k, n, 1), with D = UᵀU (k, n, n), or None where that is I because columns are orthogonal."""
+    """W as U = W/c (k, m, n) and c (k, n, 1), with UU = UᵀU (k, n, n), or None where that is I because columns are orthogonal."""
 
     manifold: Manifold
     U: Tensor
     c: Tensor
-    D: Tensor | None
+    UU: Tensor | None
 
     @property
     def d(self) -> Tensor:
@@ -28,11 +28,11 @@ class Frame(NamedTuple):
 
     def times_gram(self, cL: Tensor, mm: Products) -> Tensor:
         """UᵀU cL (k, n, n)."""
-        return cL if self.D is None else mm(self.D, cL)
+        return cL if self.UU is None else mm(self.UU, cL)
 
     def metric(self, L: Tensor, mm: Products) -> Tensor:
         """WᵀW L (k, n, n)."""
-        return self.d[:, :, None] * L if self.D is None else self.c * mm(self.D, self.c * L)
+        return self.d[:, :, None] * L if self.UU is None else self.c * mm(self.UU, self.c * L)
 
     def tangency(self, N: Tensor) -> Tensor:
         """H = P(WᵀA + AᵀW) (k, n, n) from N = UᵀA."""
@@ -44,7 +44,7 @@ class Frame(NamedTuple):
 
 
 def frame_of(W: Tensor, manifold: Manifold, mm: Products) -> Frame:
-    """The frame of W (k, m, n) float32 on its manifold; U and D in the precision of the products."""
+    """The frame of W (k, m, n) float32 on its manifold; U and UU in the precision of the products."""
     if manifold.unit_columns:
         U, c = W, W.new_ones(W.size(0), W.size(-1), 1)
     else:

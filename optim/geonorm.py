@@ -108,8 +108,8 @@ def rotate(x: Tensor, g: Tensor, angle: Callable[[Tensor], Tensor], radius: floa
             bfloat16 stream the rounding of every cast would otherwise add up over the layers to a drift.
 
     Returns:
-        x' (..., d) in x's dtype. Where v = 0, x itself; so too where ‖x‖ < 1e-6, as in padding, which has no direction to turn
-        (a port of GeoNorm adds g there).
+        x' (..., d) in x's dtype. Where v = 0, x, brought to the `radius` if there is one. Where ‖x‖ < 1e-6, as in padding, which has no
+        direction to turn, x itself (a port of GeoNorm adds g there).
     """
     point, update = at_least_float32(x), at_least_float32(g)
     own_xx, xg, vv = _TangentMoments.apply(point, update)

@@ -286,13 +286,18 @@ def iterator(chosen: str | Sequence[Quintic]) -> Iteration:
     """The iteration of a name in ITERATORS, or of a list of coefficients.
 
     Raises:
-        IteratorError: an unknown name, or a list that is `unsound`.
+        IteratorError: an unknown name, or a list that is `unsound` or not of three numbers each.
     """
     if isinstance(chosen, str):
         if chosen not in ITERATORS:
             raise IteratorError(f"unknown iterator {chosen!r}; choose one of {', '.join(ITERATORS)}, or give a list")
         return ITERATORS[chosen]
-    coefficients = tuple((float(a), float(b), float(c)) for a, b, c in chosen)
+    try:
+        coefficients = tuple((float(a), float(b), float(c)) for a, b, c in chosen)
+    except (TypeError, ValueError):
+        raise IteratorError(
+            f"{chosen!r} is no list of coefficients; give three numbers [a, b, c] for each step"
+        ) from None
     if reason := unsound(coefficients):
         raise IteratorError(f"this list of coefficients is no iterator: {reason}")
     return Iteration(coefficients, band(coefficients))

@@ -268,9 +268,8 @@ def gram_stage(R: Tensor, coefficients: Sequence[Quintic], mm: Products) -> Tens
     Q = None
     for i, (a, b, c) in enumerate(coefficients):
         last = i == len(coefficients) - 1
-        if (
-            mm.is_16_bit
-        ):  # in plain products: on a GPU, one that adds a matrix copies it first, and takes a third longer
+        # At 16 bits by plain products: on a GPU, one that adds a matrix copies it first, and takes a third longer.
+        if mm.is_16_bit:
             P = (a * eye_like(R) + b * R + c * mm(R, R)).to(mm.dtype)  # (k, n, n) = aI + Z
             Q = P if Q is None else mm(Q, P)
             R = R if last else mm(P, mm(R, P))

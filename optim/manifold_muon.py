@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import cached_property, partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .linalg import compiled_whole, exact_sums
 from .manifolds import MANIFOLDS, is_wide, like
 from .ownership import choose_owners, members_of_buckets, plan_messages
 from .refine import Refine
-from .stack import Bucket, OnHost, Stack, StepRule, row_blocks, state_shapes, whole_shape
+from .stack import Bucket, OnHost, Stack, StepRule, divides, row_blocks, state_shapes, whole_shape
 
 RECORDED = {
     "feas": torch.amin,
@@ -72,8 +72,9 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> Tensor:
     """Take g into the momentum, in place, since the state of each parameter is a view of it; returns what is stepped along.
 
-    Where `skip` (0-d bool) is true the momentum stays, whatever g is.
+    Where `skip` (0-d or (k,) bool) is true the momentum stays, whatever g is.
     """
+    skip = skip.view(-1, 1, 1)
     g = torch.where(skip, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
     momentum.copy_(torch.where(skip, momentum, torch.add(g, momentum, alpha=factor)))
     return torch.add(g, momentum, alpha=factor) if nesterov else momentum.clone()
@@ -97,7 +98,8 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     Work is shared over the ranks of the default process group, if there is one. `owners` says which rank owns a parameter.
 
-    To be set from outside: `found_inf` (0-d float, 1 for true, as torch.amp.GradScaler sets it): where true, a step changes nothing;
+    To be set from outside: `found_inf` (0-d float, 1 for true, as torch.amp.GradScaler sets it): where true, a step changes nothing; while
+    it is None, a matrix whose gradient is not finite keeps its weight and its momentum, and the step counts as one of its `fallbacks`.
     `watched`: whether a step keeps what `certificates` needs; `owners_keep`, see above; `around_exchange`: makes a context in which weights
     are sent and received. A copy, or what a pickle gives back, has them as they were at the start.
 
@@ -176,7 +178,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         self.load_state_dict(saved)
 
     def describe(self, device: torch.device) -> str:
-        """The step rule on this device, and the options that are not the default ones, in one line."""
+        """The step rule on this device, and the optimizer's options where they are not the usual ones; a group may have others. One line."""
         given, words = self.defaults, [self.rule.describe(device)]
         words += ["cautious"] if given["cautious"] else []
         words += [] if given["row_beta"] is None else [f"rows normalised by squares of decay {given['row_beta']:g}"]
@@ -216,10 +218,11 @@ class ManifoldMuon(torch.optim.Optimizer):
             wait: if false, the new weights of other ranks are there only after `receive`.
 
         Raises:
-            RuntimeError: a matrix that this rank owns has no gradient.
+            RuntimeError: a matrix that this rank owns has no gradient. Then nothing has moved.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
+        self._require_gradients()
         highest = self.highest_levels()
         for i in range(len(self.messages)):
             if i < len(self.buckets):
@@ -239,6 +242,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, highest: Sequence[int]) -> None:
         """The part of a step that is the device's alone, from `highest_levels` on: new weights of this rank's matrices, in place."""
+        self._require_gradients()
         for bucket, level in zip(self.buckets, highest):
             self._update(bucket, level)
 
@@ -254,12 +258,20 @@ class ManifoldMuon(torch.optim.Optimizer):
         for bucket in self.buckets:
             bucket.highest = OnHost(bucket.state["level"].amax())  # read when the next step begins
 
+    def _require_gradients(self) -> None:
+        """Raise RuntimeError unless all matrices of this rank have a gradient."""
+        if without := [p for bucket in self.buckets for p in bucket.params if p.grad is None]:
+            raise RuntimeError(
+                f"{len(without)} matrices have no gradient, the first of shape {tuple(without[0].shape)}; a step needs all of them: give "
+                "matrices that are not always used to AdamW, or leave them out with requires_grad_(False)"
+            )
+
     def _update(self, bucket: Bucket, highest: int) -> None:
         """One update of the matrices of a bucket."""
         stack = self._advance(bucket, highest)
         moved = self.rule(stack)
-        new = moved.W
-        if (radius := bucket.group["radius"]) != 1:  # what did not move stays bitwise
+        new, radius = moved.W, bucket.group["radius"]
+        if radius != 1 or bucket.params[0].dtype != new.dtype:  # what did not move stays bitwise
             new = torch.where(new == stack.W, bucket.stack(bucket.params), new * radius)
         targets = [  # each in the orientation of its parameter
             like(new[bucket.rows_of(i)], row_blocks(p, bucket.blocks)).reshape(p.shape)
@@ -267,7 +279,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         ]
         torch._foreach_copy_(bucket.params, targets)  # one launch for all
         bucket.state["level"].copy_(moved.level)
-        bucket.state["fallbacks"].add_(moved.fallback)
+        bucket.state["fallbacks"].add_(moved.fallback if self.found_inf is not None else moved.fallback | stack.skip)
         if moved.row_squares is not None:
             bucket.state["row_squares"].copy_(moved.row_squares)
         bucket.seen = (stack.W, stack.G, moved.direction) if self.watched else None  # else nothing is kept alive
@@ -275,20 +287,18 @@ class ManifoldMuon(torch.optim.Optimizer):
     def _advance(self, bucket: Bucket, highest: int) -> Stack:
         """Take the gradients into the momenta and return what the step rule works on."""
         group, momentum = bucket.group, bucket.state["momentum"]
-        if without := [p for p in bucket.params if p.grad is None]:
-            raise RuntimeError(
-                f"{len(without)} matrices have no gradient, the first of shape {tuple(without[0].shape)}; a step needs all of them: give "
-                "matrices that are not always used to AdamW, or leave them out with requires_grad_(False)"
-            )
-        skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=momentum.device).bool()
-        g = bucket.stack(p.grad for p in bucket.params)  # (k, m, n)
+        g = bucket.stack(p.grad for p in bucket.params).float()  # (k, m, n)
+        if self.found_inf is not None:
+            skip = self.found_inf.bool()
+        else:
+            skip = ~torch.linalg.vector_norm(g, torch.inf, dim=(-2, -1)).isfinite()  # (k,)
         take = self.compiled_advance if g.is_cuda else advance
         G = take(g, momentum, group["momentum"], group["nesterov"], skip)
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
             row_squares = bucket.state.get("row_squares")
             refine = Refine(g if group["cautious"] else None, row_squares, group["row_beta"] or 0.0, bucket.wide)
-        W, eta, decay = bucket.stack(bucket.params), group["lr"], group["weight_decay"]
+        W, eta, decay = bucket.stack(bucket.params).float(), group["lr"], group["weight_decay"]
         if (radius := group["radius"]) != 1:  # the step of W / R, whose length is eta / R, at the same decay
             W, eta, decay = W / radius, eta / radius, decay * radius
         level, whole = bucket.state["level"], whole_shape(bucket.params[0], group)
@@ -368,7 +378,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         do the settings of CONSTRUCTED.
 
         Raises:
-            ValueError: its groups are not as large as those of this optimizer.
+            ValueError: its groups are not as large as those of this optimizer, or a state has another shape. Then nothing has changed.
         """
         saved_groups = deepcopy(state_dict["param_groups"])  # of a living optimizer it has the tensors themselves
         sizes, own = ([len(group["params"]) for group in groups] for groups in (saved_groups, self.param_groups))
@@ -377,10 +387,19 @@ class ManifoldMuon(torch.optim.Optimizer):
                 f"the state is of groups of {sizes} matrices, and this optimizer has {own}; construct it with the groups that were saved"
             )
         order = [p for group in self.param_groups for p in group["params"]]
-        saved = {p: state_dict["state"][i] for i, p in enumerate(order) if self.owners[p] == self.rank}
-        for p, state in saved.items():
-            for name, value in self.state[p].items():
-                value.copy_(state.get(name, value))
+        pairs = []  # what is taken over: ours, the saved one, its name
+        for i, p in enumerate(order):
+            if self.owners[p] == self.rank:
+                own_state, saved_state = self.state[p], state_dict["state"].get(i, {})
+                pairs += [(own_state[k], saved_state[k], f"{k} of matrix {i}") for k in own_state if k in saved_state]
+        if unlike := [
+            f"{where} is {tuple(s.shape)} and not {tuple(v.shape)}" for v, s, where in pairs if s.shape != v.shape
+        ]:
+            raise ValueError(
+                f"the state is of other matrices: {'; '.join(unlike)}; construct the optimizer with the matrices and blocks that were saved"
+            )
+        for value, saved, _ in pairs:
+            value.copy_(saved)
         for bucket in self.buckets:
             bucket.highest = None
         for group, settings in zip(self.param_groups, saved_groups):
@@ -399,7 +418,6 @@ def _problems(group: dict[str, Any]) -> list[str]:
         if not allows(group[name])
     ]
     name, radius, blocks = group.get("manifold"), group["radius"], group["blocks"]
-    cut = int(blocks) if isinstance(blocks, Integral) else 0
     if name not in MANIFOLDS:
         problems.append(f"unknown manifold {name!r}; choose one of {', '.join(MANIFOLDS)}")
     elif not (_is_number(radius) and radius > 0 and (radius == 1 or MANIFOLDS[name].sized)):
@@ -409,7 +427,7 @@ def _problems(group: dict[str, Any]) -> list[str]:
     for p in group["params"]:
         if p.ndim != 2:
             problems.append(f"ManifoldMuon takes matrices, not a tensor of shape {tuple(p.shape)}; give it to AdamW")
-        elif cut < 1 or p.size(0) % cut:
+        elif not divides(blocks, p.size(0)):
             problems.append(f"{blocks!r} blocks do not divide the {p.size(0)} rows of a matrix; choose a divisor")
         if p.dtype not in (torch.float32, torch.float64):
             problems.append(

@@ -136,11 +136,14 @@ class Manifold:
     orthogonal: ClassVar[bool] = False  # WᵀW is diagonal at every point
     unit_columns: ClassVar[bool] = False  # diag(WᵀW) = 1 at every point
     rotations: ClassVar[bool] = False  # its square matrices are the orthogonal ones: tangents are W times a skew matrix
-    constrained: ClassVar[bool] = True  # P is not zero
+    gram_space: ClassVar[bool] = (
+        True  # its points fulfil P(WᵀW) = target: the step rule retracts, else `move` says where a step leads
+    )
+    conditioned: ClassVar[bool] = True  # directions fulfil a condition: they are tangent
     sized: ClassVar[bool] = True  # its matrices have a fixed size, which a radius R scales: W / R is on the manifold
     free_lengths: ClassVar[bool] = False  # lengths of columns are free: weight decay and a cap act on them
     leaves_zero: ClassVar[bool] = True  # a step moves a zero matrix
-    decays: ClassVar[bool] = True  # without a Gram condition: weight decay moves its matrices
+    decays: ClassVar[bool] = False  # weight decay moves its matrices, by the certified step
     efforts: ClassVar[Mapping[str, Effort]] = {"default": Effort(), "high": Effort(caps=2, cap_degree=4)}
 
     def project(self, S: Tensor) -> Tensor:
@@ -175,32 +178,39 @@ class Manifold:
         return like(self._retract(tall(W), polar), W).to(W.dtype)
 
     def residual(self, W: Tensor) -> Tensor:
-        """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F; 0 for zero W, which has no such ratio."""
+        """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F; of zero W, ‖target‖_F."""
         T = tall(at_least_float32(W))
         with exact_sums(T.device):
             gram = T.mT @ T
-        return ratio(torch.linalg.matrix_norm(self.defect(gram)), torch.linalg.matrix_norm(gram))
+        distance, size = torch.linalg.matrix_norm(self.defect(gram)), torch.linalg.matrix_norm(gram)
+        return torch.where(size > 0, ratio(distance, size), distance)
 
     def tangency(self, W: Tensor, A: Tensor) -> Tensor:
-        """H = P(WᵀA + AᵀW) (..., n, n), zero exactly when A is tangent at W."""
-        C = tall(W).mT @ tall(A)
-        return self.project(C + C.mT)
+        """H = P(WᵀA + AᵀW) (..., n, n), zero exactly when A is tangent at W. P and W are those of `problem`."""
+        point, _, manifold = self.problem(tall(W), tall(A))
+        C = point.mT @ tall(A)
+        return manifold.project(C + C.mT)
 
     def tangent(self, W: Tensor, A: Tensor) -> Tensor:
-        """The tangent part A - W K of A (..., m, n) at W, in the orientation of W."""
-        d = column_norms(tall(W)).squeeze(-2).square()
-        return A - like(tall(W) @ self.normal(self.tangency(W, A), d), W)
+        """The tangent part A - W K of A (..., m, n) at W, in the orientation of W. K and W are those of `problem`."""
+        point, _, manifold = self.problem(tall(W), tall(A))
+        d = column_norms(point).squeeze(-2).square()
+        return A - like(point @ manifold.normal(manifold.tangency(point, tall(A)), d), W)
 
     def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:
-        """The Gram-space manifold, its point W' and the momentum G' (k, m, n) whose step problem gives the direction at tall W, G."""
+        """The point W', the momentum G' (..., m, n) and the Gram-space manifold whose step problem gives the direction at tall W, G."""
         return W, G, self
 
     def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
-        """Where a step leads from tall W (k, m, n), if `constrained` is false; with a Gram condition the step rule retracts.
+        """Where a step leads from tall W (k, m, n), if `gram_space` is false.
 
-        G is the momentum, trial the direction times its length, eta the 0-d length alone, shrink the 0-d factor of weight decay.
+        G is the momentum, trial the direction times the length of the step, eta that length (0-d), shrink the 0-d factor of weight decay.
         """
         return W * shrink - trial
+
+    def closed_form(self, W: Tensor) -> bool:
+        """Whether the step at tall W (k, m, n) has the closed form W·sign(skew(WᵀG))."""
+        return self.rotations and W.size(-2) == W.size(-1)
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
         """`retract` of a tall W."""
@@ -211,7 +221,8 @@ class Euclidean(Manifold):
     """Every matrix: the step is Muon's."""
 
     name = "euclidean"
-    constrained = sized = False
+    gram_space = conditioned = sized = False
+    decays = True
 
     def project(self, S: Tensor) -> Tensor:
         return torch.zeros_like(S)
@@ -251,7 +262,7 @@ class DGram(Manifold):
     """
 
     name = "dgram"
-    orthogonal = free_lengths = True
+    orthogonal = free_lengths = decays = True
     sized = False
     efforts: ClassVar = {
         "default": Effort(su=1, conjugate_gradients=5, relaxation=1.3, stages=(2, 2), lower=1e-2),
@@ -278,7 +289,7 @@ class Oblique(Manifold):
     unit_columns = True
     efforts: ClassVar = {
         # The multiplier is diagonal. That of least squares is near the best for a momentum in all directions; for one in few directions, as
-        # early in training, it falls short of the best by up to two fifths. Two Su steps leave a tenth of it.
+        # early in training, it reaches two thirds to four fifths of the best, and two Su steps reach four fifths and more.
         "default": Effort(su=2, su_steps=4, su_lower=0.02, conjugate_gradients=1),
         "high": Effort(su=3, su_steps=4, su_lower=0.02, conjugate_gradients=1, caps=2, cap_degree=4),
     }
@@ -366,7 +377,8 @@ class SpectralSphere(Euclidean):
     """
 
     name = "spectral_sphere"
-    sized, decays = True, False
+    conditioned = sized = True
+    decays = False
     efforts: ClassVar = {"default": Effort(), "high": Oblique.efforts["high"]}
 
     def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:
@@ -376,10 +388,6 @@ class SpectralSphere(Euclidean):
     def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
         V = W - trial
         return ratio(V, top_pair(V)[1])
-
-    def tangent(self, W: Tensor, A: Tensor) -> Tensor:
-        N, _, hyperball = self.problem(tall(W), tall(A))
-        return like(hyperball.tangent(N, tall(A)), W)
 
     def residual(self, W: Tensor) -> Tensor:
         return (spectral_norm(W)[..., 0, 0] - 1).abs()
@@ -392,12 +400,13 @@ class ObliqueGain(Euclidean):
     """W = U diag(c) with unit columns U and a free gain c of each: U steps on oblique, c by itself. Every matrix is a point.
 
     U ← columns of U - eta·T at unit length, where T is oblique's direction at U along G·diag(c);
-    c ← c·shrink·exp(-eta·sign(UᵀG)_jj): a gradient of random sign leaves it where it is, on average of log c. A zero column stays zero.
+    c ← c·shrink·exp(-eta·sign(UᵀG)_jj), eta the length of the step as of U: a gradient of random sign leaves it where it is, on average of log c. A zero column stays zero.
     Source: Muown (arXiv 2605.10797) and AngularMuown (arXiv 2606.23637), for which c belongs to the rows of a weight and moves by Adam.
     Ours: the columns of the tall form, as in oblique, and a step of c that keeps no state, relative to c.
     """
 
     name = "oblique_gain"
+    conditioned = True
     leaves_zero = False
     efforts = Oblique.efforts
 
@@ -410,9 +419,6 @@ class ObliqueGain(Euclidean):
         V = ratio(W, c) - trial
         radial = (W * G).sum(-2, keepdim=True).sign()  # (k, 1, n)
         return ratio(V, column_norms(V)) * (c * shrink * torch.exp(-eta * radial))
-
-    def tangent(self, W: Tensor, A: Tensor) -> Tensor:
-        return like(MANIFOLDS["oblique"].tangent(ratio(tall(W), column_norms(tall(W))), tall(A)), W)
 
 
 _ALL = (Euclidean(), Stiefel(), DGram(), Oblique(), Hyperball(), SpectralBall(), SpectralSphere(), ObliqueGain())

@@ -20,14 +20,14 @@ from .stack import row_blocks
 
 
 class ManifoldWarning(UserWarning):
-    """Matrices are not on their manifold, or not finite."""
+    """Matrices are not on their manifold, or not finite, or most of their steps are not the ordinary one."""
 
 
 @dataclass(frozen=True)
 class Seen:
     """One matrix; of several blocks the worst.
 
-    distance: from the manifold, ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F. largest, smallest: singular values. feas: the share of the optimum
+    distance: from the manifold, see its class's `residual` in optim/manifolds.py. largest, smallest: singular values. feas: the share of the optimum
     that the last watched step achieved at least; step: its norm ‖T‖₂; normal: the share of the momentum's ‖G‖_F² that it could not follow,
     see optim/certificate.py; all NaN if there was none, or another rank owns the matrix. fallbacks: steps so far that were not the
     ordinary one.
@@ -66,7 +66,8 @@ class Report(dict[str, Seen]):
 
 
 class Monitor:
-    """Watches every `interval`-th step of an optimizer, the first included, and warns if a matrix is off its manifold after it.
+    """Watches every `interval`-th step of an optimizer, the first included, and warns if a matrix is off its manifold after it, or if most
+    of its steps since the last watched one were fallbacks.
 
     Weights and state stay bitwise as they would be without it. A watched step keeps three copies of the matrices until it has been
     judged, and waits for the device; the certificate takes a few eigendecompositions a matrix in float64 (optim/certificate.py).
@@ -128,8 +129,22 @@ class Monitor:
         self.steps += 1
         if self.optimizer.watched:
             self.optimizer.watched = False
-            self.certified = self.optimizer.certificates()
+            before, self.certified = self.certified, self.optimizer.certificates()
             self.report()
+            self._look_at_fallbacks(before)
+
+    def _look_at_fallbacks(self, before: Mapping[str, Mapping[str, float]]) -> None:
+        """Warn of the matrices of which most steps since the certificates `before` were fallbacks."""
+        now = self.certified
+        new = {name: now[name]["fallbacks"] - seen["fallbacks"] for name, seen in before.items() if name in now}
+        if often := [name for name, count in new.items() if count > self.interval / 2]:
+            worst = max(often, key=new.__getitem__)
+            warnings.warn(
+                f"most of the last {self.interval} steps of {len(often)} matrices were not the ordinary one, of {worst} {new[worst]:g}: a "
+                "gradient is not finite, or a step has no direction or does not land; look at the gradients and the learning rate",
+                ManifoldWarning,
+                stacklevel=2,
+            )
 
 
 @torch.no_grad()

@@ -219,10 +219,10 @@ def vector_norm(input: str, output: str, length: int) -> Norm:
     """The norm of a vector v (length,): of a bias, if the input is `one`, the constant 1, else of diag(v), a gain of each feature.
 
     Raises:
-        ValueError: a pair of which the gain's norm depends on more than its largest entry.
+        ValueError: a bias into features measured by `one`, or a gain whose norm depends on more than its largest entry.
     """
     if input == "one" and output in ("l2", "rms"):
         return Scaled(Entries2((-1,)), 1.0 if output == "l2" else length**-0.5)
-    if input == output or (input, output) == ("one", "max"):
+    if (input, output) == ("one", "max") or input == output != "one":
         return EntriesInf((-1,))
-    raise ValueError(f"there is no norm {input} → {output} of a vector; choose one → l2, one → rms, or two equal ones")
+    raise ValueError(f"there is no norm {input} → {output} of a vector; choose one → l2, rms or max, or two equal ones")

@@ -24,13 +24,13 @@ from .msign import iterate, msign
 from .stack import Moved, Stack
 
 
-def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: float, msign: Polar) -> Tensor:
+def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: float, sign: Polar) -> Tensor:
     """The published approximate answer of  max ⟨G, A⟩, ‖A‖₂ ≤ 1, P(WᵀA + AᵀW) = 0.
 
     Args:
         W, G: (k, m, n) tall, float32: points of the manifold and their momentum.
         steps, alpha: K dual steps of size alpha (1 - k/K); the paper's code takes 20 and 0.1.
-        msign: the matrix sign; the paper's code takes ten Polar Express steps in bfloat16.
+        sign: the matrix sign; the paper's code takes ten Polar Express steps in bfloat16.
 
     Returns:
         A (k, m, n) float32.
@@ -40,7 +40,7 @@ def dual_ascent(W: Tensor, G: Tensor, manifold: Manifold, steps: int, alpha: flo
     A = G
     for k in range(steps):
         # Lam stays symmetric and in the range of P, so that sym and P of the published line leave it as it is.
-        A = msign(torch.baddbmm(G, W, Lam, alpha=2)).float()
+        A = sign(torch.baddbmm(G, W, Lam, alpha=2)).float()
         Lam = Lam - alpha * (1 - k / steps) * manifold.tangency(W, A)
     return A
 
@@ -54,8 +54,8 @@ def sorted_svd(W: Tensor) -> Tensor:
     values, V = torch.linalg.eigh(W.double().mT @ W.double())  # (k, n), ascending
     S = values.clamp_min(0).sqrt()
     inverse = (1 / S).where(S.gt(1e-7 * S[:, -1:]), 0)
-    polar = W.double() @ (V @ (inverse[:, :, None] * V.mT))  # (k, m, n) = U Vᵀ
-    return (polar * S.flip(-1)[:, None, :]).to(W.dtype)
+    UV = W.double() @ (V @ (inverse[:, :, None] * V.mT))  # (k, m, n) = U Vᵀ
+    return (UV * S.flip(-1)[:, None, :]).to(W.dtype)
 
 
 RETRACTIONS = ("sorted_svd", "manifold")
@@ -127,21 +127,22 @@ class PublishedStep:
         if refused:
             raise ValueError(f"the published step has no {' and no '.join(refused)}; take the certified step")
         W, A = self.update(stack.W, stack.G, MANIFOLDS[stack.manifold], stack.eta, stack.weight_decay)
-        scale = torch.where(stack.skip, 0, W.new_ones(len(W), 1, 1))
+        skip = stack.skip.view(-1, 1, 1)
+        scale = torch.where(skip, 0, W.new_ones(len(W), 1, 1))
         no = torch.zeros_like(stack.level, dtype=torch.bool)
-        return Moved(torch.where(stack.skip, stack.W, W), A, scale, stack.level, no)
+        return Moved(torch.where(skip, stack.W, W), A, scale, stack.level, no)
 
     def update(
         self, W: Tensor, G: Tensor, manifold: Manifold, eta: Tensor, weight_decay: float
     ) -> tuple[Tensor, Tensor]:
         """The new weight, and A, of tall W, G (k, m, n) float32 at the 0-d learning rate eta."""
         shrink = 1 - eta * weight_decay
-        point, momentum, gram_space = manifold.problem(W, G)
-        if gram_space.constrained:
-            A = dual_ascent(point, momentum, gram_space, self.dual_steps, self.alpha, self.polar)
+        point, momentum, gram_manifold = manifold.problem(W, G)
+        if manifold.conditioned:
+            A = dual_ascent(point, momentum, gram_manifold, self.dual_steps, self.alpha, self.polar)
         else:
             A = self.polar(momentum).float()
-        if not manifold.constrained:
+        if not manifold.gram_space:
             return manifold.move(W, G, eta * A, eta, shrink), A
         kept = W * shrink if self.decay_manifolds else W
         return self.retract(kept - eta * A, manifold), A

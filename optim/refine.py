@@ -30,8 +30,8 @@ class Refine(NamedTuple):
     beta: float
     wide: bool
 
-    def __call__(self, T: Tensor, W: Tensor, manifold: Manifold, moving: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The refined direction (k, m, n) float32 of T at W, and the new `row_squares`; unchanged where `moving` (k,) is false.
+    def __call__(self, T: Tensor, W: Tensor, manifold: Manifold) -> tuple[Tensor, Tensor | None]:
+        """The refined direction (k, m, n) float32 of T at W, and the `row_squares` that hold if it is taken.
 
         Rows (NorMuon, arXiv 2510.05491): T_i ← T_i / √s_i with s ← beta·s + (1 - beta)·mean of squares of row i.
         Mask (cautious optimizers, arXiv 2411.16085): entries whose sign is against the gradient's become 0; the source then divides by the
@@ -41,10 +41,10 @@ class Refine(NamedTuple):
         size, row_squares = frobenius(T), self.row_squares
         if row_squares is not None:
             rows = T.square().mean(-2 if self.wide else -1)  # (k, rows)
-            row_squares = torch.where(moving[:, None], self.beta * row_squares + (1 - self.beta) * rows, row_squares)
+            row_squares = self.beta * row_squares + (1 - self.beta) * rows
             T = T / (row_squares.sqrt() + FLOOR).unsqueeze(-2 if self.wide else -1)
         if self.gradient is not None:
             T = torch.where(T * self.gradient > 0, T, 0)
-        if manifold.constrained or manifold.problem(W, T)[2].constrained:
+        if manifold.conditioned:
             T = manifold.tangent(W, T)
         return over(T, frobenius(T)) * size, row_squares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,15 +13,20 @@ from torch import Tensor
 from .manifolds import tall
 from .refine import Refine
 
+ONE_ROUND, TWO_ROUNDS, EXACTLY = 0, 1, 2
+"""Levels, in the state of every matrix: its next step is made with one round of the retraction, with two, or in float32 with the exact
+retraction. A step rule sets them."""
+
 
 class Stack(NamedTuple):
     """What a step rule is given: equally shaped matrices of one parameter group.
 
     W, G: (k, m, n) tall, float32: the weights and their (Nesterov) momentum. manifold: a name of MANIFOLDS.
     eta: 0-d float32 on W's device, the step (the learning rate). weight_decay: decoupled, per unit of eta.
-    skip: 0-d bool on W's device; where true, nothing moves.
-    level: (k,) float32, what the last step of each matrix asked for, 0, 1 or 2, see CertifiedStep; highest: the largest, on the host.
-    whole: the tall shape of the parameter of which these are blocks, if its step is to be as long as without the cut; see `whole_shape`.
+    skip: 0-d or (k,) bool on W's device; where true, nothing moves.
+    level: (k,) float32, how each matrix is to be stepped: ONE_ROUND, TWO_ROUNDS or EXACTLY; highest: the largest, on the host.
+    whole: (m, n), tall, of the parameter before its cut into blocks, given only with block_length="whole": the blocks together then move as
+    far, in root mean square, as the uncut parameter would. None: the step of every block has the full length.
     refine: what is done to the directions before they are taken.
     """
 
@@ -40,7 +46,7 @@ class Moved(NamedTuple):
     """What a step rule returns of a stack.
 
     W: new weights (k, m, n). T, scale: the direction that was taken is scale·T, T (k, m, n) of any float dtype and scale (k, 1, 1), 0 where
-    none was. level: (k,) float32, what the next step of each matrix is to take. fallback: (k,) bool, whether this step was made
+    none was. level: (k,) float32, of the next step of each matrix. fallback: (k,) bool, whether this step was made
     exactly, or failed: its direction was lost in rounding, or its trial point did not land. row_squares: the new mean squares of rows, where
     the stack's `refine` keeps them.
     """
@@ -98,8 +104,8 @@ class OnHost:
 class Bucket:
     """The matrices of one parameter group that have the same tall shape and dtype; `blocks` row blocks of each parameter stand in a row.
 
-    state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. level: (k,) float32, what
-    the last step asked for. fallbacks: (k,) float32, how many steps were not the ordinary one. row_squares: (k, rows) float32, see
+    state: by name, one tensor for all, of which each parameter's state is a view. momentum: (k, m, n) float32. level: (k,) float32, of
+    the next step. fallbacks: (k,) float32, how many steps were not the ordinary one. row_squares: (k, rows) float32, see
     optim/refine.py, of rows of the parameter, which are columns of the stack where that is transposed (`wide`).
     highest: the largest level, on its way to the host.
     seen: W, G, T (k, m, n) of the last step, if it was watched.
@@ -114,8 +120,8 @@ class Bucket:
     seen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def stack(self, tensors: Iterable[Any]) -> Tensor:
-        """Parameters or gradients as one tall float32 (k, m, n) copy."""
-        return torch.cat([tall(row_blocks(t, self.blocks)) for t in tensors]).float()
+        """Parameters or gradients as one tall (k, m, n) copy, in their dtype."""
+        return torch.cat([tall(row_blocks(t, self.blocks)) for t in tensors])
 
     def rows_of(self, i: int) -> slice:
         """Where the i-th parameter stands in the stack."""
@@ -125,6 +131,11 @@ class Bucket:
 def row_blocks(t: Tensor, blocks: int) -> Tensor:
     """(m, n) as (blocks, m / blocks, n), a view where t is contiguous."""
     return t.reshape(blocks, t.size(0) // blocks, t.size(1))
+
+
+def divides(blocks: Any, rows: int) -> bool:
+    """Whether rows can be cut into so many blocks."""
+    return isinstance(blocks, Integral) and int(blocks) >= 1 and rows % int(blocks) == 0
 
 
 def state_shapes(p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -73,7 +73,7 @@ def reference(W, G, manifold, effort):
     X = G + 2 * W @ L
     Q, s, Rt = torch.linalg.svd(X, full_matrices=False)
     T = manifold.tangent(W, (Q * smoothed(s, X, sum(effort.stages), effort.lower)) @ Rt)
-    for _ in range(effort.caps if manifold.constrained else 0):
+    for _ in range(effort.caps if manifold.conditioned else 0):
         Q, s, Rt = torch.linalg.svd(T, full_matrices=False)
         p = cap_polynomial(s[:1].view(1, 1, 1), effort).flatten()
         powers = torch.stack([(s / s[0]) ** (2 * j) for j in range(len(p))])

@@ -147,6 +147,7 @@ def test_what_belongs_to_whom():
         ),
         ({"*": "adamw"}, {}, "no matrix has a manifold; use torch.optim.AdamW"),
         ({"*": "stiefel"}, {"blocks": {"lstm": 5}}, "blocks: 5 do not divide the 64 rows of 'lstm.weight_ih_l0'"),
+        ({"*": "stiefel"}, {"blocks": {"lstm": "2"}}, "blocks: '2' do not divide the 64 rows"),
         ({"*": "stiefel"}, {"blocks": {"gru": 5}}, "blocks: pattern 'gru' matches no matrix"),
     ],
 )
@@ -166,11 +167,17 @@ def test_a_wrong_setting_of_adamw_leaves_the_matrices_as_they_are():
 def test_a_model_without_vectors_and_a_matrix_without_a_gradient_are_refused():
     with pytest.raises(AssignmentError, match="no parameter is left to AdamW; construct ManifoldMuon"):
         for_model(nn.Linear(4, 4, bias=False), {"*": "stiefel"}, **MUON)
+    with pytest.raises(AssignmentError, match="no rule matches '0'; add one, such as 0: adamw"):
+        for_model(nn.ParameterList([torch.eye(4, 3), torch.ones(3)]), {}, **MUON)
     model = Tagger()
     muon, _ = for_model(model, {"*": "stiefel"}, **MUON)
+    before = [p.detach().clone() for p in model.parameters()]
     model.lstm.weight_ih_l0.sum().backward()
     with pytest.raises(RuntimeError, match=r"have no gradient, the first of shape .* requires_grad_"):
         muon.step()
+    assert (
+        all(map(torch.equal, model.parameters(), before)) and not muon.state[model.lstm.weight_ih_l0]["momentum"].any()
+    )
 
 
 # ---- the monitor ----
@@ -226,6 +233,30 @@ def test_the_monitor_reports_a_weight_that_is_not_a_number_after_a_step():
     with pytest.warns(ManifoldWarning, match="distance nan"):
         muon.step()  # which is watched
     assert math.isnan(monitor.certified["lstm.weight_hh_l1"]["feas"])
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_the_monitor_warns_if_it_goes_on():
+    model, (muon, _), monitor, _ = tagger(2, watch=True)
+    sick, well = model.lstm.weight_hh_l1, model.lstm.weight_hh_l0
+    before, momentum = sick.detach().clone(), muon.state[sick]["momentum"].clone()
+
+    def step(value):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        sick.grad[::16] = value  # a row of each of its four blocks
+        old = well.detach().clone()
+        muon.step()
+        assert not torch.equal(well, old)
+
+    step(math.nan)  # the third, which is watched: one of two since the first is no warning
+    step(math.inf)
+    assert torch.equal(sick, before) and torch.equal(muon.state[sick]["momentum"], momentum)
+    with pytest.warns(
+        ManifoldWarning, match=r"most of the last 2 steps of 1 matrices .*, of lstm\.weight_hh_l1 2: a gradient is"
+    ):
+        step(math.nan)
+    step(1.0)
+    assert not torch.equal(sick, before) and monitor.report()["lstm.weight_hh_l1"].fallbacks == 3
 
 
 def test_the_monitor_watches_an_optimizer_without_names():

@@ -163,6 +163,8 @@ def test_a_list_that_loses_a_sign_or_diverges_is_no_iterator():
         iterator([])
     with pytest.raises(IteratorError, match=r"unknown iterator 'jordn'; choose one of jordan, .* or give a list"):
         iterator("jordn")
+    with pytest.raises(IteratorError, match="is no list of coefficients; give three numbers"):
+        iterator([(1.0, 2.0)])
     assert iterator([(2, -1.5, 0.5)] * 12).band == pytest.approx(ITERATORS["aurora"].band, abs=2e-3)
 
 

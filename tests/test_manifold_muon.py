@@ -121,6 +121,19 @@ def test_a_state_of_other_groups_is_refused():
         loaded.load_state_dict(saved.state_dict())
 
 
+def test_a_state_of_other_shapes_changes_nothing():
+    saved = optimizer_of({"params": [matrix(), nn.Parameter(torch.eye(4, 1))]}).state_dict()
+    loaded = optimizer_of({"params": [matrix(), matrix()], "blocks": 2})
+    for state in saved["state"].values():
+        state["momentum"] += 1
+    with pytest.raises(
+        ValueError, match=r"momentum of matrix 0 is \(1, 4, 2\) and not \(2, 2, 2\); level of .*; construct the"
+    ):
+        loaded.load_state_dict(saved)
+    assert not any(state["momentum"].any() for state in loaded.state.values())
+    loaded.load_state_dict(saved | {"state": {}})  # what is not there stays as it is
+
+
 # ---- copies ----
 
 
@@ -193,6 +206,18 @@ def test_all_wrong_settings_come_at_once():
 def test_weights_of_16_bits_are_refused():
     with pytest.raises(ValueError, match=r"no weights in torch.bfloat16, which would .*; keep them in float32"):
         optimizer_of({"params": [nn.Parameter(torch.ones(4, 2, dtype=torch.bfloat16))]})
+
+
+def test_in_float64_a_skipped_step_keeps_every_bit():
+    p = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double())
+    optimizer = optimizer_of({"params": [p]})
+    before, p.grad = p.detach().clone(), torch.ones_like(p)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(p, before)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    assert (p - before).abs().max() > 0.01
 
 
 def test_what_torch_allows_is_allowed():

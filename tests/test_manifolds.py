@@ -14,8 +14,8 @@ from optim.published import PublishedStep, sorted_svd
 
 ORACLE = np.load(Path(__file__).parent / "oracles" / "published_step.npz")
 SHAPES = [(40, 16), (16, 40), (24, 24), (3, 40, 16)]
-CONSTRAINED = [M for M in MANIFOLDS.values() if M.constrained]
-ids = [M.name for M in CONSTRAINED]
+GRAM_SPACE = [M for M in MANIFOLDS.values() if M.gram_space]
+ids = [M.name for M in GRAM_SPACE]
 
 
 def gaussian(shape, seed=0, dtype=torch.float32):
@@ -39,7 +39,7 @@ def test_projector_is_linear_idempotent_and_self_adjoint(name):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("M", CONSTRAINED, ids=ids)
+@pytest.mark.parametrize("M", GRAM_SPACE, ids=ids)
 def test_retraction_lands_on_the_manifold(M, shape, dtype):
     W = M.retract(gaussian(shape, dtype=dtype))
     assert W.shape == torch.Size(shape) and W.dtype == dtype
@@ -59,20 +59,31 @@ def test_the_published_stiefel_retraction_is_orthonormal_to_bfloat16(shape, dtyp
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("M", CONSTRAINED, ids=ids)
+@pytest.mark.parametrize("M", GRAM_SPACE, ids=ids)
 def test_retraction_is_the_identity_on_the_manifold(M, shape):
     W = M.retract(gaussian(shape, dtype=torch.float64) * torch.linspace(0.5, 2, shape[-1], dtype=torch.float64))
     assert torch.allclose(M.retract(W), W, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("M", CONSTRAINED, ids=ids)
+@pytest.mark.parametrize("M", GRAM_SPACE, ids=ids)
 def test_retraction_follows_tangents_to_first_order(M, shape):
     W = M.retract(gaussian(shape, dtype=torch.float64))
     A = M.tangent(W, gaussian(shape, 3, torch.float64))
     assert torch.linalg.matrix_norm(M.tangency(W, A)).max() < 1e-10
     errors = [torch.linalg.norm(M.retract(W + t * A) - W - t * A).item() for t in (1e-3, 5e-4)]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)  # second order: halving t quarters the error
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("M", MANIFOLDS.values(), ids=MANIFOLDS)
+def test_what_is_tangent_is_told_by_the_tangent_part_and_by_tangency_alike(M, shape):
+    W, A = M.retract(gaussian(shape, dtype=torch.float64)), gaussian(shape, 3, torch.float64)
+    tangent = M.tangent(W, A)
+    assert torch.allclose(M.tangent(W, tangent), tangent, atol=1e-10)
+    assert torch.linalg.matrix_norm(M.tangency(W, tangent)).max() < 1e-9
+    moved, violated = torch.linalg.matrix_norm(A - tangent), torch.linalg.matrix_norm(M.tangency(W, A))
+    assert bool((moved > 1e-3).all()) == bool((violated > 1e-3).all()) == M.conditioned
 
 
 def test_published_dgram_retraction_sorts_the_column_norms():
@@ -107,7 +118,7 @@ def test_the_sorted_retraction_is_that_of_an_svd(condition):
     assert relative(sorted_svd(W[None])[0], expected) < 1e-5
 
 
-@pytest.mark.parametrize("M", CONSTRAINED, ids=ids)
+@pytest.mark.parametrize("M", GRAM_SPACE, ids=ids)
 def test_the_small_factor_is_a_retraction(M):
     """V (I + defect(VᵀV))^(-1/2) lands on the manifold; with free lengths at unit columns."""
     W = M.retract(gaussian((40, 16), dtype=torch.float64))
@@ -148,6 +159,17 @@ def test_zero_on_stiefel_becomes_the_identity_whatever_makes_the_polar_factor():
         for polar_of in (polar, partial(msign, steps=10, dtype=torch.bfloat16)):
             W = MANIFOLDS["stiefel"].retract(torch.zeros(shape), polar_of)
             torch.testing.assert_close(W, torch.eye(*shape[-2:]).expand(shape), rtol=0, atol=0.02)
+
+
+def test_zero_is_on_the_manifolds_that_contain_it():
+    distance = {name: M.residual(torch.zeros(2, 6, 4)) for name, M in MANIFOLDS.items()}
+    assert {name for name, d in distance.items() if not d.any()} == {
+        "euclidean",
+        "dgram",
+        "spectral_ball",
+        "oblique_gain",
+    }
+    torch.testing.assert_close(distance["stiefel"], torch.full((2,), 2.0))  # ‖I‖_F
 
 
 def test_the_distance_ignores_the_precision_of_other_products():

@@ -103,5 +103,6 @@ def test_zero_has_no_direction_and_unknown_pairs_are_refused():
         assert not norm.steepest(torch.zeros(4, 3)).any()
     with pytest.raises(ValueError, match="there is no norm max → rms; choose one of one → l2"):
         operator_norm("max", "rms", 3, 4)
-    with pytest.raises(ValueError, match="of a vector; choose"):
-        vector_norm("rms", "max", 4)
+    for pair in (("rms", "max"), ("one", "one")):
+        with pytest.raises(ValueError, match="of a vector; choose"):
+            vector_norm(*pair, 4)

@@ -281,6 +281,17 @@ def test_the_mean_squares_are_saved_and_a_skipped_step_leaves_them():
     assert "row_squares" not in optimizer_of(parameters((24, 9))).state_dict()["state"][0]
 
 
+def test_the_mean_squares_leave_out_a_direction_that_was_not_taken():
+    p = torch.nn.Parameter(0.01 * torch.eye(8, 3))
+    optimizer = optimizer_of([p], manifold="dgram", row_beta=0.9)
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before) and not optimizer.state[p]["row_squares"].any()  # the trial point did not land
+    optimizer.step()  # exactly
+    assert not torch.equal(p, before) and optimizer.state[p]["row_squares"].all()
+
+
 def test_a_certificate_tells_a_step_uphill_and_nan_of_any_block():
     params = parameters((12, 4), (12, 4))
     optimizer = optimizer_of(params, blocks=2)

@@ -33,17 +33,12 @@ def _decays(cfg: Settings) -> bool:
     if cfg.optim.library or cfg.optim.modular:
         return True
     on_all = getattr(cfg.optim.muon.rule, "decay_manifolds", None)  # the certified step has no such setting
-    return any((m.free_lengths if on_all is None else on_all) if m.constrained else m.decays for m in _manifolds(cfg))
-
-
-def _has_conditions(manifold: Manifold) -> bool:
-    """Whether the steps of a manifold fulfil a condition, for which there is a multiplier; those of `euclidean` and the ball do not."""
-    return manifold.constrained or type(manifold).problem is not Manifold.problem
+    return any(on_all if m.gram_space and on_all is not None else m.decays for m in _manifolds(cfg))
 
 
 def _iterates(cfg: Settings) -> bool:
     """Whether the chosen iteration is used: by the published step everywhere, by the certified step where there is no condition."""
-    return not isinstance(cfg.optim.muon.rule, CertifiedRule) or not all(map(_has_conditions, _manifolds(cfg)))
+    return not isinstance(cfg.optim.muon.rule, CertifiedRule) or not all(m.conditioned for m in _manifolds(cfg))
 
 
 @cache
@@ -91,7 +86,7 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ),
     (
         "optim.muon.rule.dual_steps optim.muon.rule.alpha optim.muon.rule.quality",
-        lambda c: any(map(_has_conditions, _manifolds(c))),
+        lambda c: any(m.conditioned for m in _manifolds(c)),
         "no matrix is on a manifold whose steps fulfil a condition",
     ),
     (
@@ -118,7 +113,7 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ),
     (
         "optim.muon.rule.decay_manifolds",
-        lambda c: any(m.constrained for m in _manifolds(c)),
+        lambda c: any(m.gram_space for m in _manifolds(c)),
         "no matrix is on a manifold with a retraction",
     ),
     (
