@@ -20,6 +20,7 @@ from model.attention import causal_logits
 from model.collapse import depth, mixing_dimensions, outside_span, recovery
 from model.spectra import rounded
 from model.turns import Turns
+from optim.linalg import exact_sums
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -129,7 +130,7 @@ def new_directions(model: GPT, x: Tensor) -> list[float]:
 def forward_with(hooks: Iterable[RemovableHandle], model: GPT, x: Tensor) -> None:
     """Run the model on x (B, T) in evaluation mode with these hooks, then remove them, also after an error."""
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), exact_sums(x.device):
             model.features(x)
     finally:
         for hook in hooks:

@@ -59,7 +59,7 @@ from scripts.analysis.tables import Table, write_tables
 from scripts.bench_ceilings import ceiling_rows
 from scripts.bench_residual import residual_rows
 from scripts.bench_scaling import memory_rows, scaling_rows
-from scripts.bench_train import probe_rows, profile_rows, training_rows
+from scripts.bench_train import UNTRAINED, probe_rows, profile_rows, training_rows
 from scripts.command import (
     ROOT,
     UsageError,
@@ -113,11 +113,11 @@ def matrices(layers: int, width: int, where: torch.device) -> GPT:
 
 
 OPTIMIZER_SETTINGS = {
-    "published (bfloat16)": ["optim=paper", "assignment=hetero"],
-    "ours": ["optim=manifold_muon", "assignment=hetero"],
-    "plain Muon (unconstrained)": ["optim=manifold_muon", "assignment=unconstrained"],
-    "ours, high quality": ["optim=manifold_muon", "assignment=hetero", "optim.muon.rule.quality=high"],
-    "ours, float32": ["optim=manifold_muon", "assignment=hetero", "optim.muon.rule.products=float32"],
+    "published (bfloat16)": ["optim=paper", "assignment=hetero", *UNTRAINED],
+    "ours": ["assignment=hetero", *UNTRAINED],
+    "plain Muon (unconstrained)": ["assignment=unconstrained", *UNTRAINED],
+    "ours, high quality": ["assignment=hetero", "optim.muon.rule.quality=high", *UNTRAINED],
+    "ours, float32": ["assignment=hetero", "optim.muon.rule.products=float32", *UNTRAINED],
 }
 
 
@@ -142,7 +142,8 @@ def optimizer_rows(options: dict[str, Any]) -> Rows:
         steps[name] = muon.step
         stepped = [(p, group["manifold"]) for group in muon.param_groups for p in group["params"]]
         flops[name] = sum(step_flops(muon.rule, max(p.shape), min(p.shape), manifold) for p, manifold in stepped)
-    times = take_turns(steps, options["repeats"] or 3, limit_s=options["limit_s"], together=steps_together())
+    together = steps_together()
+    times = take_turns(steps, options["repeats"] or 3, together, options["limit_s"], together=together)
     base = median(times["published (bfloat16)"])
     rows = []
     for name, seconds in times.items():

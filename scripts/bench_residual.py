@@ -9,7 +9,7 @@ that has its rotary positions, SwiGLU and head.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -25,9 +25,9 @@ from training.signals import Stopped
 NGPT_PARTS = ["model.rope=true", "model.mlp=swiglu", "model.tied=false"]
 RESIDUAL_SIZES = {
     "cpu": {"layers": 2, "width": 768, "heads": 12, "block": 512, "vocab": 512, "micro": 2, "tokens": 2048},
-    "cuda": {"layers": 12, "width": 768, "heads": 12, "block": 1024, "vocab": 512, "micro": 16, "tokens": 65536},
+    "cuda": {"layers": 4, "width": 768, "heads": 12, "block": 1024, "vocab": 512, "micro": 16, "tokens": 65536},
 }
-"""Two blocks of GPT-2 124M on a CPU, all of them on CUDA."""
+"""Two blocks of GPT-2 124M on a CPU, four on CUDA."""
 
 
 def residual_settings() -> dict[str, tuple[str, list[str]]]:
@@ -57,6 +57,16 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(kept.values())
 
 
+def residual_trainings(sizes: Mapping[str, int]) -> Iterator[tuple[str, RandomTraining]]:
+    """Every row's name and its model in training, one after the other; sizes: other values for any of the keys of RESIDUAL_SIZES."""
+    size = RESIDUAL_SIZES["cuda" if torch.cuda.is_available() else "cpu"] | dict(sizes)
+    shape = {"n_layer": "layers", "n_embd": "width", "n_head": "heads", "block_size": "block", "vocab_size": "vocab"}
+    chosen = [*(f"model.{key}={size[name]}" for key, name in shape.items()), "assignment=adamw"]
+    for name, (_, overrides) in residual_settings().items():
+        torch.manual_seed(0)
+        yield name, RandomTraining(compose([*overrides, *chosen]), size["micro"], size["tokens"])
+
+
 def residual_rows(options: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> Rows:
     """Seconds of a training step under every rule, and the ratios of time and of kept memory to those of pre-norm.
 
@@ -65,17 +75,11 @@ def residual_rows(options: Mapping[str, Any], sizes: Mapping[str, int] | None = 
         sizes: other values for any of the keys of RESIDUAL_SIZES; tokens must be a multiple of block.
     """
     asked = {"layers": options["layers"], "width": options["width"], "micro": options["micro_batch_size"]}
-    size = RESIDUAL_SIZES["cuda" if torch.cuda.is_available() else "cpu"] | dict(sizes or {})
-    size |= {key: value for key, value in asked.items() if value}
-    shape = {"n_layer": "layers", "n_embd": "width", "n_head": "heads", "block_size": "block", "vocab_size": "vocab"}
-    chosen = [*(f"model.{key}={size[name]}" for key, name in shape.items()), "assignment=adamw"]
-    settings, trainings = residual_settings(), {}
-    for name, (_, overrides) in settings.items():
-        torch.manual_seed(0)
-        trainings[name] = RandomTraining(compose([*overrides, *chosen]), size["micro"], size["tokens"])
+    settings = residual_settings()
+    trainings = dict(residual_trainings({**(sizes or {}), **{key: value for key, value in asked.items() if value}}))
     steps = {name: training.step for name, training in trainings.items()}
     repeats, together = options["repeats"] or 7, steps_together()
-    seconds = take_turns(steps, repeats, limit_s=options["limit_s"], shuffled=True, together=together)
+    seconds = take_turns(steps, repeats, together, options["limit_s"], shuffled=True, together=together)
     rows, kept = [], {}
     with suppress(Stopped):
         for name in filter(seconds.get, trainings):

@@ -2,19 +2,21 @@
 scripts/gpu_check.sh a b c d data=text data.name=mine 'data.files=mine/train*.txt.gz' 'data.val_files=mine/val*.txt.gz'
 
     a    environment, ceilings of the device, tests/cuda, the optimizer step
-    b    programs, compiled beforehand; training steps by assignment under both step rules, every residual rule, probes and spectra, the
+    b    programs compiled beforehand; training steps by assignment under both step rules, every residual rule, probes and spectra, the
          longest operations
-    c    AdamW and the five assignments at 124M: the same number of steps, as many as time allows, with spectra and probes
+    c    programs compiled beforehand; AdamW and the five assignments at 124M: the same number of steps, as many as time allows, with
+         spectra and probes
     d    the same runs, continued
 
-    scripts/gpu_check.sh b seconds=480     what has a bar, if there is little time; then a seconds=200
-    scripts/gpu_check.sh tiny=true         all stages with small models, on a CPU, in two minutes
+    scripts/gpu_check.sh b a steps=programs,residual,optimizer      these steps alone, if there is little time
+    scripts/gpu_check.sh tiny=true                                  all stages with small models, on a CPU, in two minutes
 
 Without a GPU, and without tiny=true, the stages are refused. Before the first stage, the data of c and d is prepared, so that a mistake
 in its settings is found at once. A stage that is started again skips its finished steps and continues with the others. Options
 (key=value; paths are relative to the repository, or absolute):
 
     seconds=            time of a stage (560); a step that takes longer is stopped, and runs are saved before
+    steps=              names of steps, as the stages print them; the others are left out (all)
     work=               folder for everything that is written (outputs/gpu_check_work)
     out=                folder for summary.txt and one archive for each stage ($OUT, or outputs/gpu_check)
     results=            folder for the tables, in the format of results/ (results/<device>)
@@ -98,6 +100,7 @@ class Options:
     results: Path
     micro: int
     tiny: bool
+    only: list[str]
     data: list[str]
 
 
@@ -108,14 +111,19 @@ def options_of(arguments: Sequence[str]) -> tuple[list[str], Options]:
         UsageError: a value is impossible.
     """
     defaults = {"seconds": 560, "work": "outputs/gpu_check_work", "out": os.environ.get("OUT") or "outputs/gpu_check"}
-    words, given = parse(arguments, {**defaults, "results": "", "micro_batch_size": 64, "tiny": False}, overrides=True)
+    others = {"results": "", "micro_batch_size": 64, "tiny": False, "steps": ""}
+    words, given = parse(arguments, defaults | others, overrides=True)
     if min(given["seconds"], given["micro_batch_size"]) < 1:
         raise UsageError("seconds= and micro_batch_size= must be positive whole numbers; the defaults are 560 and 64")
     data = [word for word in words if word.startswith(("data=", "data."))]
     results = Path(given["results"] or f"results/{device_folder()}")
     where = (Path(given["work"]), Path(given["out"]), results)
-    rest = [word for word in words if word not in data]
-    return rest, Options(given["seconds"], *where, given["micro_batch_size"], given["tiny"], data)
+    rest, only = [word for word in words if word not in data], given["steps"].split(",") if given["steps"] else []
+    options = Options(given["seconds"], *where, given["micro_batch_size"], given["tiny"], only, data)
+    known = [step.name for stage in STAGES for step in steps_of(stage, options)]
+    if unknown := [name for name in only if name not in known]:
+        raise UsageError(f"there is no step {', '.join(unknown)}; the steps are {', '.join(dict.fromkeys(known))}")
+    return rest, options
 
 
 # ---- what is done ----
@@ -140,6 +148,7 @@ def steps_of(stage: str, o: Options) -> list[Step]:
 
     small = ["model=demo", "tokens=256", "micro_batch_size=1", "repeats=1"]
     micro = f"micro_batch_size={o.micro}"
+    programs = [python, "scripts/gpu_programs.py", "tiny=true" if o.tiny else micro]
     if stage == "a":
         return [
             Step("environment", [python, "scripts/gpu_check.py", "environment"], 120),
@@ -155,18 +164,18 @@ def steps_of(stage: str, o: Options) -> list[Step]:
         published = [micro, f"assignments={ruled}", "optims=paper"]
         options = [micro, "assignments=adamw,hetero", f"variants={','.join(variants())}"]
         profile = [micro, "assignments=adamw,hetero", f"traces={o.work / 'b'}"]
-        programs = [python, "scripts/gpu_programs.py", "tiny=true" if o.tiny else micro]
         return [
-            Step("programs", programs, 150),
+            Step("programs", programs, 180),
             bench("train", *every, most=210, tiny=few),
-            bench("residual", "layers=4", "repeats=5", most=170, tiny=["layers=1", "width=96", "repeats=1"]),
+            bench("residual", "repeats=11", most=170, tiny=["layers=1", "width=96", "repeats=1"]),
             bench("probes", micro, "repeats=3", most=100, fewest=50, limit="", tiny=small),
             bench("train", *options, most=150, tiny=[*small, "variants="], file="bench_train_options"),
             bench("train", *published, most=120, tiny=[*small, "assignments=hetero"], file="bench_train_published"),
             bench("profile", *profile, most=110, limit="", tiny=small),
         ]
     fewest, beside = (1, 0) if o.tiny else (_FEWEST, _BESIDE)
-    return [Step("runs", [python, "scripts/gpu_runs.py", *runs_words(o)], 0, fewest, "seconds", beside)]
+    runs = Step("runs", [python, "scripts/gpu_runs.py", *runs_words(o)], 0, fewest, "seconds", beside)
+    return [Step("programs", [*programs, "training=true"], 180), runs] if stage == "c" else [runs]
 
 
 def variants() -> list[str]:
@@ -210,7 +219,8 @@ def run_stage(stage: str, o: Options, end: float) -> int:
     folder = o.work / stage
     folder.mkdir(parents=True, exist_ok=True)
     states = states_of(folder)
-    for step in steps_of(stage, o):
+    chosen = [step for step in steps_of(stage, o) if not o.only or step.name in o.only]
+    for step in chosen:
         before = states.get(step.name, {})
         if before.get("code") == 0 and before.get("command") == step.command:
             print(f"{stage} {step.name}: done before", flush=True)
@@ -220,12 +230,19 @@ def run_stage(stage: str, o: Options, end: float) -> int:
             states[step.name] = {"code": None, "seconds": 0.0, "note": "not reached"}
         else:
             print(f"{stage} {step.name} ...", flush=True)
+            states[step.name] = {"code": None, "seconds": 0.0, "note": "stopped"}  # if this process is ended meanwhile
+            _write(folder, states)
             states[step.name] = run_step(step, folder, min(left, step.most or left))
         state = states[step.name]
         print(f"{stage} {step.name}: {state['note']}, {state['seconds']:.0f} s", flush=True)
-        (folder / "steps.json").write_text(json.dumps(states, indent=2) + "\n")
+        _write(folder, states)
         pack(o)
-    return 0 if all(state["code"] == 0 for state in states.values()) else 1
+    return 0 if all(states[step.name]["code"] == 0 for step in chosen) else 1
+
+
+def _write(folder: Path, states: dict[str, Any]) -> None:
+    """Write how the steps of a stage ended."""
+    (folder / "steps.json").write_text(json.dumps(states, indent=2) + "\n")
 
 
 def states_of(folder: Path) -> dict[str, Any]:
@@ -277,21 +294,28 @@ def _signal(process: subprocess.Popen, signum: int, patience: float) -> None:
 
 
 def pack(o: Options) -> None:
-    """Write into `out`: summary.txt, an archive for each stage, one of the runs' records, and one of the tables."""
+    """Write into `out`: summary.txt, an archive for each stage, one of the runs' records, and one of the tables that the steps wrote."""
     o.out.mkdir(parents=True, exist_ok=True)
     (o.out / "summary.txt").write_text(summary_of(o))
     for name in (*STAGES, "runs"):
         if (folder := o.work / name).is_dir():
-            _archive(o.out / f"{name}.tar.gz", folder, name)
-    if o.results.is_dir():
-        _archive(o.out / "results.tar.gz", o.results, f"results/{device_folder()}")
+            _archive(o.out / f"{name}.tar.gz", [folder], "")
+    written = {
+        name if name.startswith("bench_") else f"bench_{name}" for stage in "ab" for name in states_of(o.work / stage)
+    }
+    written |= {"assignments"} if any("runs" in states_of(o.work / stage) for stage in "cd") else set()
+    tables = [file for file in sorted(o.results.glob("*")) if file.stem in written]
+    if tables:
+        _archive(o.out / "results.tar.gz", tables, f"results/{device_folder()}")
 
 
-def _archive(path: Path, folder: Path, name: str) -> None:
-    """Pack a folder without checkpoints, under a name. The old archive stays until the new one is complete."""
+def _archive(path: Path, files: Sequence[Path], folder: str) -> None:
+    """Pack files and folders without checkpoints, into a folder. The old archive stays until the new one is complete."""
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w:gz") as archive:
-        archive.add(folder, name, filter=lambda info: None if "checkpoints" in Path(info.name).parts else info)
+        for file in files:
+            name = str(Path(folder, file.name))
+            archive.add(file, name, filter=lambda info: None if "checkpoints" in Path(info.name).parts else info)
     partial.replace(path)
 
 

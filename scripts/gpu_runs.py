@@ -41,6 +41,7 @@ from scripts.analysis.tables import (
 )
 from scripts.command import UsageError, command_line, parse, refuse, run
 from scripts.reproduce import ASSIGNMENTS
+from scripts.timing import stoppable
 from train import train
 from training.checks import check
 from training.config import compose
@@ -101,12 +102,21 @@ class TimedRuns:
         found = (self.folder / name / "checkpoints").glob("step_*")
         return max((int(p.name[5:]) for p in found if p.name[5:].isdigit()), default=0)
 
-    def train_to(self, steps: int) -> None:
-        """Train every run that has made fewer than `steps` steps up to that number."""
+    def expected(self, name: str, steps: int) -> float:
+        """The seconds that so many steps of a run take, as far as that is known: if it is new, as of the slowest of the others."""
+        known = [self.costs[name]] if name in self.costs else list(self.costs.values())
+        beside = "known" if name in self.trained else "new"
+        return max((cost.get(beside, cost["known"]) + steps * cost["step"] for cost in known), default=0.0)
+
+    def train_to(self, steps: int) -> bool:
+        """Train every run that has made fewer than `steps` steps up to that number; false if the time ends before."""
         for name in RUNS:
             before = self.reached(name)
             if before >= steps or name in self.failed:
                 continue
+            if time.monotonic() + self.expected(name, steps - before) > self.end:
+                print(f"\n{name}: stays at {before}, since the time is too short for {steps}", flush=True)
+                return False
             print(f"\n{name}: {before} → {steps}", flush=True)
             cfg, start = self.config(name, steps), time.monotonic()
             try:
@@ -116,6 +126,7 @@ class TimedRuns:
                 traceback.print_exc()
                 self.failed.append(name)
             gc.collect()  # frees this model before the next one is made
+        return True
 
     def note(self, name: str, cfg: Settings, before: int, seconds: float) -> None:
         """Note what a call of `train` cost that began at the step `before`: the steps of its records include the compilation of the update.
@@ -158,8 +169,8 @@ class TimedRuns:
             self.costs = json.loads(costs.read_text())
         goal = json.loads(plan.read_text())["steps"] if plan.exists() else self.first
         while goal:
-            self.train_to(goal)  # at first: the first steps, or the rest of an interrupted command
-            if goal := self.next_goal():
+            ended = self.train_to(goal)  # at first: the first steps, or the rest of an interrupted command
+            if goal := self.next_goal() if ended else 0:
                 plan.write_text(json.dumps({"steps": goal}) + "\n")
 
 
@@ -186,8 +197,9 @@ def write_runs(timed: TimedRuns, results: Path, arguments: Sequence[str]) -> str
     runs = [r for group in groups for r in group]
     columns = [*report_columns(groups), *columns_with_values(SPEED, runs)]
     table, command = make_table(groups, columns), command_line("gpu_runs.py", *arguments)
+    steps = sorted({min(r.step for r in runs), max(r.step for r in runs)})
     remark = (
-        f"The runs made {min(r.step for r in runs):,} of the schedule's {timed.most:,} steps. Losses after fewer steps than the paper's, or on "
+        f"The runs made {' to '.join(f'{n:,}' for n in steps)} of the schedule's {timed.most:,} steps. Losses after fewer steps than the paper's, or on "
         "other text, cannot be compared with its losses."
     )
     data = {"command": command, "environment": runs[0].environment, "rows": rows_of(runs, columns)}
@@ -217,7 +229,8 @@ def work(arguments: list[str]) -> int:
     if o["prepare"]:
         return 0
     try:
-        timed.run()
+        with stoppable():
+            timed.run()
     finally:
         if any(timed.folder.glob("*/metrics.jsonl")):
             print("\n" + write_runs(timed, Path(o["results"]), arguments), flush=True)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from optim import ManifoldMuon
+from optim.stack import TWO_ROUNDS
 from scripts import gpu_check, gpu_programs, gpu_runs, timing
 from scripts.bench_predicted import groups_of
 from scripts.command import UsageError
@@ -110,14 +112,16 @@ def test_what_is_packed_is_small(options):
     for path in ("a/x.log", "runs/adamw/metrics.jsonl", "runs/adamw/checkpoints/step_1/weights"):
         (options.work / path).parent.mkdir(parents=True, exist_ok=True)
         (options.work / path).write_text("x")
+    (options.work / "a" / "steps.json").write_text('{"train": {"note": "done", "seconds": 1}}')
     options.results.mkdir()
-    (options.results / "bench_train.md").write_text("x")
+    for table in ("bench_train.md", "bench_optimizer.md"):  # the second is of another day
+        (options.results / table).write_text("x")
     gpu_check.pack(options)
     assert {p.name for p in options.out.iterdir()} == {"summary.txt", "a.tar.gz", "runs.tar.gz", "results.tar.gz"}
     with tarfile.open(options.out / "runs.tar.gz") as archive:
         assert [m.name for m in archive.getmembers() if m.isfile()] == ["runs/adamw/metrics.jsonl"]
     with tarfile.open(options.out / "results.tar.gz") as archive:
-        assert f"results/{timing.device_folder()}/bench_train.md" in archive.getnames()
+        assert archive.getnames() == [f"results/{timing.device_folder()}/bench_train.md"]
 
 
 def test_a_benchmark_ends_before_it_is_stopped(options, monkeypatch):
@@ -164,7 +168,29 @@ def test_a_program_that_is_not_compiled_is_named(monkeypatch, capsys):
     subprocess_popen = subprocess.Popen
     monkeypatch.setattr(gpu_programs.subprocess, "Popen", start)
     assert gpu_programs.main(["tiny=true"]) == 1
-    assert len(started) == 4 and "failed, see above: hetero\n" in capsys.readouterr().out
+    assert len(started) == 5 and "failed, see above: hetero\n" in capsys.readouterr().out
+
+
+def test_choices_between_kernels_are_forgotten(monkeypatch, tmp_path):
+    """What was timed beside other processes is timed again; what was compiled stays."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    for name in ("kernel.best_config", "kernel.py"):
+        (tmp_path / "ab" / name).write_text("x")
+    gpu_programs.forget_choices()
+    assert [file.name for file in (tmp_path / "ab").iterdir()] == ["kernel.py"]
+
+
+@pytest.mark.parametrize("part", ["hetero", "model", "residual"])
+def test_a_part_is_compiled_with_what_training_needs(part, monkeypatch):
+    """A second round of the retraction, and an evaluation."""
+    rounds, modes = [], []
+    monkeypatch.setattr(gpu_programs.RandomTraining, "step", lambda self: modes.append(self.model.training))
+    monkeypatch.setattr(gpu_programs.RandomTraining, "forward", lambda self: modes.append(self.model.training))
+    monkeypatch.setattr(ManifoldMuon, "update", lambda self, highest: rounds.extend(highest))
+    gpu_programs.compile_part(part, 1, tiny=True, for_training=True)
+    assert {*rounds} == ({TWO_ROUNDS} if part == "hetero" else set())
+    assert modes == {"hetero": [], "model": [True, False], "residual": [True] * 13}[part]
 
 
 def test_a_stage_asks_for_a_gpu(monkeypatch, tmp_path, capsys):
@@ -187,8 +213,31 @@ def test_every_command_of_every_stage_is_well_formed(options):
             assert len({step.name for step in steps}) == len(steps)
             assert all((ROOT / step.command[1]).exists() or step.command[1] == "-m" for step in steps)
     assert "data.name=mine" in gpu_check.steps_of("c", full)[-1].command
+    assert [step.name for step in gpu_check.steps_of("c", full)] == ["programs", "runs"]
     with pytest.raises(UsageError, match="tiny=1 must be true or false"):
         gpu_check.options_of(["tiny=1"])
+
+
+def test_single_steps_can_be_chosen(options, monkeypatch):
+    monkeypatch.setattr(gpu_check, "run_step", lambda step, *_: {"code": 0, "seconds": 1.0, "note": "done"})
+    words = [f"{key}={getattr(options, key)}" for key in ("work", "out", "results")]
+    chosen = gpu_check.options_of([*words, "steps=probes,optimizer"])[1]
+    for stage in "ab":
+        assert gpu_check.run_stage(stage, chosen, time.monotonic() + 100) == 0
+    assert [*gpu_check.states_of(options.work / "a")] == ["optimizer"]
+    assert [*gpu_check.states_of(options.work / "b")] == ["probes"]
+    with pytest.raises(UsageError, match="there is no step probe; the steps are environment, ceilings"):
+        gpu_check.options_of(["steps=probe"])
+
+
+def test_a_step_that_never_ended_is_named(options, monkeypatch):
+    def killed(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu_check, "run_step", killed)
+    with pytest.raises(SystemExit):
+        gpu_check.run_stage("a", options, time.monotonic() + 100)
+    assert "a environment: stopped" in gpu_check.summary_of(options)
 
 
 def test_what_has_a_bar_is_measured_first(options):
@@ -277,6 +326,24 @@ def test_all_runs_get_the_same_number_of_steps(tmp_path, monkeypatch):
     last = gpu_runs.TimedRuns(tmp_path, gpu_runs.TINY_SETTINGS, first=4, most=100, end=now[0] + 1000)
     last.run()
     assert [last.reached(name) for name in gpu_runs.RUNS] == [100] * 6 and len(trained) == 30
+
+
+def test_no_run_begins_that_the_time_is_too_short_for(tmp_path, monkeypatch, capsys):
+    """Each takes 20 seconds of 50: the third would end too late."""
+    now = [0.0]
+
+    def train(cfg, directory):
+        now[0] += 20
+        pretend_to_train(cfg, directory)
+
+    monkeypatch.setattr(gpu_runs, "train", train)
+    monkeypatch.setattr(gpu_runs, "compose", settings_of)
+    monkeypatch.setattr(gpu_runs.gc, "collect", lambda: 0)
+    monkeypatch.setattr(gpu_runs.time, "monotonic", lambda: now[0])
+    timed = gpu_runs.TimedRuns(tmp_path, gpu_runs.TINY_SETTINGS, first=4, most=100, end=50.0)
+    timed.run()
+    assert [timed.reached(name) for name in gpu_runs.RUNS] == [4, 4, 0, 0, 0, 0] and now[0] == 40
+    assert "stays at 0, since the time is too short for 4" in capsys.readouterr().out
 
 
 def test_a_signal_after_the_last_save_of_a_run_costs_only_its_note(tmp_path, monkeypatch):
@@ -433,7 +500,7 @@ def test_all_of_it_in_small(tmp_path):
     for _ in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done before") == 13
+    assert done.stdout.count("done before") == 14
     assert len(list((tmp_path / "out").iterdir())) <= 8
     for name in ("ceilings", "optimizer", "train", "train_published", "train_options", "profile", "residual", "probes"):
         assert "|" in (tmp_path / "results" / f"bench_{name}.md").read_text()

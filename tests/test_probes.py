@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLOCK, ROOT
+from device_checks import LOW_PRECISION, low_precision_products, require_low_precision
 
 from model.attention import causal_logits
 from model.collapse import (
@@ -59,6 +60,15 @@ def test_the_explicit_path_is_the_fused_one(switches):
     explicit = torch.softmax(causal_logits(q, k), -1) @ v
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert (explicit - fused).abs().max() < 1e-5
+
+
+def test_a_probe_ignores_the_precision_of_other_products():
+    require_low_precision("cpu")
+    model, x = GPT(GPTConfig(**{**vars(TINY), "n_embd": 64})).eval(), torch.randint(40, (4, 16))
+    expected = probe(model, x)
+    for lower in LOW_PRECISION.values():
+        with low_precision_products(lower):
+            assert probe(model, x) == expected
 
 
 def test_uniform_and_one_hot_attention():
