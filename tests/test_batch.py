@@ -1,6 +1,7 @@
 """A batch is cut into micro-batches of any size: what fits is taken, and the gradient is the same."""
 
 import contextlib
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from training.checks import check
 from training.config import compose
 from training.data import open_data
 from training.start import shortened
-from training.step import accumulate, host_tokens, micro_batch_size, micro_batches
+from training.step import accumulate, clip, host_tokens, micro_batch_size, micro_batches
 from training.validate import ConfigError
 
 
@@ -97,3 +98,11 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     prepare(compose(folder).data)
     with pytest.raises(DataError, match=r"holds bytes tokens, and data\.tokenizer is gpt2; add data\.tokenizer=bytes"):
         open_data(compose([*folder, "data.auto_prepare=false", "data.tokenizer=gpt2", "model.vocab_size=50304"]))
+
+
+def test_small_gradients_stay_and_large_ones_come_to_the_limit():
+    for size, limit, expected in ((0.5, 1.0, 0.5), (3.0, 1.0, 1.0), (3.0, None, 3.0)):
+        gradients = [torch.tensor([0.6 * size]), torch.tensor([[0.8 * size]])]
+        total, norms = clip(gradients, limit)
+        assert total.item() == pytest.approx(size) and norms.tolist() == pytest.approx([0.6 * size, 0.8 * size])
+        assert math.hypot(*map(float, gradients)) == pytest.approx(expected, rel=1e-5)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_data import forge
 
 from data.loader import Loader, validation_windows
 from data.prepare import main as prepare_main
@@ -312,3 +313,24 @@ def test_nanogpts_file_trains_as_it_does_there(tmp_path):
     losses = np.array(losses)
     assert np.abs(losses[:, 0] - losses[:, 1]).max() < 1e-5
     assert losses[-1, 0] < losses[0, 0] - 1
+
+
+def test_the_first_token_beyond_a_vocabulary_is_found_when_it_is_read(tmp_path):
+    folder = nanogpt(tmp_path / "x")
+    for largest in (99, 100):
+        ids = np.zeros(1 << 21, "<u2")
+        ids[70_000] = largest
+        (folder / "train.bin").write_bytes(ids.tobytes())
+        (folder / "val.bin").write_bytes(np.zeros(1000, "<u2").tobytes())
+        split = settings(folder, vocab_size=100).open().train
+        if largest < 100:
+            assert split.read(70_000, 1) == [99]
+        else:
+            with pytest.raises(DataError, match=r"holds token 100, but its vocabulary is 100"):
+                split.read(70_000, 1)
+
+
+def test_verify_finds_the_first_token_beyond_the_vocabulary(tmp_path, capsys):
+    folder = prepared(tmp_path / "p")
+    forge(folder, lambda content: content.update(vocab_size=256))  # of bytes, 256 ends a document
+    assert verify([str(folder)]) == 1 and "it holds token 256, and the vocabulary is 256" in capsys.readouterr().out

@@ -136,3 +136,22 @@ def test_a_step_that_fails_costs_only_its_own_numbers(contest, monkeypatch):
     found = costs(contest, "arm")
     assert found.keys() == LOSSES.keys() and found["unconstrained"] == {"ms_per_step": 500.0, "state_bytes": 4.0}
     assert all(map(math.isnan, found["adamw"].values()))
+
+
+def test_an_own_unstable_case_is_not_replaced_by_an_earlier_one(contest, tmp_path):
+    for runs in contest.groups:
+        if runs[0].case == {"arm": "unconstrained", "max_steps": "250"}:
+            runs[0].records["event"] = [{"step": 5, "event": "unstable"}]
+    rows = [row("unconstrained", "250", seed, 2.0) for seed in (1, 2)]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    contest.options["earlier"] = f"{tmp_path}/table.json"
+    table = contest_table(contest, horizon.COLUMNS, {"Unconstrained": horizon.baseline})
+    found = {tuple(line[:2]): line[-1] for line in table.lines}
+    assert found["250", "all_stiefel"] == "" and found["1000", "all_stiefel"] != ""
+
+
+def test_a_table_of_other_data_is_refused(contest, tmp_path):
+    (tmp_path / "table.json").write_text(json.dumps({"rows": [], "overrides": ["data.dir=elsewhere"]}))
+    contest.options["earlier"] = f"{tmp_path}/table.json"
+    with pytest.raises(UsageError, match=r"has data\.dir=elsewhere; give both the same"):
+        horizon.curves(contest)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.loader import Loader, Prefetcher, shuffled, validation_windows
-from data.shards import DataError, Split
+from data.loader import PERIOD, Loader, Prefetcher, shuffled, validation_windows
+from data.shards import DataError, Mixture, Split
 from data.writer import ShardWriter
 
 TOKENS = 1000
@@ -203,3 +203,36 @@ def test_memory_does_not_grow_over_ten_thousand_batches(tmp_path):
     finally:
         prefetcher.close()
     assert used[1] - used[0] < 3_000_000
+
+
+def test_each_corpus_of_a_mixture_has_its_own_epochs(tmp_path):
+    """Two corpora of equal length, over more windows than the pattern of turns has."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    parts = tuple(write_split(tmp_path / name, np.arange(TOKENS), shard_tokens=64) for name in "ab")
+    loader = Loader(Mixture(parts, (3.0, 1.0)), 16, 5, windows=1000, order="epoch")
+    part, offset = (np.concatenate(x) for x in zip(*(loader.places(step) for step in range(2 * PERIOD // 1000))))
+    orders = []
+    for p in (0, 1):
+        mine = offset[part == p]
+        epochs = mine[: len(mine) // 62 * 62].reshape(-1, 62)  # 62 windows of 16 tokens
+        assert all(len(set(epoch)) == 62 for epoch in epochs.tolist())
+        orders.append((epochs[0] // 16).tolist())
+    assert orders[0] != orders[1]
+
+
+def test_an_epoch_begins_anywhere_in_what_is_left_over(tmp_path):
+    loader = Loader(write_split(tmp_path, np.arange(TOKENS), 64), 16, 5, windows=62, order="epoch")
+    assert {int(loader.places(epoch)[1].min()) for epoch in range(60)} == set(range(8))
+
+
+def test_windows_reach_both_ends_of_every_corpus_of_a_mixture(tmp_path):
+    lengths, parts = (20, 24), []
+    for name, tokens in zip("ab", lengths):
+        (tmp_path / name).mkdir()
+        parts.append(write_split(tmp_path / name, np.arange(tokens), shard_tokens=64))
+    for order in (parts, parts[::-1]):
+        loader = Loader(Mixture(tuple(order), (1.0, 1.0)), 15, 0, windows=1000)
+        part, offset = loader.places(0)
+        found = [set(offset[part == p].tolist()) for p in (0, 1)]
+        assert found == [set(range(split.tokens - 15)) for split in order]

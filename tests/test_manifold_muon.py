@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from optim import CertifiedStep, ManifoldMuon, for_model
+from optim import manifold_muon as module
 
 STEPS = 8
 SCHEDULES = {
@@ -229,3 +230,28 @@ def test_what_torch_allows_is_allowed():
 def test_a_wrong_cap_is_refused(cap):
     with pytest.raises(ValueError, match=r"norm_cap is .*; give a number above 0, or None for no cap"):
         CertifiedStep(norm_cap=cap)
+
+
+def test_what_is_stepped_along():
+    g, before, no = torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.tensor(False)
+    for nesterov in (False, True):
+        momentum = before.clone()
+        along = module.advance(g, momentum, 0.9, nesterov, no)
+        assert torch.allclose(momentum, 0.9 * before + g)
+        assert torch.allclose(along, g + 0.9 * momentum if nesterov else momentum)
+
+
+def test_a_refused_step_leaves_weights_of_any_radius_bitwise():
+    shapes = ((24, 9), (9, 24))
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = optimizer_of({"params": params, "radius": 1.7})
+    with torch.no_grad():
+        for p in params:  # weights of elsewhere, of which x / R · R is not always x
+            p.copy_(torch.randn(p.shape))
+    before = [p.detach().clone() for p in params]
+    for found_inf, broken in ((None, torch.nan), (torch.ones(()), 1.0)):  # no direction; refused
+        optimizer.found_inf = found_inf
+        for p in params:
+            p.grad = broken * torch.randn(p.shape)
+        optimizer.step()
+        assert all(torch.equal(p.detach(), old) for p, old in zip(params, before))

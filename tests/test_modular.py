@@ -192,3 +192,14 @@ def test_what_modular_refuses(overrides, message):
     with pytest.raises(ConfigError, match="problem") as refused:
         check(compose([*SETTINGS, *overrides]))
     assert message in str(refused.value)
+
+
+def test_nesterov():
+    for nesterov, sign in ((False, 1.0), (True, -1.0)):  # momentum .5·1 - .4 = .1, and -.4 + .5·.1 < 0
+        p = torch.nn.Parameter(torch.zeros(2))
+        group = {"params": [p], "input": "rms", "output": "rms"}
+        optimizer = Modular([group], lr=0.1, momentum=0.5, nesterov=nesterov, weight_decay=0.0)
+        for g in (1.0, -0.4):
+            p.grad, before = torch.full_like(p, g), p.detach().clone()
+            optimizer.step()
+        assert torch.allclose(p - before, torch.full_like(p, -0.1 * sign))

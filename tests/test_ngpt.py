@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from harness import finish, start_ranks
 
-from model.gpt import GPT
+from model.gpt import GPT, GPTConfig
+from model.layers import MLP
 from model.scale import scale_statistics
 from model.unit_norm import UnitNorm
 from optim.assignment import AssignmentError, assign, parameter_table
@@ -374,3 +375,21 @@ def test_a_factor_of_the_user_multiplies_that_of_the_transfer():
 def test_transfer_is_refused_where_it_was_not_measured(overrides, message):
     with pytest.raises(ConfigError, match=message):
         check(compose([*NU, *overrides]))
+
+
+def test_unit_norm_changes_nothing_after_a_refused_update():
+    W = torch.randn(5, 3)
+    keep = UnitNorm([(W, 1)])
+    W.mul_(2)
+    before = W.clone()
+    keep(torch.tensor(True))
+    assert torch.equal(W, before)
+    keep(torch.tensor(False))
+    assert torch.allclose(W.norm(dim=1), torch.ones(5))
+
+
+def test_s_uv_multiplies_what_the_non_linearity_is_given_bias_and_all():
+    mlp = MLP(GPTConfig(n_embd=16, unit_weights=True, bias=True))
+    torch.nn.init.normal_(mlp.c_fc.bias)
+    x = torch.randn(3, 16)
+    assert torch.allclose(mlp.hidden(x), mlp.s_uv() * mlp.c_fc(x), atol=1e-6)

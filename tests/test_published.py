@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from reference_published import published_direction, published_muon, retract
 
 from model.gpt import GPT, GPTConfig
+from optim.certified import CertifiedStep
 from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS
-from optim.ownership import share_out, step_flops
+from optim.ownership import choose_owners, share_out, step_flops
 from optim.published import PublishedStep
 from optim.stack import Stack
 from training.build import build_optimizers
@@ -236,3 +237,13 @@ def test_counted_operations_at_124m():
     """About 70e12 a step under Hetero: 1.25 times the forward and backward of 65,536 tokens."""
     shapes = [(2304, 768, "stiefel")] * 12 + [(768, 768, "stiefel")] * 12 + [(3072, 768, "dgram")] * 24
     assert sum(step_flops(BF16, *shape) for shape in shapes) == pytest.approx(70.1e12, rel=0.05)
+
+
+def test_a_matrix_in_blocks_costs_as_much_as_its_blocks():
+    cut, *others = (torch.empty(n, 16) for n in (64, 16, 16, 16))
+    groups = [
+        {"params": [cut], "blocks": 4, "manifold": "stiefel"},
+        {"params": others, "blocks": 1, "manifold": "stiefel"},
+    ]
+    owners = choose_owners(groups, CertifiedStep(), 2)
+    assert len({owners[p] for p in others}) == 1 and owners[cut] != owners[others[0]]

@@ -308,3 +308,17 @@ def test_every_remedy_composes_and_the_plain_run_has_none():
         cfg = compose(["experiment=mechanism", "assignment=all_dgram", *overrides])
         check(cfg)
         assert (cfg == plain) == (name == "none"), name
+
+
+def test_soft_capped_attention_has_dropout():
+    q, k, v = torch.randn(3, 1, 64, 2, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    y = capped_attention(q, k, v, 5.0, 0.5)[:, :, 0]  # the first token sees itself alone
+    kept = y.any(-1)
+    assert 0 < kept.sum() < 64 and torch.allclose(y[kept], 2 * v[:, :, 0][kept])
+
+
+def test_a_head_without_a_finite_logit_is_not_scaled():
+    clip = QKClip(10.0, "gain", 4)
+    clip.largest.copy_(torch.tensor([torch.inf, torch.nan, 20.0, 5.0]))
+    assert clip.shrink().tolist() == [1.0, 1.0, 0.5, 1.0]

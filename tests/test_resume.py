@@ -436,3 +436,27 @@ def test_differences_list_each_changed_key():
     ]
     assert differences(saved, now, ignore=("optim", "rules")) == ["gone: True → (absent)"]
     assert differences({"optimizer": 1}, {"optimizer": 2}, ignore=("optim",)) == ["optimizer: 1 → 2"]
+
+
+@pytest.mark.parametrize(("change", "blocks", "size"), [("radius={c_attn: 3}", 1, 3), ("blocks={c_attn: 6}", 6, 1)])
+def test_weights_come_onto_a_manifold_of_another_size_or_cut(copied, change, blocks, size):
+    model, *_, notes = restored(*copied, f"optim.muon.{change}")  # attention on stiefel
+    W = model.transformer.h[0].attn.c_attn.weight.detach().view(blocks, -1, 16) / size
+    gram = W.mT @ W if blocks == 1 else W @ W.mT
+    assert torch.allclose(gram, torch.eye(gram.size(-1)).expand_as(gram), atol=2e-2)
+    assert any("c_attn.weight: brought onto its manifold" in note for note in notes)
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(copied):
+    run, overrides = copied
+    cfg, state = compose([*overrides, "resume=auto"]), load_newest(run / "checkpoints").state
+    other = {"cpu": torch.Generator().manual_seed(7).get_state(), "cuda": None}
+    checkpoint.save(run / "checkpoints", 10, {**state, "rng": [state["rng"][0], other]})
+    model, optimizers = build(cfg)
+    guard = FiniteGuard([name for name, _ in model.named_parameters()], torch.device("cpu"))
+    loaded = load_newest(run / "checkpoints")
+    for rank in (1, 2):
+        torch.manual_seed(3)
+        expected = other["cpu"] if rank == 1 else torch.get_rng_state()  # there was no third rank
+        restore(loaded, cfg, model, optimizers, Stability(cfg.stability), guard, rank=rank)
+        assert torch.equal(torch.get_rng_state(), expected)

@@ -91,3 +91,13 @@ def test_a_case_that_takes_the_best_settings_of_another_has_no_trials():
     jobs = asked.jobs(Path("out"))
     assert len(jobs) == 6 and {case["optim.muon.lr"] for case, _ in jobs} == {"0.05"}
     assert all("optim.muon.lr=0.05" in job.overrides and "lr=0.05" in job.directory.name for _, job in jobs)
+
+
+def test_an_edge_is_one_at_the_best_of_the_other_settings():
+    points = ((1, 1), (0, 1), (2, 1), (0, 0), (2, 2))
+    found = Found(
+        [Axis("lr", 0.01), Axis("decay", 0.1)], tried={(Fraction(a), Fraction(b)): i for i, (a, b) in enumerate(points)}
+    )
+    assert not found.bracketed  # of the second, other values were tried at other rates only
+    found.tried |= {(Fraction(1), Fraction(0)): 9.0, (Fraction(1), Fraction(2)): 9.0}
+    assert found.bracketed

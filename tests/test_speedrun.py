@@ -65,6 +65,11 @@ def test_runs_are_judged_where_all_were_evaluated():
     assert (stopped, step, losses) == (None, 100, [3.4, 3.5])
     stopped, step, losses, p = judged([{100: 3.29, 125: 3.2}, {100: 3.29, 125: 3.2}])
     assert (stopped, step, losses) == (125, 125, [3.2, 3.2]) and p < 1e-9
+    assert judged([{100: 3.29, 125: 3.2, 150: 3.3}] * 2)[:3] == (
+        125,
+        125,
+        [3.2, 3.2],
+    )  # where it stopped, not at the end
 
 
 def test_the_architecture_has_the_baselines_size():

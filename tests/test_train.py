@@ -22,6 +22,7 @@ from training.data import open_data
 from training.log import read_records
 from training.observer import Observer
 from training.optimizers import Optimizers
+from training.schedule import lr_multiplier
 from training.step import host_tokens
 from training.validate import ConfigError
 
@@ -335,3 +336,13 @@ def test_matrices_off_their_manifold_and_steps_uphill_are_reported(tiny, tmp_pat
 def test_a_run_without_matrices_for_manifold_muon_says_so(tiny, capsys):
     train(compose([*tiny, "assignment=adamw", "max_steps=1"]))
     assert "ManifoldMuon has no matrix: optim.muon is not used" in capsys.readouterr().out
+
+
+def test_the_rates_of_a_record_are_those_of_its_step(tiny, tmp_path):
+    cfg = compose([*tiny, "max_steps=4", "assignment=all_stiefel"])
+    train(cfg)
+    for record in read_records(tmp_path / "run", "train"):
+        now = lr_multiplier(record["step"] - 1, **vars(cfg.schedule))
+        assert record["lr"] == pytest.approx(
+            {"ManifoldMuon": cfg.optim.muon.lr * now, "AdamW": cfg.optim.adamw.lr * now}
+        )

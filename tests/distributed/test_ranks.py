@@ -145,3 +145,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(settings, tmp_
         train_on(2, directory, [*settings, "max_steps=10", "schedule.decay_steps=20"])
         train_on(world, directory, [*settings, "schedule.decay_steps=20", "resume=auto"])
         assert losses(directory) == pytest.approx(losses(alone), abs=1e-3)
+
+
+def test_ranks_draw_different_random_numbers(tiny_data, tmp_path):
+    shared = train_on(3, tmp_path / "3", [*tiny_data, *RUN, "max_steps=1", "assignment=adamw"])
+    assert len({bytes(rng["cpu"].numpy()) for rng in state(shared)["rng"]}) == 3
