@@ -294,8 +294,6 @@ def best_rate(curve: Mapping[float, Sequence[float]]) -> tuple[float, float, boo
         return rates[i], means[i], True
     (x0, x1, x2), (y0, y1, y2) = (math.log(r) for r in rates[i - 1 : i + 2]), means[i - 1 : i + 2]
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    bend = (right - left) / (x2 - x0)
-    if bend <= 0:
-        return rates[i], means[i], False
+    bend = (right - left) / (x2 - x0)  # above 0, since the lowest mean is the first of its kind
     x = (x0 + x1) / 2 - left / (2 * bend)
     return math.exp(x), y1 + (x - x1) * (left + bend * (x - x0)), False
