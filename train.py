@@ -45,7 +45,16 @@ from training.observer import Observer
 from training.phases import Phases, as_phase
 from training.placement import place
 from training.ranks import Ranks, joined, world_size
-from training.resume import agreed_checkpoint, restore, resumption, rng_state, set_rng_state, state_of, was_end
+from training.resume import (
+    agreed_checkpoint,
+    changes_of,
+    restore,
+    resumption,
+    rng_state,
+    set_rng_state,
+    state_of,
+    was_end,
+)
 from training.run import claimed, end_of, end_summary, resolve_device, speed, wait_for
 from training.schedule import lr_multiplier
 from training.settings import Settings
@@ -123,6 +132,7 @@ class Run:
             loss = partial(self.observer.loss, self.model)
             self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
             self.average = average_of(cfg.average, self.model)  # of the weights that the run starts from
+        self.changed = [] if resumed is None else changes_of(resumed.state["config"], cfg)
         self.resumed_at = self.step if resumed is not None else None
         self.ended_at = self.step if resumed is not None and was_end(resumed) else None
         self.val_loss = resumed.metric if resumed is not None else None  # of the current weights; None: not computed
@@ -145,6 +155,8 @@ class Run:
         self.placement = place(self.model, self.optimizers, ranks, cfg)
         if self.origin:
             log.write("init_from", self.step, **self.origin)
+        if self.changed:
+            log.write("event", self.step, event="changed", settings=self.changed)
         if self.attention.seconds:
             log.write("event", self.step, event="attention", **self.attention.record())
         batches = Prefetcher(lambda step: host_tokens(self.loader.batch(step), self.device), self.step)

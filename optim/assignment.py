@@ -44,7 +44,8 @@ class Row:
     """One parameter: its name, shape, optimizer ("ManifoldMuon", "AdamW" or another's class), manifold or None, and whether a rule spoke of it.
 
     unit: the dimension along which its vectors are kept at unit length beside the optimizer, or None. norm: in which it steps, in words,
-    if its optimizer asks for one. radius: the size of a manifold of fixed size. blocks: into how many matrices the rows are cut.
+    if its optimizer asks for one. radius: the size of a manifold of fixed size. blocks: into how many matrices the rows are cut. lr_scale: the
+    factor of its optimizer's learning rate.
     """
 
     name: str
@@ -56,14 +57,16 @@ class Row:
     norm: str | None = None
     radius: float = 1.0
     blocks: int = 1
+    lr_scale: float = 1.0
 
     @property
     def geometry(self) -> str:
-        """The manifold or norm and unit vectors in words, "-" for none."""
+        """The manifold or norm, unit vectors and the factor of the learning rate in words, "-" for none."""
         words = [word for word in (self.manifold, self.norm) if word]
         words += [] if self.blocks == 1 else [f"{self.blocks} blocks"]
         words += [] if self.radius == 1 else [f"radius {self.radius:g}"]
         words += [] if self.unit is None else [("unit columns", "unit rows")[self.unit]]
+        words += [] if self.lr_scale == 1 else [f"lr x {self.lr_scale:.4g}"]
         return ", ".join(words) or "-"
 
 

@@ -84,13 +84,18 @@ def problems_of_run(others: list[str], options: dict[str, Any]) -> list[str]:
     return problems_of_names(others, options, 1, f"name one run and, if you like, {_listed(options)}; see --help")
 
 
-def problems_of_names(others: list[str], options: dict[str, Any], count: int, remedy: str) -> list[str]:
-    """What is wrong with the words besides the options, of which `count` must be there; `remedy` says which."""
+def problems_of_options(others: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """A line for each of the other words that looks like an option and is no file."""
     wrong = [
         word for word in others if word.partition("=")[0].isidentifier() and "=" in word and not Path(word).exists()
     ]
-    found = [f"{word} is no option; choose of {_listed(options)}" for word in wrong]
-    return found if len(others) - len(wrong) == count else [*found, remedy]
+    return [f"{word} is no option; choose of {_listed(options)}" for word in wrong]
+
+
+def problems_of_names(others: Sequence[str], options: Mapping[str, Any], count: int, remedy: str) -> list[str]:
+    """What is wrong with the words besides the options, of which `count` must be there; `remedy` says which."""
+    found = problems_of_options(others, options)
+    return found if len(others) - len(found) == count else [*found, remedy]
 
 
 def refuse(problems: Sequence[str]) -> None:

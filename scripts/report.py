@@ -21,7 +21,7 @@ from pathlib import Path
 from scripts.analysis.figures import draw
 from scripts.analysis.runs import find_runs
 from scripts.analysis.tables import Groups, grouped, make_table, report_columns
-from scripts.command import UsageError, command_line, parse, refuse, run, without_effect
+from scripts.command import UsageError, command_line, parse, problems_of_options, refuse, run, without_effect
 from training.files import write_whole
 
 OPTIONS = {"figures": "", "page": "", "live": False, "port": 8000}
@@ -31,7 +31,7 @@ NO_LIBRARY = "no page: it needs bokeh; install it with: pip install bokeh"
 
 def work(arguments: list[str]) -> int:
     """Print the table, write the page, and draw the pictures if figures= is given; or serve the page."""
-    places, options = parse(arguments, OPTIONS)
+    places, options = parse(arguments, OPTIONS, problems_of_options)
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/sweep; see --help")
     command = command_line("report.py", *arguments)

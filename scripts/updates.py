@@ -19,7 +19,7 @@ from typing import Any
 from optim.assignment import folded
 from scripts.analysis.runs import RecordedRun, find_runs
 from scripts.analysis.tables import Table
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, parse, problems_of_options, run
 
 
 def update_table(recorded: RecordedRun, step: int) -> Table:
@@ -71,7 +71,7 @@ def _span(numbers: Sequence[float]) -> str:
 
 def work(arguments: list[str]) -> int:
     """Print a table for each run."""
-    places, options = parse(arguments, {"step": 0})
+    places, options = parse(arguments, {"step": 0}, problems_of_options)
     if not places:
         raise UsageError("name runs or directories of runs, such as outputs/first; see --help")
     for recorded in find_runs(places):

@@ -89,7 +89,7 @@ def test_what_is_cut_is_said_in_one_line():
         f"eval_windows=64: the data has only 9 validation windows of {windows.model.block_size} tokens; all are used"
     ]
     assert shortened(compose(["max_steps=10"]), 1, 64, 2) == [
-        "schedule.warmup_steps=30 is too long for 10 updates; 7 of them are warm-up"
+        "schedule.warmup_steps=30 is too long for 10 updates; the warm-up has 7"
     ]
 
 

@@ -212,12 +212,13 @@ def test_commands_for_your_own_text_run(tmp_path, monkeypatch, capsys):
         lines = (json.dumps({"text": f"line {i} of {part}: {zlib.crc32(bytes(i))}"}) for i in range(200))
         with gzip.open(tmp_path / "corpus" / part / "lines.jsonl.gz", "wt") as file:
             file.write("\n".join(lines))
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"paragraph {i}, {i * i}" for i in range(1000)))
     for words in SHELL["your files"]:
         in_process(
             words, ["data.tokenizer=bytes", *(["model.n_layer=1"] if words[1] == "train.py" else [])], monkeypatch
         )
     printed = capsys.readouterr().out
-    assert "mine in data/prepared/mine" in printed and "best validation loss" in printed
+    assert "mine in data/prepared/mine" in printed and printed.count("best validation loss") == 2
 
 
 def test_commands_for_files_of_other_programs_run(tmp_path, monkeypatch, capsys):

@@ -277,7 +277,7 @@ def test_eight_pairs_started_together(tiny, tmp_path, how):
                 reasons = (
                     "in use by process",
                     "already holds a run",
-                    "belongs to another run",
+                    "was made under other settings",
                 )  # at once, or a little later
                 assert any(reason in err for reason in reasons), err
         assert len(runs) in {(): (2,), ("resume=auto",): (1, 2)}.get(tuple(how), (1,))

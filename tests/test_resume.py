@@ -14,6 +14,7 @@ from test_train import assert_equal, records
 
 import train as module
 from scripts import export, sample
+from scripts.analysis.runs import read_run
 from train import train
 from training import checkpoint
 from training.build import build
@@ -164,6 +165,14 @@ def restored(directory, overrides, *changes):
     loaded = load_newest(directory / "checkpoints")
     _, _, notes = restore(loaded, cfg, model, optimizers, Stability(cfg.stability), guard)
     return model, optimizers, loaded.state, notes
+
+
+def test_other_settings_are_recorded_and_equal_ones_are_not(copied):
+    run, overrides = copied
+    for words in (["max_steps=12"], ["max_steps=14", "optim.muon.lr=0.01"], ["max_steps=14", "optim.muon.lr=0.01"]):
+        train(compose([*overrides, "resume=auto", "allow_changes=true", "schedule.decay_steps=20", *words]))
+    recorded = read_run(run)
+    assert recorded.changes == {12: ("optim.muon.lr: 0.05 → 0.01",)} and recorded.status == "ok, changed at step 12"
 
 
 def state_by_name(optimizer):

@@ -110,6 +110,48 @@ def test_a_setting_that_follows_from_a_choice_has_no_column():
     assert label.startswith("Hetero, ") and "residual geonorm" in label
 
 
+def columns_of(*configs):
+    """The headings of the columns of settings, for runs of these overrides."""
+    runs = [[RecordedRun(str(i), compose(list(words)).plain(), {}, {}, {})] for i, words in enumerate(configs)]
+    return {column.heading: [column.value(group[0]) for group in runs] for column in settings_columns(runs)}
+
+
+def test_settings_of_a_step_rule_have_columns_but_not_those_that_only_one_rule_has():
+    assert columns_of(["optim.muon.rule.norm_cap=2"], ["optim.muon.rule.quality=high"]) == {
+        "optim.muon.rule.norm_cap": ["2.0", ""],
+        "optim.muon.rule.quality": ["default", "high"],
+    }
+    assert "optim.muon.rule.quality" not in columns_of(["optim=paper"], ["optim=manifold_muon"])
+
+
+def test_the_end_of_the_decay_has_a_column_unless_it_is_the_last_step():
+    key = "schedule.decay_steps"
+    assert key not in columns_of(["max_steps=100"], ["max_steps=200"])
+    assert columns_of(["max_steps=100"], ["max_steps=200"], ["max_steps=200", f"{key}=100"])[key] == [
+        "100",
+        "200",
+        "100",
+    ]
+
+
+def test_assignments_of_one_name_show_their_rules():
+    one, other = "{h.0: stiefel, h.1-3: dgram}", "{h.0: dgram, h.1-3: stiefel}"
+    words = [["assignment=custom", f"assignment.rules={rules}"] for rules in (one, other)]
+    assert columns_of(*words) == {"assignment.rules": [rules.strip("{}") for rules in (one, other)]}
+    assert columns_of(["assignment=hetero"], ["assignment=hetero_inv"]) == {}
+
+
+def test_a_run_that_was_resumed_under_other_settings_says_so_and_stands_alone(tmp_path):
+    event = {"kind": "event", "step": 5, "event": "changed", "settings": ["optim.muon.lr: 0.05 → 0.01"]}
+    ends = [{"kind": "eval", "step": 10, "loss": 2.0}, {"kind": "end", "step": 10}]
+    for seed in (1, 2, 3, 4):
+        config = {**configuration("hetero", steps=10), "seed": seed}
+        write_run(tmp_path / str(seed), config, [*([event] * (seed in (2, 3)) * seed), *ends])
+    groups = grouped(find_runs([tmp_path]))
+    assert [[r.config["seed"] for r in group] for group in groups] == [[1, 4], [2, 3]]
+    assert [groups[0][0].status, groups[1][0].status] == ["ok", "ok, changed at step 5"]
+
+
 def test_a_setting_that_came_later_is_no_difference():
     new = configuration("hetero")
     old = {key: value for key, value in new.items() if key not in ("batches", "average")}

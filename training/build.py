@@ -7,6 +7,7 @@ A configuration may transfer settings from another model size (training/transfer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from training.groups import (
     problems_of_tables,
 )
 from training.optimizers import Optimizers
-from training.settings import CertifiedRule, Library, Optim, Settings
+from training.settings import CertifiedRule, Library, Optim, PublishedRule, Settings
 from training.settings import Modular as ModularSettings
 from training.transfer import transferred
 
@@ -66,6 +67,8 @@ def step_rule(settings: Optim) -> StepRule:
     chosen = None if rule.iterator is None else iterator(rule.iterator)
     if isinstance(rule, CertifiedRule):
         return CertifiedStep(rule.quality, rule.products, rule.length, rule.norm_cap, rule.compile, chosen)
+    if not isinstance(rule, PublishedRule):
+        raise TypeError(f"no step rule is made of {rule}; name it in step_rule of training/build.py")
     dtype = getattr(torch, rule.msign_dtype)
     return PublishedStep(
         rule.dual_steps, rule.alpha, rule.msign_steps, dtype, rule.decay_manifolds, rule.retraction, chosen
@@ -116,7 +119,10 @@ def _shared_out(rows: list[Row], optim: Optim) -> tuple[list[Row], Groups, Group
     else:
         rows = cut_and_sized(rows, matrices)
         groups = muon_groups(rows, matrices)
-    return rows, groups, adamw_groups(rows, optim.adamw)
+    rest = adamw_groups(rows, optim.adamw)
+    of_both = ((matrices.lr, groups), (optim.adamw.lr, rest))
+    scales = {name: group["lr"] / lr for lr, found in of_both if lr for names, group in found for name in names}
+    return [replace(row, lr_scale=scales.get(row.name, 1.0)) for row in rows], groups, rest
 
 
 def _optimizer_of_matrices(groups: list[dict[str, Any]], optim: Optim) -> tuple[str, torch.optim.Optimizer]:

@@ -159,6 +159,8 @@ def _of_run(directory: Path) -> Weights:
     loaded = load_newest(directory / "checkpoints")
     if loaded is None:
         raise ValueError("the run has no checkpoint yet")
+    for path, reason in loaded.skipped:
+        print(f"skipped {path}: {reason}", file=sys.stderr)
     check_parts(loaded)
     with foreign(loaded):
         config = gpt_config(read_sound(completed(loaded.state["config"]))[0])

@@ -41,10 +41,13 @@ _OWN_RULES = (
 _OTHER_NAMES = {  # of other programs: theirs → ours
     "learning_rate": ("optim.muon.lr", "optim.adamw.lr"),
     "min_lr": ("schedule.floor",),
+    **dict.fromkeys(("beta", "beta1"), ("optim.muon.momentum", "optim.adamw.betas")),
     "max_iters": ("max_steps",),
     "warmup_iters": ("schedule.warmup_steps",),
     "out_dir": ("output_dir",),
-    **dict.fromkeys(("batch_size", "gradient_accumulation_steps"), ("global_batch_tokens", "micro_batch_size")),
+    **dict.fromkeys(
+        ("batch_size", "grad_accum", "gradient_accumulation_steps"), ("global_batch_tokens", "micro_batch_size")
+    ),
     **dict.fromkeys(("context", "context_length", "seq_len", "max_seq_len"), ("model.block_size",)),
     **dict.fromkeys(("width", "d_model", "dim", "hidden_size"), ("model.n_embd",)),
     **dict.fromkeys(("depth", "n_layers", "num_layers"), ("model.n_layer",)),

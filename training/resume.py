@@ -150,20 +150,20 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
             f"{directory} already holds the records of another run than {loaded.path}; choose another output_dir, or use "
             "resume=auto to continue the run there"
         )
-    changed = [] if cfg.allow_changes else _changes(loaded.state["config"], cfg)
+    changed = [] if cfg.allow_changes else changes_of(loaded.state["config"], cfg)
     same_data = loaded.state["data"] == data
     if not same_data:
         changed.append(f"data: the shards in {cfg.data.dir} are not the data of the run")
     if changed:
         go_on = ", or add allow_changes=true to go on under the new settings" if same_data else ""
         raise CheckpointError(
-            f"{loaded.path} belongs to another run, so it is not resumed; go back to its settings, or start a new run with "
+            f"{loaded.path} was made under other settings or on other data, so it is not resumed; go back to its settings, or start a new run with "
             f"resume=never and another output_dir{go_on}:" + "".join(f"\n  - {c}" for c in changed)
         )
     return loaded
 
 
-def _changes(saved: Mapping[str, Any], cfg: Settings) -> list[str]:
+def changes_of(saved: Mapping[str, Any], cfg: Settings) -> list[str]:
     """A line for every setting that changes numbers and has another value than in the saved configuration."""
     decisive = () if cfg.transfer.rule == "none" else ("max_steps",)  # the transferred learning rates depend on it
     return differences(completed(saved), cfg.plain(), ignore=[key for key in HARMLESS if key not in decisive])
@@ -276,7 +276,7 @@ def restore(
     """
     state = loaded.state
     with foreign(loaded):
-        changed = [f"changed: {change}" for change in _changes(state["config"], cfg)]
+        changed = [f"changed: {change}" for change in changes_of(state["config"], cfg)]
         missed = take_weights(model, loaded, allow_changes=cfg.allow_changes)
         missed += optimizers.load_state_dict(state["optimizers"])
         stability.load_state_dict(state["stability"])

@@ -124,7 +124,7 @@ def shortened(cfg: Settings, world: int, held_out: int, probed: int) -> list[str
     asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
     steps = warmup_updates(asked, updates)
     if asked >= 1 and steps < asked:
-        found.append(f"schedule.warmup_steps={asked} is too long for {updates} updates; {steps} of them are warm-up")
+        found.append(f"schedule.warmup_steps={asked} is too long for {updates} updates; the warm-up has {steps}")
     wanted, block = cfg.eval_windows, cfg.model.block_size
     if held_out < wanted:
         found.append(

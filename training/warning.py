@@ -64,7 +64,9 @@ class EarlyWarning:
 
     def _collapsed(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
         entropy, logit = seen["least_entropy"], seen["largest_logit"]
-        if not entropy >= self.rules.entropy:
+        if math.isnan(entropy):
+            return Alarm("attention's entropy is not a number in a layer", step, 0)
+        if entropy < self.rules.entropy:
             return Alarm(f"attention's entropy has fallen to {entropy:.2g} of its maximum in a layer", step, 0)
         if self.rules.logit is not None and not logit < self.rules.logit:
             return Alarm(f"attention's largest logit is {logit:.3g}, where the softmax saturates", step, 0)

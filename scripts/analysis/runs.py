@@ -84,12 +84,18 @@ class RecordedRun:
         return [record["step"] for record in self.records.get("event", []) if record["event"] == event]
 
     @property
+    def changes(self) -> dict[int, tuple[str, ...]]:
+        """The steps at which it was resumed under other settings, and these, such as "optim.muon.lr: 0.05 → 0.01"."""
+        events = [record for record in self.records.get("event", []) if record["event"] == "changed"]
+        return {record["step"]: tuple(record["settings"]) for record in events}
+
+    @property
     def status(self) -> str:
-        """ "ok", "unstable at step N", "failed at step N" or "unfinished at step N"."""
+        """ "ok", "unstable at step N", "failed at step N" or "unfinished at step N"; "ok, changed at step N" under other settings from there."""
         if self.unstable_step is not None:
             return f"unstable at step {self.unstable_step}"
         if self.finished:
-            return "ok"
+            return ", ".join(["ok", *(f"changed at step {step}" for step in self.changes)])
         failed = self._event_steps("failed")
         if failed and failed[-1] >= self.step:  # otherwise it was continued
             return f"failed at step {failed[-1]}"
@@ -256,6 +262,10 @@ def _has_sigma(record: dict[str, Any]) -> bool:
     )
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _has_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for item in value.items() for text in item)
 
@@ -277,7 +287,7 @@ _FIELDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "scales": lambda r: (
         isinstance(r.get("name"), str) and all(_is_numbers(r.get(key)) for key in ("mean", "deviation"))
     ),
-    "event": lambda r: isinstance(r.get("event"), str),
+    "event": lambda r: isinstance(r.get("event"), str) and (r["event"] != "changed" or _are_texts(r.get("settings"))),
 }
 
 
@@ -385,6 +395,8 @@ def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, dict[
             if part.name == "checkpoints" and (part.parent / CONFIG_FILE).exists():
                 raise UsageError(f"{directory} is a part of a run; name the run itself: {part.parent}")
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
+    for path, reason in loaded.skipped:
+        print(f"skipped {path}: {reason}", file=sys.stderr)
     return model_of(loaded, average), loaded.state["config"], loaded.step
 
 

@@ -183,12 +183,15 @@ def rows_of(runs: Sequence[RecordedRun], columns: Sequence[Column]) -> list[dict
 
 
 def grouped(runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
-    """Groups of runs that differ only in the seed, in the paper's order of assignments. A second run of a seed has a group of its own."""
+    """Groups of runs that differ only in the seed, in the paper's order of assignments. A second run of a seed has a group of its own, and so
+    has one that was resumed under other settings, unless the others were too, at the same step.
+    """
     groups: list[list[RecordedRun]] = []
     for candidate in runs:
         for group in groups:
             seeds = {r.config["seed"] for r in group}
-            if candidate.config["seed"] not in seeds and not different(group[0].config, candidate.config):
+            alike = candidate.changes == group[0].changes and not different(group[0].config, candidate.config)
+            if candidate.config["seed"] not in seeds and alike:
                 group.append(candidate)
                 break
         else:
@@ -205,24 +208,31 @@ def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def settings_columns(groups: Groups) -> list[Column]:
-    """A column for every setting in which the groups differ, except the assignment, which has a column already.
+    """A column for every setting in which the groups differ, except the assignment and the step rule, which have columns already. The rules
+    of assignments have one where two of one name differ in them.
 
-    A setting that follows from the choice of its part, such as those that only one residual rule has, is left out.
+    A setting that follows from the choice of its part, such as those that only one residual rule has, is left out, and so is decay_steps
+    where it is max_steps.
     """
     configs = [group[0].config for group in groups]
     keys = dict.fromkeys(key for config in configs for key in different(configs[0], config))
+    rules = {(config["assignment"]["name"], _rules_of(config)) for config in configs}
     columns = []
+    if len(rules) > len({name for name, _ in rules}):
+        columns.append(Column("assignment.rules", "assignment.rules", lambda r: _rules_of(r.config)))
+    whole = all(at(config, "schedule.decay_steps") == config["max_steps"] for config in configs)
     for key in keys:
-        # Step rules share few settings, so their name is enough. decay_steps follows max_steps.
-        if key.startswith(("assignment.", "optim.muon.rule.")) or (
-            key == "schedule.decay_steps" and "max_steps" in keys
-        ):
+        if key.startswith("assignment.") or key == "optim.muon.rule.kind" or (key == "schedule.decay_steps" and whole):
             continue
         part = key.rpartition(".")[0]
         choices = [f"{part}.{word}" for word in ("rule", "kind", "name")]
         if not any(choice in keys and choice != key and _follows(configs, choice, key) for choice in choices):
             columns.append(of_setting(key, key, key))
     return columns
+
+
+def _rules_of(config: dict[str, Any]) -> str:
+    return ", ".join(f"{pattern}: {choice}" for pattern, choice in (at(config, "assignment.rules") or {}).items())
 
 
 def _follows(configs: Sequence[dict[str, Any]], choice: str, key: str) -> bool:
