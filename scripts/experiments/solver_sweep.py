@@ -43,7 +43,7 @@ EXPERIMENT = Experiment(
         "optim": ",".join(RULES),
         RATE: "0.01,0.02,0.05,0.1,0.2",
     },
-    seeds="1,2",
+    seeds="1,2,3",
     tables=tables,
     figures={
         "loss_by_rate.png": lambda study, path: loss_by_rate(
