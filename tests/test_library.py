@@ -214,7 +214,7 @@ AS = "optim.library.optimizer="
     [
         (
             ["assignment=hetero"],
-            "'stiefel' is for .* but SGD of optim.library knows no manifolds; use assignment=unconstrained",
+            "'stiefel' is for .* but SGD, which optim.library chooses, knows no manifolds; use assignment=unconstrained",
         ),
         (["assignment=adamw"], "no matrix is left for SGD .* use assignment=unconstrained"),
         ([f"{AS}nowhere.SOAP"], "there is no module nowhere; install it, or mend the path"),

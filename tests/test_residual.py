@@ -82,6 +82,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_is_its_formula(rule):
+    assert rule in FORMULAS, f"add the formula of {rule} to FORMULAS"
     joint, x, f = rule_of(rule).join(STREAM, LAYER), on_sphere(), sublayer()
     assert torch.allclose(joint(x, f), FORMULAS[rule](x, f), atol=2e-6)
     if rule not in SPHERE:  # whose stream may have any length

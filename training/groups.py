@@ -158,7 +158,7 @@ def given_to_library(rows: list[Row], name: str) -> list[Row]:
         if row.manifold not in (None, "euclidean"):
             held.setdefault(row.manifold, []).append(row.name)
     problems = [
-        f"assignment: '{manifold}' is for {folded(names)[0]}, but {name} of optim.library knows no manifolds; "
+        f"assignment: '{manifold}' is for {folded(names)[0]}, but {name}, which optim.library chooses, knows no manifolds; "
         "use assignment=unconstrained, or optim=manifold_muon"
         for manifold, names in held.items()
     ]
