@@ -37,10 +37,11 @@ class Certificate(NamedTuple):
 
     tangency: ‖normal part of T‖_F / ‖T‖_F, 0 for a tangent T. norm: ‖tangent part‖₂. feas: at least this share of the optimum was
     achieved; 1 where G is zero, NaN where it is not finite. bound: the dual value, in the units of ⟨G, T⟩.
-    normal_share, length_share, size_share: of ‖G‖_F², see above. On oblique_gain, whose step problem has another momentum than G
-    (`Manifold.problem`), normal_share and what follows are of that one. momentum_top: σ_max² / Σσ² of G, the share of its largest singular direction.
-    momentum_rank, step_rank: effective rank of G, and of the tangent part of T: from 1 to n; exp of the entropy of the singular values,
-    as shares of their sum (Roy, Vetterli, EUSIPCO 2007). Those of G are 0 where G is zero, NaN where it is not finite.
+    normal_share, length_share, size_share: of ‖G‖_F², see above. momentum_top: σ_max² / Σσ² of G, the share of its largest singular
+    direction. On oblique_gain, whose step problem has another momentum than G (`Manifold.problem`), bound, normal_share, momentum_top and
+    momentum_rank are of that one. momentum_rank, step_rank: effective rank of G, and of the tangent part of T: from 1 to n; exp of the
+    entropy of the singular values, as shares of their sum (Roy, Vetterli, EUSIPCO 2007). Those of G are 0 where G is zero, NaN where it is
+    not finite.
     """
 
     tangency: Tensor

@@ -136,9 +136,7 @@ class Manifold:
     orthogonal: ClassVar[bool] = False  # WᵀW is diagonal at every point
     unit_columns: ClassVar[bool] = False  # diag(WᵀW) = 1 at every point
     rotations: ClassVar[bool] = False  # its square matrices are the orthogonal ones: tangents are W times a skew matrix
-    gram_space: ClassVar[bool] = (
-        True  # its points fulfil P(WᵀW) = target: the step rule retracts, else `move` says where a step leads
-    )
+    gram_space: ClassVar[bool] = True  # its points fulfil P(WᵀW) = target; else `move` says where a step leads
     conditioned: ClassVar[bool] = True  # directions fulfil a condition: they are tangent
     sized: ClassVar[bool] = True  # its matrices have a fixed size, which a radius R scales: W / R is on the manifold
     free_lengths: ClassVar[bool] = False  # lengths of columns are free: weight decay and a cap act on them

@@ -27,8 +27,8 @@ class ManifoldWarning(UserWarning):
 class Seen:
     """One matrix; of several blocks the worst.
 
-    distance: from the manifold, see its class's `residual` in optim/manifolds.py. largest, smallest: singular values. feas: the share of the optimum
-    that the last watched step achieved at least; step: its norm ‖T‖₂; normal: the share of the momentum's ‖G‖_F² that it could not follow,
+    distance: from the manifold, see its class's `residual` in optim/manifolds.py. largest, smallest: singular values. feas: the share of the
+    optimum that the last watched step achieved at least; step: its norm ‖T‖₂; normal: the share of the momentum's ‖G‖_F² that it could not follow,
     see optim/certificate.py; all NaN if there was none, or another rank owns the matrix. fallbacks: steps so far that were not the
     ordinary one.
     """
