@@ -295,9 +295,8 @@ def test_what_restores_attention():
             entropy["none"] < entropy["soft_cap"] < min(entropy[r] for r in ("qk_norm", "qk_clip", "norm_cap", "decay"))
         )
         assert entropy["head_blocks"] < entropy["none"] and rows["attention_lr"]["greatest_saturation"] < 0.05
-    loss = {remedy: row["val_loss_final"] for remedy, row in losses["all_dgram"].items()}
-    assert loss["attention_lr"] == pytest.approx(loss["none"], abs=0.005)
-    assert loss["qk_norm"] == pytest.approx(loss["norm_cap"], abs=0.005)
+        loss = {remedy: row["val_loss_final"] for remedy, row in rows.items()}
+        assert loss["qk_norm"] < loss["attention_lr"] < loss["none"]
 
 
 # ---- numbers ----
