@@ -111,16 +111,12 @@ def test_the_best_retraction_has_a_finite_p_under_muon_as_the_page_says():
         EXPERIMENTS
     )
     apart, nearest, learned = (
-        apart_by("sphere_p", "residual", theirs, optimizer="muon") for theirs in ("geodesic", "p=0.5", "learned")
+        apart_by("sphere_p_muon", "residual", theirs) for theirs in ("geodesic", "p=0.5", "learned")
     )
     assert min(apart, key=lambda arm: apart[arm].mean) == "p=0.5"
     assert {arm for arm, d in apart.items() if d.high < 0} == {"p=0.5"}
     assert nearest["p=2"].low < 0 < nearest["p=2"].high and learned["p=2"].low < 0 < learned["p=2"].high
-    [scales] = [
-        s["scales"]
-        for s in result("sphere_p/table.json")["stream"]
-        if (s["optimizer"], s["residual"]) == ("muon", "learned")
-    ]
+    [scales] = [s["scales"] for s in result("sphere_p_muon/table.json")["stream"] if s["residual"] == "learned"]
     assert all(abs(p - 2) < 0.4 for name in ("p_attn", "p_mlp") for p in scales[name])
 
 
