@@ -17,7 +17,7 @@ from training.checks import check
 from training.config import compose
 from training.data import open_data, separator_of
 from training.log import read_records
-from training.resume import _changes
+from training.resume import changes_of
 from training.validate import ConfigError
 
 END = 9
@@ -100,15 +100,15 @@ def test_the_separator_is_that_of_the_data(tiny):
 def test_a_checkpoint_from_before_these_settings_is_resumed(tiny):
     saved = compose(tiny).plain()
     del saved["batches"]
-    assert _changes(saved, compose(tiny)) == []
-    assert _changes(saved, compose([*tiny, "batches.order=epoch"])) == ["batches.order: replacement → epoch"]
+    assert changes_of(saved, compose(tiny)) == []
+    assert changes_of(saved, compose([*tiny, "batches.order=epoch"])) == ["batches.order: replacement → epoch"]
 
 
 def test_more_steps_change_a_transferred_rate():
     own = ["experiment=nugpt_demo", "schedule.decay_steps=400"]
     for transfer, changed in (("none", []), ("nu", ["max_steps: 200 → 400"])):
         before, after = (compose([*own, f"transfer={transfer}", f"max_steps={n}"]) for n in (200, 400))
-        assert _changes(before.plain(), after) == changed
+        assert changes_of(before.plain(), after) == changed
 
 
 def test_places_are_those_of_an_array(tiny):
