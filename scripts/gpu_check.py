@@ -9,7 +9,7 @@ scripts/gpu_check.sh a b c d data=text data.name=mine 'data.files=mine/train*.tx
     d    the same runs, continued
 
     scripts/gpu_check.sh b a steps=programs,residual,optimizer      these steps alone, if there is little time
-    scripts/gpu_check.sh tiny=true                                  all stages with small models, on a CPU, in two minutes
+    scripts/gpu_check.sh tiny=true                                  all stages with small models, on a CPU, in some minutes
 
 Without a GPU, and without tiny=true, the stages are refused. Before the first stage, the data of c and d is prepared, so that a mistake
 in its settings is found at once. A stage that is started again skips its finished steps and continues with the others. Options

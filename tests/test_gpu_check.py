@@ -500,7 +500,7 @@ def test_all_of_it_in_small(tmp_path):
     for _ in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done before") == 14
+    assert done.stdout.count("done before") == 15
     assert len(list((tmp_path / "out").iterdir())) <= 8
     for name in ("ceilings", "optimizer", "train", "train_published", "train_options", "profile", "residual", "probes"):
         assert "|" in (tmp_path / "results" / f"bench_{name}.md").read_text()
