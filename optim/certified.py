@@ -331,7 +331,7 @@ class CertifiedStep:
 
     Args:
         quality: a key of a manifold's `efforts`: "default" or "high", which has more Su steps and caps: up to twice the operations. It is
-            better for momenta of full rank; for momenta of low rank it is worse on tall Stiefel matrices, and often on others.
+            better for momenta of full rank, and on tall Stiefel matrices worse for momenta of low rank.
         products: a name of PRECISIONS, or None for the device's own.
         length, norm_cap: see `step`; weight decay comes with the stacks.
         iterator: of unconstrained matrices; None for the step's own, see `Effort`.

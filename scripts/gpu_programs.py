@@ -59,7 +59,7 @@ def compile_part(part: str, micro: int, tiny: bool, for_training: bool) -> None:
 
 
 def forget_choices() -> None:
-    """Remove the compiler's choices between variants of a kernel: it timed these while other processes used the device.
+    """Remove the choices between variants of a kernel from the compiler's cache: they were timed while other processes used the device.
 
     The next process times them again, without compiling them.
     """

@@ -154,8 +154,9 @@ def test_the_programs_compiled_beforehand_are_those_of_all_assignments():
     assert all(set(groups_of(name).items()) <= compiled for name in ASSIGNMENTS)
 
 
-def test_a_program_that_is_not_compiled_is_named(monkeypatch, capsys):
+def test_a_program_that_is_not_compiled_is_named(monkeypatch, capsys, tmp_path):
     """The others are compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # whose choices between kernels are removed at the end
     part = "import sys; sys.exit('only=hetero' in sys.argv)"
     started = []
 

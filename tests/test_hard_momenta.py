@@ -111,3 +111,18 @@ def test_the_largest_singular_value_of_any_size(size):
     sigma = top_pair(size * W)[1].flatten() / size
     torch.testing.assert_close(sigma, torch.linalg.matrix_norm(W, 2), rtol=1e-4, atol=0)
     assert top_pair(torch.zeros(1, 4, 2))[1] == 0 and top_pair(torch.full((1, 4, 2), 1e-40))[1] > 0
+
+
+@pytest.mark.parametrize("name", ["stiefel", "dgram", "oblique"])
+def test_high_quality_is_better_at_full_rank_and_on_stiefel_worse_at_low_rank(name):
+    generator = torch.Generator().manual_seed(0)
+    W = MANIFOLDS[name].retract(torch.randn(8, 96, 32, generator=generator))
+    left, right = (torch.randn(8, size, 32, generator=generator) for size in (96, 32))
+    gain = {}
+    for rank in (1, 4, 32):
+        G = left[:, :, :rank] @ right[:, :, :rank].mT
+        default, high = (certify(W, G, direction(W, G, name, quality=q), name).feas.mean() for q in ("default", "high"))
+        gain[rank] = high - default
+    assert gain[32] > 0
+    if name == "stiefel":
+        assert max(gain[1], gain[4]) < -0.01
