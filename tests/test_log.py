@@ -331,6 +331,15 @@ def test_each_sort_of_event_is_told_once():
     ]
 
 
+@pytest.mark.parametrize("step", [None, 3])
+def test_the_end_says_that_the_run_became_unstable(step):
+    stream = io.StringIO()
+    sink = ProgressSink("run", 10, eval_interval=5, stream=stream)
+    sink.record({"kind": "end", "step": 10, "unstable_step": step, "reason": step and "validation loss rose"})
+    told = "" if step is None else "run           unstable at step 3: validation loss rose\n"
+    assert stream.getvalue() == told
+
+
 def test_on_a_terminal_a_bar_shows_the_same(monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setenv("TERM", "xterm")

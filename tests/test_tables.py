@@ -3,6 +3,8 @@
 from test_report import configuration, write_run
 
 from scripts.analysis import figures
+from scripts.analysis.page.details import machines
+from scripts.analysis.page.verdict import Setting
 from scripts.analysis.runs import RecordedRun, find_runs
 from scripts.analysis.tables import (
     at_paper_scale,
@@ -60,6 +62,16 @@ def test_the_foot_names_every_machine_and_how_many_commits(tmp_path):
     machine = "{}, Python None, torch None, "
     last = f"{machine.format('x')}; {machine.format('z')}; code of 2 commits."
     assert footer("command", runs).splitlines()[-1] == last
+
+
+def test_the_foot_and_the_page_name_what_computed_the_steps_before_a_resumption(tmp_path):
+    earlier = {"device": "x", "code": "a", "command": "first", "until": 5}
+    environment = {"device": "z", "code": "b", "command": "second", "earlier": [earlier]}
+    run = RecordedRun(tmp_path, configuration("hetero", steps=1), {}, {}, environment)
+    foot = footer("command", [run])
+    assert "x, Python None" in foot and "z, Python None" in foot and "code of 2 commits" in foot
+    (line,) = machines([Setting("A", "#000000", [run])]).lines
+    assert {"x; then z", "a; then b", "first; then second"} <= set(line)
 
 
 def test_the_papers_losses_stand_at_its_scale_only():

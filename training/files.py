@@ -10,6 +10,7 @@ from typing import IO, Any
 import yaml
 
 CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -52,13 +52,15 @@ class ProgressSink:
             self._open_bar()
 
     def record(self, rec: dict[str, Any]) -> None:
-        """Show the numbers of train and eval records, the loss on the whole validation split, and events."""
+        """Show the numbers of train and eval records, the loss on the whole validation split, events, and at the end whether the run became unstable."""
         if rec["kind"] == "event":
             self._show_event(rec)
         elif rec["kind"] == "full_eval":
             self._print(f"{self.name:<13} step {rec['step']}: loss on the whole validation split {rec['loss']:.4f}")
         elif rec["kind"] in ("train", "eval"):
             self._show_numbers(rec)
+        elif rec["kind"] == "end" and rec["unstable_step"] is not None:
+            self._print(f"{self.name:<13} unstable at step {rec['unstable_step']}: {rec['reason']}")
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,7 +16,7 @@ from optim.assignment import parameter_table
 from training import library
 from training.attention import Backend
 from training.checkpoint import discard_later
-from training.files import CONFIG_FILE, write_whole
+from training.files import CONFIG_FILE, ENVIRONMENT_FILE, write_whole
 from training.log import METRICS_FILE, RunLog, read_records
 from training.optimizers import Optimizers
 from training.progress import ProgressSink
@@ -43,8 +45,10 @@ def open_log(
     plain = cfg.plain() | ({"resume": begun_at} if begun_at and cfg.resume == "auto" else {})
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
     write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
-    about_machine = {**environment(resolve_device(cfg)[0]), "command": typed_command()}
-    write_whole(directory / "environment.json", json.dumps(about_machine, indent=2) + "\n")
+    about_machine: dict[str, Any] = {**environment(resolve_device(cfg)[0]), "command": typed_command()}
+    if resumed and (earlier := earlier_environments(directory, about_machine, step)):
+        about_machine["earlier"] = earlier
+    write_whole(directory / ENVIRONMENT_FILE, json.dumps(about_machine, indent=2) + "\n")
     about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name}
     has_history = resumed and (directory / METRICS_FILE).exists()
     history = (record for record in read_records(directory) if record["step"] <= step) if has_history else ()
@@ -63,6 +67,24 @@ def open_log(
     if resumed and not continued:  # otherwise it skipped only what it could not read, and that may be mended
         discard_later(directory / "checkpoints", step)
     return RunLog(directory, [wandb, progress], keep_until=step if resumed else None, fresh=not resumed)
+
+
+def earlier_environments(directory: Path, now: Mapping[str, str], step: int) -> list[dict[str, Any]]:
+    """The environments and commands that computed the steps before `step`, each `until` its last; the last is left out if it is as `now`.
+
+    They stand in the environment.json that the run wrote before; a file that cannot be read has none.
+    """
+    found: list[dict[str, Any]] = []
+    reached = 0
+    try:
+        before = json.loads((directory / ENVIRONMENT_FILE).read_text())
+        for part in (*before.pop("earlier", []), {**before, "until": step}):
+            if (until := min(part["until"], step)) > reached:  # otherwise none of its steps was kept
+                reached = until
+                found.append({**part, "until": until})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return found[:-1] if found and found[-1] == {**now, "until": step} else found
 
 
 def typed_command() -> str:

@@ -19,7 +19,7 @@ from scripts.command import UsageError
 from training.average import average_of
 from training.build import gpt_config
 from training.checkpoint import Loaded, load_newest
-from training.files import CONFIG_FILE, read_config
+from training.files import CONFIG_FILE, ENVIRONMENT_FILE, read_config
 from training.log import METRICS_FILE, read_records
 from training.resume import check_parts, foreign, take_weights
 from training.settings import completed, read_sound
@@ -36,14 +36,14 @@ class RecordedRun:
     config: as written by the run. records: by kind, in order; those of kind "spectra" hold `sigma_max`, `sigma_min`, `sigma_median`
     and `sigma_shape`, at most 25 of them at equal shares of their ranks, instead of all singular values, and of the lengths of columns
     their mean `length_mean` and their standard deviation relative to it, `length_spread`. cost: `wall_seconds` and `peak_bytes` of the
-    processes that trained it, if a script wrote them. environment: versions and device. case: its values of an experiment's axes, by axis.
+    processes that trained it, if a script wrote them. environment: versions and device, and `earlier` those that differ of the steps before a resumption. case: its values of an experiment's axes, by axis.
     """
 
     directory: Path
     config: dict[str, Any]
     records: dict[str, list[dict[str, Any]]]
     cost: dict[str, Any]
-    environment: dict[str, str]
+    environment: dict[str, Any]
     case: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -54,6 +54,11 @@ class RecordedRun:
     def value_of(self, axis: str) -> str:
         """Its value of an experiment's axis, in words: an assignment has a name for people."""
         return self.assignment if axis == "assignment" else self.case[axis]
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """The versions, devices and commands of all its steps, in order: one, or several if it was resumed under others."""
+        return [*self.environment.get("earlier", []), self.environment]
 
     @property
     def step(self) -> int:
@@ -221,7 +226,10 @@ def read_run(directory: Path) -> RecordedRun:
                 incomplete += 1
                 continue
             records.setdefault(record["kind"], []).append(_without_bulk(record))
-        cost, environment = (_read_json(directory / name) for name in (COST_FILE, "environment.json"))
+        cost, environment = (_read_json(directory / name) for name in (COST_FILE, ENVIRONMENT_FILE))
+        earlier = environment.get("earlier", [])
+        if not (isinstance(earlier, list) and all(isinstance(part, dict) for part in earlier)):
+            raise ValueError(f"{ENVIRONMENT_FILE} has no proper earlier")
     except FileNotFoundError as error:
         raise UsageError(f"{directory} holds no run (there is no {error.filename}); name a run's directory") from error
     except (OSError, ValueError, RecursionError) as error:

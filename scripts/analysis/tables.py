@@ -290,7 +290,7 @@ def footer(command: str, runs: Sequence[RecordedRun], *remarks: str) -> str:
         _shared(runs, "seed {:g}", "seed"),
     ]
     about = ", ".join(filter(None, parts))
-    environments = [r.environment for r in runs] or [environment()]
+    environments = [found for r in runs for found in r.environments] or [environment()]
     places = [*dict.fromkeys(map(_machine, environments))]
     if len(commits := {env["code"].removesuffix(" + changes") for env in environments if env.get("code")}) > 1:
         places.append(f"code of {len(commits)} commits")

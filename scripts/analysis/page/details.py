@@ -87,6 +87,11 @@ def settings_table(settings: Sequence[Setting]) -> Table | None:
     return Table(["setting of the configuration", *(s.label for s in settings)], lines, [False] * (1 + len(settings)))
 
 
+def _all_of(run: RecordedRun, key: str) -> str:
+    """What the environments of a run say of a key, each once, in order."""
+    return "; then ".join(dict.fromkeys(str(found.get(key, "")) for found in run.environments))
+
+
 def machines(settings: Sequence[Setting]) -> Table:
     """Where every run is, its state, the versions and the device that it ran on, and the command that was typed."""
     keys = {"code": "commit", "device": "device", "python": "Python", "torch": "torch", "platform": "platform"}
@@ -96,9 +101,9 @@ def machines(settings: Sequence[Setting]) -> Table:
             str(r.config["seed"]),
             f"{r.step:,} of {r.config['max_steps']:,}",
             r.status,
-            *(_HASH.sub(r"\1", r.environment.get(key, "")) for key in keys),
+            *(_HASH.sub(r"\1", _all_of(r, key)) for key in keys),
             os.path.relpath(r.directory),
-            r.environment.get("command", ""),
+            _all_of(r, "command"),
         ]
         for s in settings
         for r in s.runs
