@@ -10,7 +10,7 @@ So a good L makes sign(X) nearly tangent, and any L bounds the optimum from abov
     1. multiplier   L that makes X the tangent projection of G (least squares), then a Su step toward the best L (kexue.fm 11221)
     2. sign         A = X (XᵀX)^(-1/2), smoothed: singular values below `lower` stay small
     3. tangent      T = A - W K deletes what the retraction would delete anyway
-    4. cap          T has singular values above 1, where the objective hardly sees them: lower those, project again
+    4. cap          step 3 raised some singular values of T above 1; dividing T by ‖T‖₂ would shorten all: lower those alone, project again
     5. retract      V = W - eta·T / max(1, ‖T‖₂), then V (VᵀV)^(-1/2) by a small n × n factor
     6. fallback     where V is too far from the manifold for that, or the products' precision gives no direction, the weight stays, and the next
                     step of this matrix takes a second round, or is made exactly and in float32
@@ -104,18 +104,19 @@ def dual_matrix(frame: Frame, G: Tensor, C: Tensor, effort: Effort, mm: Products
     UX = C - frame.times_gram(cK, mm) if mm.is_16_bit else mm(frame.U.mT, X)
     S = mm.in_float32(X.mT, X)
     size = frobenius(S)
-    # In units of its root, ‖X‖₂ ≤ 1: what is tangent may be small, and its squares must not leave float16.
+    # From here all but X is in units of the root of size, in which ‖X‖₂ ≤ 1: what is tangent may be small, and its squares must not leave
+    # float16.
     XX = S = over(S, size).to(mm.dtype)  # (k, n, n)
     UX = over(UX, size.sqrt()).to(mm.dtype)
-    cL = DL = torch.zeros_like(UX)  # what the Su steps add to L
+    cL = UWL = torch.zeros_like(UX)  # of what the Su steps add to L; UWL is UᵀW L
     coefficients, metric = sign_coefficients(effort.su_steps, effort.su_lower), partial(frame.metric, mm=mm)
     for _ in range(effort.su):
         Z = gram_stage(over(S, frobenius(S)).to(mm.dtype), coefficients, mm)  # (k, n, n) ≈ (XᵀX)^(-1/2), up to a factor
-        H = frame.tangency(mm(UX + 2 * DL, Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
+        H = frame.tangency(mm(UX + 2 * UWL, Z)).to(mm.dtype)  # (k, n, n): UᵀA = (UᵀX) Z
         dL = su_step(frame.manifold.project, metric, H, Z, frame.d, effort.conjugate_gradients, mm)
         cL = (cL + effort.relaxation * frame.c * dL).to(mm.dtype)
-        DL = frame.times_gram(cL, mm)
-        S = XX + 2 * symmetric_sum(mm(cL.mT, UX + DL))
+        UWL = frame.times_gram(cL, mm)
+        S = XX + 2 * symmetric_sum(mm(cL.mT, UX + UWL))
     return mm.add(X, 1.0, frame.U, cL * size.sqrt(), alpha=2.0), S.float() * size
 
 
@@ -157,13 +158,15 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
     C = mm(frame.U.mT, G)  # (k, n, n)
     X, S = dual_matrix(frame, G, C, effort, mm)
     A, gram_of_A = matrix_sign(X, effort.stages, effort.lower, mm, S)  # (k, m, n)
-    for i in range(effort.caps):
-        B = mm(A.mT, A) if i else gram_of_A()  # (k, n, n) = AᵀA
+    for i in range(
+        effort.caps
+    ):  # each makes of A, which is not tangent or not capped, what is tangent and nearly capped
+        AA = mm(A.mT, A) if i else gram_of_A()  # (k, n, n) = AᵀA
         N = mm(frame.U.mT, A)  # (k, n, n)
         cK = frame.normal(N)
         removed = frame.times_gram(cK, mm)  # UᵀU·cK
-        # T = A - U·cK is the tangent part of A, and TᵀT the symmetric part of B - 2cKᵀ(N - UᵀU·cK/2).
-        R = cap_factor(mm.add(B, 1.0, cK.mT, N - 0.5 * removed, alpha=-2.0), effort, mm)
+        # The tangent part of A is T = A - U·cK, and TᵀT the symmetric part of AᵀA - 2cKᵀ(N - UᵀU·cK/2).
+        R = cap_factor(mm.add(AA, 1.0, cK.mT, N - 0.5 * removed, alpha=-2.0), effort, mm)
         # T R, less its own normal part: UᵀTR = (N - UᵀU·cK) R.
         A = mm.add(mm(A, R), 1.0, frame.U, mm(cK, R) + frame.normal(mm(N - removed, R)), alpha=-1.0)
     return A, frobenius(X)
@@ -187,7 +190,7 @@ class Direction(NamedTuple):
 
 def direction_of(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: Products) -> Direction:
     """The direction of the step at tall W along G, both float32, G at any scale."""
-    W, G, manifold = manifold.problem(W, G)
+    W, G, manifold = manifold.problem(W, G)  # from here on, those whose problem (1) is solved
     # By the largest entry: squares of a gradient of size 1e-25 or 1e25 leave the range of float32.
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     given = torch.isfinite(largest) & (largest > 0)
@@ -301,7 +304,8 @@ def step(
         cap = torch.inf if norm_cap is None else norm_cap
         new, distance = retract(W - trial, manifold, shrink, cap, level, highest, mm)
         landed = distance < torch.inf if exact else distance <= torch.where(level >= TWO_ROUNDS, LANDS[1], LANDS[0])
-        wanted = (~(distance <= ASK_TWO_ROUNDS)).float() + (~(distance <= ASK_EXACTLY)).float()  # NaN asks for EXACTLY
+        wanted = torch.where(distance <= ASK_EXACTLY, TWO_ROUNDS, EXACTLY)  # NaN asks for EXACTLY
+        wanted = torch.where(distance <= ASK_TWO_ROUNDS, ONE_ROUND, wanted).to(level.dtype)
     else:
         new = manifold.move(W, G, trial, step_length, shrink)
         landed, wanted = torch.ones_like(moving), torch.zeros_like(level)

@@ -43,7 +43,7 @@ from scripts.analysis.tables import Table
 from scripts.command import UsageError, parse, problems_of_run, run
 from training.data import open_data, separator_of
 from training.overrides import group_choices
-from training.settings import Settings, completed, read_sound
+from training.settings import Settings
 
 EVALUATE_OPTIONS = {
     "data": "",
@@ -193,9 +193,8 @@ def problems_of(others: list[str], options: dict[str, Any]) -> list[str]:
 def work(arguments: list[str]) -> int:
     """Print the tables."""
     others, options = parse(arguments, EVALUATE_OPTIONS, problems_of)
-    model, config, step = load_model(others[0])
+    model, cfg, step = load_model(others[0])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = read_sound(completed(config))[0]
     dataset = data_of(cfg, options["data"])
     model.separator = separator_of(cfg, dataset)
     found, token_bytes = {}, token_bytes_of(cfg.data)
@@ -207,11 +206,11 @@ def work(arguments: list[str]) -> int:
         windows = validation_windows(getattr(dataset, options["split"]), T, options["windows"] or None)
         found[T] = measure(longer, windows, token_bytes)
     print(
-        f"{others[0]}, step {step}, on {options['split']} of {options['data'] or config['data']['name']}, loss in nats a token"
+        f"{others[0]}, step {step}, on {options['split']} of {options['data'] or cfg.data.name}, loss in nats a token"
     )
     print(summary_table(found).text(), position_table(found, model.config.block_size).text(), sep="\n\n")
     if options["tasks"]:
-        require_text(config)
+        require_text(cfg.data)
         from scripts.harness import evaluate_tasks  # lm-eval takes seconds to import
 
         limit, folder = options["limit"] or None, options["task_folder"] or None

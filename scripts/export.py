@@ -92,13 +92,13 @@ def export(directory: str, target: Path, to: str = "nanogpt", weights: str = "la
         f"weights={weights} is neither last nor average; give one of them": weights not in ("last", "average"),
     }
     refuse([problem for problem, holds in wrong.items() if holds])
-    model, config, step = load_model(directory, weights == "average")
+    model, cfg, step = load_model(directory, weights == "average")
     if to == "hf":  # whose folder holds the tokenizer too
-        require_text(config)
+        require_text(cfg.data)
     temporary = target.with_name(f".{target.name}.tmp")
     _remove(temporary)  # of an attempt that was interrupted
     try:
-        remark = FORMATS[to](model, config["data"]["tokenizer"], temporary)
+        remark = FORMATS[to](model, cfg.data.tokenizer, temporary)
         os.replace(temporary, target)
     except NotGPT2 as error:
         raise UsageError(

@@ -49,7 +49,7 @@ from scripts.analysis.tables import Table
 from scripts.command import UsageError, parse, problems_of_run, refuse, run
 from training.checkpoint import load
 from training.data import open_data
-from training.settings import completed, read_sound
+from training.settings import Settings, settings_of
 from training.validate import problems_of_directory
 
 LAYER_HEADINGS = [
@@ -58,8 +58,8 @@ LAYER_HEADINGS = [
 ]
 
 
-def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
-    """Step, model (on the CPU) and configuration of every checkpoint of a run, in order.
+def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, Settings]]:
+    """Step, model (on the CPU) and settings of every checkpoint of a run, in order.
 
     Raises:
         UsageError: there is no checkpoint. CheckpointError: one is damaged.
@@ -71,7 +71,7 @@ def checkpoints(directory: Path) -> Iterator[tuple[int, GPT, dict[str, Any]]]:
         )
     for path in found:
         loaded = load(path)
-        yield loaded.step, model_of(loaded), loaded.state["config"]
+        yield loaded.step, model_of(loaded), settings_of(loaded.state["config"])
 
 
 def layer_table(model: GPT, x: torch.Tensor) -> tuple[str, dict[str, Any]]:
@@ -108,8 +108,7 @@ def work(arguments: list[str]) -> int:
     directory = Path(others[0])
     if options["figures"]:
         refuse(problems_of_directory(Path(options["figures"]), "figures"))
-    for step, model, config in checkpoints(directory):
-        cfg = read_sound(completed(config))[0]
+    for step, model, cfg in checkpoints(directory):
         if cfg.batches.documents:
             raise UsageError(
                 f"{directory} keeps documents apart (batches.documents=true), which the probe does not know"

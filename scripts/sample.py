@@ -113,10 +113,10 @@ def work(arguments: list[str]) -> int:
     tokens, seed = options["tokens"], options["seed"]
     sampling = Sampling(options["temperature"], options["top_k"] or None, options["top_p"])
     prompts = prompts_of(options["prompt"], options["prompts"])
-    model, config, _ = load_model(others[0])
-    require_text(config)
+    model, cfg, _ = load_model(others[0])
+    require_text(cfg.data)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = get_tokenizer(config["data"]["tokenizer"])
+    tokenizer = get_tokenizer(cfg.data.tokenizer)
     for number, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
             print(f"--- prompt {number} of {len(prompts)}")

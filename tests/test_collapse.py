@@ -23,6 +23,7 @@ from scripts.analysis import collapses
 from scripts.analysis.runs import RecordedRun
 from scripts.probe import layer_table
 from training.config import compose
+from training.settings import settings_of
 
 N, D = 10, 16
 
@@ -360,7 +361,7 @@ def test_a_profile_tells_the_mask_and_training_apart(monkeypatch, tmp_path):
     np.random.default_rng(0).integers(32, size=100).astype(np.uint16).tofile(tmp_path / "text")
     config, val = compose(["data=stdlib"]).plain(), Split(tmp_path, (SimpleNamespace(file="text", tokens=100),))
     config["model"] = {**config["model"], "block_size": 8}
-    monkeypatch.setattr(collapses, "load_model", lambda directory: (trained, config, None))
+    monkeypatch.setattr(collapses, "load_model", lambda directory: (trained, settings_of(config), None))
     monkeypatch.setattr(collapses, "open_data", lambda cfg: SimpleNamespace(val=val))
     monkeypatch.setattr(collapses, "initial", lambda cfg, seed: start)
     found = collapses.profile(RecordedRun(Path("nowhere"), config, {}, {}, {}))

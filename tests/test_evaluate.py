@@ -20,7 +20,6 @@ from scripts.analysis.runs import load_model
 from train import train
 from training.config import compose
 from training.log import read_records
-from training.settings import read_sound
 
 BYTES = get_tokenizer("bytes")
 NGPT = {"rope": True, "mlp": "swiglu", "tied": False, "unit_weights": True}
@@ -177,14 +176,14 @@ def test_files_of_other_programs_are_measured(run, tmp_path, capsys):
 
 
 def test_data_of_another_tokenizer_is_refused(run, tiny_data, tmp_path, monkeypatch):
-    config = load_model(run)[1]
-    dataset = evaluate.open_dataset(config["data"]["dir"])
+    cfg = load_model(run)[1]
+    dataset = evaluate.open_dataset(cfg.data.dir)
     other = replace(dataset, tokenizer="gpt2")
     monkeypatch.setattr(evaluate, "open_dataset", lambda folder: other)
     with pytest.raises(
         evaluate.UsageError, match=r"holds gpt2 tokens, and the model reads bytes; .*data\.tokenizer=bytes"
     ):
-        evaluate.data_of(read_sound(config)[0], config["data"]["dir"])
+        evaluate.data_of(cfg, cfg.data.dir)
 
 
 # ---- lm-eval ----

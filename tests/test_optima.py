@@ -185,7 +185,7 @@ def test_the_tables_of_a_race():
 @pytest.mark.parametrize("rope", [True, False])
 def test_all_lengths_of_windows_have_the_same_targets(monkeypatch, tmp_path, rope):
     model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=8, rope=rope))
-    config = compose(["data=stdlib", "global_batch_tokens=16", "micro_batch_size=1"]).plain()
+    cfg = compose(["data=stdlib", "global_batch_tokens=16", "micro_batch_size=1"])
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "text")
     text, read = Split(tmp_path, (SimpleNamespace(file="text", tokens=1000),)), {}
 
@@ -195,7 +195,7 @@ def test_all_lengths_of_windows_have_the_same_targets(monkeypatch, tmp_path, rop
         read[windows.shape[1] - 1] = np.sort(windows[:, 1:], axis=None)
         return SimpleNamespace(loss=float(windows.shape[1] - 1))
 
-    monkeypatch.setattr(speed_up, "load_model", lambda directory: (model, config, None))
+    monkeypatch.setattr(speed_up, "load_model", lambda directory: (model, cfg, None))
     monkeypatch.setattr(speed_up, "open_data", lambda cfg: SimpleNamespace(val=text))
     monkeypatch.setattr(speed_up, "separator_of", lambda cfg, dataset: None)
     monkeypatch.setattr(speed_up, "measure", measure)

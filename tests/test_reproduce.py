@@ -12,11 +12,12 @@ import torch
 import yaml
 from conftest import ROOT
 
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
 from scripts import export, report, reproduce, sample
 from scripts.analysis import tables
 from scripts.analysis.runs import load_model, read_run
 from scripts.command import UsageError
+from training.build import gpt_config
 from training.config import compose
 from training.log import RunLog, read_records
 
@@ -387,8 +388,8 @@ def test_an_export_holds_the_model_under_the_names_of_nanogpt(finished, tmp_path
         *(layer + n for n in ("ln_1.weight", "ln_2.weight", "attn.c_attn.weight", "attn.c_proj.weight")),
         *(layer + n for n in ("mlp.c_fc.weight", "mlp.c_proj.weight")),
     }
-    model, config, step = load_model(run)
-    fresh = GPT(GPTConfig(**config["model"]))
+    model, cfg, step = load_model(run)
+    fresh = GPT(gpt_config(cfg))
     fresh.load_state_dict(state)
     x = torch.arange(10)[None]
     assert step == 4 and torch.equal(fresh(x)[0], model(x)[0])

@@ -11,7 +11,7 @@ from data.tokenizer import get_tokenizer
 from scripts import sample
 from scripts.analysis.runs import load_model, require_text
 from scripts.command import UsageError
-from training.config import compose_plain
+from training.config import compose
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -87,7 +87,7 @@ def test_mistakes_are_one_message(run, tmp_path, capsys, arguments, said):
 
 
 def test_ids_without_a_known_text_are_refused(tmp_path):
-    config = compose_plain(["data=bin", f"data.dir={tmp_path}", "data.vocab_size=65", "data.tokenizer=bytes"])
+    data = compose(["data=bin", f"data.dir={tmp_path}", "data.vocab_size=65", "data.tokenizer=bytes"]).data
     with pytest.raises(UsageError, match=r"data\.vocab_size=65, and bytes has 257"):
-        require_text(config)
-    require_text(compose_plain([]))
+        require_text(data)
+    require_text(compose([]).data)

@@ -16,7 +16,7 @@ from scripts.analysis.runs import load_model
 from train import train
 from training import checkpoint
 from training.checkpoint import CheckpointError
-from training.checks import USER_ERRORS, check, read
+from training.checks import USER_ERRORS, check
 from training.config import compose
 from training.data import open_data
 from training.log import read_records
@@ -194,8 +194,7 @@ def test_the_whole_validation_split_is_evaluated_once_at_the_end(tiny, tmp_path)
         where = f"output_dir={tmp_path}/{full}"
         train(compose([*tiny[:-1], "assignment=adamw", "max_steps=6", "eval_interval=3", f"full_eval={full}", where]))
     [record], [end] = records(tmp_path / "true", "full_eval"), records(tmp_path / "true", "end")
-    model, saved, _ = load_model(tmp_path / "true")
-    cfg = read(saved)
+    model, cfg, _ = load_model(tmp_path / "true")
     windows = torch.from_numpy(validation_windows(open_data(cfg).val, 16).astype("int64"))
     assert len(windows) == open_data(cfg).val.tokens // 17 > cfg.eval_windows
     with torch.no_grad():

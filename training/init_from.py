@@ -26,7 +26,7 @@ from training.optimizers import Optimizers
 from training.ranks import Ranks
 from training.resume import check_parts, foreign
 from training.safetensors_file import SETTINGS, is_tensor_file, read_tensors
-from training.settings import completed, read_sound
+from training.settings import settings_of
 from training.validate import ConfigError
 
 _HF_CONFIG, _HF_WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
@@ -163,7 +163,7 @@ def _of_run(directory: Path) -> Weights:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     check_parts(loaded)
     with foreign(loaded):
-        config = gpt_config(read_sound(completed(loaded.state["config"]))[0])
+        config = gpt_config(settings_of(loaded.state["config"]))
     return Weights(str(loaded.path), loaded.state["model"], known_settings(config))
 
 

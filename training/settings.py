@@ -400,6 +400,11 @@ def read_sound(cfg: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
     return settings, found
 
 
+def settings_of(saved: Mapping[str, Any]) -> Settings:
+    """The typed settings of a configuration that a run saved, also one of an older program; see `read_sound`."""
+    return read_sound(completed(saved))[0]
+
+
 def completed(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a run of an older program, with every setting that it did not have and that has a value without effect.
 

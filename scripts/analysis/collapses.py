@@ -17,7 +17,6 @@ from scripts.analysis.runs import RecordedRun, load_model
 from scripts.analysis.study import Study
 from scripts.analysis.tables import Column
 from training.data import open_data
-from training.settings import completed, read_sound
 
 WINDOWS = 4
 PANELS = {"initial": "at initialisation", "unmasked": "the same, no causal mask", "trained": "after training"}
@@ -40,8 +39,7 @@ def distances(model: GPT, x: torch.Tensor, causal: bool = True) -> list[float]:
 
 def profile(run: RecordedRun) -> dict[str, Any]:
     """The distances of PANELS, and the share of the last stream outside the embeddings' span after training."""
-    trained, config, _ = load_model(run.directory)
-    cfg = read_sound(completed(config))[0]
+    trained, cfg, _ = load_model(run.directory)
     windows = validation_windows(open_data(cfg).val, cfg.model.block_size, WINDOWS)
     x = torch.from_numpy(windows[:, :-1].astype("int64"))
     start = initial(cfg, cfg.seed)

@@ -16,7 +16,7 @@ from scripts.bench_train import RandomTraining
 from scripts.command import UsageError, key_of
 from scripts.timing import take_turns
 from training.run import device_name
-from training.settings import completed, read_sound
+from training.settings import settings_of
 from training.sweep import SAME_RESULT
 
 REMARK = (
@@ -154,7 +154,7 @@ def costs(study: Study, *axes: str) -> dict[str, dict[str, float]]:
     for r in study.runs:
         name = ", ".join(r.case[axis] for axis in axes or [next(iter(study.axes))])
         if name not in trainings:
-            cfg = read_sound(completed(r.config))[0]
+            cfg = settings_of(r.config)
             trainings[name] = RandomTraining(cfg, cfg.micro_batch_size, cfg.global_batch_tokens)
     times = take_turns({name: training.step for name, training in trainings.items()}, repeats=_TIMED, warmup=2)
     found = {name: {"ms_per_step": math.nan, "state_bytes": math.nan} for name in trainings}

@@ -22,7 +22,7 @@ from training.checkpoint import Loaded, load_newest
 from training.files import CONFIG_FILE, ENVIRONMENT_FILE, read_config
 from training.log import METRICS_FILE, read_records
 from training.resume import check_parts, foreign, take_weights
-from training.settings import completed, read_sound
+from training.settings import Data, Settings, settings_of
 from training.sweep import COST_FILE
 
 SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
@@ -373,7 +373,7 @@ def model_of(loaded: Loaded, average: bool = False) -> GPT:
     """
     check_parts(loaded)
     with foreign(loaded):
-        settings, _ = read_sound(completed(loaded.state["config"]))
+        settings = settings_of(loaded.state["config"])
         model = GPT(gpt_config(settings))
         if not isinstance(loaded.state["config"]["data"]["tokenizer"], str):
             raise TypeError("its data has no tokenizer")
@@ -388,8 +388,8 @@ def model_of(loaded: Loaded, average: bool = False) -> GPT:
     return model.eval()
 
 
-def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, dict[str, Any], int]:
-    """The model (on the CPU, in eval mode), configuration and step of a run's newest good checkpoint; `average` as in `model_of`.
+def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, Settings, int]:
+    """The model (on the CPU, in eval mode), settings and step of a run's newest good checkpoint; `average` as in `model_of`.
 
     Raises:
         UsageError: there is no run, or no checkpoint yet. CheckpointError: no checkpoint is good, or the newest is not that of a run.
@@ -405,16 +405,15 @@ def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, dict[
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
     for path, reason in loaded.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
-    return model_of(loaded, average), loaded.state["config"], loaded.step
+    return model_of(loaded, average), settings_of(loaded.state["config"]), loaded.step
 
 
-def require_text(config: Mapping[str, Any]) -> None:
-    """Refuse a run whose ids are not those of a known tokenizer, such as the 65 characters of nanoGPT's shakespeare_char.
+def require_text(data: Data) -> None:
+    """Refuse the data of a run whose ids are not those of a known tokenizer, such as the 65 characters of nanoGPT's shakespeare_char.
 
     Raises:
         UsageError: its vocabulary (data.vocab_size) is smaller than the tokenizer's.
     """
-    data = read_sound(completed(config))[0].data
     if data.vocabulary() < (whole := get_tokenizer(data.tokenizer).vocab_size):
         raise UsageError(
             f"the text of these tokens is not known: data.vocab_size={data.vocabulary()}, and {data.tokenizer} has {whole:,}; "

@@ -24,7 +24,6 @@ from scripts.analysis.study import Study, loss_cell
 from scripts.analysis.tables import Table, cell
 from scripts.evaluate import measure
 from training.data import open_data, separator_of
-from training.settings import completed, read_sound
 
 MULTIPLES = (1, 2, 4)
 """Lengths of the windows on which a trained model is measured, in contexts of its training."""
@@ -170,8 +169,7 @@ def losses_beyond(study: Study, race: Race) -> list[dict[str, Any]]:
 
 
 def _beyond(directory: Path) -> dict[int, float]:
-    model, config, _ = load_model(directory)
-    cfg = read_sound(completed(config))[0]
+    model, cfg, _ = load_model(directory)
     dataset, T, longest = open_data(cfg), model.config.block_size, MULTIPLES[-1]
     model.separator = separator_of(cfg, dataset)
     pieces = get_tokenizer(cfg.data.tokenizer).token_bytes()
