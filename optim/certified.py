@@ -298,16 +298,15 @@ def step(
         scale = (scale > 0).to(T.dtype)
     shrink = 1 - eta * decay
     step_length = eta * reach(length, W.size(-2), W.size(-1), whole)  # 0-d
-    trial = step_length * scale * T
     exact = highest == EXACTLY
     if manifold.gram_space:
         cap = torch.inf if norm_cap is None else norm_cap
-        new, distance = retract(W - trial, manifold, shrink, cap, level, highest, mm)
+        new, distance = retract(W - step_length * scale * T, manifold, shrink, cap, level, highest, mm)
         landed = distance < torch.inf if exact else distance <= torch.where(level >= TWO_ROUNDS, LANDS[1], LANDS[0])
         wanted = torch.where(distance <= ASK_EXACTLY, TWO_ROUNDS, EXACTLY)  # NaN asks for EXACTLY
         wanted = torch.where(distance <= ASK_TWO_ROUNDS, ONE_ROUND, wanted).to(level.dtype)
     else:
-        new = manifold.move(W, G, trial, step_length, shrink)
+        new = manifold.move(W, G, scale * T, step_length, shrink)
         landed, wanted = torch.ones_like(moving), torch.zeros_like(level)
     taken = moving & landed
     next_level = torch.where(moving, wanted, level)

@@ -76,8 +76,8 @@ def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Te
     """
     skip = skip.view(-1, 1, 1)
     g = torch.where(skip, torch.zeros_like(g), g)  # what is not finite must not reach the arithmetic
-    momentum.copy_(torch.where(skip, momentum, torch.add(g, momentum, alpha=factor)))
-    return torch.add(g, momentum, alpha=factor) if nesterov else momentum.clone()
+    momentum.copy_(torch.where(skip, momentum, momentum * factor + g))
+    return g + momentum * factor if nesterov else momentum.clone()
 
 
 class ManifoldMuon(torch.optim.Optimizer):

@@ -199,12 +199,12 @@ class Manifold:
         """The point W', the momentum G' (..., m, n) and the Gram-space manifold whose step problem gives the direction at tall W, G."""
         return W, G, self
 
-    def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
-        """Where a step leads from tall W (k, m, n), if `gram_space` is false.
+    def move(self, W: Tensor, G: Tensor, T: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
+        """Where a step leads from tall W (k, m, n) along the direction T, if `gram_space` is false: W·shrink - eta·T, rounded once.
 
-        G is the momentum, trial the direction times the length of the step, eta that length (0-d), shrink the 0-d factor of weight decay.
+        G is the momentum, eta the length of the step (0-d), shrink the 0-d factor of weight decay.
         """
-        return W * shrink - trial
+        return torch.addcmul(W * shrink, T, -eta)
 
     def closed_form(self, W: Tensor) -> bool:
         """Whether the step at tall W (k, m, n) has the closed form W·sign(skew(WᵀG))."""
@@ -336,9 +336,9 @@ class SpectralBall(Euclidean):
     name = "spectral_ball"
     sized = True
 
-    def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
+    def move(self, W: Tensor, G: Tensor, T: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
         """The nearest point of the ball, to a few 1e-6; see `_cap`."""
-        return self._cap(super().move(W, G, trial, eta, shrink))
+        return self._cap(super().move(W, G, T, eta, shrink))
 
     def residual(self, W: Tensor) -> Tensor:
         return (spectral_norm(W)[..., 0, 0] - 1).clamp_min(0)
@@ -383,8 +383,8 @@ class SpectralSphere(Euclidean):
         u, _, v = top_pair(W)
         return u @ v.mT * W.size(-1) ** 0.5, G, MANIFOLDS["hyperball"]  # (k, m, n), on hyperball
 
-    def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
-        V = W - trial
+    def move(self, W: Tensor, G: Tensor, T: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
+        V = W - eta * T
         return ratio(V, top_pair(V)[1])
 
     def residual(self, W: Tensor) -> Tensor:
@@ -412,9 +412,9 @@ class ObliqueGain(Euclidean):
         c = column_norms(W)  # (k, 1, n)
         return ratio(W, c), G * c, MANIFOLDS["oblique"]
 
-    def move(self, W: Tensor, G: Tensor, trial: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
+    def move(self, W: Tensor, G: Tensor, T: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
         c = column_norms(W)
-        V = ratio(W, c) - trial
+        V = ratio(W, c) - eta * T
         radial = (W * G).sum(-2, keepdim=True).sign()  # (k, 1, n)
         return ratio(V, column_norms(V)) * (c * shrink * torch.exp(-eta * radial))
 

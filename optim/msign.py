@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from .iterators import LOWER, SAFETY, Quintic, polar_express_coefficients
+from .linalg import ratio
 
 
 def msign(X: Tensor, steps: int = 10, dtype: torch.dtype = torch.bfloat16, lower: float = LOWER) -> Tensor:
-    """Polar factor of every matrix of X, by `steps` Polar Express iterations in `dtype`.
+    """Polar factor of every matrix of X, by `steps` Polar Express iterations in `dtype`; as published: `optim.published.published_sign`.
 
     Args:
         X: (..., m, n), any float dtype. Zero stays zero.
         steps: number of quintic iterations; ten bring singular values of [1e-3, 1]·‖X‖_F to 1 within the rounding of `dtype`.
-        dtype: arithmetic of the iteration; the published setting is bfloat16.
+        dtype: arithmetic of the iteration.
         lower: the smallest singular value, relative to ‖X‖_F, that the coefficients are made for.
 
     Returns:
@@ -44,7 +45,7 @@ def iterate(X: Tensor, coefficients: Sequence[Quintic], margin: float, dtype: to
     wide = X.size(-2) < X.size(-1)
     Y = X.to(dtype)
     size = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
-    Y = Y / (size * margin + 1e-7)  # as published; zero stays zero
+    Y = ratio(Y, size * margin)
     shape = Y.shape
     Y = (Y if wide else Y.mT).reshape(-1, *sorted(shape[-2:]))  # (k, n, m) with n ≤ m: the Gram matrix is the small one
     for a, b, c in coefficients:

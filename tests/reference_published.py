@@ -8,16 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim.msign import msign, polar_express_coefficients
+from optim.iterators import polar_express_coefficients
 
 
 def reference_msign(X: Tensor, steps: int) -> Tensor:
     """Polar Express applied to the singular values of X (m, n), in X's dtype: U p(S/(1.01 ‖S‖)) Vᵀ."""
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-    s = S / (S.norm() * 1.01 + 1e-7)
+    s = S / (S.norm() * 1.01)
     for a, b, c in polar_express_coefficients(steps):
         s = a * s + b * s**3 + c * s**5
     return U @ torch.diag(s) @ Vh
+
+
+def published_sign(X: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """The matrix sign of X (m, n) with the roundings of the published code."""
+    if X.size(0) > X.size(1):
+        return published_sign(X.T, steps, dtype).T
+    Y = X.to(dtype)
+    Y = Y / (Y.norm() * 1.01)
+    for a, b, c in polar_express_coefficients(steps):
+        S = Y @ Y.T
+        inner = c * S
+        inner.diagonal().add_(b)
+        outer = inner @ S
+        outer.diagonal().add_(a)
+        Y = outer @ Y
+    return Y
 
 
 def project(S: Tensor, manifold: str) -> Tensor:
@@ -29,7 +45,7 @@ def project(S: Tensor, manifold: str) -> Tensor:
 def retract(W: Tensor, manifold: str, msign_dtype: torch.dtype) -> Tensor:
     """The published retraction of a tall W (m, n)."""
     if manifold == "stiefel":
-        return msign(W, 10, msign_dtype).to(W.dtype)
+        return published_sign(W, 10, msign_dtype).to(W.dtype)
     if manifold == "dgram":
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return U @ Vh @ torch.diag(S)
@@ -49,8 +65,10 @@ def published_direction(
     Lam = -project(W.T @ G + G.T @ W, manifold) / 4
     A = torch.zeros_like(G)
     for k in range(steps):
-        A = msign(G + 2 * W @ project((Lam + Lam.T) / 2, manifold), 10, msign_dtype).to(G.dtype)
+        A = published_sign(G + 2 * W @ project((Lam + Lam.T) / 2, manifold), 10, msign_dtype).to(G.dtype)
         H = project(W.T @ A + A.T @ W, manifold)
+        if H.square().mean().sqrt() < 1e-6:
+            break
         Lam = Lam - alpha * (1 - k / steps) * H
     return A
 
@@ -82,7 +100,7 @@ def published_muon(
         buffer = momentum * buffer + g
         G = g + momentum * buffer  # Nesterov
         if manifold == "euclidean":
-            W = (1 - lr * weight_decay) * W - lr * msign(G, 10, msign_dtype).to(W.dtype)
+            W = (1 - lr * weight_decay) * W - lr * published_sign(G, 10, msign_dtype).to(W.dtype)
         else:
             W = retract(W - lr * published_direction(W, G, manifold, msign_dtype=msign_dtype), manifold, msign_dtype)
         after.append(W)

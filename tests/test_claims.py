@@ -5,13 +5,11 @@ from itertools import groupby, pairwise
 from statistics import fmean
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT
-from documents import EXPERIMENTS, FORMULAS, FRONT, mean_loss, mean_of, result, text
+from documents import EXPERIMENTS, FRONT, mean_loss, mean_of, result, text
 
 from model.gpt import GPT
-from optim.msign import msign
 from scripts.analysis.statistics import Difference
 from training.build import gpt_config
 from training.config import compose
@@ -336,12 +334,3 @@ def test_every_number_of_the_prose_is_checked():
 def test_a_number_of_the_prose_is_what_was_measured(claim):
     digits = len(claim.partition(".")[2])
     assert f"{CLAIMS[claim]():.{digits}f}" == claim
-
-
-def test_the_rounding_of_msign_is_what_is_told():
-    torch.manual_seed(0)
-    W = msign(torch.linalg.qr(torch.randn(1024, 256)).Q).float()
-    error = torch.linalg.matrix_norm(W.T @ W - torch.eye(256)).item() / 16
-    assert error == pytest.approx(5.6e-3, rel=0.05)
-    assert "| 2.2e-3 | 5.6e-3 |" in FORMULAS.read_text()
-    assert "5.6e-3 here, 2.2e-3 there" in (ROOT / "configs/optim/paper.yaml").read_text()

@@ -7,7 +7,9 @@ import pytest
 import torch
 from reference_published import reference_msign
 
-from optim.msign import msign, polar_express_coefficients
+from optim.iterators import polar_express_coefficients
+from optim.msign import msign
+from optim.published import published_sign
 
 ORACLE = np.load(Path(__file__).parent / "oracles" / "published_step.npz")
 
@@ -77,4 +79,6 @@ def test_scale_transpose_and_zero():
     X = random_matrix(20, 12).float()
     assert torch.allclose(msign(1e4 * X, 10, torch.float32), msign(X, 10, torch.float32), atol=1e-5)
     assert torch.allclose(msign(X.T, 10, torch.float32), msign(X, 10, torch.float32).T, atol=1e-6)
-    assert torch.equal(msign(torch.zeros(5, 3), 10, torch.float32), torch.zeros(5, 3))
+    assert torch.allclose(msign(1e-15 * X, 10, torch.float32), msign(X, 10, torch.float32), atol=1e-5)
+    for sign in (msign, published_sign):
+        assert torch.equal(sign(torch.zeros(5, 3), 10, torch.float32), torch.zeros(5, 3))

@@ -53,7 +53,7 @@ def test_the_ball_is_reached_at_its_nearest_point():
     for top in (1.0, 1.1, 1.5, 5.0):  # whatever the length of the step
         sizes = torch.linspace(0.0, top, 8, dtype=torch.float64)
         V, near = (U * sizes) @ Vh, (U * sizes.clamp_max(1)) @ Vh
-        moved = MANIFOLDS["spectral_ball"].move(V[None].float(), None, torch.zeros(1, 20, 8), None, 1.0)[0]
+        moved = MANIFOLDS["spectral_ball"].move(V[None].float(), None, torch.zeros(1, 20, 8), torch.zeros(()), 1.0)[0]
         assert (moved - near).abs().max() < 5e-6
 
 

@@ -160,5 +160,13 @@ def build_optimizers(model: nn.Module, cfg: Settings, unit_vectors: Mapping[str,
         name, optimizer = _optimizer_of_matrices(with_params(mine), cfg.optim)
         named[name] = optimizer
     if rest:
-        named["AdamW"] = torch.optim.AdamW(with_params(rest), lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True)
-    return Optimizers(named, rows, UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None]))
+        fused = adamw.fused == "always" or any(params[name].is_cuda for names, _ in rest for name in names)
+        named["AdamW"] = torch.optim.AdamW(
+            with_params(rest), lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=fused
+        )
+    peak_lr = {
+        name: [group.get("lr", optimizer.defaults["lr"]) for _, group in groups]
+        for (name, optimizer), groups in zip(named.items(), filter(None, (mine, rest)))
+    }
+    unit_norm = UnitNorm([(params[r.name], r.unit) for r in rows if r.unit is not None])
+    return Optimizers(named, peak_lr, rows, unit_norm)

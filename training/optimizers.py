@@ -21,14 +21,19 @@ from training.library import like_saved, settings_of_group, tensors_of
 class Optimizers:
     """The optimizer of the matrices and AdamW (each if it has parameters) as one. After each step, unit vectors are normalised.
 
-    Iterating yields the torch optimizers. `.named` has them by the names that tables, records and checkpoints use. `.rows` is the
-    assignment, `.muon` the ManifoldMuon or None.
+    Iterating yields the torch optimizers. `.named` has them by the names that tables, records and checkpoints use, `.peak_lr` the learning
+    rates of their groups as configured, which ManifoldMuon rounds to float32. `.rows` is the assignment, `.muon` the ManifoldMuon or None.
     """
 
-    def __init__(self, named: Mapping[str, torch.optim.Optimizer], rows: list[Row], unit_norm: UnitNorm) -> None:
-        self.named, self.rows, self.unit_norm = dict(named), rows, unit_norm
+    def __init__(
+        self,
+        named: Mapping[str, torch.optim.Optimizer],
+        peak_lr: Mapping[str, list[float]],
+        rows: list[Row],
+        unit_norm: UnitNorm,
+    ) -> None:
+        self.named, self.peak_lr, self.rows, self.unit_norm = dict(named), peak_lr, rows, unit_norm
         self.captured: CapturedUpdate | None = None
-        self.peak_lr = {name: [float(g["lr"]) for g in o.param_groups] for name, o in self.named.items()}
 
     def __iter__(self) -> Iterator[torch.optim.Optimizer]:
         return iter(self.named.values())

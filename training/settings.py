@@ -111,6 +111,7 @@ class AdamW:
     lr: NotNegative
     betas: tuple[Share, Share]
     eps: Positive
+    fused: Literal["always", "cuda"]
     weight_decay: NotNegative
     lr_scale: Factors
 
@@ -374,6 +375,7 @@ NEWER: dict[str, Any] = {
     "model.skips": True,
     "transfer.base.skips": True,
     "optim.matrices": {"lr": None, "weight_decay": None},
+    "optim.adamw.fused": "always",
     "optim.muon.block_length": "each",
     "optim.muon.cautious": False,
     "optim.norms": {"others": ["rms", "rms"], "tables": ["wte", "wpe"], "patterns": None},
