@@ -80,7 +80,8 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "", given: 
     check(cfg, world_size())
     with joined(cfg) as ranks, machine_limits(cfg), StopSignal() as stop, claimed(ranks, cfg, directory) as folder:
         run = Run(ranks, cfg, folder, label, given)
-        if run.finished and ranks.from_main(end_of, folder):
+        end = ranks.from_main(end_of, folder) if run.finished else None
+        if end is not None and end["step"] == run.step:
             return run.stability.best  # it had ended before
         if stop.requested(ranks):
             stop.end(ranks, run.step)

@@ -214,5 +214,5 @@ def require_window(split: Split, block_size: int) -> None:
     if split.tokens < block_size + 1:
         raise DataError(
             f"a context of {block_size} tokens is longer than the data in {split.directory} ({split.tokens} tokens, "
-            f"{block_size + 1} needed); shorten the context (block_size) or prepare more text"
+            f"{block_size + 1} needed); take a shorter context (of a new model: model.block_size) or prepare more text"
         )

@@ -133,6 +133,8 @@ def _write(work: Progress, shown: bool, workers: int | None) -> Manifest:
 def _empty(split: str, splits: Mapping[str, SplitInfo], cfg: Source) -> str:
     """Why a split has no documents, with the remedies that this source has."""
     total = sum(info.documents for info in splits.values())
+    if not total and cfg.max_tokens is not None:
+        return f"data.max_tokens={cfg.max_tokens} is less than the first document has; raise it"
     of_files, own_files = hasattr(cfg, "val_files"), bool(getattr(cfg, "val_files", None))
     remedies = []
     if of_files:
@@ -143,7 +145,7 @@ def _empty(split: str, splits: Mapping[str, SplitInfo], cfg: Source) -> str:
         remedies.append(f"{'raise' if split == 'val' else 'lower'} data.val_fraction")
     if cfg.max_tokens is not None:
         remedies.append("raise data.max_tokens")
-    if split == "val" and of_files:
+    if split == "val" and of_files and getattr(cfg, "separator", None) != "":
         remedies.append("split the text into more documents (data.separator='' makes each paragraph one)")
     remedy = ", or ".join(remedies) or "choose a source with more documents"
     return f"none of the {total} documents fell into the split {split!r}; {remedy}"

@@ -146,6 +146,8 @@ def data_of(cfg: Settings, folder: str) -> Dataset:
         )
     if not (path / MANIFEST).exists() and any(path.glob("*.bin")):
         return bin_of(path, tokenizer=wanted, vocab_size=cfg.data.vocabulary()).open()
+    if path.is_file() and path.suffix == ".bin":
+        raise UsageError(f"data={folder} is a file of tokens; give its folder: data={path.parent}")
     if not (path / MANIFEST).exists():
         text = f"{folder}/*.txt" if path.is_dir() else folder
         raise UsageError(

@@ -82,10 +82,14 @@ def export(directory: str, target: Path, to: str = "nanogpt", weights: str = "la
     Raises:
         UsageError: the target cannot be written, or the format has no such model. CheckpointError, DataError: the run cannot be read.
     """
+    path = Path(directory)
     wrong = {
+        f"{directory} is no run; the run comes first: python scripts/export.py {target} {directory}": path.suffix != ""
+        and not path.is_dir()
+        and target.is_dir(),
         f"to={to} is no format; choose one of {', '.join(FORMATS)}": to not in FORMATS,
         f"{target} exists already; name a new {'folder' if to == 'hf' else 'file'}": target.is_dir()
-        or (to == "hf" and target.exists()),
+        or (target.exists() and (to == "hf" or not target.is_file())),
         f"{target} cannot be written; name a file in an existing directory, such as gpt.pt": not target.absolute().parent.is_dir(),
         f"{target} would hold a state dict of torch; add to=safetensors, or name it {target.stem}.pt": to == "nanogpt"
         and target.suffix == ".safetensors",

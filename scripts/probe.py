@@ -108,6 +108,11 @@ def work(arguments: list[str]) -> int:
     directory = Path(others[0])
     if options["figures"]:
         refuse(problems_of_directory(Path(options["figures"]), "figures"))
+        trained = read_run(directory)
+        if not trained.records.get("probe"):
+            raise UsageError(
+                f"{directory} has no probes to draw; train with probe.interval=25, or another number of steps"
+            )
     for step, model, cfg in checkpoints(directory):
         if cfg.batches.documents:
             raise UsageError(
@@ -117,7 +122,12 @@ def work(arguments: list[str]) -> int:
         x = torch.from_numpy(windows[:, :-1].astype("int64"))
         shape = model.config
         count = ambiguous_dimensions(x.numel(), shape.n_head, shape.n_embd // shape.n_head)
-        print(f"{directory}, step {step}: {model.describe()}")
+        of_all = (
+            f"; the validation split has no more than {len(windows)} windows"
+            if len(windows) < options["windows"]
+            else ""
+        )
+        print(f"{directory}, step {step}: {model.describe()}{of_all}")
         table, seen = layer_table(model, x)
         print(table)
         print(
@@ -128,11 +138,6 @@ def work(arguments: list[str]) -> int:
             f"would be n(H-1)w = {count:,}, the count of arXiv 2604.23681.\n"
         )
     if options["figures"]:
-        trained = read_run(directory)
-        if not trained.records.get("probe"):
-            raise UsageError(
-                f"{directory} has no probes to draw; train with probe.interval=25, or another number of steps"
-            )
         target = Path(options["figures"])
         target.mkdir(parents=True, exist_ok=True)
         path = probe_curves(trained, target / "probes.png")

@@ -142,10 +142,16 @@ def find_jobs(sweep: Path, known: dict[Path, Watched]) -> dict[Path, Watched]:
     else:
         try:
             inside = sorted([*sweep.iterdir(), *(sweep / TRIALS).glob("*")])
-            found = [p for p in inside if p.is_dir() and not p.name.startswith(".") and p != sweep / TRIALS]
+            found = [p for p in inside if p.is_dir() and not p.name.startswith(".") and _may_be_job(p)]
         except OSError as error:
             raise UsageError(f"{sweep} cannot be read ({error.strerror}); name a sweep's directory") from error
     return {path: known.get(path) or Watched(path) for path in found}
+
+
+def _may_be_job(folder: Path) -> bool:
+    """Whether a folder of a sweep is a job: it holds a run, or no files yet. The folder of trials and one of pictures are none."""
+    files = [file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    return folder.name != TRIALS and (not files or METRICS_FILE in files or CONFIG_FILE in files)
 
 
 def require_jobs(sweep: Path, jobs: Iterable[Path], once: bool) -> None:

@@ -89,6 +89,14 @@ def test_the_command_of_a_branch_given_again_continues_it_and_loses_nothing(copi
     assert [r["step"] for r in records(tmp_path / "branch", "train")] == list(range(6, 11))
 
 
+def test_a_run_goes_back_to_an_earlier_checkpoint_that_is_its_end_now(copied):
+    run, overrides = copied
+    back = ["max_steps=5", "schedule.decay_steps=20", f"resume={run}/checkpoints/step_00000005"]
+    best = train(compose([*overrides, *back]))
+    assert state_of(run)["step"] == 5 and state_of(run)["ended"]
+    assert max(r["step"] for r in records(run)) == 5 and records(run, "end")[-1]["best_val_loss"] == best
+
+
 def spellings(word, here, monkeypatch):
     """The same `resume=<absolute path>` otherwise: with a slash at its end, and relative to a folder."""
     path = word.partition("=")[2]

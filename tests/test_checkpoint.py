@@ -357,6 +357,8 @@ def test_a_full_disk_at_any_call_leaves_the_older_checkpoints(tmp_path, monkeypa
             except CheckpointError as error:
                 failures += 1
                 assert "No space left" in str(error) and "free space" in str(error)
+                found = re.search(r"resume=(\S+) output_dir=<another>", str(error))
+                assert found and load(found[1]).step == load_newest(directory).step
                 assert not (directory / f".step_{step:08d}.tmp").exists(), "a failed save gives its space back"
             reached = calls[0] >= number
         newest = load_newest(directory)

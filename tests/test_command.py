@@ -118,6 +118,9 @@ def test_all_misspelt_words_are_named_at_once_with_what_was_meant():
     assert problems_of_words(["data=text,books"], sweeps=False)[0] == [
         "data=text,books gives several values; give one of them"
     ]
+    twice = "assignment.rules={attn: stiefel, mlp: dgram, attn: dgram}"
+    assert problems_of_words(["assignment=custom", twice])[0] == ["assignment.rules has attn twice; keep one"]
+    assert problems_of_words(["optim.muon.blocks={c_attn: 3, c_fc: 2}"])[0] == []
     assert problems_of_words(["hydra/launcher=basic", "seed=1"])[0] == []  # Hydra has choices that configs/ does not
 
 

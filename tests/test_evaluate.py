@@ -168,6 +168,12 @@ def test_what_changes_the_loss_is_measured_too(tiny_data, tmp_path, capsys, sett
     assert float(row[2]) == pytest.approx(last, abs=1e-4)
 
 
+def test_a_file_of_tokens_is_named_by_its_folder(run, tmp_path, capsys):
+    np.zeros(100, "<u2").tofile(tmp_path / "val.bin")
+    assert evaluate.main([str(run), f"data={tmp_path}/val.bin"]) == 2
+    assert f"is a file of tokens; give its folder: data={tmp_path}\n" in capsys.readouterr().err
+
+
 def test_files_of_other_programs_are_measured(run, tmp_path, capsys):
     for name in ("train", "val"):
         np.random.default_rng(0).integers(0, 256, 100).astype("<u2").tofile(tmp_path / f"{name}.bin")

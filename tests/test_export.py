@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from importlib.util import find_spec
 
@@ -282,11 +283,18 @@ def test_a_damaged_file_of_tensors_is_refused(tmp_path):
             "step_00000002 is a part of a run; name the run itself: {run}\n",
         ),
         (["{run}"], "name a run and the file to write"),
+        (["{tmp}/gpt.pt", "{run}"], "gpt.pt is no run; the run comes first: python scripts/export.py {run} "),
     ],
 )
 def test_bad_arguments_are_one_message_and_leave_nothing(run, tmp_path, capsys, arguments, said):
     assert export.main([argument.format(run=run, tmp=tmp_path) for argument in arguments]) == 2
     assert said.format(run=run) in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_only_a_file_is_replaced(run, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert export.main([str(run), str(tmp_path / "pipe")]) == 2
+    assert "pipe exists already; name a new file" in capsys.readouterr().err and (tmp_path / "pipe").is_fifo()
 
 
 def test_a_run_below_a_folder_named_checkpoints_is_a_whole_run(tmp_path):

@@ -263,6 +263,14 @@ def test_a_source_that_cannot_be_read_is_one_message(run, tmp_path, capsys):
         with pytest.raises(ConfigError, match=cause) as caught:
             read_weights(tmp_path / name)
         assert "give a run's directory" in str(caught.value)
+    write_hf(gpt(**GPT2S["as published"]), "bytes", tmp_path / "hf")
+    with pytest.raises(
+        ConfigError, match=r"does not say of which model; if config\.json lies beside it, give their folder"
+    ):
+        read_weights(tmp_path / "hf/model.safetensors")
+    for part in ("checkpoints", next((run / "checkpoints").iterdir()).relative_to(run)):
+        with pytest.raises(ConfigError, match=f"is a part of a run; init_from={run} takes its newest checkpoint"):
+            read_weights(run / part)
     assert "executed" not in capsys.readouterr().out
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)

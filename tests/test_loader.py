@@ -76,7 +76,7 @@ def test_a_split_of_exactly_one_window(tmp_path):
 
 def test_a_context_longer_than_the_data_is_refused(split):
     for use in (lambda: Loader(split, TOKENS, 0, 1), lambda: validation_windows(split, TOKENS, 1)):
-        with pytest.raises(DataError, match=r"longer than the data.*shorten the context"):
+        with pytest.raises(DataError, match=r"longer than the data.*take a shorter context"):
             use()
 
 

@@ -323,7 +323,14 @@ def test_the_command_prints_a_table_a_checkpoint_and_draws(tiny, tmp_path, capsy
     assert printed.count("eff. rank") == 2 and "step 5:" in printed and "step 10:" in printed
     assert printed.count("turn mlp") == 2 and printed.count("radians together") == 2
     assert (tmp_path / "probes.png").stat().st_size > 1000
+    assert command.main([str(tmp_path / "run"), "windows=999"]) == 0
+    assert capsys.readouterr().out.count("the validation split has no more than") == 2
     assert command.main([str(ROOT / "configs")]) == 2 and "no checkpoint" in capsys.readouterr().err
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if '"kind": "probe"' not in line))
+    assert command.main([str(tmp_path / "run"), f"figures={tmp_path}"]) == 2
+    said = capsys.readouterr()
+    assert "has no probes to draw" in said.err and not said.out
 
 
 def test_a_run_tells_its_least_entropy_and_greatest_saturation(tiny, tmp_path):

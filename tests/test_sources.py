@@ -185,6 +185,9 @@ def test_an_empty_split_names_the_remedy_and_the_remedy_works(tmp_path):
         prepare(cfg, progress=False)
     assert "val_fraction" not in str(e.value)  # no share of one document would help
     nothing = config("stdlib", dir=directory, tokenizer="bytes", max_tokens=10, val_fraction=1e-12)
+    with pytest.raises(DataError, match=r"^data\.max_tokens=10 is less than the first document has; raise it$"):
+        prepare(nothing, progress=False)
+    nothing = replace(nothing, max_tokens=200_000)
     with pytest.raises(DataError, match=r"split 'val'; raise data\.val_fraction, or raise data\.max_tokens$"):
         prepare(nothing, progress=False)  # it has no files of its own to name
     manifest = open_dataset(prepare(replace(cfg, separator=""), progress=False)).manifest

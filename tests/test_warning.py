@@ -87,6 +87,8 @@ def test_collapse_is_told_at_once_and_once():
         assert step == 30 and alarm.lead == 0
         assert warning.observe(40, curve(40)) is None and warning.warned_step == 30
     assert EarlyWarning(WarningRules(**SETTINGS)).observe(0, seen(math.nan, entropy=math.nan)) is not None
+    one_position = seen(5.0, entropy=math.nan)  # a context of one token has no entropy
+    assert EarlyWarning(WarningRules(**SETTINGS)).observe(0, one_position) is None
 
 
 def test_a_warning_taken_over_goes_on_as_if_never_interrupted():

@@ -67,6 +67,14 @@ def test_every_state(tmp_path, capsys):
     assert rows(capsys, tmp_path, "stalled_s=2000")["seed=9"][0] == "running"
 
 
+def test_a_folder_of_pictures_is_no_job(tmp_path, capsys):
+    write_job(tmp_path, "a", train(10))
+    for name in ("pictures", "begun"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(b"")
+    assert {name: cells[0] for name, cells in rows(capsys, tmp_path).items()} == {"a": "running", "begun": "waiting"}
+
+
 def test_it_reads_on_and_starts_again_when_a_run_was_resumed(tmp_path):
     directory = write_job(tmp_path, "a", train(10), train(20, loss=3.0))
     job = watch.Watched(directory)

@@ -171,9 +171,11 @@ def _saving(directory: Path, step: int, removes: bool = True) -> Iterator[Path]:
     except OSError as error:
         if removes:
             _remove(temp)
+        saved = next(_checkpoints(directory), None)
+        elsewhere = f"; or go on in another directory: resume={saved} output_dir=<another>" if saved else ""
         raise CheckpointError(
-            f"cannot save the checkpoint of step {step} in {directory}: {error.strerror or error}; {remedy(error)}; "
-            "then give the same command with resume=auto; earlier checkpoints are unchanged"
+            f"cannot save the checkpoint of step {step} in {directory}: {error.strerror or error}; {remedy(error)}, then give the same "
+            f"command with resume=auto{elsewhere}; earlier checkpoints are unchanged"
         ) from error
 
 

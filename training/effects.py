@@ -12,6 +12,7 @@ from optim.assignment import ADAMW, matches
 from optim.manifolds import MANIFOLDS, Manifold
 from training.ranks import world_size
 from training.settings import CertifiedRule, Settings
+from training.trace import WAITED
 
 
 def _manifolds(cfg: Settings) -> list[Manifold]:
@@ -153,6 +154,11 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
         "residual.radius",
         lambda c: getattr(c.residual, "embedding", None) != "none",
         "residual.embedding is none, so every token keeps its length",
+    ),
+    (
+        "profile",
+        lambda c: c.profile is None or c.max_steps > WAITED,
+        f"a trace begins after {WAITED} updates, which is the end",
     ),
     ("allow_changes", lambda c: not c.allow_changes or c.resume != "never", "resume is never"),
     ("init_from", lambda c: c.init_from is None or c.resume in ("never", "auto"), "resume names a checkpoint"),

@@ -18,14 +18,20 @@ _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
 def remedy(error: OSError) -> str:
-    """What the user can do about a file that could not be written; never a risk for other files."""
+    """What the user can do at the place of a file that could not be written; never a risk for other files."""
     if error.errno in FULL_DISK:
-        return "free space there or choose another output_dir"
+        return "free space there"
     if error.errno in _IN_THE_WAY:
         path = Path(error.filename or "something else")
         blocker = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), path)
-        return f"{blocker} is in the way: move it elsewhere or choose another output_dir"
-    return "make that place writable or choose another output_dir"
+        return f"{blocker} is in the way: move it elsewhere"
+    return "make that place writable"
+
+
+def run_around(path: Path) -> Path | None:
+    """The run whose folder of checkpoints a path is, or is a checkpoint of; None if it is neither."""
+    folders = (part for part in (path, path.parent) if part.name == "checkpoints")
+    return next((part.parent for part in folders if (part.parent / CONFIG_FILE).exists()), None)
 
 
 def sync(file: IO[Any]) -> None:

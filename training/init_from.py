@@ -22,6 +22,7 @@ from model.gpt import GPT
 from optim.assignment import folded
 from training.build import gpt_config
 from training.checkpoint import load_newest
+from training.files import run_around
 from training.optimizers import Optimizers
 from training.ranks import Ranks
 from training.resume import check_parts, foreign
@@ -139,6 +140,13 @@ def read_weights(path: Path) -> Weights:
     Raises:
         ConfigError: it holds none that can be read. CheckpointError: it is a run without a good checkpoint.
     """
+    if run := run_around(path):
+        raise ConfigError(
+            [
+                f"init_from={path} is a part of a run; init_from={run} takes its newest checkpoint, and resume=<a checkpoint> with another "
+                "output_dir goes on from one"
+            ]
+        )
     try:
         if (path / "checkpoints").is_dir():
             return _of_run(path)
@@ -148,6 +156,8 @@ def read_weights(path: Path) -> Weights:
             return from_hf(str(path), about, _tensors(file))
         if is_tensor_file(path):
             tensors, metadata = read_tensors(path)
+            if SETTINGS not in metadata:
+                raise ValueError(f"it does not say of which model; if {_HF_CONFIG} lies beside it, give their folder")
             return Weights(str(path), tensors, json.loads(metadata[SETTINGS]))
         return from_nanogpt(str(path), _tensors(path))
     except (NotGPT2, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -35,7 +35,7 @@ def machine_limits(cfg: Settings) -> Iterator[None]:
             raise
         where = error.filename or "a file"
         raise MachineError(
-            f"{where} could not be written ({error.strerror}); {remedy(error)}. The checkpoints are complete: then continue with resume=auto"
+            f"{where} could not be written ({error.strerror}); {remedy(error)}, then continue with resume=auto: the checkpoints are complete"
         ) from error
 
 

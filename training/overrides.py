@@ -200,6 +200,7 @@ def problems_of_words(
             found.append(_not_parsed(word))
             continue
         name, values = override.key_or_group, _values(override)
+        found += [f"{name} has {key} twice; keep one" for key in _twice(word)]
         single = f"{word.partition('=')[0]}={values[0]}" if override.is_sweep_override() and values else word
         if name.startswith("hydra") or not (configs / name).is_dir() or override.is_delete():
             keys.append((name, single))
@@ -244,6 +245,24 @@ def hint(word: str, names: Collection[str]) -> str:
 
 
 # ---- one word ----
+
+
+def _twice(word: str) -> list[str]:
+    """The keys that a mapping in a word has twice: Hydra would keep the last. None are found in what YAML cannot read."""
+    with suppress(yaml.YAMLError):
+        return list(_repeated(yaml.compose(word.partition("=")[2])))
+    return []
+
+
+def _repeated(node: yaml.Node | None) -> Iterator[str]:
+    if isinstance(node, yaml.MappingNode):
+        keys = [str(key.value) for key, _ in node.value]
+        yield from (key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        for _, value in node.value:
+            yield from _repeated(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated(item)
 
 
 def _not_parsed(word: str) -> str:

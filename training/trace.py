@@ -46,8 +46,9 @@ class Trace:
         if self.profiler is not None:
             profiler, self.profiler = self.profiler, None
             profiler.stop()
-            if not self.traced:
-                print(f"profile={self.steps}: the run ended before the trace began, after {WAITED} updates", flush=True)
+            if self.traced < (self.steps or 0):
+                made = f"of the {self.updates} that were made it has {self.traced}"
+                print(f"profile={self.steps}: a trace begins after {WAITED} updates; {made}", flush=True)
 
     def _write(self, profiler: profile) -> None:
         if not self.traced:

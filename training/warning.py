@@ -64,7 +64,7 @@ class EarlyWarning:
 
     def _collapsed(self, step: int, seen: Mapping[str, Any]) -> Alarm | None:
         entropy, logit = seen["least_entropy"], seen["largest_logit"]
-        if math.isnan(entropy):
+        if math.isnan(entropy) and not math.isfinite(logit):
             return Alarm("attention's entropy is not a number in a layer", step, 0)
         if entropy < self.rules.entropy:
             return Alarm(f"attention's entropy has fallen to {entropy:.2g} of its maximum in a layer", step, 0)

@@ -19,7 +19,7 @@ from scripts.command import UsageError
 from training.average import average_of
 from training.build import gpt_config
 from training.checkpoint import Loaded, load_newest
-from training.files import CONFIG_FILE, ENVIRONMENT_FILE, read_config
+from training.files import CONFIG_FILE, ENVIRONMENT_FILE, read_config, run_around
 from training.log import METRICS_FILE, read_records
 from training.resume import check_parts, foreign, take_weights
 from training.settings import Data, Settings, settings_of
@@ -399,9 +399,8 @@ def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, Setti
         raise UsageError(f"there is no run {directory}; name a directory that training wrote, such as outputs/first")
     loaded = load_newest(directory / "checkpoints")
     if loaded is None:
-        for part in (directory, directory.parent):
-            if part.name == "checkpoints" and (part.parent / CONFIG_FILE).exists():
-                raise UsageError(f"{directory} is a part of a run; name the run itself: {part.parent}")
+        if run := run_around(directory):
+            raise UsageError(f"{directory} is a part of a run; name the run itself: {run}")
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
     for path, reason in loaded.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
