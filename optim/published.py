@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .iterators import SAFETY, Iteration, polar_express_coefficients
-from .linalg import diagonal, frobenius
+from .linalg import diagonal, frobenius, ratio
 from .manifolds import MANIFOLDS, Manifold, Polar, stacked, unstacked
 from .msign import iterate
 from .stack import Moved, Stack
@@ -32,13 +32,13 @@ SETTLED = 1e-6  # root mean square of H below which the published dual ascent en
 def published_sign(X: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Polar factor of every matrix of X (..., m, n) by Polar Express in `dtype`, with the roundings of the published code; zero for zero X.
 
-    Each step is Y ← (aI + (bI + cS) S) Y with S = YYᵀ. `optim.msign.iterate` makes the same step with fewer roundings: in bfloat16 it is
-    about twice as near to the exact sign.
+    Each step is Y ← (aI + (bI + cS) S) Y with S = YYᵀ. `optim.msign.iterate` makes the same step with fewer roundings: in bfloat16 its
+    error is one half to two thirds of this one's (tests/test_msign.py).
     """
     upright = X.size(-2) > X.size(-1)
     Y = X.to(dtype)
     Y = Y.mT if upright else Y
-    Y = Y / (torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True) * SAFETY)
+    Y = ratio(Y, torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True) * SAFETY)
     for a, b, c in polar_express_coefficients(steps):
         S = Y @ Y.mT
         P = c * S
@@ -46,7 +46,6 @@ def published_sign(X: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
         P = P @ S
         diagonal(P).add_(a)
         Y = P @ Y
-    Y = Y.nan_to_num()  # of a zero matrix; one that is not finite does not get here
     return Y.mT if upright else Y
 
 

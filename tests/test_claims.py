@@ -199,14 +199,13 @@ def test_the_order_on_the_front_is_that_of_the_table():
 
 
 def test_the_seeds_differ_as_the_front_says():
-    said = "Hetero-Inv ends below All-Stiefel: a loss changes by up to 0.03 from one seed to the other, and some neighbours"
+    said = "gives the same order, but a loss changes by up to 0.02 from one seed to the other, and some neighbours"
     assert said in text(FRONT)
     first, second = full_losses("demo"), full_losses("demo_seed_2")
     order, other = (sorted(losses, key=losses.get) for losses in (first, second))
-    assert order == ["Unconstrained", "All-DGram", "Hetero", "All-Stiefel", "Hetero-Inv"]
-    assert other == ["Unconstrained", "All-DGram", "Hetero", "Hetero-Inv", "All-Stiefel"]
+    assert order == other
     moved = max(abs(first[name] - second[name]) for name in first)
-    assert f"{moved:.2f}" == "0.03"
+    assert f"{moved:.2f}" == "0.02"
     assert any(abs(a - b) < moved for losses in (first, second) for a, b in pairwise(sorted(losses.values())))
 
 
@@ -311,7 +310,7 @@ CLAIMS = {  # numbers with decimals in the prose: what they say, and where it is
     "2.660": lambda: mean_loss("residual_rules/table.json", residual="geonorm"),
     "2.389": lambda: mean_loss("residual_rules/table.json", residual="pre_norm"),
 }
-ABOVE = {"0.03", "0.01"}  # bounds, which the tests of the seeds and of the rules compare
+ABOVE = {"0.02", "0.01"}  # bounds, which the tests of the seeds and of the rules compare
 
 
 def prose(file):

@@ -61,6 +61,14 @@ def test_published_output(shape):
     assert sigma.min() > 0.99 and sigma.max() < 1.01
 
 
+@pytest.mark.parametrize("shape", [(64, 32), (48, 48), (256, 64), (512, 128)])
+def test_fewer_roundings_halve_the_error_in_bfloat16(shape):
+    X = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    U, _, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    ours, theirs = ((sign(X, 10, torch.bfloat16).double() - U @ Vh).norm() for sign in (msign, published_sign))
+    assert 0.4 < ours / theirs < 0.75
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32), (3, 40, 24), (2, 3, 16, 24)])
 def test_is_the_polar_factor(shape):
     X = random_matrix(*shape)
