@@ -158,9 +158,7 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
     C = mm(frame.U.mT, G)  # (k, n, n)
     X, S = dual_matrix(frame, G, C, effort, mm)
     A, gram_of_A = matrix_sign(X, effort.stages, effort.lower, mm, S)  # (k, m, n)
-    for i in range(
-        effort.caps
-    ):  # each makes of A, which is not tangent or not capped, what is tangent and nearly capped
+    for i in range(effort.caps):  # A becomes its tangent part, nearly capped
         AA = mm(A.mT, A) if i else gram_of_A()  # (k, n, n) = AᵀA
         N = mm(frame.U.mT, A)  # (k, n, n)
         cK = frame.normal(N)

@@ -122,12 +122,9 @@ def work(arguments: list[str]) -> int:
         x = torch.from_numpy(windows[:, :-1].astype("int64"))
         shape = model.config
         count = ambiguous_dimensions(x.numel(), shape.n_head, shape.n_embd // shape.n_head)
-        of_all = (
-            f"; the validation split has no more than {len(windows)} windows"
-            if len(windows) < options["windows"]
-            else ""
-        )
-        print(f"{directory}, step {step}: {model.describe()}{of_all}")
+        print(f"{directory}, step {step}: {model.describe()}")
+        if len(windows) < options["windows"]:
+            print(f"windows={options['windows']}: the validation split has no more than {len(windows)} windows")
         table, seen = layer_table(model, x)
         print(table)
         print(
