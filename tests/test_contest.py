@@ -127,10 +127,8 @@ def test_an_arm_with_an_unstable_run_has_no_difference_and_sets_no_target(contes
 def test_a_step_that_fails_costs_only_its_own_numbers(contest, monkeypatch):
     """All training is done by then, so the table has to be written."""
     training = SimpleNamespace(optimizers=SimpleNamespace(state_bytes=lambda: {"Muon": 4.0}), step=None)
-    monkeypatch.setattr(module, "completed", lambda config: config)
-    monkeypatch.setattr(
-        module, "read_sound", lambda config: [SimpleNamespace(micro_batch_size=1, global_batch_tokens=1)]
-    )
+    small = SimpleNamespace(micro_batch_size=1, global_batch_tokens=1)
+    monkeypatch.setattr(module, "settings_of", lambda config: small)
     monkeypatch.setattr(module, "RandomTraining", lambda *_: training)
     monkeypatch.setattr(module, "take_turns", lambda calls, **_: {name: [0.5] * (name != "adamw") for name in calls})
     found = costs(contest, "arm")

@@ -281,7 +281,9 @@ def test_a_new_manifold_is_taken_for_another_owner():
 def test_learning_rates_by_group():
     shapes = {"a.wte.weight": (4, 2), "a.mlp.c_fc.weight": (2, 2), "a.ln": (2,)}
     rows = assign(shapes, {"mlp": "adamw"}, ["wte"])
-    adamw = AdamW(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3, lr_scale={"wte|ln": 2, "c_*": 0.5})
+    adamw = AdamW(
+        lr=0.1, betas=(0.9, 0.95), eps=1e-8, fused="always", weight_decay=0.3, lr_scale={"wte|ln": 2, "c_*": 0.5}
+    )
     assert adamw_groups(rows, adamw) == [
         (["a.wte.weight"], {"weight_decay": 0.3, "lr": 0.2}),
         (["a.mlp.c_fc.weight"], {"weight_decay": 0.3, "lr": 0.05}),

@@ -12,13 +12,17 @@ import torch
 from conftest import ROOT
 
 from model.gpt import GPT
+from scripts.analysis.runs import read_run
+from scripts.command import UsageError
 from train import train
 from training import phases as module
-from training import run
+from training import run, start
 from training.build import gpt_config
 from training.config import compose
+from training.files import ENVIRONMENT_FILE
 from training.log import read_records
 from training.phases import Phases
+from training.start import earlier_environments
 from training.trace import WAITED, Trace
 from training.validate import ConfigError, problems_of_capture
 
@@ -170,3 +174,35 @@ def test_a_solver_that_waits_cannot_be_captured(monkeypatch):
     assert problems_of_capture(compose(["capture=true", "device=cuda"])) == []
     [problem] = problems_of_capture(compose(["capture=true", "device=cuda", "optim=paper"]))
     assert "use optim.muon.rule.retraction=manifold" in problem
+
+
+def test_the_environments_of_earlier_steps_are_kept(tmp_path):
+    """Of those in whose time no step was computed that is kept, nothing is."""
+    a, b, c = ({"torch": version, "command": "python train.py"} for version in "abc")
+    cases = [  # what stands in the file, what is now, from which step → what is kept
+        (a, a, 5, []),
+        (a, b, 5, [{**a, "until": 5}]),
+        ({**b, "earlier": [{**a, "until": 5}]}, c, 9, [{**a, "until": 5}, {**b, "until": 9}]),
+        ({**b, "earlier": [{**a, "until": 5}]}, b, 9, [{**a, "until": 5}]),
+        ({**b, "earlier": [{**a, "until": 5}]}, c, 5, [{**a, "until": 5}]),  # b was killed before it saved
+        ({**b, "earlier": [{**a, "until": 5}]}, a, 3, []),  # the later checkpoints are gone
+        ({**a, "earlier": "none"}, b, 5, []),
+    ]
+    for before, now, step, kept in cases:
+        (tmp_path / ENVIRONMENT_FILE).write_text(json.dumps(before))
+        assert earlier_environments(tmp_path, now, step) == kept
+    (tmp_path / ENVIRONMENT_FILE).write_text("{")
+    assert earlier_environments(tmp_path, a, 5) == []
+
+
+def test_a_resumed_run_names_what_computed_its_first_steps(copied, monkeypatch):
+    run, overrides = copied
+    before = json.loads((run / ENVIRONMENT_FILE).read_text())
+    monkeypatch.setattr(start, "environment", lambda device: {"torch": "9"})
+    train(compose([*overrides, "allow_changes=true", "resume=auto", "max_steps=12"]))
+    now = json.loads((run / ENVIRONMENT_FILE).read_text())
+    assert now["torch"] == "9" and now["earlier"] == [{**before, "until": 10}]
+    assert [e["torch"] for e in read_run(run).environments] == [before["torch"], "9"]
+    (run / ENVIRONMENT_FILE).write_text(json.dumps({**now, "earlier": 3}))
+    with pytest.raises(UsageError, match=r"environment.json has no proper earlier"):
+        read_run(run)

@@ -15,19 +15,16 @@ from test_train import assert_equal, records
 import train as module
 from scripts import export, sample
 from scripts.analysis.runs import read_run
-from scripts.command import UsageError
 from train import train
-from training import checkpoint, start
+from training import checkpoint
 from training.build import build
 from training.checkpoint import CheckpointError, load_newest
 from training.checks import USER_ERRORS
 from training.config import compose
-from training.files import ENVIRONMENT_FILE
 from training.log import METRICS_FILE, read_records
 from training.ranks import Ranks
 from training.resume import differences, restore
 from training.stability import Stability
-from training.start import earlier_environments
 from training.step import FiniteGuard
 from training.sweep import plan_job
 from training.validate import ConfigError
@@ -41,38 +38,6 @@ def state_of(directory):
 
 def files(directory):
     return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
-def test_the_environments_of_earlier_steps_are_kept(tmp_path):
-    """Of those in whose time no step was computed that is kept, nothing is."""
-    a, b, c = ({"torch": version, "command": "python train.py"} for version in "abc")
-    cases = [  # what stands in the file, what is now, from which step → what is kept
-        (a, a, 5, []),
-        (a, b, 5, [{**a, "until": 5}]),
-        ({**b, "earlier": [{**a, "until": 5}]}, c, 9, [{**a, "until": 5}, {**b, "until": 9}]),
-        ({**b, "earlier": [{**a, "until": 5}]}, b, 9, [{**a, "until": 5}]),
-        ({**b, "earlier": [{**a, "until": 5}]}, c, 5, [{**a, "until": 5}]),  # b was killed before it saved
-        ({**b, "earlier": [{**a, "until": 5}]}, a, 3, []),  # the later checkpoints are gone
-        ({**a, "earlier": "none"}, b, 5, []),
-    ]
-    for before, now, step, kept in cases:
-        (tmp_path / ENVIRONMENT_FILE).write_text(json.dumps(before))
-        assert earlier_environments(tmp_path, now, step) == kept
-    (tmp_path / ENVIRONMENT_FILE).write_text("{")
-    assert earlier_environments(tmp_path, a, 5) == []
-
-
-def test_a_resumed_run_names_what_computed_its_first_steps(copied, monkeypatch):
-    run, overrides = copied
-    before = json.loads((run / ENVIRONMENT_FILE).read_text())
-    monkeypatch.setattr(start, "environment", lambda device: {"torch": "9"})
-    train(compose([*overrides, *RESUMED]))
-    now = json.loads((run / ENVIRONMENT_FILE).read_text())
-    assert now["torch"] == "9" and now["earlier"] == [{**before, "until": 10}]
-    assert [e["torch"] for e in read_run(run).environments] == [before["torch"], "9"]
-    (run / ENVIRONMENT_FILE).write_text(json.dumps({**now, "earlier": 3}))
-    with pytest.raises(UsageError, match=r"environment.json has no proper earlier"):
-        read_run(run)
 
 
 # ---- records without checkpoints ----

@@ -37,6 +37,7 @@ CASES = [
             "logger.group=mine": "logger.mode is disabled",
         },
     ),
+    ("max_steps=4", {"profile=3": "a trace begins after 4 updates, which is the end"}),
     (
         "optim=modular assignment=unconstrained optim.matrices.lr=0.1",
         {
