@@ -200,11 +200,11 @@ class Manifold:
         return W, G, self
 
     def move(self, W: Tensor, G: Tensor, T: Tensor, eta: Tensor, shrink: Tensor) -> Tensor:
-        """Where a step leads from tall W (k, m, n) along the direction T, if `gram_space` is false: W·shrink - eta·T, rounded once.
+        """Where a step leads from tall W (k, m, n) along the direction T, if `gram_space` is false. Here W·shrink - eta·T.
 
         G is the momentum, eta the length of the step (0-d), shrink the 0-d factor of weight decay.
         """
-        return torch.addcmul(W * shrink, T, -eta)
+        return torch.addcmul(W * shrink, T, -eta)  # one operation: eta·T is not rounded by itself
 
     def closed_form(self, W: Tensor) -> bool:
         """Whether the step at tall W (k, m, n) has the closed form W·sign(skew(WᵀG))."""

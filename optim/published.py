@@ -7,8 +7,9 @@
 K, alpha and the number of Polar Express steps are those of the paper's code; its text does not give them. Where the root mean square of H
 falls below 1e-6, which in bfloat16 it never does, the published loop ends with this A; here the matrix keeps it.
 
-Rounding to bfloat16 decides much of A. So sums and products are made in the order of the published code, and on a CPU with one thread every
-number recorded from that code comes out bitwise (tests/test_published.py). What differs stands at the head of configs/optim/paper.yaml.
+Rounding to bfloat16 decides much of A. So sums and products are made in the order of the published code. On a CPU with one thread, what was
+recorded from that code with its settings comes out bitwise (tests/test_published.py). What differs stands at the head of
+configs/optim/paper.yaml.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class RecordedRun:
     config: as written by the run. records: by kind, in order; those of kind "spectra" hold `sigma_max`, `sigma_min`, `sigma_median`
     and `sigma_shape`, at most 25 of them at equal shares of their ranks, instead of all singular values, and of the lengths of columns
     their mean `length_mean` and their standard deviation relative to it, `length_spread`. cost: `wall_seconds` and `peak_bytes` of the
-    processes that trained it, if a script wrote them. environment: versions and device, and `earlier` those that differ of the steps before a resumption. case: its values of an experiment's axes, by axis.
+    processes that trained it, if a script wrote them. environment: versions, device and command; of a run that was resumed with others also
+    `earlier`, those before. case: its values of an experiment's axes, by axis.
     """
 
     directory: Path
