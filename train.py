@@ -15,7 +15,7 @@ if __name__ in ("__main__", "__mp_main__"):
 
     exit_on_stop_signals()
 
-# A job imports this file as `train`, because ranks and jobs on a cluster import the worker by name; help needs nothing of what follows.
+# The command ends here. Ranks, and jobs on a cluster, import this file again as `train`, to find the worker by its name. Help needs no more.
 if __name__ == "__main__":
     from training.command import run_command
 
@@ -90,7 +90,7 @@ def train(cfg: Settings, directory: Path | None = None, label: str = "", given: 
 
 
 class Run:
-    """The training of a configuration on one rank. Every rank computes its part of each batch; only rank 0 writes."""
+    """The training of a configuration on one rank. Every rank computes its part of each batch; rank 0 writes the records."""
 
     def __init__(self, ranks: Ranks, cfg: Settings, directory: Path, label: str, given: Sequence[str]) -> None:
         self.ranks, self.cfg, self.directory, self.label = ranks, cfg, directory, label
@@ -222,7 +222,7 @@ class Run:
     # ---- once in a while ----
 
     def due(self, interval: int | None) -> bool:
-        """Whether an action of every `interval` steps and of the end is due (None: never), and was not done before the save that was resumed."""
+        """Whether an action is due that is done every `interval` steps and at the end (None: never); not if it was done before the resumed save."""
         if interval is None or self.step == self.ended_at:  # what the end asks for was done before the save
             return False
         if self.step % interval:

@@ -9,7 +9,7 @@ from data.shards import DataError, Split
 
 
 class InOrder(Loader):
-    """The windows of a step follow each other in one shard, and those of the next step follow them; each token is an input at most once.
+    """The windows of a step follow each other in one shard, and those of the next step follow them; each token is an input at most once in a pass.
 
     What is left of a shard, too little for a batch, is left out. After the last shard, reading starts again at the first. Rank r
     receives its r-th contiguous part of a batch. The seed does not matter.

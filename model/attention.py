@@ -1,7 +1,7 @@
 """Optional parts of attention: bounds on the logits, and a gate for each head.
 
-configs/attention switches each part on. They are remedies for one failure: logits grow until the softmax selects a single token, and
-its gradient vanishes (arXiv 2606.13276, proposition 4.2). Attention itself is in model/layers.py.
+configs/attention switches each part on. The bounds are remedies for one failure: logits grow until the softmax selects a single token,
+and its gradient vanishes (arXiv 2606.13276, proposition 4.2). Attention itself is in model/layers.py.
 """
 
 from __future__ import annotations

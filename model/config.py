@@ -25,7 +25,7 @@ class Shape:
     """The shape of a GPT and its parts; configs/model.
 
     vocab_size: may exceed the tokenizer's: 50257 is padded to 50304 = 393·128 for the matrix units of GPUs.
-    stream_dtype: the dtype in which the residual stream is kept between two sublayers; they and the norms compute as without it.
+    stream_dtype: the dtype of the residual stream between two sublayers; sublayers and norms compute in their usual dtype.
     rope: rotary positions instead of a table of positions; "half": of half of the channels, see HalfRotary.
     tied: whether the head and the embedding share their weight.
     mlp: the kind of MLP, a name of model.layers.MLPS; "none": blocks without one. skips: whether a sublayer's output is added to the

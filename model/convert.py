@@ -188,7 +188,7 @@ def known_settings(config: GPTConfig) -> dict[str, Any]:
 
 
 def changed_attention(weights: Weights, config: GPTConfig) -> list[str]:
-    """A line for each setting of attention with which a model of this configuration computes something else than the weights did. It may."""
+    """A line for each setting of attention in which this configuration differs from that of the weights. Such differences are allowed."""
     have = known_settings(config)
     theirs = {key: value for key, value in weights.settings.items() if key.startswith("attention.")}
     return [

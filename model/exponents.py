@@ -4,8 +4,8 @@ Angle: how fast tokens become alike or different. With q the mean square of a to
 tokens, λ_a = log[(1 - c') / (1 - c)], where c = p/q before a block and c' after it; below zero, tokens collapse. Gradient: λ_g = log of
 the growth of the squared gradient through a block, from output to input. Cowsik, Nebabu, Qi, Ganguli (arXiv 2403.02579) report that both
 together predict the final loss, which is best where both are zero; results/exponents has what our runs gave.
-They study attention without a causal mask. With a mask, positions are not equivalent, so c is taken over the second half of them.
-[our reading]
+They study attention without a causal mask. With a mask, positions are not equivalent, so c is taken over the second half of them,
+from sums over the whole batch. [our reading]
 """
 
 from __future__ import annotations

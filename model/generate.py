@@ -51,7 +51,7 @@ class Sampling:
 
 
 @torch.no_grad()
-def stream(model: GPT, x: Tensor, new_tokens: int, sampling: Sampling, cached: bool = True) -> Iterator[Tensor]:
+def sampled_tokens(model: GPT, x: Tensor, new_tokens: int, sampling: Sampling, cached: bool = True) -> Iterator[Tensor]:
     """Yield the next `new_tokens` tokens (B, 1) after x (B, T) int64, one at a time; the model should be in eval mode.
 
     The model sees the last block_size tokens. With the cache, a token costs one token's forward pass while all tokens fit into the

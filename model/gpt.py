@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.attention import PG_OP_OVERHEAD, KeyValueCache, document_mask
 from model.config import GPTConfig, Init
-from model.generate import Sampling, stream
+from model.generate import Sampling, sampled_tokens
 from model.layers import MLPS, CausalSelfAttention
 from model.loss import capped, linear_cross_entropy
 from model.scale import Scaled, Scales, StoredScale
@@ -234,7 +234,7 @@ class GPT(nn.Module):
             ValueError: see Sampling.
         """
         training = self.training
-        tokens = [*stream(self.eval(), x, new_tokens, Sampling(temperature, top_k))]
+        tokens = [*sampled_tokens(self.eval(), x, new_tokens, Sampling(temperature, top_k))]
         self.train(training)
         return torch.cat([x, *tokens], 1)
 

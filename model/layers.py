@@ -137,7 +137,7 @@ class CausalSelfAttention(Scaled):
             self.qk_clip.gain.mul_(factor[:, None, None])
 
     def matrices(self) -> list[tuple[Tensor, bool]]:
-        """The matrices of queries, keys, values and output; the output is multiplied by the last two only."""
+        """W_q, W_k, W_v and W_o, each with whether the result of attention is multiplied by it: only by W_v and W_o."""
         q, k, v = self.c_attn.weight.chunk(3)
         return [(q, False), (k, False), (v, True), (self.c_proj.weight, True)]
 

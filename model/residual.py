@@ -294,14 +294,13 @@ class SphereJoint(nn.Module):
 
 @dataclass(frozen=True)
 class _OnSphere(ResidualRule):
-    """The settings of all rules on the sphere. The sources do not state them, or disagree; the defaults use nothing but the geometry.
+    """The settings of all rules on the sphere. The sources do not state them, or disagree; configs/residual/_sphere.yaml says why it has which.
 
     embedding: "normalize" scales the embedding of every token to the radius. "none" leaves it unchanged, and every token keeps its
-        length; GPT-2's embeddings are so short (0.02 √d) that the first steps then reach GeoNorm's clamp. Default: normalize.
-    radius: "auto" is the length that the sublayers expect (√d for GPT-2's weights, 1 for nGPT's); or "sqrt_d", "unit". Default: auto.
-    input_norm: "none", or "rms": a norm with a gain before each sublayer; at the radius "auto" only the gain acts. Default: none, as in
-        the port of GeoNorm that is a trained language model; the other port has the norms (LayerNorms, which also subtract the mean).
-    final_norm: "none", or "rms": the same before the head. Default: none, for the same reason.
+        length; GPT-2's embeddings are so short (0.02 √d) that the first steps then reach GeoNorm's clamp.
+    radius: "auto" is the length that the sublayers expect (√d for GPT-2's weights, 1 for nGPT's); or "sqrt_d", "unit".
+    input_norm: "none", or "rms": a norm with a gain before each sublayer; at the radius "auto" only the gain acts.
+    final_norm: "none", or "rms": the same before the head.
     The two ports by name: `residual=geonorm_no_norms` and `residual=geonorm_with_norms`.
     """
 
@@ -340,7 +339,7 @@ class _OnSphere(ResidualRule):
 class GeoNorm(_OnSphere):
     """A geodesic step (arXiv 2601.22095): see optim.geonorm.geonorm_angle. Both sublayers of a block have the same decay.
 
-    decay: how the angle decreases with depth: a name of optim.geonorm.DECAYS. Default: harmonic, as in both ports.
+    decay: how the angle decreases with depth: a name of optim.geonorm.DECAYS.
     """
 
     decay: Decay
@@ -355,7 +354,7 @@ class ProjSphere(_OnSphere):
 
     alpha: the step at the start. The source does not state it; 1 is the Euler step x + v to first order. With AdamW, 0.1 gave a lower loss
         (results/residual_alpha).
-    decay: how the step decreases with depth: a name of DECAYS. Default: none, because the step is learned for each sublayer.
+    decay: how the step decreases with depth: a name of DECAYS.
     """
 
     alpha: Positive

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from optim.linalg import ratio
 
-Residual = Callable[[Tensor], Tensor]
-"""The distance (...,) of matrices (..., m, n) from what they are to be, such as optim.manifolds.Manifold.residual."""
+Distance = Callable[[Tensor], Tensor]
+"""The distance (...,) of matrices (..., m, n) from what they are to be, such as optim.manifolds.Manifold.distance."""
 
 # Numbers that are converted to float64 together: 1 GiB, so that the spectra of a large model do not run it out of memory.
 _TOGETHER = 2**27
@@ -44,15 +44,15 @@ def _roots(gram: Tensor) -> Tensor:
 class Measured:
     """What is measured of alike matrices W (k, m, n), on their device.
 
-    gram: (k, n, n) float64, of their tall form. residual: (k,), the distances from the manifold.
+    gram: (k, n, n) float64, of their tall form. distance: (k,), the distances from the manifold.
     """
 
     gram: Tensor
-    residual: Tensor | None
+    distance: Tensor | None
 
     def on_host(self) -> Measured:
         """The same in the memory of the host; on a GPU this begins copies that must be waited for."""
-        return Measured(_to_host(self.gram), None if self.residual is None else _to_host(self.residual))
+        return Measured(_to_host(self.gram), None if self.distance is None else _to_host(self.distance))
 
     def records(self) -> list[dict[str, Any]]:
         """The spectrum of each matrix, see `spectrum`."""
@@ -60,8 +60,8 @@ class Measured:
         off = torch.linalg.matrix_norm(self.gram - torch.diag_embed(diagonal))
         off = ratio(off, torch.linalg.matrix_norm(self.gram))
         columns = {"sigma": _roots(self.gram), "gram_diagonal": diagonal, "off_diagonal": off}
-        if self.residual is not None:
-            columns["residual"] = self.residual
+        if self.distance is not None:
+            columns["distance"] = self.distance
         read = {name: values.tolist() for name, values in columns.items()}
         return [{name: rounded(values[i]) for name, values in read.items()} for i in range(len(self.gram))]
 
@@ -71,21 +71,21 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _measure(W: Tensor, residual: Residual | None, blocks: int) -> Measured:
+def _measure(W: Tensor, distance: Distance | None, blocks: int) -> Measured:
     T = W.detach().double()
     T = T if T.size(-2) >= T.size(-1) else T.mT  # (k, m, n), tall
-    return Measured(T.mT @ T, None if residual is None else residual(W.unflatten(1, (blocks, -1))).amax(-1))
+    return Measured(T.mT @ T, None if distance is None else distance(W.unflatten(1, (blocks, -1))).amax(-1))
 
 
-def spectrum(W: Tensor, residual: Residual | None = None, blocks: int = 1) -> dict[str, Any]:
+def spectrum(W: Tensor, distance: Distance | None = None, blocks: int = 1) -> dict[str, Any]:
     """Spectrum of a matrix W (m, n), any float dtype.
 
     Returns:
         sigma: its min(m, n) singular values, descending, see above. gram_diagonal: the squared column norms of the tall form.
-        off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. residual: what the function of this name says, if one is given; with
+        off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. distance: what the function of this name says, if one is given; with
         `blocks`, into which the rows are cut, the largest of a block. Floats carry six significant digits, what float32 weights are worth.
     """
-    return _measure(W.unsqueeze(0), residual, blocks).records()[0]
+    return _measure(W.unsqueeze(0), distance, blocks).records()[0]
 
 
 def rounded(value: Any) -> Any:
@@ -94,23 +94,23 @@ def rounded(value: Any) -> Any:
 
 
 class Spectra:
-    """`spectrum` of each named (matrix, residual, blocks) as it is when this is made; alike matrices are decomposed together.
+    """`spectrum` of each named (matrix, distance, blocks) as it is when this is made; alike matrices are decomposed together.
 
     The weights may change as soon as this is made. For weights on a GPU, only `records` waits, and only before `done`.
     """
 
-    def __init__(self, matrices: Mapping[str, tuple[Tensor, Residual | None, int]]) -> None:
+    def __init__(self, matrices: Mapping[str, tuple[Tensor, Distance | None, int]]) -> None:
         self.order = list(matrices)
         alike: dict[tuple, list[str]] = {}
-        for name, (W, residual, blocks) in matrices.items():
-            alike.setdefault((W.shape, residual, blocks), []).append(name)
+        for name, (W, distance, blocks) in matrices.items():
+            alike.setdefault((W.shape, distance, blocks), []).append(name)
         measured: list[tuple[list[str], Measured]] = []
-        for (shape, residual, blocks), names in alike.items():
+        for (shape, distance, blocks), names in alike.items():
             at_once = max(1, _TOGETHER // shape.numel())
             for start in range(0, len(names), at_once):
                 part = names[start : start + at_once]
                 stack = torch.stack([matrices[name][0].detach() for name in part])
-                measured.append((part, _measure(stack, residual, blocks).on_host()))
+                measured.append((part, _measure(stack, distance, blocks).on_host()))
         self._measured = measured
         self._found: Future[dict[str, Any]] | None = None
         if any(W.is_cuda for W, _, _ in matrices.values()):

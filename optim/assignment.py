@@ -191,7 +191,7 @@ def _meant(pattern: str, kept: Mapping[str, str], left: Collection[str]) -> str:
 
 
 def similar(pattern: str, names: Iterable[str]) -> str | None:
-    """The question whether a part of the names was meant that is like the end of a pattern; None if there is none."""
+    """'did you mean ...?' with the part of the names most like the end of a pattern; None if none is similar."""
     components = {part for name in names for part in name.split(".") if not part.isdigit()}
     near = get_close_matches(pattern.split(".")[-1], components, 1)
     return f"did you mean '{near[0]}'?" if near else None

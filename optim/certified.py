@@ -15,8 +15,8 @@ So a good L makes sign(X) nearly tangent, and any L bounds the optimum from abov
     6. fallback     where V is too far from the manifold for that, or the products' precision gives no direction, the weight stays, and the next
                     step of this matrix takes a second round, or is made exactly and in float32
 
-A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)). A set of matrices without a Gram condition names the manifold, point and
-momentum whose problem (1) is its own, and moves by itself instead of 5 and 6 (`Manifold.problem`, `Manifold.move`).
+A square Stiefel matrix has the closed form T = W·sign(skew(WᵀG)). A set without a Gram condition may take its direction from
+problem (1) on another manifold (`Manifold.problem`), and moves by `Manifold.move` instead of 5 and 6.
 
 Legend.  W weight, c the lengths of its columns, U = W/c; G momentum, scaled to the largest entry LARGEST_ENTRY; C = UᵀG; `cL` the
 multiplier L with row i times c_i, so that W L = U·cL and nothing overflows where lengths differ; S = XᵀX; A matrix sign; N = UᵀA; K the
@@ -74,13 +74,13 @@ CAP_FROM = 0.5  # the cap's polynomial is fitted on singular values in [CAP_FROM
 # Lanczos iterations for ‖T‖₂ in n × n, and with the tall T itself, which costs memory traffic: 2% short on average and 6.5% at most on recorded
 # problems, up to a fifth on random ones of low rank.
 SMALL_NORM_STEPS, TALL_NORM_STEPS = 7, 2
-# No direction is trusted if what is tangent in G is below so many rounding errors of the operands: in general, and in the closed form of a
-# square Stiefel matrix. At a third of the first, every one of 400 random momenta has a feas above .85 in float16
+# A direction is used only if the tangent share of G is above so many eps of the products: in general, and in the closed form of a square
+# Stiefel matrix. At a third of the first, every one of 400 random momenta has a feas above .85 in float16
 # (tests/test_hard_momenta.py).
 TANGENT_SHARE, SKEW_SHARE = 48.0, 4.0
 
-# ‖E‖₂ above which the next step is made with two rounds, and exactly. One round leaves an error of 5/16·‖E‖³: 2e-7 of the first. Two
-# rounds could still mend more than the second.
+# ‖E‖₂ above which the next step has two rounds, and is exact. At the first limit, one round leaves an error of 5/16·‖E‖³ = 2e-7; at the
+# second, two rounds would still land.
 ASK_TWO_ROUNDS, ASK_EXACTLY = 0.008, 0.15
 LANDS = (0.015, 0.3)  # ‖E‖ that one round, and two, still bring onto the manifold to a few 1e-6
 # Lanczos iterations for ‖E‖₂: at most two fifths short on random E; the limits above leave room for that
@@ -171,7 +171,7 @@ def tangent_sign(W: Tensor, G: Tensor, manifold: Manifold, effort: Effort, mm: P
 
 
 def least_share(W: Tensor, manifold: Manifold, mm: Products) -> float:
-    """What share of ‖G‖_F must be tangent for a direction that these products make to be trusted."""
+    """The tangent share of ‖G‖_F above which a direction made by these products is used."""
     return (SKEW_SHARE if manifold.closed_form(W) else TANGENT_SHARE) * torch.finfo(mm.dtype).eps
 
 
@@ -248,7 +248,7 @@ def retract(
 def reach(length: str, m: int, n: int, whole: tuple[int, int] | None) -> float:
     """The length of a step of one (m, n) matrix in spectral norm, per unit of eta.
 
-    With the shape of the `whole` parameter, that its blocks move as far together as it would uncut, in root mean square: a direction of
+    With `whole`, the shape of the uncut parameter, its blocks together move as far as it would, in root mean square: a direction of
     which all min(m, n) singular values are 1 has ‖T‖_F² = min(m, n), and those of the blocks add up. [ours]
     """
     if whole is None:

@@ -121,7 +121,7 @@ def peak_and_trough(quintic: Quintic) -> tuple[float, float] | None:
 def steepest(l: float, r: float) -> Quintic:
     """The quintic with fixed points 0, ±(1-l), ±(1+r) and the largest slope at 0 whose values on (0, 1+r] stay in (0, 1+r].
 
-    γ is found by bisection: the peak on (0, 1-l) is to be 1+r. The trough on (1-l, 1+r) must then lie above 0, since the map would lose the
+    γ is found by bisection: the peak on (0, 1-l) is to be 1+r. The trough behind the peak must then lie above 0, since the map would lose the
     sign of a singular value there. It reaches 0 at γ = 4 / ((1+r)² - (1-l)²)². [the recipe is that of a thread by the author of
     `with_fixed_points`; the closed form is ours]
 
@@ -217,8 +217,8 @@ def widened(coefficients: Sequence[Quintic], safety: float) -> tuple[Quintic, ..
 class Iteration:
     """A list of coefficients as it is used.
 
-    band: the least and the largest value of its composed map on [LOWER, 1]. margin: the Frobenius norm of a matrix is multiplied by this
-    before the matrix is divided by it, for lists that diverge on singular values just above 1, where rounding may put them.
+    band: the least and the largest value of its composed map on [LOWER, 1]. margin: a matrix is first
+    divided by margin·‖X‖_F, for lists that diverge on singular values just above 1, where rounding may put them.
     """
 
     coefficients: tuple[Quintic, ...]

@@ -1,7 +1,8 @@
 """Products at a named precision, and the functions of matrices that are made of them.
 
-Every product of the certified step goes through `Products`. Its matrices are kept in the precision of their products, so that a chain of
-products needs no conversion between them; every sum inside a product is float32.
+The large products of the certified step go through `Products`; only `msign.iterate`, `top_pair` and methods of manifolds without a Gram
+condition make their own. Matrices are kept in the precision of their products, so that a chain of products needs no conversion between
+them; every sum inside a product is float32.
 
     float32    IEEE float32, TF32 off: what a CPU does
     float16    11 bits; the matrices of the step are normalised, so that entries that matter lie far above float16's smallest, 6e-8

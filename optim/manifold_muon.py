@@ -46,7 +46,7 @@ RECORDED = {
 """What `ManifoldMuon.certificates` returns, in order; of a parameter in several blocks the least or the largest number."""
 
 CONSTRUCTED = ("params", "names", "manifold", "blocks", "radius", "block_length", "row_beta")
-"""What a loaded state leaves as it is in a group: which matrices it has, and what state they have."""
+"""Keys of a group that loading a state does not change: its matrices, and the form of their state."""
 
 
 def _is_number(value: Any, below: float = math.inf) -> bool:
@@ -66,7 +66,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cautious": (_is_flag, "True or False"),
     "row_beta": (lambda value: value is None or _is_number(value, 1), "a number from 0 to below 1, or None"),
 }
-"""Of each setting of a group, which values are allowed, and that in words."""
+"""For each setting of a group: a test of its value, and that in words."""
 
 
 def advance(g: Tensor, momentum: Tensor, factor: float, nesterov: bool, skip: Tensor) -> Tensor:
@@ -85,10 +85,10 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups, dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS). They may have "names", of the
-            parameters, for `certificates`; "blocks" (1), into how many matrices the rows of each parameter are cut; "radius" R (1), for
+            parameters, which `certificates` and `bring_onto_manifold(names)` need; "blocks" (1), into how many matrices the rows of each parameter are cut; "radius" R (1), for
             manifolds of fixed size: W / R is on the manifold; and any of the settings below.
-        rule: the step rule, called once for each bucket. Its `init` brings the weights onto their manifold here, at construction, by
-            the whole parameter on every rank alike.
+        rule: the step rule, called once for each bucket. At construction, its `init` brings every whole
+            parameter onto its manifold, on each rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
         momentum, nesterov: buf = momentum·buf + g;  G = g + momentum·buf with Nesterov, else buf.
         weight_decay: decoupled, passed to the rule, which decides whether it applies.

@@ -18,7 +18,7 @@ they say where a step leads (`Manifold.move`):
 
 Source: Gram-space Manifold Muon (Keigwin, Pai, Chen; tilderesearch.com/vignettes/gram-space) and arXiv 2606.13276.
 
-Everything takes (..., m, n). `retract`, `residual`, `tangency` and `tangent` take any orientation: a wide matrix is treated as its
+Everything takes (..., m, n). `retract`, `distance`, `tangency` and `tangent` take any orientation: a wide matrix is treated as its
 transpose. Both step rules know a manifold by this class alone. To add one, write its class and put an object of it into MANIFOLDS.
 """
 
@@ -135,7 +135,6 @@ class Manifold:
     name: ClassVar[str]
     orthogonal: ClassVar[bool] = False  # WᵀW is diagonal at every point
     unit_columns: ClassVar[bool] = False  # diag(WᵀW) = 1 at every point
-    rotations: ClassVar[bool] = False  # its square matrices are the orthogonal ones: tangents are W times a skew matrix
     gram_space: ClassVar[bool] = True  # its points fulfil P(WᵀW) = target; else `move` says where a step leads
     conditioned: ClassVar[bool] = True  # directions fulfil a condition: they are tangent
     sized: ClassVar[bool] = True  # its matrices have a fixed size, which a radius R scales: W / R is on the manifold
@@ -175,7 +174,7 @@ class Manifold:
         """
         return like(self._retract(tall(W), polar), W).to(W.dtype)
 
-    def residual(self, W: Tensor) -> Tensor:
+    def distance(self, W: Tensor) -> Tensor:
         """Distance (...,) from the manifold: ‖P(WᵀW) - target‖_F relative to ‖WᵀW‖_F; of zero W, ‖target‖_F."""
         T = tall(at_least_float32(W))
         with exact_sums(T.device):
@@ -208,7 +207,7 @@ class Manifold:
 
     def closed_form(self, W: Tensor) -> bool:
         """Whether the step at tall W (k, m, n) has the closed form W·sign(skew(WᵀG))."""
-        return self.rotations and W.size(-2) == W.size(-1)
+        return False
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
         """`retract` of a tall W."""
@@ -236,7 +235,7 @@ class Stiefel(Manifold):
     """WᵀW = I. The polar retraction is the nearest point."""
 
     name = "stiefel"
-    orthogonal = unit_columns = rotations = True
+    orthogonal = unit_columns = True
     efforts: ClassVar = {
         "default": Effort(su=1, su_steps=2, su_lower=0.05, conjugate_gradients=1, relaxation=0.9, cap_relaxation=1.3),
         "high": Effort(su=2, su_steps=4, su_lower=0.02, conjugate_gradients=4, relaxation=0.9, caps=2, cap_degree=4),
@@ -247,6 +246,9 @@ class Stiefel(Manifold):
 
     def normal(self, H: Tensor, d: Tensor) -> Tensor:
         return H / 2
+
+    def closed_form(self, W: Tensor) -> bool:
+        return W.size(-2) == W.size(-1)  # tangents of an orthogonal matrix are W times a skew matrix
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
         zero = (W == 0).all(dim=(-2, -1), keepdim=True)  # of which iterations of a polar factor make 0
@@ -340,7 +342,7 @@ class SpectralBall(Euclidean):
         """The nearest point of the ball, to a few 1e-6; see `_cap`."""
         return self._cap(super().move(W, G, T, eta, shrink))
 
-    def residual(self, W: Tensor) -> Tensor:
+    def distance(self, W: Tensor) -> Tensor:
         return (spectral_norm(W)[..., 0, 0] - 1).clamp_min(0)
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
@@ -387,7 +389,7 @@ class SpectralSphere(Euclidean):
         V = W - eta * T
         return ratio(V, top_pair(V)[1])
 
-    def residual(self, W: Tensor) -> Tensor:
+    def distance(self, W: Tensor) -> Tensor:
         return (spectral_norm(W)[..., 0, 0] - 1).abs()
 
     def _retract(self, W: Tensor, polar: Polar) -> Tensor:
@@ -398,7 +400,8 @@ class ObliqueGain(Euclidean):
     """W = U diag(c) with unit columns U and a free gain c of each: U steps on oblique, c by itself. Every matrix is a point.
 
     U ← columns of U - eta·T at unit length, where T is oblique's direction at U along G·diag(c);
-    c ← c·shrink·exp(-eta·sign(UᵀG)_jj), eta the length of the step as of U: a gradient of random sign leaves it where it is, on average of log c. A zero column stays zero.
+    c ← c·shrink·exp(-eta·sign(UᵀG)_jj), with the same eta as U: a gradient of random sign does not change log c on average. A zero
+        column stays zero.
     Source: Muown (arXiv 2605.10797) and AngularMuown (arXiv 2606.23637), for which c belongs to the rows of a weight and moves by Adam.
     Ours: the columns of the tall form, as in oblique, and a step of c that keeps no state, relative to c.
     """
@@ -425,10 +428,10 @@ MANIFOLDS: dict[str, Manifold] = {m.name: m for m in _ALL}
 
 
 @lru_cache
-def residual_of(name: str, radius: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """The function W (..., m, n) → its distance from the manifold of this name and radius, see `Manifold.residual`.
+def distance_of(name: str, radius: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """The function W (..., m, n) → its distance from the manifold of this name and radius, see `Manifold.distance`.
 
     Cached, so that matrices of one manifold have one function and can be grouped by it.
     """
     manifold = MANIFOLDS[name]
-    return manifold.residual if radius == 1 else lambda W: manifold.residual(W / radius)
+    return manifold.distance if radius == 1 else lambda W: manifold.distance(W / radius)

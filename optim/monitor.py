@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .manifold_muon import ManifoldMuon
-from .manifolds import residual_of
+from .manifolds import distance_of
 from .stack import row_blocks
 
 
@@ -27,7 +27,7 @@ class ManifoldWarning(UserWarning):
 class Seen:
     """One matrix; of several blocks the worst.
 
-    distance: from the manifold, see its class's `residual` in optim/manifolds.py. largest, smallest: singular values. feas: the share of the
+    distance: from the manifold, see its class's `distance` in optim/manifolds.py. largest, smallest: singular values. feas: the share of the
     optimum that the last watched step achieved at least; step: its norm ‖T‖₂; normal: the share of the momentum's ‖G‖_F² that it could not follow,
     see optim/certificate.py; all NaN if there was none, or another rank owns the matrix. fallbacks: steps so far that were not the
     ordinary one.
@@ -153,4 +153,4 @@ def _measure(W: Tensor, manifold: str, radius: float) -> tuple[float, float, flo
     if not bool(W.isfinite().all()):
         return (math.nan,) * 3
     sigma = torch.linalg.svdvals(W.float())
-    return float(residual_of(manifold, radius)(W).max()), float(sigma.max()), float(sigma.min())
+    return float(distance_of(manifold, radius)(W).max()), float(sigma.max()), float(sigma.min())

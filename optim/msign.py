@@ -16,7 +16,7 @@ from .iterators import LOWER, SAFETY, Quintic, polar_express_coefficients
 from .linalg import ratio
 
 
-def msign(X: Tensor, steps: int = 10, dtype: torch.dtype = torch.bfloat16, lower: float = LOWER) -> Tensor:
+def msign(X: Tensor, steps: int, dtype: torch.dtype, lower: float = LOWER) -> Tensor:
     """Polar factor of every matrix of X, by `steps` Polar Express iterations in `dtype`; as published: `optim.published.published_sign`.
 
     Args:

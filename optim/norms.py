@@ -167,7 +167,7 @@ class Spectral(Norm):
 
 
 @dataclass(frozen=True)
-class Scaled(Norm):
+class Multiple(Norm):
     """factor·‖d‖ for a norm of the same space."""
 
     norm: Norm
@@ -212,7 +212,7 @@ def operator_norm(input: str, output: str, fan_out: int, fan_in: int, sign: Pola
         raise ValueError(f"there is no norm {input} → {output}; choose one of {known}")
     factor = (fan_in**0.5 if input == "rms" else 1.0) / (fan_out**0.5 if output == "rms" else 1.0)
     kind = _OPERATORS["l2" if input == "rms" else input]["l2" if output == "rms" else output]
-    return Scaled(Spectral(sign) if kind is Spectral else kind(), factor)
+    return Multiple(Spectral(sign) if kind is Spectral else kind(), factor)
 
 
 def vector_norm(input: str, output: str, length: int) -> Norm:
@@ -222,7 +222,7 @@ def vector_norm(input: str, output: str, length: int) -> Norm:
         ValueError: a bias into features measured by `one`, or a gain whose norm depends on more than its largest entry.
     """
     if input == "one" and output in ("l2", "rms"):
-        return Scaled(Entries2((-1,)), 1.0 if output == "l2" else length**-0.5)
+        return Multiple(Entries2((-1,)), 1.0 if output == "l2" else length**-0.5)
     if (input, output) == ("one", "max") or input == output != "one":
         return EntriesInf((-1,))
     raise ValueError(f"there is no norm {input} → {output} of a vector; choose one → l2, rms or max, or two equal ones")

@@ -34,7 +34,8 @@ def published_sign(X: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Polar factor of every matrix of X (..., m, n) by Polar Express in `dtype`, with the roundings of the published code; zero for zero X.
 
     Each step is Y ← (aI + (bI + cS) S) Y with S = YYᵀ. `optim.msign.iterate` makes the same step with fewer roundings: in bfloat16 its
-    error is one half to two thirds of this one's (tests/test_msign.py).
+    error is one half to two thirds of this one's (tests/test_msign.py). The recorded numbers of the published code are those without the
+    1e-7 that some versions of the algorithm add to the norm.
     """
     upright = X.size(-2) > X.size(-1)
     Y = X.to(dtype)

@@ -82,8 +82,8 @@ class StepRule(Protocol):
 class OnHost:
     """A small whole number of the device (0-d) on its way to the host.
 
-    Reading it waits for the copy. It is read a step after it was begun, when the device has long passed it: no stall, and what is read
-    never depends on how fast it came.
+    `read` waits for the copy. It is called one step later, when the copy is long done: the host does not stall, and the value does not
+    depend on timing.
     """
 
     def __init__(self, number: Tensor) -> None:

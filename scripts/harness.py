@@ -12,7 +12,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from data.tokenizer import Tokenizer
-from model.generate import Sampling, stream
+from model.generate import Sampling, sampled_tokens
 from model.gpt import GPT
 from scripts.command import UsageError
 
@@ -61,7 +61,7 @@ class Harness(TemplateLM):
         )
         x = torch.tensor([self.tok_encode(context) or [self.eot_token_id]], device=self._device)
         found: list[int] = []
-        for token in stream(self.model, x, settings.get("max_gen_toks", _NEW_TOKENS), sampling):
+        for token in sampled_tokens(self.model, x, settings.get("max_gen_toks", _NEW_TOKENS), sampling):
             if (new := int(token)) == self.eot_token_id:
                 break
             found.append(new)

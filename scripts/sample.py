@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from data.tokenizer import END_OF_TEXT, UNKNOWN, Tokenizer, get_tokenizer
-from model.generate import Sampling, stream
+from model.generate import Sampling, sampled_tokens
 from model.gpt import GPT
 from scripts.analysis.runs import load_model, require_text
 from scripts.command import UsageError, parse, problems_of_run, run
@@ -58,7 +58,7 @@ def continuation(
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
     torch.manual_seed(seed)
     x = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
-    for token in stream(model, x, tokens, sampling, cached):
+    for token in sampled_tokens(model, x, tokens, sampling, cached):
         yield int(token)
 
 

@@ -214,8 +214,8 @@ def check_manifolds_hold(*overrides, device, steps=50, largest=1e-4):
     constrained = [row for row in run.optimizers.rows if row.manifold]
     assert {row.manifold for row in constrained} == {*compose(overrides).assignment.rules.values()}
     for row in constrained:
-        residual = MANIFOLDS[row.manifold].residual(run.params[row.name].detach()).item()
-        assert residual < largest, f"{row.name} is {residual:.2g} from {row.manifold}"
+        distance = MANIFOLDS[row.manifold].distance(run.params[row.name].detach()).item()
+        assert distance < largest, f"{row.name} is {distance:.2g} from {row.manifold}"
 
 
 LOW_PRECISION = {

@@ -57,7 +57,7 @@ def reference(W, G, manifold, effort):
         return s
 
     W, G = W.double(), G.double() / torch.linalg.matrix_norm(G.double())
-    if manifold.rotations and W.size(0) == W.size(1):
+    if manifold.closed_form(W):
         K = 0.5 * (W.T @ G - G.T @ W)
         Q, s, Rt = torch.linalg.svd(K)
         return W @ (Q * smoothed(s, K, SKEW_STEPS, SKEW_LOWER)) @ Rt

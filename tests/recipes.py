@@ -56,7 +56,7 @@ def test_a_manifold_has_the_axioms_and_is_certified(name):
     S = W.mT @ W
     assert torch.allclose(M.project(M.project(S)), M.project(S))
     R = M.retract(W)
-    assert M.residual(R).max() < 1e-12 and torch.allclose(M.retract(R), R)
+    assert M.distance(R).max() < 1e-12 and torch.allclose(M.retract(R), R)
     assert M.tangency(R, M.tangent(R, G)).abs().max() < 1e-10
     certificate = certify(R, G, direction(R, G, M.name), M.name)
     assert (certificate.feas > 0.9).all() and (certificate.feas <= 1).all() and (certificate.tangency < 1e-5).all()
@@ -79,9 +79,9 @@ def test_both_step_rules_train_on_a_new_manifold(rule):
     added = [row for row in optimizers.rows if row.manifold in ADDED]
     assert {row.manifold for row in added} == {*ADDED}
     for row in added:
-        residual = MANIFOLDS[row.manifold].residual(model.get_parameter(row.name).detach())
+        distance = MANIFOLDS[row.manifold].distance(model.get_parameter(row.name).detach())
         exact = rule == "manifold_muon" or row.manifold == "frobenius"
-        assert residual < (2e-6 if exact else 1e-2)  # bfloat16 msign
+        assert distance < (2e-6 if exact else 1e-2)  # bfloat16 msign
         assert 0 < found[row.name]["feas"] <= 1
 
 

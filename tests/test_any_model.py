@@ -82,7 +82,7 @@ def test_an_lstm_trains_with_its_gates_on_the_manifold():
         f"lstm.weight_{k}_l{i}" for k in ("ih", "hh") for i in (0, 1)
     }
     for gate in model.lstm.weight_hh_l0.view(4, 16, 16):
-        assert MANIFOLDS["stiefel"].residual(gate) < 1e-5
+        assert MANIFOLDS["stiefel"].distance(gate) < 1e-5
     decays = {g["weight_decay"]: {id(p) for p in g["params"]} for g in adamw.param_groups}
     assert decays[0.1] == {id(model.embedding.weight), id(model.head.weight)}
     assert id(model.head.bias) in decays[0.0] and id(model.lstm.bias_ih_l0) in decays[0.0]

@@ -147,7 +147,7 @@ def test_weights_are_kept_bitwise_where_there_is_nothing_to_step_along(manifold,
     assert torch.equal(moved.W[:3], W[:3]) and moved.direction[:3].abs().max() == 0
     assert moved.W.isfinite().all() and not any(torch.equal(moved.W[i], W[i]) for i in (3, 4, 5))
     assert moved.level.isfinite().all() and moved.fallback[:3].tolist() == [False, True, True]
-    assert MANIFOLDS[manifold].residual(moved.W).max() < 2e-6  # the SVD of `make` leaves up to 1.3e-6, by machine
+    assert MANIFOLDS[manifold].distance(moved.W).max() < 2e-6  # the SVD of `make` leaves up to 1.3e-6, by machine
 
 
 @pytest.mark.parametrize("products", ["float32", "float16"])
@@ -169,7 +169,7 @@ def test_extreme_columns_and_ranks():
         moved = one_step(W, G, "dgram", 0.01, 1, products)
         assert moved.W.isfinite().all() and not moved.fallback.any()
         assert (torch.linalg.matrix_norm(moved.direction, 2) < 1.05).all()
-        assert MANIFOLDS["dgram"].residual(moved.W).max() < (1e-6 if products == "float32" else 1e-5)
+        assert MANIFOLDS["dgram"].distance(moved.W).max() < (1e-6 if products == "float32" else 1e-5)
 
 
 # ---- the update ----
@@ -211,7 +211,7 @@ def test_weights_stay_on_the_manifold_over_500_steps(manifold, shape, eta, produ
         G = torch.randn(1, shape[0], 4, generator=g) @ torch.randn(1, 4, shape[1], generator=g)
         moved = rule(stack_of(W, G, manifold, eta, 0.5, levels))
         W, levels = moved.W, [int(x) for x in moved.level]
-        worst = max(worst, MANIFOLDS[manifold].residual(W).item()) if i % 50 == 49 else worst
+        worst = max(worst, MANIFOLDS[manifold].distance(W).item()) if i % 50 == 49 else worst
     assert worst < (1e-6 if products == "float32" else 1e-5)
 
 
@@ -223,7 +223,7 @@ def test_a_point_too_far_away_is_kept_and_then_brought_back():
     assert torch.equal(first.W, W) and first.fallback.all() and (first.level == 2).all()
     second = one_step(W, G, "dgram", 0.2, level=2)
     assert not torch.equal(second.W, W) and second.fallback.all()
-    assert MANIFOLDS["dgram"].residual(second.W).max() < 1e-6
+    assert MANIFOLDS["dgram"].distance(second.W).max() < 1e-6
     third = one_step(second.W, G, "dgram", 1e-4, level=2)
     assert (third.level == 0).all()
 
@@ -236,7 +236,7 @@ def test_a_distance_of_both_signs_is_seen():
     first = one_step(W, G, "dgram", 1e-3)
     assert torch.equal(first.W, W) and first.fallback.all() and first.level == 2
     second = one_step(W, G, "dgram", 1e-3, level=2)
-    assert MANIFOLDS["dgram"].residual(second.W) < 1e-6
+    assert MANIFOLDS["dgram"].distance(second.W) < 1e-6
 
 
 def test_where_nothing_moved_the_step_has_no_length():
@@ -297,7 +297,7 @@ def test_stays_on_the_manifold_and_moves(manifold):
         set_gradients(params, i)
         optimizer.step()
     for p, start in zip(params, before):
-        assert MANIFOLDS[manifold].residual(p.detach()) < 1e-6
+        assert MANIFOLDS[manifold].distance(p.detach()) < 1e-6
         assert torch.linalg.norm(p.detach() - start) > 0.1 * torch.linalg.norm(start)
 
 
@@ -378,7 +378,7 @@ def largest_column_norm(**settings):
         set_gradients(params, i % 4)
         optimizer.step()
     tall = [p.detach() if p.size(0) >= p.size(1) else p.detach().T for p in params]
-    assert all(MANIFOLDS["dgram"].residual(W) < 1e-6 for W in tall)
+    assert all(MANIFOLDS["dgram"].distance(W) < 1e-6 for W in tall)
     return max(torch.linalg.vector_norm(W, dim=0).max().item() for W in tall)
 
 
@@ -447,7 +447,7 @@ def test_blocks_and_learning_rates_by_pattern():
     fused = model.transformer.h[0].attn.c_attn.weight.detach()
     for block in fused.split(8):  # query, key and value of each head: (8, 16) wide, orthonormal rows
         assert torch.allclose(block @ block.T, torch.eye(8), atol=1e-5)
-    whole, cut = (spectrum(fused, MANIFOLDS["stiefel"].residual, blocks)["residual"] for blocks in (1, 6))
+    whole, cut = (spectrum(fused, MANIFOLDS["stiefel"].distance, blocks)["distance"] for blocks in (1, 6))
     assert cut < 1e-5 < whole  # what is on the manifold is each block
     rates = sorted({group["lr"].item() for group in optimizers.muon.param_groups})
     assert rates == pytest.approx([0.01, 0.02])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.generate import Sampling, stream
+from model.generate import Sampling, sampled_tokens
 from model.gpt import GPT, GPTConfig
 from model.residual import RESIDUAL_RULES
 from training.config import compose
@@ -58,11 +58,11 @@ def test_the_cache_equals_the_recomputed_window(settings, tokens):
 def test_generation_is_the_same_with_and_without_the_cache_also_past_the_window(settings, tokens):
     model = gpt(**settings)
     for prompt in (tokens[:, :5], torch.cat([tokens, tokens], 1)):
-        texts = [torch.cat([*stream(model, prompt, 15, Sampling(0), cached)], 1) for cached in (True, False)]
+        texts = [torch.cat([*sampled_tokens(model, prompt, 15, Sampling(0), cached)], 1) for cached in (True, False)]
         assert torch.equal(*texts) and texts[0].shape == (3, 15)
     assert torch.equal(
         model.generate(tokens[:, :5], 15, temperature=0)[:, 5:],
-        torch.cat([*stream(model, tokens[:, :5], 15, Sampling(0))], 1),
+        torch.cat([*sampled_tokens(model, tokens[:, :5], 15, Sampling(0))], 1),
     )
 
 
@@ -70,7 +70,7 @@ def test_one_token_is_computed_for_one_token(tokens):
     """The cache is used: after the prompt the first block is given a single token until the window is full."""
     model, seen = gpt(), []
     model.transformer.h[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].size(1)))
-    list(stream(model, tokens[:, :5], 10, Sampling()))
+    list(sampled_tokens(model, tokens[:, :5], 10, Sampling()))
     assert seen == [5, *[1] * 7, 12, 12]
 
 

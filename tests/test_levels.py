@@ -28,4 +28,4 @@ def test_a_second_round_is_asked_for_before_one_does_not_land(eta):
         moved = CertifiedStep()(stack_of(W, torch.randn(1, 96, 32, generator=g), "stiefel", eta, 0.0, levels))
         assert step == 0 or not torch.equal(moved.W, W)
         W, levels = moved.W, [int(moved.level)]
-        assert step == 0 or MANIFOLDS["stiefel"].residual(W) < 1e-6
+        assert step == 0 or MANIFOLDS["stiefel"].distance(W) < 1e-6

@@ -9,7 +9,7 @@ import torch
 from optim.certificate import StepProblem, certify
 from optim.certified import CertifiedStep, direction
 from optim.manifold_muon import ManifoldMuon
-from optim.manifolds import MANIFOLDS, residual_of
+from optim.manifolds import MANIFOLDS, distance_of
 from optim.monitor import Monitor
 from optim.msign import msign
 from optim.published import PublishedStep
@@ -41,7 +41,7 @@ def stack_of(W, G, manifold, eta=0.05, decay=0.0):
 def test_the_retraction_lands_and_keeps_what_is_there(name, shape):
     M, W = MANIFOLDS[name], gaussian(*shape, dtype=torch.float64)
     R = M.retract(W)
-    assert R.shape == W.shape and M.residual(R).max() < 1e-12 and torch.allclose(M.retract(R), R, atol=1e-12)
+    assert R.shape == W.shape and M.distance(R).max() < 1e-12 and torch.allclose(M.retract(R), R, atol=1e-12)
     inside = MANIFOLDS["spectral_ball"].retract(0.01 * W)
     assert torch.allclose(inside, 0.01 * W, atol=1e-15)
 
@@ -83,7 +83,7 @@ def test_steps_stay_on_the_set_and_descend(name, rule):
     for step in range(30):
         moved = RULES[rule](stack_of(W, W - target, name, eta=0.1 * (1 - step / 30)))
         W = moved.W
-    assert M.residual(W).max() < 1e-4
+    assert M.distance(W).max() < 1e-4
     best = (M.retract(target) - target).norm() if name != "spectral_sphere" else 0.6 * before
     assert (W - target).norm() < min(0.9 * before, 1.5 * best + 0.3 * before)
 
@@ -170,7 +170,7 @@ def test_the_tangent_part_leaves_the_norm_as_it_is():
     for name in SPHERES:
         M, W = MANIFOLDS[name], MANIFOLDS[name].retract(gaussian(9, 24, dtype=torch.float64))
         A = M.tangent(W, gaussian(9, 24, seed=3, dtype=torch.float64))
-        drift = [M.residual(W + t * A).item() for t in (1e-3, 5e-4)]
+        drift = [M.distance(W + t * A).item() for t in (1e-3, 5e-4)]
         assert drift[0] / drift[1] == pytest.approx(4, rel=0.1)  # second order
 
 
@@ -259,7 +259,7 @@ def test_refined_directions_stay_tangent(manifold):
     steps_of(params, optimizer)
     for bucket in optimizer.buckets:
         assert not bucket.state["fallbacks"].any()
-    assert all(MANIFOLDS[manifold].residual(p.detach()).max() < 1e-4 for p in params)
+    assert all(MANIFOLDS[manifold].distance(p.detach()).max() < 1e-4 for p in params)
     optimizer.watched = True
     steps_of(params, optimizer, 1)
     assert all(seen["tangency"] < 1e-5 for seen in optimizer.certificates().values())
@@ -360,9 +360,9 @@ def test_a_radius_is_the_same_step_of_a_larger_matrix(manifold):
             p.grad = q.grad = gaussian(*p.shape, seed=seed)
         one.step()
         four.step()
-    residual = residual_of(manifold, 4.0)
+    distance = distance_of(manifold, 4.0)
     for p, q in zip(small, large):
-        assert torch.equal(4 * p.detach(), q) and residual(q).max() < 1e-5
+        assert torch.equal(4 * p.detach(), q) and distance(q).max() < 1e-5
     report = Monitor(four, interval=1).report()
     assert not report.off(1e-4) and max(seen.largest for seen in report.values()) > 1.5
     four.found_inf, before = torch.ones(()), [q.clone() for q in large]
@@ -432,7 +432,7 @@ def test_every_point_trains_by_name(assignment):
         [manifold] = {row.manifold for row in optimizers.rows if row.manifold}
         for row in optimizers.rows:
             if row.manifold and not (own and "c_attn" in row.name):
-                assert MANIFOLDS[manifold].residual(model.get_parameter(row.name).detach()).max() < 1e-3
+                assert MANIFOLDS[manifold].distance(model.get_parameter(row.name).detach()).max() < 1e-3
 
 
 def test_the_published_rule_refuses_the_options():

@@ -61,7 +61,7 @@ def long_run(shift, rng, steps=STEPS):
                 for kind in MATRICES:
                     sigma = [(1 + layer / 20) * (1 - i / 40) for i in range(32)]
                     name = f"transformer.h.{layer}.{kind}.weight"
-                    yield {"kind": "spectra", "step": step, "name": name, "sigma": sigma, "residual": 1e-6}
+                    yield {"kind": "spectra", "step": step, "name": name, "sigma": sigma, "distance": 1e-6}
                     yield {"kind": "certificate", "step": step, "name": name, "feas": 0.95}
             grid = [[0.5 + 0.01 * (layer + head) for head in range(HEADS)] for layer in range(LAYERS)]
             summary = {"largest_logit": 5.0, "least_entropy": 0.5, "greatest_saturation": 0.1}

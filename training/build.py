@@ -1,4 +1,4 @@
-"""From a configuration to a model and its optimizers. No other module does this.
+"""From a configuration to a model and its optimizers: `build` makes both.
 
 A configuration may transfer settings from another model size (training/transfer.py), and some models have vectors of unit length
 (`GPT.unit_vectors`). `build` applies both.

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.stack import EXACTLY
+
 WARM_UP = 3
 """Updates that are made without a graph before one is recorded: they create states, compile, and choose kernels."""
 
@@ -41,7 +43,7 @@ class CapturedUpdate:
         """One update; `plain`: without a graph. Every parameter must have a gradient."""
         self.skip.copy_(skip)
         key = tuple(levels)
-        if plain or max(key, default=0) > 1 or self.made[key] < WARM_UP:
+        if plain or max(key, default=0) >= EXACTLY or self.made[key] < WARM_UP:
             self.made[key] += 1
             self.update(self.skip, key)
             return

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+
+from training.files import ROOT
 
 if TYPE_CHECKING:
     from training.settings import Settings
     from training.validate import ConfigError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 _LONGEST_PART, _LONGEST_NAME = 40, 200  # characters; file systems stop at 255 bytes
 

@@ -1,4 +1,4 @@
-"""Which settings have no effect beside the others. Sweeps and experiments compose such settings, so a run remarks on them and goes on."""
+"""Settings that other settings make ineffective. Sweeps and experiments compose such settings, so a run reports them and goes on."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def _forgets_scale(manifold: str) -> bool:
 
 
 def _keeps_scale(cfg: Settings, *parts: str) -> bool:
-    """Whether a factor of the initial matrices of these parts of a block, such as mlp.c_fc, is left by what brings them to their place."""
+    """Whether a factor of the initial matrices of these parts of a block, such as mlp.c_fc, is still there before the first step."""
     names = [f"transformer.h.{layer}.{part}.weight" for layer in range(cfg.model.n_layer) for part in parts]
     rules = (cfg.assignment.rules or {}).items()
     chosen = {next((choice for pattern, choice in rules if matches(pattern, name)), ADAMW) for name in names}
     return not cfg.model.unit_weights and not all(choice != ADAMW and _forgets_scale(choice) for choice in chosen)
 
 
-def _peaks_late(cfg: Settings) -> bool:
+def _decay_steps_act(cfg: Settings) -> bool:
     """Whether the end of the decay changes a learning rate: also a constant one has a warm-up, which may be a share of it or end with it."""
     asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
     return cfg.schedule.kind != "constant" or 0 < asked < 1 or asked >= min(updates, cfg.max_steps)
@@ -73,7 +73,7 @@ ONLY_SWEEP = "it is for a sweep, which the option -m starts"
 
 EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ("schedule.floor", lambda c: c.schedule.kind != "constant", "schedule=constant stays at the peak"),
-    ("schedule.decay_steps", _peaks_late, "schedule=constant stays at the peak"),
+    ("schedule.decay_steps", _decay_steps_act, "schedule=constant stays at the peak"),
     ("schedule.decay", lambda c: c.schedule.kind == "wsd", "it is for schedule=wsd"),
     ("attention.qk_clip_on", lambda c: c.attention.qk_clip, "attention.qk_clip is null"),
     ("model.storage model.logit_scale", lambda c: c.model.unit_weights, "model.unit_weights is false"),

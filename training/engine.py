@@ -32,14 +32,13 @@ from data.parallel import available_cores
 from training.checks import USER_ERRORS
 from training.config import CONFIGS, compose
 from training.data import require_data
-from training.files import CONFIG_FILE
+from training.files import CONFIG_FILE, ROOT
 from training.launch import USER_ERROR, RankFailed
 from training.lock import InUse
 from training.run import end_of
 from training.signals import STOP_SIGNALS, Stopped, StopSignal, exit_on_stop_signals
 from training.sweep import finished, hydra_job, run_job
 
-ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.05
 GRACE_S = 20.0
 """Seconds that a worker has for saving after it was asked to stop. Then it is killed."""

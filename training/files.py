@@ -9,6 +9,9 @@ from typing import IO, Any
 
 import yaml
 
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder of train.py."""
+
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 

@@ -132,7 +132,7 @@ class Borrower:
         module.register_forward_hook(self._forward_ends)
 
     def _begin(self, beside: Borrower | None, dtype: torch.dtype | None) -> None:
-        """Let all matrices of this module be sent, and of the one that is computed next, and wait for the former."""
+        """Begin to send the matrices of this module and of the next one; wait for those of this module."""
         for loan in (*self.loans, *(beside.loans if beside else ())):
             loan.begin(dtype)
         for loan in self.loans:

@@ -59,7 +59,7 @@ class RunLog:
     When ``write`` returns, the operating system has the record, so it is not lost if the process is killed. Opening the log removes an
     incomplete last line and moves damaged lines to ``metrics.jsonl.damaged``. With ``keep_until=s``, it also removes the records of
     steps after s: the run is resumed from the checkpoint of step s, and all records of step s were written before that checkpoint. Only
-    ``end`` comes after it, and is removed too.
+    ``end`` comes after; it is removed too.
     With ``fresh`` the run starts at step 0, and the log is empty: records of an earlier start are moved to ``metrics.jsonl.<n>.old``.
     """
 

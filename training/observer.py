@@ -55,7 +55,7 @@ class Observer:
         self.begun_spectra: tuple[int, Spectra] | None = None  # their step, and spectra that are not recorded yet
 
     def watch(self, certificate: bool, update: bool) -> None:
-        """Keep of the step that comes what its certificates, and the records of its updates, need."""
+        """Let the next step keep what its certificates and the records of its updates need."""
         self.optimizers.watch(certificate)
         self.coordinates.watch(update)
 
@@ -97,7 +97,7 @@ class Observer:
             records = dict(spectra.records())
             for name, record in records.items():
                 log.write("spectra", step, name=name, **record)
-            distances = {name: record.get("residual", 0.0) for name, record in records.items()}
+            distances = {name: record.get("distance", 0.0) for name, record in records.items()}
             if off := {name: far for name, far in distances.items() if far > _OFF}:
                 worst = max(off, key=off.__getitem__)
                 message = (

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.spectra import Residual
+from model.spectra import Distance
 from model.unit_norm import UnitNorm
 from optim.assignment import Row, folded
 from optim.manifold_muon import ManifoldMuon
-from optim.manifolds import residual_of
+from optim.manifolds import distance_of
 from optim.modular import Modular
 from training.capture import CapturedUpdate, Record
 from training.library import like_saved, settings_of_group, tensors_of
@@ -75,7 +75,7 @@ class Optimizers:
 
         Our optimizers and fused ones of torch are given `skip` as `found_inf`, the attribute with which torch.amp.GradScaler makes them
         skip an update, without a host sync. Other optimizers do not know it, and their state may be of any type: numbers on the host,
-        lists, counters in the groups. So that nothing of it changes, their step is not called, for which the host reads `skip` once.
+        lists, counters in the groups. So their step is not called at all; for that, the host reads `skip` once.
         """
         for optimizer in self:
             if skips_on_device(optimizer):
@@ -120,14 +120,14 @@ class Optimizers:
         found = {name: certificate for part in parts for name, certificate in part.items()}
         return [(row.name, found[row.name]) for row in self.rows if row.name in found]
 
-    def ruled_matrices(self, params: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Residual | None, int]]:
+    def ruled_matrices(self, params: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Distance | None, int]]:
         """Every matrix (of `params`, whole) that matches a rule of the assignment, by name: itself, the distance from its manifold, and its
         row blocks."""
         blocks = {n: group["blocks"] for group in (self.muon.param_groups if self.muon else ()) for n in group["names"]}
         return {
             row.name: (
                 params[row.name],
-                residual_of(row.manifold, row.radius) if row.manifold else None,
+                distance_of(row.manifold, row.radius) if row.manifold else None,
                 blocks.get(row.name, 1),
             )
             for row in self.rows

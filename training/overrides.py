@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.config import CONFIGS
-from training.fields import shown
+from training.fields import leaves, shown
 
 REFUSALS = (HydraException, OmegaConfBaseException)
 """The errors of Hydra for a word that it refuses."""
@@ -85,17 +85,8 @@ def keys_set(words: Sequence[str], config: DictConfig) -> list[str]:
     `config` is the configuration of these words, with its references.
     """
     referred = re.findall(r"\$\{([\w.]+)\}", OmegaConf.to_yaml(config))
-    keys = [key for override in parsed(words) for key in _leaves(override.key_or_group, override.value())]
+    keys = [key for override in parsed(words) for key, _ in leaves({override.key_or_group: override.value()})]
     return [key for key in dict.fromkeys(keys) if key not in referred]
-
-
-def _leaves(key: str, value: Any) -> Iterator[str]:
-    """The dotted keys of all values in a mapping; the key itself for any other value."""
-    if not isinstance(value, dict) or not value:
-        yield key
-    else:
-        for name, item in value.items():
-            yield from _leaves(f"{key}.{name}", item)
 
 
 def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
@@ -117,8 +108,8 @@ def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
 def composed(words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
     """Hydra's configuration of these words, with its references.
 
-    Words that only set a value need no composition of their own: what the others compose is kept, and Hydra composes all of them together
-    only where a word does anything else, or is refused. That takes .15 s each time, and an experiment composes each of its cases.
+    Words that choose files are composed once and kept; words that only set a value change a copy of that. Hydra composes all words together
+    only if one does something else or is refused: that takes .15 s, and an experiment composes each of its cases.
 
     Raises:
         HydraException, OmegaConfBaseException: see REFUSALS.

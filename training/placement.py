@@ -31,7 +31,7 @@ class Placement(Protocol):
         """This rank's part of the gradient of each parameter, in order; to be changed in place. Call it after a backward pass."""
 
     def whole_norms(self, norms: Tensor) -> Tensor:
-        """The norms (N,) of the gradients, of the norms of what `gradients` returned; the same on all ranks."""
+        """The norms (N,) of the whole gradients, from those of the parts that `gradients` returned; equal on all ranks."""
 
     def whole(self) -> AbstractContextManager[Mapping[str, Tensor]]:
         """A context in which every rank has whole parameters, and their names; modules of the model may be used alone in it."""

@@ -82,7 +82,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the only one that writes."""
+        """Whether this is rank 0, which writes the records."""
         return self.rank == 0
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from optim.assignment import folded
 from training.average import Average
 from training.checkpoint import STATE_FILE, CheckpointError, Loaded, load, load_newest
+from training.fields import leaves
 from training.files import read_config
 from training.log import METRICS_FILE, read_records
 from training.ranks import LostRanks, Ranks
@@ -104,7 +105,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def was_end(loaded: Loaded) -> bool:
-    """Whether the run had ended with this checkpoint, so that all measurements of an end were made. Older ones say it only by their step."""
+    """Whether the run had ended at this checkpoint, with all measurements of an end. In older checkpoints only the step tells."""
     return loaded.state.get("ended", loaded.state["config"]["max_steps"] <= loaded.step)
 
 
@@ -220,12 +221,12 @@ def agreed_checkpoint(ranks: Ranks, cfg: Settings, directory: Path, data: str) -
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
-    """List each key whose value differs between two nested configurations, as `"schedule.lr: 0.1 → 0.2"`.
+    """List each key whose value differs between two nested configurations, as `"optim.muon.lr: 0.1 → 0.2"`.
 
     `ignore` names dotted keys; a name covers everything below it (`"logger"` covers `logger.mode`). A key that one of them does not
     have is the same as None: settings that were added later are switched off by it.
     """
-    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    before, after = dict(leaves(saved)), dict(leaves(now))
     ignored = tuple(ignore)
     changes = []
     for key in sorted(before.keys() | after.keys()):
@@ -240,14 +241,6 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterab
         ):
             changes.append(f"{key}: {old} → {new}")
     return changes
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 # ---- loading it ----

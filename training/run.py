@@ -19,7 +19,7 @@ from torch import nn
 
 from model.loss import mark_constants
 from optim.linalg import allow_programs
-from training.files import CONFIG_FILE, read_config
+from training.files import CONFIG_FILE, ROOT, read_config
 from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import METRICS_FILE, parse_record
 from training.settings import Settings
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from model.gpt import GPT
     from training.ranks import Ranks
 
-_ROOT = Path(__file__).resolve().parent.parent
 _TAIL_BYTES = 1 << 16  # the end of a log; larger than any `end` record
 LONGEST_NAME = 250  # bytes; file systems allow 255, and a dot and a number may be added
 
@@ -227,11 +226,11 @@ def code_version() -> str:
     told = os.environ.get("MANIFOLD_GPT_CODE") or "unknown"
 
     def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(_ROOT), *words]
+        command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != _ROOT:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return told  # the repository is another one, in which this program is installed
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + (" + changes" if changed else "")

@@ -19,9 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+from model.residual import Positive
 from training.warning import Alarm, EarlyWarning, WarningRules
-
-Positive = Annotated[float, ("above", 0)]
 
 # The standard deviation is at least this share of the mean, so that a small change of a constant loss is not an alarm.
 _LEAST_RELATIVE_SPREAD = 1e-3
@@ -44,7 +43,7 @@ class StabilityRules:
 
 
 class Stability:
-    """The stability of one run. An observation returns True at the step at which the run becomes unstable.
+    """The stability of one run. An observation of a loss returns True at the step at which the run becomes unstable.
 
     ``decay`` belongs to the exponential moving mean and variance of the training loss. For the first 1/(1 - decay) losses they are plain
     averages, and the third rule is not applied.

@@ -16,7 +16,7 @@ from optim.assignment import parameter_table
 from training import library
 from training.attention import Backend
 from training.checkpoint import discard_later
-from training.files import CONFIG_FILE, ENVIRONMENT_FILE, write_whole
+from training.files import CONFIG_FILE, ENVIRONMENT_FILE, ROOT, write_whole
 from training.log import METRICS_FILE, RunLog, read_records
 from training.optimizers import Optimizers
 from training.progress import ProgressSink
@@ -29,8 +29,6 @@ from training.step import micro_batch_size
 from training.transfer import transfer_table
 from training.wandb_sink import WandbSink
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def open_log(
     cfg: Settings, directory: Path, optimizers: Optimizers, step: int, resumed: bool, label: str = ""
@@ -40,7 +38,7 @@ def open_log(
     label: which job of a sweep this is, such as "job 2/4"; the progress shows it, and the seed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Of a branch its beginning is kept, since resume=auto returns to it until the branch has saved.
+    # A branch keeps the name of its beginning: resume=auto returns to it until the branch has saved.
     begun_at, continued = branch_of(directory) if resumed else None, resumed and goes_on(cfg, directory)
     plain = cfg.plain() | ({"resume": begun_at} if begun_at and cfg.resume == "auto" else {})
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))

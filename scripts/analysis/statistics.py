@@ -104,6 +104,7 @@ def student_quantile(share: float, freedom: int) -> float:
 
 LEVEL, POWER = 0.05, 0.8
 """The two-sided level of a test, and the probability with which a true difference is to be found: the values of most textbooks."""
+MOST_SEEDS = 1000  # that a question may need to be answered here
 _SLICES = 400  # of the integral in `power`; twice as many change its value by less than 1e-6
 
 
@@ -128,37 +129,37 @@ def power(effect: float, count: int, level: float = LEVEL) -> float:
 
 
 @cache
-def detectable(count: int, level: float = LEVEL, wanted: float = POWER) -> float:
-    """The smallest effect, in standard deviations of the difference of one seed, that `count` ≥ 2 seeds find with the wanted power."""
+def detectable(count: int) -> float:
+    """The smallest effect, in standard deviations of the difference of one seed, that `count` ≥ 2 seeds find with the usual power."""
     low, high = 0.0, 1.0
-    while power(high, count, level) < wanted:
+    while power(high, count) < POWER:
         high *= 2
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if power(middle, count, level) < wanted else (low, middle)
+        low, high = (middle, high) if power(middle, count) < POWER else (low, middle)
     return high
 
 
-def seeds_needed(effect: float, most: int = 1000) -> int | None:
-    """The least number of seeds that find an effect, in units of `detectable`, with the usual power; None if it is more than `most`."""
+def seeds_needed(effect: float) -> int | None:
+    """The least number of seeds that find an effect, in units of `detectable`, with the usual power; None if it is more than MOST_SEEDS."""
     low, high = 1, 2
     while power(effect, high) < POWER:
         low, high = high, 2 * high
-        if low >= most:
+        if low >= MOST_SEEDS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if power(effect, middle) < POWER else (low, middle)
-    return high if high <= most else None
+    return high if high <= MOST_SEEDS else None
 
 
-def scatter_allowed(difference: float, level: float = LEVEL) -> float:
+def scatter_allowed(difference: float) -> float:
     """What one seed can say: a difference of two single runs is significant only if runs scatter over seeds by less than this.
 
     The result is a standard deviation of the loss of one run. It assumes independent normal losses of equal, known deviation σ: the
     difference then has the deviation σ√2. One seed itself says nothing about σ.
     """
-    return abs(difference) / (math.sqrt(2) * statistics.NormalDist().inv_cdf(1 - level / 2))
+    return abs(difference) / (math.sqrt(2) * statistics.NormalDist().inv_cdf(1 - LEVEL / 2))
 
 
 def holm(values: Sequence[float]) -> list[float]:

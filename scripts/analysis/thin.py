@@ -111,7 +111,7 @@ def _kind(rows: list[tuple[int, dict[int, dict[str, Any]]]]) -> dict[str, Any]:
     steps = sorted({step for _, records in rows for step in records})
     coarse, few = evenly(steps, COLUMNS), evenly(steps, SPECTRA)
     found: dict[str, Any] = {"layers": [layer for layer, _ in rows], "steps": coarse, "shape_steps": few}
-    for key in ("sigma_max", "sigma_median", "sigma_min", "residual"):
+    for key in ("sigma_max", "sigma_median", "sigma_min", "distance"):
         found[key] = [[shortened(_number(records, step, key)) for step in coarse] for _, records in rows]
     found["shape"] = [
         [shortened(records[step]["sigma_shape"]) if step in records else [] for step in few] for _, records in rows
