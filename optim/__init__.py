@@ -15,7 +15,8 @@ In the order in which one reads it; nothing here knows the GPT of model/:
 
 from .any_model import for_model
 from .assignment import AssignmentError
-from .certified import CertifiedStep
+from .certificate import certify
+from .certified import CertifiedStep, direction
 from .iterators import ITERATORS, iterator
 from .manifold_muon import ManifoldMuon
 from .manifolds import MANIFOLDS, Manifold
@@ -32,6 +33,8 @@ __all__ = [
     "ManifoldWarning",
     "Monitor",
     "PublishedStep",
+    "certify",
+    "direction",
     "for_model",
     "iterator",
 ]

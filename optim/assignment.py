@@ -152,7 +152,7 @@ def _problems(
         f"assignment: rule '{rule}' claims {listed(names)}, which is always AdamW's; narrow the rule, or optim.always_adamw"
         for rule, names in claimed.items()
     ]
-    problems += [f"assignment: {_unclear(found, names)}" for found, names in unclear.items()]
+    problems += [f"assignment: {_unclear(found, names, matrices)}" for found, names in unclear.items()]
     problems += [
         f"assignment: {listed(names)} would have two owners: the model keeps their vectors at unit length, and "
         f"rule '{rule}' puts them on '{rules[rule]}'; choose {', '.join(_BESIDE_UNIT_LENGTH)}, or model.unit_weights=false"
@@ -170,13 +170,15 @@ def _problems(
     return problems
 
 
-def _unclear(hits: Sequence[str], names: Sequence[str]) -> str:
+def _unclear(hits: Sequence[str], names: Sequence[str], matrices: Collection[str]) -> str:
     """The sentence about matrices that several rules match, or none."""
     if hits:
         return f"several rules ({', '.join(map(repr, hits))}) match {listed(names)}; keep one of them"
     parts = names[0].split(".")
-    example = next((part for part in [*parts[-2::-1], *parts] if not part.isdigit()), names[0])
-    return f"no rule matches {listed(names)}; add one, such as {example}: adamw"
+    alone = (
+        part for part in parts[-2::-1] if not part.isdigit() and all(n in names for n in matrices if matches(part, n))
+    )
+    return f"no rule matches {listed(names)}; add one, such as {next(alone, names[0])}: adamw"
 
 
 def _meant(pattern: str, kept: Mapping[str, str], left: Collection[str]) -> str:

@@ -124,12 +124,13 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
     Where W or T of a matrix is not finite, all its numbers are NaN; where G is not, those that depend on G.
 
     Raises:
-        ValueError: an unknown manifold, or shapes that differ.
+        ValueError: an unknown manifold, or other shapes.
     """
     if manifold not in MANIFOLDS:
         raise ValueError(f"unknown manifold {manifold!r}; choose one of {', '.join(MANIFOLDS)}")
-    if not W.shape == G.shape == T.shape:
-        raise ValueError(f"W {tuple(W.shape)}, G {tuple(G.shape)} and T {tuple(T.shape)} must be equally shaped")
+    if not W.shape == G.shape == T.shape or W.ndim not in (2, 3):
+        shapes = f"W {tuple(W.shape)}, G {tuple(G.shape)} and T {tuple(T.shape)}"
+        raise ValueError(f"{shapes} must be equally shaped (m, n) or (k, m, n)")
     W, G, T = (stacked(X).double() for X in (W, G, T))
     sound = (W.isfinite() & T.isfinite()).all(dim=(-2, -1), keepdim=True)
     finite = G.isfinite().all(dim=(-2, -1), keepdim=True)

@@ -68,6 +68,7 @@ LENGTHS: dict[str, Callable[[int, int], float]] = {
 }
 """‖T‖₂ by name: 1, or what gives Muon's update the root mean square .2 that AdamW's has (Moonlight, arXiv 2502.16982)."""
 
+FAR = 0.1  # the distance from a manifold from which on `direction` refuses a matrix; bfloat16 weights are .01 away
 LARGEST_ENTRY = 0.125  # of G as the step sees it: far from both ends of float16, and so is 1/‖G‖₂ up to 2^30 entries
 SKEW_STEPS, SKEW_LOWER = 7, 1e-3  # of a square Stiefel matrix; feas .997 and more on recorded problems
 CAP_FROM = 0.5  # the cap's polynomial is fitted on singular values in [CAP_FROM, 1]·‖T‖₂; smaller ones hardly exist
@@ -433,13 +434,17 @@ def direction(W: Tensor, G: Tensor, manifold: str, products: str | None = None, 
         quality: "default" or "high".
 
     Raises:
-        ValueError: an unknown manifold, precision or quality, or W and G of different shape.
+        ValueError: an unknown manifold, precision or quality, W and G of different shape, or W is far from the manifold.
     """
     if manifold not in MANIFOLDS:
         raise ValueError(f"unknown manifold {manifold!r}; choose one of {', '.join(MANIFOLDS)}")
     if W.shape != G.shape or W.ndim not in (2, 3):
         raise ValueError(f"W {tuple(W.shape)} and G {tuple(G.shape)} must be equally shaped (m, n) or (k, m, n)")
     M = MANIFOLDS[manifold]
+    if (distance := M.distance(W).max().item()) > FAR:
+        raise ValueError(
+            f"W is {distance:.2g} from {manifold}; divide it by its radius, if it has one, or retract it: MANIFOLDS['{manifold}'].retract(W)"
+        )
     stacks = [stacked(X).float() for X in (W, G)]
     with torch.no_grad(), exact_sums(W.device):
         T, scale, *_ = direction_of(stacks[0], stacks[1], M, effort_of(M, quality), products_for(W.device, products))

@@ -85,7 +85,7 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups, dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS). They may have "names", of the
-            parameters, which `certificates` and `bring_onto_manifold(names)` need; "blocks" (1), into how many matrices the rows of each parameter are cut; "radius" R (1), for
+            parameters, by default "group i, matrix j"; "blocks" (1), into how many matrices the rows of each parameter are cut; "radius" R (1), for
             manifolds of fixed size: W / R is on the manifold; and any of the settings below.
         rule: the step rule, called once for each bucket. At construction, its `init` brings every whole
             parameter onto its manifold, on each rank alike.
@@ -104,7 +104,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     are sent and received. A copy, or what a pickle gives back, has them as they were at the start.
 
     Raises:
-        ValueError: with every problem: a parameter is not a matrix, has 16 bits, or cannot be cut into its blocks, a group has no
+        ValueError: the rule is none; or with every problem: a parameter is not a matrix, has 16 bits, or cannot be cut into its blocks, a group has no
             matrices, a manifold is unknown, a radius does not fit it, or SETTINGS does not allow a value.
     """
 
@@ -133,9 +133,12 @@ class ManifoldMuon(torch.optim.Optimizer):
             "row_beta": row_beta,
         }
         super().__init__(groups, defaults)
+        if not callable(rule):
+            raise ValueError(f"rule is {rule!r}; give a step rule, such as CertifiedStep() or PublishedStep(...)")
         if problems := list(dict.fromkeys(problem for group in self.param_groups for problem in _problems(group))):
             raise ValueError("\n".join(problems))
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
+            group.setdefault("names", [f"group {i}, matrix {j}" for j in range(len(group["params"]))])
             group["lr"] = torch.as_tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
         self.rule = rule
         self._make_buckets()
@@ -418,7 +421,11 @@ def _problems(group: dict[str, Any]) -> list[str]:
         if not allows(group[name])
     ]
     name, radius, blocks = group.get("manifold"), group["radius"], group["blocks"]
-    if name not in MANIFOLDS:
+    if name is None:
+        problems.append(
+            f"a parameter group has no manifold; give {{'params': ..., 'manifold': ...}}, one of {', '.join(MANIFOLDS)}"
+        )
+    elif name not in MANIFOLDS:
         problems.append(f"unknown manifold {name!r}; choose one of {', '.join(MANIFOLDS)}")
     elif not (_is_number(radius) and radius > 0 and (radius == 1 or MANIFOLDS[name].sized)):
         problems.append(

@@ -155,7 +155,10 @@ class Manifold:
         raise NotImplementedError
 
     def target(self, S: Tensor) -> Tensor:
-        """The value of P(WᵀW) on the manifold (n, n), for S (..., n, n): P(I), unless a subclass says otherwise."""
+        """The value of P(WᵀW) on the manifold (n, n), for S (..., n, n): P(I), unless a subclass says otherwise.
+
+        Its diagonal is 1: `defect` takes it for the Gram matrix of unit columns. A manifold of another size is this one with a radius.
+        """
         return self.project(eye_like(S))
 
     def defect(self, S: Tensor) -> Tensor:

@@ -93,8 +93,6 @@ class Monitor:
         self.optimizer, self.interval, self.tolerance = optimizer, interval, tolerance
         self.steps = 0
         self.certified: Mapping[str, Mapping[str, float]] = {}
-        for i, group in enumerate(optimizer.param_groups):
-            group.setdefault("names", [f"group {i}, matrix {j}" for j in range(len(group["params"]))])
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     def report(self) -> Report:

@@ -74,6 +74,13 @@ def test_hetero_gives_every_parameter_to_one_optimizer():
             {"attn": "stiefel", "mlp": "dgram", "c_attn": "dgram"},
             ["several rules ('attn', 'c_attn') match 'transformer.h.0-3.attn.c_attn.weight'; keep one"],
         ),
+        (
+            {"attn": "stiefel", "mlp.c_fc": "dgram"},
+            [
+                "no rule matches 'transformer.h.0-3.mlp.c_proj.weight'",
+                "such as transformer.h.0.mlp.c_proj.weight: adamw",
+            ],
+        ),
         ({"attn": "steifel", "mlp": "dgram"}, ["asks for 'steifel'", "stiefel"]),
         (
             {"attn": "stiefel", "mlp": "dgram", "atn": "dgram"},

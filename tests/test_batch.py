@@ -14,6 +14,7 @@ from model.gpt import GPT, GPTConfig
 from training.checks import check
 from training.config import compose
 from training.data import open_data
+from training.placement import require_gradients
 from training.start import shortened
 from training.step import accumulate, clip, host_tokens, micro_batch_size, micro_batches
 from training.validate import ConfigError
@@ -46,6 +47,13 @@ def test_a_smaller_last_micro_batch_counts_by_its_windows(size):
     (loss, gradients), (other, others) = found
     assert other == pytest.approx(loss, abs=1e-6)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradients, others))
+
+
+def test_a_parameter_without_gradient_is_named():
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    used.sum().backward()
+    with pytest.raises(RuntimeError, match=r"no gradient reached h\.0\.alpha; use it in the forward pass"):
+        require_gradients({"h.0.beta": used, "h.0.alpha": unused})
 
 
 def test_a_batch_for_a_gpu_is_pinned_once(monkeypatch):

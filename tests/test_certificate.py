@@ -172,6 +172,7 @@ def test_the_optimum_lies_between_its_bounds():
     [
         (lambda W, G: certify(W, G, W, "sphere"), "unknown manifold 'sphere'; choose one of"),
         (lambda W, G: certify(W, G[0], W, "stiefel"), "must be equally shaped"),
+        (lambda W, G: certify(W[0, 0], G[0, 0], G[0, 0], "stiefel"), r"equally shaped \(m, n\)"),
         (lambda W, G: solve(W, G, "stiefel", "newton"), "choose a method among least_squares"),
         (lambda W, G: solve(W, G, "stiefel", "su", 0), "calls of 1 or more"),
     ],

@@ -438,6 +438,8 @@ def test_refusals_name_the_remedy(settings, message):
         direction(W, G, "sphere")
     with pytest.raises(ValueError, match="must be equally shaped"):
         direction(W, G[:, :5], "stiefel")
+    with pytest.raises(ValueError, match=r"W is 0.75 from stiefel; divide it by its radius, .* or retract it"):
+        direction(2 * W, G, "stiefel")
 
 
 def test_blocks_and_learning_rates_by_pattern():

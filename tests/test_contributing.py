@@ -65,8 +65,8 @@ def test_every_recipe_works_as_it_stands(tmp_path):
     python = sorted(str(path) for path in changed if path.suffix == ".py")
     subprocess.run([sys.executable, "-m", "ruff", "format", "--check", *python], cwd=copy, check=True)
     tests = ["tests/recipes.py", "tests/test_manifolds.py", "tests/test_residual.py", "tests/test_data_command.py"]
-    tests.append("tests/test_library.py")
-    names = "recipes or frobenius or (layer_scale and not formula) or sums or nadam"
+    tests += ["tests/test_library.py", "tests/test_wandb.py"]
+    names = "recipes or frobenius or (layer_scale and not formula) or sums or nadam or measures"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", names]
     done = subprocess.run(
         command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True, check=False

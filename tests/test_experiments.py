@@ -16,6 +16,7 @@ from model.residual import RESIDUAL_RULES
 from scripts import experiment
 from scripts.analysis import conduct
 from scripts.analysis.conduct import Conductor, check_all
+from scripts.analysis.tables import case
 from scripts.command import UsageError
 from training.config import compose
 from training.validate import ConfigError
@@ -147,6 +148,14 @@ def test_a_launcher_that_is_not_installed_is_refused_with_the_remedy(tmp_path, m
     words = ["crossing", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
     assert experiment.main(words) == 2 and list(tmp_path.iterdir()) == []
     assert "pip install -e '.[slurm]'" in capsys.readouterr().err
+
+
+def test_a_column_of_no_axis_is_refused_before_the_first_run():
+    wrong = replace(experiment.load_experiment("crossing"), columns=lambda study: [case("lr", "lr")])
+    with pytest.raises(
+        UsageError, match="a column has the axis lr; the axes of this experiment are assignment, residual"
+    ):
+        check_all(experiment.study_of(wrong, [])[0])
 
 
 def test_an_experiment_in_a_new_file_is_found(tmp_path, monkeypatch, jobs_here, tiny_grid, capsys):

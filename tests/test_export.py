@@ -291,6 +291,14 @@ def test_bad_arguments_are_one_message_and_leave_nothing(run, tmp_path, capsys, 
     assert said.format(run=run) in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_weights_are_no_run_and_a_run_begins_with_them(run, tmp_path):
+    export.main([str(run), str(tmp_path / "hf"), "to=hf"])
+    with pytest.raises(
+        UsageError, match=rf"hf holds weights, not a run; train.py init_from={tmp_path}/hf begins a run"
+    ):
+        load_model(tmp_path / "hf")
+
+
 def test_only_a_file_is_replaced(run, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert export.main([str(run), str(tmp_path / "pipe")]) == 2

@@ -83,6 +83,12 @@ def test_a_reader_gets_back_what_was_written(tmp_path):
     json.loads(text, parse_constant=refuse)
 
 
+def test_a_field_may_have_any_name(tmp_path):
+    log = RunLog(tmp_path)
+    log.write("probe", 1, self=0.5)
+    assert next(read_records(log.path))["self"] == 0.5
+
+
 def test_arrays_and_tensors_become_plain_numbers(tmp_path):
     log = RunLog(tmp_path)
     log.write(

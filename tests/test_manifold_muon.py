@@ -169,6 +169,24 @@ def test_a_further_group_is_refused():
     assert len(optimizer.param_groups) == 1
 
 
+def test_matrices_have_names_without_being_given_any():
+    optimizer = optimizer_of({"params": [matrix(), matrix()]}, {"params": [matrix()], "names": ["mine"]})
+    optimizer.watched = True
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert list(optimizer.certificates()) == ["group 0, matrix 0", "group 0, matrix 1", "mine"]
+
+
+def test_what_is_no_step_rule_and_a_group_without_manifold_are_refused():
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
+    with pytest.raises(ValueError, match="rule is 'certified'; give a step rule, such as CertifiedStep"):
+        ManifoldMuon([{"params": [matrix()], "manifold": "stiefel"}], "certified", **settings)
+    with pytest.raises(ValueError, match="a parameter group has no manifold; give"):
+        ManifoldMuon([matrix()], CertifiedStep(), **settings)
+
+
 WRONG = {
     "lr": (-0.05, float("nan"), float("inf"), "0.1", True, None),
     "momentum": (1.5, 1, -0.1, "a"),

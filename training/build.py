@@ -64,11 +64,11 @@ def gpt_config(cfg: Settings) -> GPTConfig:
 def step_rule(settings: Optim) -> StepRule:
     """The step rule of ManifoldMuon."""
     rule = settings.muon.rule
+    if not isinstance(rule, (CertifiedRule, PublishedRule)):
+        raise TypeError(f"no step rule is made of {rule}; name it in step_rule of training/build.py")
     chosen = None if rule.iterator is None else iterator(rule.iterator)
     if isinstance(rule, CertifiedRule):
         return CertifiedStep(rule.quality, rule.products, rule.length, rule.norm_cap, rule.compile, chosen)
-    if not isinstance(rule, PublishedRule):
-        raise TypeError(f"no step rule is made of {rule}; name it in step_rule of training/build.py")
     dtype = getattr(torch, rule.msign_dtype)
     return PublishedStep(
         rule.dual_steps, rule.alpha, rule.msign_steps, dtype, rule.decay_manifolds, rule.retraction, chosen

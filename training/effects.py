@@ -37,6 +37,11 @@ def _decays(cfg: Settings) -> bool:
     return any(on_all if m.gram_space and on_all is not None else m.decays for m in _manifolds(cfg))
 
 
+def _iterator(cfg: Settings) -> Any:
+    """The chosen iteration; None where none is, or where the step rule has no such setting."""
+    return getattr(cfg.optim.muon.rule, "iterator", None)
+
+
 def _iterates(cfg: Settings) -> bool:
     """Whether the chosen iteration is used: by the published step everywhere, by the certified step where there is no condition."""
     return not isinstance(cfg.optim.muon.rule, CertifiedRule) or not all(m.conditioned for m in _manifolds(cfg))
@@ -92,7 +97,7 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ),
     (
         "optim.muon.rule.iterator",
-        lambda c: c.optim.muon.rule.iterator is None or _iterates(c),
+        lambda c: _iterator(c) is None or _iterates(c),
         "no matrix is unconstrained or in the spectral ball",
     ),
     (
@@ -119,7 +124,7 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ),
     (
         "optim.muon.rule.msign_steps",
-        lambda c: c.optim.muon.rule.iterator is None,
+        lambda c: _iterator(c) is None,
         "optim.muon.rule.iterator replaces it",
     ),
     (

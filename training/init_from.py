@@ -60,7 +60,9 @@ def start_from(
     after = loss() if moved else before
     lines = [f"weights of {weights.source}: validation loss {before:.4f}"]
     if moved:
-        lines[0] += f", {after:.4f} after these matrices moved onto their manifolds, by ‖ΔW‖/‖W‖ (and to ‖W‖ times)"
+        lines[0] += (
+            f", {after:.4f} after these matrices moved onto their manifolds, by ‖ΔW‖/‖W‖ (new ‖W‖ over the old one)"
+        )
         width = max(map(len, moved))
         lines += [f"  {name.ljust(width)}  {by:.4f}  ({to:.4f})" for name, (by, to) in moved.items()]
     lines += changed_attention(weights, model.config)

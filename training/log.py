@@ -75,7 +75,7 @@ class RunLog:
         self._sinks = list(sinks)
         self._file = self.path.open("ab", buffering=0)
 
-    def write(self, kind: str, step: int, **fields: Any) -> None:
+    def write(self, kind: str, step: int, /, **fields: Any) -> None:
         """Append one record of numbers, strings, None, lists, dicts, NumPy arrays and tensors of any shape.
 
         Raises:
@@ -132,7 +132,7 @@ class RunLog:
 class NoLog:
     """The log of the other ranks, which write nothing."""
 
-    def write(self, kind: str, step: int, **fields: Any) -> None:
+    def write(self, kind: str, step: int, /, **fields: Any) -> None:
         """Nothing."""
 
     def sync(self) -> None:

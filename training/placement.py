@@ -52,6 +52,14 @@ def place(model: nn.Module, optimizers: Optimizers, ranks: Ranks, cfg: Settings)
     return Replicated(model, ranks, cfg)
 
 
+def require_gradients(params: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError unless all parameters have a gradient."""
+    if without := [name for name, p in params.items() if p.grad is None]:
+        raise RuntimeError(
+            f"no gradient reached {', '.join(without)}; use it in the forward pass, or do not create it with these settings"
+        )
+
+
 class Replicated:
     """Every rank has all parameters, and with several ranks DDP sums the gradients; see Placement."""
 
@@ -65,6 +73,7 @@ class Replicated:
             self.replica = compiled(replica, cfg, ranks.device)
 
     def gradients(self) -> list[Tensor]:
+        require_gradients(self.params)
         return [cast(Tensor, p.grad) for p in self.params.values()]
 
     def whole_norms(self, norms: Tensor) -> Tensor:

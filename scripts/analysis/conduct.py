@@ -137,6 +137,11 @@ def check_all(study: Study, here: bool = True) -> None:
     """
     study.experiment.check(study)
     cases, seeds, problems = study.cases(), study.seeds, dict[str, None]()
+    for column in study.experiment.columns(study):
+        if column.axis and column.axis not in cases[0]:
+            raise UsageError(
+                f"a column has the axis {column.axis}; the axes of this experiment are {', '.join(cases[0])}"
+            )
     if study.experiment.search:
         _check_search(study)
         seeds = [*seeds, str(study.options["search_seed"])]
@@ -182,8 +187,8 @@ def write(study: Study, results: Path, command: str) -> str:
     tables, columns, remark = experiment.tables(study), experiment.columns(study), experiment.remark(study)
     about_losses, missing = "", _missing(study)
     if study.runs:
-        trials = f", and {study.trial_seconds / 60:.0f} of trials" if study.found else ""
-        spent = f"{train_seconds(study.runs) / 60:.0f} minutes of training{trials}"
+        trials = f", and {study.trial_seconds / 60:.0f} min of trials" if study.found else ""
+        spent = f"{train_seconds(study.runs) / 60:.0f} min of training{trials}"
         about_losses = f"Losses are in nats a token, mean ± standard error over seeds; {spent}."
     foot = footer(command, study.runs, about_losses, missing, remark)
     env = dict(study.runs[0].environment if study.runs else environment())

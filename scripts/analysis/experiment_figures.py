@@ -44,11 +44,13 @@ def heat_map(groups: Groups, across: str, down: str, path: Path) -> Path:
     means = {key: Estimate.of(final_losses(runs)).mean for key, runs in stable.items()}
     norm = Normalize(min(means.values(), default=0.0), max(means.values(), default=1.0))
     grid = [[means.get((x, y), math.nan) for x in columns] for y in rows]
-    with picture(path, 2.2 + 1.25 * max(2, len(columns)), 1.1 + 0.62 * len(rows), grid=False) as figure:
+    with picture(path, 2.5 + 1.25 * max(2, len(columns)), 1.35 + 0.62 * len(rows), grid=False) as figure:
         axes = figure.subplots()
         shade = axes.imshow(grid, cmap="viridis_r", norm=norm, aspect="auto")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel(across)
+        axes.set_ylabel(down)
         axes.tick_params(length=0)
         for i, y in enumerate(rows):
             for j, x in enumerate(columns):

@@ -402,6 +402,10 @@ def load_model(directory: str | Path, average: bool = False) -> tuple[GPT, Setti
     if loaded is None:
         if run := run_around(directory):
             raise UsageError(f"{directory} is a part of a run; name the run itself: {run}")
+        if (directory / "config.json").exists():
+            raise UsageError(
+                f"{directory} holds weights, not a run; train.py init_from={directory} begins a run with them and prints their loss"
+            )
         raise UsageError(f"no checkpoint in {directory}/checkpoints; let the run reach checkpoint.interval, or its end")
     for path, reason in loaded.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)

@@ -37,12 +37,16 @@ Groups = Sequence[Sequence[RecordedRun]]
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: heading, key in table.json, and the value for a run. Numbers are shown with `digits` decimals."""
+    """One column of a table: heading, key in table.json, and the value for a run. Numbers are shown with `digits` decimals.
+
+    axis: of an experiment, if the value is that of one.
+    """
 
     heading: str
     key: str
     value: Callable[[RecordedRun], Value]
     digits: int = 4
+    axis: str | None = None
 
 
 BEST = Column("val loss, best", "val_loss_best", lambda r: r.best)
@@ -95,7 +99,7 @@ TURN_COLUMNS = [
 
 def case(heading: str, axis: str) -> Column:
     """A column with a run's value of an experiment's axis. Its key is the last part of the axis's name."""
-    return Column(heading, axis.rpartition(".")[2], lambda r: r.case[axis])
+    return Column(heading, axis.rpartition(".")[2], lambda r: r.case[axis], axis=axis)
 
 
 def columns_with_values(columns: Sequence[Column], runs: Sequence[RecordedRun]) -> list[Column]:
