@@ -37,10 +37,12 @@ from training.average import average_of
 from training.build import build
 from training.checks import check
 from training.data import batches_of, open_data, require_as_prepared, separator_of
+from training.directory import claimed, end_of, end_summary
 from training.effects import without_effect
 from training.init_from import start_from
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
+from training.machine import resolve_device, speed, wait_for
 from training.observer import Observer
 from training.phases import Phases, as_phase
 from training.placement import place
@@ -55,7 +57,6 @@ from training.resume import (
     state_of,
     was_end,
 )
-from training.run import claimed, end_of, end_summary, resolve_device, speed, wait_for
 from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal

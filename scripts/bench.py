@@ -86,8 +86,8 @@ from scripts.timing import (
 )
 from training.build import build_optimizers
 from training.config import compose
+from training.machine import device_name, environment
 from training.overrides import hint
-from training.run import device_name, environment
 from training.settings import CertifiedRule
 from training.signals import Stopped
 from training.validate import problems_of_directory

@@ -27,9 +27,9 @@ from training.average import Average, average_of
 from training.build import build_optimizers, gpt_config
 from training.capture import WARM_UP, CudaGraphs
 from training.config import compose
+from training.machine import compiled, peak_flops, resolve_device
 from training.optimizers import Optimizers
 from training.phases import Phases
-from training.run import compiled, peak_flops, resolve_device
 from training.settings import Settings
 from training.signals import Stopped
 from training.step import accumulate, clip

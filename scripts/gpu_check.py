@@ -53,7 +53,7 @@ from data.shards import DataError
 from scripts import gpu_runs
 from scripts.command import ROOT, UsageError, parse, run
 from scripts.timing import device_folder
-from training.run import environment
+from training.machine import environment
 
 STAGES = ("a", "b", "c", "d")
 

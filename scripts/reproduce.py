@@ -50,10 +50,10 @@ from scripts.command import ROOT, UsageError, command_line, listed, parse, refus
 from training.checks import check
 from training.config import compose
 from training.data import require_data
-from training.engine import Job, run_here
 from training.files import write_whole
+from training.job import finished
+from training.jobs import Job, run_here
 from training.log import METRICS_FILE
-from training.sweep import finished
 from training.validate import problems_of_directory
 
 ASSIGNMENTS = ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from training.run import device_name
+from training.machine import device_name
 from training.signals import Stopped
 
 NOT_MEASURED = "not measured"

@@ -52,9 +52,9 @@ def tiny_grid(tiny_data):
 @pytest.fixture
 def jobs_here(monkeypatch):
     """The jobs of an experiment run in this process: to start workers, or one of Hydra's launchers, takes longer than tiny runs."""
-    from training.engine import run_here
+    from training.jobs import run_here
 
-    monkeypatch.setattr("training.engine.run_jobs", lambda jobs, workers: map(run_here, jobs))
+    monkeypatch.setattr("training.jobs.run_jobs", lambda jobs, workers: map(run_here, jobs))
 
 
 @pytest.fixture

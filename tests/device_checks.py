@@ -18,9 +18,9 @@ from optim.manifolds import MANIFOLDS
 from training.build import build_optimizers, gpt_config
 from training.capture import WARM_UP
 from training.config import compose
+from training.machine import compiled
 from training.phases import Phases
 from training.ranks import Ranks
-from training.run import compiled
 from training.step import FiniteGuard, accumulate, clip, mean_loss
 
 SHAPE = ["model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=16", "model.vocab_size=64"]

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from data import prepare as preparing
 from scripts.analysis import conduct
-from training.engine import run_here
+from training.jobs import run_here
 
 FRONT, EXPERIMENTS, FORMULAS = ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "docs" / "formulas.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"

@@ -11,7 +11,7 @@ from scripts.reproduce import make_plan
 from training.command import wrong_jobs
 from training.config import compose
 from training.data import require_as_prepared
-from training.engine import Job, run_all
+from training.jobs import Job, run_all
 from training.overrides import jobs_of
 
 

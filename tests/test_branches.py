@@ -14,9 +14,9 @@ import train as module
 from train import train
 from training.checkpoint import Loaded
 from training.config import compose
+from training.job import plan_job
 from training.log import METRICS_FILE
 from training.resume import resumption
-from training.sweep import plan_job
 
 
 def test_a_run_that_ends_at_the_step_it_resumes_at_has_the_measurements_of_an_end(tiny, tmp_path):

@@ -31,7 +31,7 @@ from model import loss as loss_module
 from model.gpt import GPT
 from training.build import gpt_config
 from training.checks import check
-from training.run import compiled
+from training.machine import compiled
 from training.step import accumulate, mean_loss
 from training.validate import ConfigError, problems_of_compiler
 

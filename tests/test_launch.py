@@ -25,10 +25,10 @@ from training import launch
 from training.checkpoint import load_newest
 from training.command import refusal, wrong_jobs
 from training.config import compose, directory_name
+from training.job import plan_job, run_job
 from training.overrides import jobs_of
 from training.ranks import LostRanks, Ranks
 from training.signals import Stopped, StopSignal
-from training.sweep import plan_job, run_job
 from training.validate import ConfigError
 
 SETTINGS = compose(["device=cpu", "launcher.nproc=2", "launcher.timeout_s=60"])

@@ -22,11 +22,11 @@ from train import train
 from training.checks import check
 from training.command import refusal
 from training.config import compose
+from training.directory import claim
+from training.job import note_failure
 from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import RunLog
-from training.run import claim
 from training.signals import Stopped
-from training.sweep import note_failure
 from training.validate import ConfigError
 
 NEVER, AUTO = (compose(["assignment=hetero_inv", f"resume={r}"]) for r in ("never", "auto"))

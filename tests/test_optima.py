@@ -16,7 +16,7 @@ from scripts.analysis.runs import RecordedRun
 from scripts.analysis.speed_up import Race, context_table, speed_table, steps_needed
 from scripts.experiments import lr_transfer, ngpt_speed
 from training.config import compose
-from training.engine import Job
+from training.jobs import Job
 
 RATE, WIDTH = "optim.adamw.lr", "model.n_embd"
 AXES = {WIDTH: ["32", "64"], RATE: ["0.01", "0.02"]}

@@ -15,8 +15,8 @@ from model.gpt import GPT
 from scripts.analysis.runs import read_run
 from scripts.command import UsageError
 from train import train
+from training import machine, start
 from training import phases as module
-from training import run, start
 from training.build import gpt_config
 from training.config import compose
 from training.files import ENVIRONMENT_FILE
@@ -88,7 +88,7 @@ def test_the_phases_of_a_run_add_up_to_its_time(tiny, tmp_path):
     assert 0 < sum(sum(t.values()) for t in times) < whole
     assert records[-1]["train_seconds"] >= sum(t.get(name, 0) for t in times for name in STEP)
     written = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert written["code"] == run.code_version()
+    assert written["code"] == machine.code_version()
     trace = json.loads(gzip.decompress((tmp_path / "run/profile/trace.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
     assert all(names.count(name) == 2 for name in STEP) and WAITED + 2 <= 6
@@ -113,24 +113,24 @@ def test_a_trace_that_is_cut_short_counts_the_updates_that_it_has(tmp_path, caps
 def test_mfu_is_a_share_of_the_peak_of_all_devices(monkeypatch):
     model = GPT(gpt_config(compose(["model.n_layer=1", "model.n_embd=16", "model.n_head=2"])))
     ranks = SimpleNamespace(world=2)
-    assert run.speed(10.0, model, torch.device("cpu"), ranks)["mfu"] is None
-    monkeypatch.setattr(run, "device_name", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(run, "peak_device_bytes", lambda device: 7)
-    found = run.speed(1e6, model, torch.device("cuda"), ranks)
+    assert machine.speed(10.0, model, torch.device("cpu"), ranks)["mfu"] is None
+    monkeypatch.setattr(machine, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(machine, "peak_device_bytes", lambda device: 7)
+    found = machine.speed(1e6, model, torch.device("cuda"), ranks)
     assert found == {
         "tokens_per_s": 1e6,
         "mfu": 1e6 * model.flops_per_token() / (2 * 989e12),
         "peak_device_bytes": 7,
     }
-    monkeypatch.setattr(run, "device_name", lambda: "Unheard-of 9000")
-    assert run.peak_flops(torch.device("cuda")) is None
+    monkeypatch.setattr(machine, "device_name", lambda: "Unheard-of 9000")
+    assert machine.peak_flops(torch.device("cuda")) is None
 
 
 def test_the_code_is_named_by_its_commit(monkeypatch, tmp_path):
     def answer(root):
-        monkeypatch.setattr(run, "_ROOT", root)
-        run.code_version.cache_clear()
-        return run.code_version()
+        monkeypatch.setattr(machine, "ROOT", root)
+        machine.code_version.cache_clear()
+        return machine.code_version()
 
     try:
         folder = (tmp_path / "a").resolve()
@@ -159,8 +159,8 @@ def test_the_code_is_named_by_its_commit(monkeypatch, tmp_path):
         inside.mkdir()
         assert answer(inside) == "a copy of 1234567"  # a program that is installed in another repository
     finally:
-        monkeypatch.setattr(run, "_ROOT", ROOT)
-        run.code_version.cache_clear()
+        monkeypatch.setattr(machine, "ROOT", ROOT)
+        machine.code_version.cache_clear()
 
 
 @pytest.mark.parametrize(("wrong", "message"), [("profile=0", "profile is 0"), ("capture=true", "use capture=false")])

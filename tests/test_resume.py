@@ -21,12 +21,12 @@ from training.build import build
 from training.checkpoint import CheckpointError, load_newest
 from training.checks import USER_ERRORS
 from training.config import compose
+from training.job import plan_job
 from training.log import METRICS_FILE, read_records
 from training.ranks import Ranks
 from training.resume import differences, restore
 from training.stability import Stability
 from training.step import FiniteGuard
-from training.sweep import plan_job
 from training.validate import ConfigError
 
 RESUMED = ["allow_changes=true", "resume=auto", "max_steps=12"]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import computed_by
-from training.run import resolve_device, wait_for
+from training.machine import resolve_device, wait_for
 from training.settings import Settings
 from training.validate import ConfigError
 

@@ -12,9 +12,9 @@ from model.gpt import GPT
 from optim.manifolds import MANIFOLDS
 from training.build import gpt_config, rehearse
 from training.checkpoint import CheckpointError
+from training.directory import problems_of_names
 from training.fields import Problem, Section
 from training.limits import MachineError
-from training.run import problems_of_names
 from training.settings import Data, Settings, read_sound
 from training.transfer import problems_of_transfer, transferred
 from training.validate import (

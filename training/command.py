@@ -118,8 +118,8 @@ def _job(config: Any, jobs: int | None) -> float:
     """Run a composed configuration: the run of the command, or one job of its sweep, which has `jobs` of them."""
     from train import train
     from training.checks import USER_ERRORS, check, read
+    from training.job import hydra_job
     from training.launch import RankFailed, launch, tell_user
-    from training.sweep import hydra_job
 
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # not resolved: a word may have a reference
     given = keys_set(words, config)
@@ -156,7 +156,7 @@ def refusal(arguments: Sequence[str]) -> str | None:
             return f"{override.input_line} gives several names; a sweep has one, and a directory in it for each job"
         # Hydra creates the directory of a sweep before a job can check the name.
         if override.key_or_group == "sweep.name":
-            from training.run import refused_name
+            from training.directory import refused_name
 
             if why := refused_name(override.value()):
                 return f"sweep.name {why}"
@@ -179,7 +179,7 @@ def refusal(arguments: Sequence[str]) -> str | None:
 def wrong_jobs(words: Sequence[str], jobs: Sequence[tuple[str, list[str]]]) -> Exception | None:
     """Why some jobs of a sweep cannot run; None if all can. Nothing is written. On a cluster, the machine is not checked."""
     from training.checks import USER_ERRORS
-    from training.sweep import check_jobs
+    from training.job import check_jobs
 
     plain = [word for word in words if not word.startswith("hydra")]
     try:

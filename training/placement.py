@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training import checkpoint
+from training.machine import compiled
 from training.optimizers import Optimizers
 from training.ranks import Ranks
-from training.run import compiled
 from training.settings import Settings
 
 

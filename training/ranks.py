@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.run import resolve_device
+from training.machine import resolve_device
 from training.settings import Settings
 from training.validate import ConfigError
 

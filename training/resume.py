@@ -16,8 +16,8 @@ from training.checkpoint import STATE_FILE, CheckpointError, Loaded, load, load_
 from training.fields import leaves
 from training.files import read_config
 from training.log import METRICS_FILE, read_records
+from training.machine import environment, resolve_device
 from training.ranks import LostRanks, Ranks
-from training.run import environment, resolve_device
 from training.settings import Settings, completed
 from training.stability import Stability
 from training.step import FiniteGuard

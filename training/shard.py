@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.checkpoint import save_sharded
 from training.loans import Lender
+from training.machine import compiled
 from training.optimizers import Optimizers
 from training.ranks import Ranks
-from training.run import compiled
 from training.settings import Settings
 
 

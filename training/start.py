@@ -16,13 +16,14 @@ from optim.assignment import parameter_table
 from training import library
 from training.attention import Backend
 from training.checkpoint import discard_later
+from training.directory import run_name
 from training.files import CONFIG_FILE, ENVIRONMENT_FILE, ROOT, write_whole
 from training.log import METRICS_FILE, RunLog, read_records
+from training.machine import device_name, environment, resolve_device
 from training.optimizers import Optimizers
 from training.progress import ProgressSink
 from training.ranks import Ranks
 from training.resume import branch_of, goes_on
-from training.run import device_name, environment, resolve_device, run_name
 from training.schedule import warmup_updates
 from training.settings import Settings
 from training.step import micro_batch_size

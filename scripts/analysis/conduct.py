@@ -17,8 +17,8 @@ from scripts.analysis.tables import ENDS, footer, rows_of, write_tables
 from scripts.command import UsageError
 from training.checks import check
 from training.config import compose
-from training.engine import Job, run_all
-from training.run import environment
+from training.jobs import Job, run_all
+from training.machine import environment
 from training.validate import ConfigError
 
 _NAMED = 5  # runs that have not ended, below a table

@@ -15,9 +15,9 @@ from scripts.analysis.tables import HELD_OUT, Column, Table, make_table
 from scripts.bench_train import RandomTraining
 from scripts.command import UsageError, key_of
 from scripts.timing import take_turns
-from training.run import device_name
+from training.job import SAME_RESULT
+from training.machine import device_name
 from training.settings import settings_of
-from training.sweep import SAME_RESULT
 
 REMARK = (
     "Differences are paired by seed, with Student's 95% interval; the intervals are not adjusted for the number of differences. "

@@ -20,10 +20,10 @@ from training.average import average_of
 from training.build import gpt_config
 from training.checkpoint import Loaded, load_newest
 from training.files import CONFIG_FILE, ENVIRONMENT_FILE, read_config, run_around
+from training.job import COST_FILE
 from training.log import METRICS_FILE, read_records
 from training.resume import check_parts, foreign, take_weights
 from training.settings import Data, Settings, settings_of
-from training.sweep import COST_FILE
 
 SUBLAYERS = {"attention": "attn", "mlp": "mlp"}
 """The two kinds of sublayer, and the component of a parameter's name by which each is recognised."""

@@ -16,7 +16,7 @@ from scripts.analysis.statistics import Estimate
 from scripts.analysis.tables import Column, Table, make_table
 from scripts.command import UsageError
 from training.config import directory_name
-from training.engine import Job
+from training.jobs import Job
 
 Case = Mapping[str, str]
 """One value for each axis."""

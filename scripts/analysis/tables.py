@@ -14,9 +14,9 @@ from scripts.analysis.runs import RecordedRun, at, text_at
 from scripts.analysis.statistics import Estimate
 from scripts.command import as_cell, as_code
 from training.files import write_whole
-from training.run import environment
+from training.job import other_settings
+from training.machine import environment
 from training.settings import completed
-from training.sweep import other_settings
 
 PUBLISHED = {
     "Unconstrained": "3.3855",

@@ -25,12 +25,12 @@ from data.parallel import available_cores
 from training.checks import USER_ERRORS, check, read
 from training.config import compose, resolved
 from training.data import problems_of_data
+from training.directory import end_of
 from training.files import CONFIG_FILE, read_config, write_whole
 from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS, differences
-from training.run import end_of
 from training.settings import Settings, completed
 from training.signals import Stopped
 from training.validate import ConfigError

@@ -17,12 +17,12 @@ import pytest
 from conftest import ROOT, SMALL
 from harness import children, command, last_step, records, wait_until
 
-from training import sweep
+from training import job as one_job
 from training.config import compose
-from training.engine import Job, run_all, run_here
-from training.run import environment
+from training.job import other_settings
+from training.jobs import Job, run_all, run_here
+from training.machine import environment
 from training.start import typed_command
-from training.sweep import other_settings
 from training.validate import ConfigError
 
 
@@ -48,11 +48,11 @@ def test_a_run_with_another_last_evaluation_is_another_run():
 
 def test_a_job_that_could_not_run_leaves_its_directory_to_a_corrected_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "check", raises)
+        patched.setattr(one_job, "check", raises)
         with pytest.raises(ConfigError):
-            sweep.run_job(print, lambda: compose(["seed=5"]), tmp_path / "job")
+            one_job.run_job(print, lambda: compose(["seed=5"]), tmp_path / "job")
     assert (tmp_path / "job/metrics.jsonl").exists() and not (tmp_path / "job/config.yaml").exists()
-    assert sweep.plan_job(compose(["seed=6"]), tmp_path / "job")[1] is None
+    assert one_job.plan_job(compose(["seed=6"]), tmp_path / "job")[1] is None
 
 
 def raises(cfg):

@@ -1,12 +1,12 @@
 """Run many jobs. A finished job is skipped, an unfinished one is continued. A job that fails is an outcome; the others are still run.
 
 `run_all` uses worker processes on this machine, several at a time, or one of Hydra's launchers, such as a cluster's. `run_here` runs a job
-in this process. Both run a job by `training.sweep.run_job`.
+in this process. Both run a job by `training.job.run_job`.
 
 No worker outlives the process that started it. The worker reads its job from its standard input, which then stays open; when that input
 ends, the parent has ended, for whatever reason, and the worker stops.
 
-    python -m training.engine        a worker; only `run_jobs` starts it
+    python -m training.jobs        a worker; only `run_jobs` starts it
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from data.parallel import available_cores
 from training.checks import USER_ERRORS
 from training.config import CONFIGS, compose
 from training.data import require_data
+from training.directory import end_of
 from training.files import CONFIG_FILE, ROOT
+from training.job import finished, hydra_job, run_job
 from training.launch import USER_ERROR, RankFailed
 from training.lock import InUse
-from training.run import end_of
 from training.signals import STOP_SIGNALS, Stopped, StopSignal, exit_on_stop_signals
-from training.sweep import finished, hydra_job, run_job
 
 POLL_S = 0.05
 GRACE_S = 20.0
@@ -199,7 +199,7 @@ class _Worker:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "training.engine"],
+            [sys.executable, "-m", "training.jobs"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
