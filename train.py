@@ -223,7 +223,7 @@ class Run:
     # ---- once in a while ----
 
     def due(self, interval: int | None) -> bool:
-        """Whether an action is due that is done every `interval` steps and at the end (None: never); not if it was done before the resumed save."""
+        """Whether an action is due that is done every `interval` steps and at the end (None: never), and was not done before the resumed save."""
         if interval is None or self.step == self.ended_at:  # what the end asks for was done before the save
             return False
         if self.step % interval:

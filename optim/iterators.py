@@ -217,8 +217,8 @@ def widened(coefficients: Sequence[Quintic], safety: float) -> tuple[Quintic, ..
 class Iteration:
     """A list of coefficients as it is used.
 
-    band: the least and the largest value of its composed map on [LOWER, 1]. margin: a matrix is first
-    divided by margin·‖X‖_F, for lists that diverge on singular values just above 1, where rounding may put them.
+    band: the least and the largest value of its composed map on [LOWER, 1]. margin: a matrix is first divided by
+    margin·‖X‖_F, for lists that diverge on singular values just above 1, where rounding may put them.
     """
 
     coefficients: tuple[Quintic, ...]

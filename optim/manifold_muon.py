@@ -84,11 +84,11 @@ class ManifoldMuon(torch.optim.Optimizer):
     """Muon with a manifold for every parameter group (arXiv 2606.13276; `euclidean` is Muon itself).
 
     Args:
-        groups: parameter groups, dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS). They may have "names", of the
-            parameters, by default "group i, matrix j"; "blocks" (1), into how many matrices the rows of each parameter are cut; "radius" R (1), for
-            manifolds of fixed size: W / R is on the manifold; and any of the settings below.
-        rule: the step rule, called once for each bucket. At construction, its `init` brings every whole
-            parameter onto its manifold, on each rank alike.
+        groups: parameter groups, dicts of "params" (2-D tensors) and "manifold" (a name of MANIFOLDS). They may have "names" of the
+            parameters, by default "group i, matrix j"; "blocks" (1), into how many matrices the rows of each parameter are cut; "radius" R
+            (1), for manifolds of fixed size: W / R is on the manifold; and any of the settings below.
+        rule: the step rule, called once for each bucket. At construction, its `init` brings every whole parameter onto its manifold, on
+            each rank alike.
         lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
         momentum, nesterov: buf = momentum·buf + g;  G = g + momentum·buf with Nesterov, else buf.
         weight_decay: decoupled, passed to the rule, which decides whether it applies.
@@ -104,8 +104,8 @@ class ManifoldMuon(torch.optim.Optimizer):
     are sent and received. A copy, or what a pickle gives back, has them as they were at the start.
 
     Raises:
-        ValueError: the rule is none; or with every problem: a parameter is not a matrix, has 16 bits, or cannot be cut into its blocks, a group has no
-            matrices, a manifold is unknown, a radius does not fit it, or SETTINGS does not allow a value.
+        ValueError: the rule is none; or with every problem: a parameter is not a matrix, has 16 bits, or cannot be cut into its blocks, a
+            group has no matrices, a manifold is unknown, a radius does not fit it, or SETTINGS does not allow a value.
     """
 
     def __init__(
