@@ -252,8 +252,9 @@ def test_no_run_of_the_experiments_on_attention_became_unstable():
         assert {row["status"] for row in result(f"{name}/table.json")["rows"]} == {"ok"}
 
 
-def test_hetero_is_ahead_exactly_where_attention_on_dgram_saturates():
-    assert "Hetero has a lower mean loss than All-DGram, and in every other a higher one" in text(EXPERIMENTS)
+def test_hetero_is_ahead_where_attention_on_dgram_saturates():
+    assert "Hetero has a lower mean loss than All-DGram. Where it does not" in text(EXPERIMENTS)
+    assert "with three seeds, no difference is more than chance" in text(EXPERIMENTS)
     seen, sure = set(), {}
     for name in ATTENTION:
         rows = [r for r in result(f"{name}/table.json")["rows"] if r["assignment"] in ("all_dgram", "hetero")]
@@ -261,14 +262,14 @@ def test_hetero_is_ahead_exactly_where_attention_on_dgram_saturates():
             cases = [list(c) for _, c in groupby(sorted(group, key=assignment_of), assignment_of)]
             dgram, hetero = (fmean(r["val_loss_final"] for r in case) for case in cases)
             saturated = fmean(r["greatest_saturation"] for r in cases[0]) > 0.05
-            assert (hetero < dgram) == saturated, (name, cases)
-            seen.add(saturated)
+            level = not saturated and cases[0][0]["optim"] == "manifold_muon"
+            assert abs(hetero - dgram) < 0.005 if level else (hetero < dgram) == saturated, (name, cases)
+            seen.add((saturated, level))
             found = [{r["seed"]: r["val_loss_final"] for r in case} for case in cases]
             if len(found[0]) > 1:
                 sure[setting_of(cases[0][0])] = Difference.of(*found)
-    assert seen == {True, False} and {d.count for d in sure.values()} == {3} and len(sure) == 4
-    assert {key for key, d in sure.items() if not d.low < 0 < d.high} == {("paper", "0.05")}
-    assert sure["paper", "0.05"].high < 0
+    assert seen == {(True, False), (False, False), (False, True)} and {d.count for d in sure.values()} == {3}
+    assert len(sure) == 4 and all(d.low < 0 < d.high for d in sure.values())
 
 
 def setting_of(row):
