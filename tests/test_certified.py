@@ -17,7 +17,7 @@ from optim.linalg import Products
 from optim.manifold_muon import ManifoldMuon
 from optim.manifolds import MANIFOLDS
 from optim.ownership import step_flops
-from optim.stack import Stack
+from optim.stack import EXACTLY, Stack
 from training.build import build_optimizers, step_rule
 from training.config import compose
 
@@ -287,6 +287,17 @@ def set_gradients(params, seed, scale=1e-3):
     generator = torch.Generator().manual_seed(1000 + seed)  # not the weights' own seed: such gradients are normal
     for p in params:
         p.grad = scale * torch.randn(*p.shape, generator=generator)
+
+
+def test_a_loaded_state_says_how_the_next_step_is_made():
+    params, optimizer = optimizer_of("dgram")
+    set_gradients(params, 0)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    for kept in state["state"].values():
+        kept["level"].fill_(EXACTLY)
+    optimizer.load_state_dict(state)
+    assert set(optimizer.highest_levels()) == {EXACTLY}
 
 
 @pytest.mark.parametrize("manifold", MANIFOLDS)

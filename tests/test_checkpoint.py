@@ -74,6 +74,12 @@ def test_no_checkpoint_is_none_and_a_wrong_path_names_the_right_one(tmp_path):
             load(tmp_path / wrong)
 
 
+def test_of_equally_good_checkpoints_the_newest_stays(tmp_path):
+    for step, metric in ((1, 1.0), (2, 1.0), (3, 2.0)):
+        save(tmp_path, step, {"x": 1}, keep=1, metric=metric)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+
+
 def test_the_newest_k_and_the_best_stay(tmp_path):
     metrics = [5.0, 2.0, 4.0, float("nan"), 3.0, None, 2.5]
     for step, metric in enumerate(metrics):

@@ -14,6 +14,7 @@ from torch import nn
 from model.exponents import (
     closed_form,
     gelu_moments,
+    mean_square_gain,
     measured_exponents,
     misalignment,
     near_collapse,
@@ -39,6 +40,17 @@ SHAPE = {"block_size": TOKENS, "vocab_size": 64, "n_layer": 3, "n_head": 4, "n_e
 def random_gpt(seed, **settings):
     torch.manual_seed(seed)
     return GPT(GPTConfig(**{**SHAPE, **settings}))
+
+
+def test_the_closed_form_of_a_narrow_mlp_alone():
+    """λ_g = log(1 + gain·k₁/Q·(1 - 2/d)), where the factor of a narrow d matters."""
+    model = random_gpt(0, n_embd=16, n_layer=1)
+    block = model.transformer.h[0]
+    nn.init.zeros_(block.attn.c_proj.weight)
+    hidden = block.mlp.c_fc.weight
+    _, k1 = gelu_moments(mean_square_gain(hidden, hidden.size(0)))
+    written = mean_square_gain(block.mlp.c_proj.weight, 16) * k1 / 0.05**2 * (1 - 2 / 16)
+    assert closed_form(model, TOKENS, 0.99, 0.05).gradients[0] == pytest.approx(math.log1p(written), rel=1e-6)
 
 
 def estimates(make, seeds, joined, correlation=0.99):

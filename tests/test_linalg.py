@@ -9,7 +9,7 @@ from device_checks import LOW_PRECISION, float32_precisions, low_precision_produ
 from torch.utils.flop_counter import FlopCounterMode
 
 from optim import linalg
-from optim.linalg import Products, exact_sums, gram_stage, largest_eigenvalue, matrix_sign, skew_sign
+from optim.linalg import Products, exact_sums, gram_stage, largest_eigenvalue, matrix_sign, skew_sign, su_step
 
 EPS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -171,3 +171,11 @@ def test_gram_stage_makes_the_products_it_says():
         with FlopCounterMode(display=False) as counter:
             gram_stage(S, linalg.sign_coefficients(steps, 1e-2), Products("float16"))
         assert counter.get_total_flops() == (4 * steps - 3) * 2 * 16**3
+
+
+def test_one_iteration_of_the_su_step_is_exact_for_diagonal_matrices():
+    torch.manual_seed(0)
+    d, z, H = torch.rand(1, 6) * 5 + 0.1, torch.rand(1, 6) * 5 + 0.1, torch.randn(1, 6, 6)
+    H = H + H.mT
+    found = su_step(lambda S: S, lambda X: torch.diag_embed(d) @ X, H, torch.diag_embed(z), d, 1)
+    torch.testing.assert_close(found, -0.5 * H / (d[:, :, None] * z[:, None, :] + z[:, :, None] * d[:, None, :]))

@@ -212,6 +212,12 @@ def test_mixings_keep_the_sum_and_change_a_head_in_as_many_dimensions_as_are_cou
 
 def test_a_head_alone_cannot_be_mixed():
     assert mixing_dimensions(torch.randn(20, 1, 4)).tolist() == [0]
+    torch.manual_seed(0)
+    nearly = torch.randn(40, 2, 2, dtype=torch.float64)
+    nearly[:, 1] = nearly[:, 0] @ torch.randn(2, 2, dtype=torch.float64) + 1e-5 * nearly[:, 1]
+    assert mixing_dimensions(nearly).tolist() == [0, 0], (
+        "what is left after a projection counts relative to what was there before"
+    )
 
 
 def test_the_mixing_of_a_model_is_measured_on_its_heads():

@@ -110,6 +110,12 @@ def test_without_skips_a_rule_is_its_formula_or_is_refused(rule):
         assert all(name in problems[0] for name in WITHOUT_SKIPS)
 
 
+def test_norms_of_a_rule_on_the_sphere_keep_its_radius():
+    unit = replace(STREAM, radius=1.0)
+    assert rule_of("geonorm", final_norm="rms").exit(unit).radius == 1.0
+    assert rule_of("geonorm", input_norm="rms").join(unit, LAYER).norm.radius == 1.0
+
+
 def test_settings_change_what_they_say():
     x, f = on_sphere(), sublayer()
     join = lambda rule, **changed: rule_of(rule, **changed).join(STREAM, LAYER)(x, f)  # noqa: E731

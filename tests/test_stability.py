@@ -145,6 +145,7 @@ def test_the_z_score_waits_for_its_statistics_and_can_be_switched_off():
     assert not any(off.observe_train_loss(step + k, 100.0) for k in range(50))
     constant = make(z_steps=1)
     assert not any(constant.observe_train_loss(step, 3.0 + 1e-9 * (step % 2)) for step in range(500))
+    assert not constant.observe_train_loss(500, 3.01)  # within a thousandth of the mean a loss counts as constant
     assert constant.observe_train_loss(501, 3.1)
 
 

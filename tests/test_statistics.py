@@ -64,6 +64,7 @@ def test_the_least_number_of_seeds():
         count = seeds_needed(effect)
         assert power(effect, count) >= POWER > power(effect, count - 1)
     assert seeds_needed(100.0) == 2 and seeds_needed(0.01) is None and seeds_needed(0.0) is None
+    assert seeds_needed(0.0882) is None  # 1,011 would be needed
 
 
 def test_one_seed_says_how_little_runs_may_scatter():
@@ -110,6 +111,8 @@ def test_a_regression_finds_the_plane_and_foretells_what_it_left_out():
 
 def test_the_interval_of_a_slope_holds_it_as_often_as_it_says():
     rng, x = random.Random(1), {"a": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]}
+    slope = Regression.of(x, [0.0, 1.0, 1.0, 3.0, 4.0, 6.0]).slopes["a"]
+    assert slope == pytest.approx((1.171429, 0.766939, 1.575919), rel=1e-5)  # Student's interval, 4 degrees of freedom
     held = 0
     for _ in range(500):
         _, low, high = Regression.of(x, [2 * a + rng.gauss(0, 1) for a in x["a"]]).slopes["a"]

@@ -175,3 +175,10 @@ def test_the_demonstration_runs_on_record_were_not_warned_of():
         records = list(read_records(path, "probe"))
         warning = EarlyWarning(settings)
         assert len(records) > 5 and not any(warning.observe(r["step"], r) for r in records), path.name
+
+
+def test_a_warning_at_the_step_of_the_instability_has_no_lead():
+    same = stability(warning=WarningRules(**SETTINGS))
+    same.observe_probe(10, seen(500.0))
+    same.observe_nonfinite(10, "loss")
+    assert same.lead == 0

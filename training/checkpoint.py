@@ -130,7 +130,7 @@ def save(
 
     ``state`` is a nested dict of tensors (any device), numbers, strings, lists and tuples. ``metric`` belongs to this state; lower is
     better, and a non-finite one counts as None. After the save, only the newest ``keep`` checkpoints and the one with the best metric
-    are kept. Checkpoints of a later step are removed too: the run was resumed before them.
+    (the newest of equal ones) are kept. Checkpoints of a later step are removed too: the run was resumed before them.
 
     Raises:
         CheckpointError: the state contains a value that cannot be loaded without executing code, or it cannot be written (a full disk).
