@@ -150,12 +150,11 @@ def test_a_launcher_that_is_not_installed_is_refused_with_the_remedy(tmp_path, m
     assert "pip install -e '.[slurm]'" in capsys.readouterr().err
 
 
-def test_a_column_of_no_axis_is_refused_before_the_first_run():
-    wrong = replace(experiment.load_experiment("crossing"), columns=lambda study: [case("lr", "lr")])
-    with pytest.raises(
-        UsageError, match="a column has the axis lr; the axes of this experiment are assignment, residual"
-    ):
-        check_all(experiment.study_of(wrong, [])[0])
+def test_a_column_of_no_axis_is_refused_with_the_axes():
+    run = SimpleNamespace(case={"assignment": "hetero", "optim.muon.lr": "0.1"})
+    assert case("lr", "optim.muon.lr").value(run) == "0.1"
+    with pytest.raises(UsageError, match=r"a column has the axis lr; the axes are assignment, optim\.muon\.lr"):
+        case("lr", "lr").value(run)
 
 
 def test_an_experiment_in_a_new_file_is_found(tmp_path, monkeypatch, jobs_here, tiny_grid, capsys):

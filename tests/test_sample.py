@@ -54,8 +54,8 @@ def test_text_is_printed_while_it_is_drawn(run, monkeypatch):
             printed.append((len(drawn), text))
             return len(text)
 
-    original = sample.stream
-    monkeypatch.setattr(sample, "stream", lambda *args: (drawn.append(1) or token for token in original(*args)))
+    original = sample.sampled_tokens
+    monkeypatch.setattr(sample, "sampled_tokens", lambda *args: (drawn.append(1) or token for token in original(*args)))
     monkeypatch.setattr(sys, "stdout", Screen())
     assert sample.main([str(run), "tokens=5", "temperature=0"]) == 0
     assert {count for count, text in printed if text} >= {1, 2, 3, 4, 5}

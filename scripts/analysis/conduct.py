@@ -137,11 +137,6 @@ def check_all(study: Study, here: bool = True) -> None:
     """
     study.experiment.check(study)
     cases, seeds, problems = study.cases(), study.seeds, dict[str, None]()
-    for column in study.experiment.columns(study):
-        if column.axis and column.axis not in cases[0]:
-            raise UsageError(
-                f"a column has the axis {column.axis}; the axes of this experiment are {', '.join(cases[0])}"
-            )
     if study.experiment.search:
         _check_search(study)
         seeds = [*seeds, str(study.options["search_seed"])]

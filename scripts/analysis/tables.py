@@ -12,7 +12,7 @@ from typing import Any
 
 from scripts.analysis.runs import RecordedRun, at, text_at
 from scripts.analysis.statistics import Estimate
-from scripts.command import as_cell, as_code
+from scripts.command import UsageError, as_cell, as_code
 from training.files import write_whole
 from training.job import other_settings
 from training.machine import environment
@@ -37,16 +37,12 @@ Groups = Sequence[Sequence[RecordedRun]]
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: heading, key in table.json, and the value for a run. Numbers are shown with `digits` decimals.
-
-    axis: of an experiment, if the value is that of one.
-    """
+    """One column of a table: heading, key in table.json, and the value for a run. Numbers are shown with `digits` decimals."""
 
     heading: str
     key: str
     value: Callable[[RecordedRun], Value]
     digits: int = 4
-    axis: str | None = None
 
 
 BEST = Column("val loss, best", "val_loss_best", lambda r: r.best)
@@ -98,8 +94,21 @@ TURN_COLUMNS = [
 
 
 def case(heading: str, axis: str) -> Column:
-    """A column with a run's value of an experiment's axis. Its key is the last part of the axis's name."""
-    return Column(heading, axis.rpartition(".")[2], lambda r: r.case[axis], axis=axis)
+    """A column with a run's value of an experiment's axis. Its key is the last part of the axis's name.
+
+    Raises:
+        UsageError: when a table is made, if the experiment has no such axis.
+    """
+
+    def value(r: RecordedRun) -> str:
+        if axis not in r.case:
+            known = ", ".join(r.case)
+            raise UsageError(
+                f"a column has the axis {axis}; the axes are {known}: correct it, and start the same command again"
+            )
+        return r.case[axis]
+
+    return Column(heading, axis.rpartition(".")[2], value)
 
 
 def columns_with_values(columns: Sequence[Column], runs: Sequence[RecordedRun]) -> list[Column]:
