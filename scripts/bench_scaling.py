@@ -239,7 +239,7 @@ def _measure(rank: int, world: int, shard: str, folder: str) -> None:
 
     from training.build import build
     from training.placement import place
-    from training.ranks import Ranks
+    from training.ranks import Ranks, leave_group
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
@@ -259,7 +259,7 @@ def _measure(rank: int, world: int, shard: str, folder: str) -> None:
             optimizers.zero_grad()
     found = {"held": held, "forward and backward": _peak_of(profiler)}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_group()
 
 
 def held_bytes(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:

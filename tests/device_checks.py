@@ -20,7 +20,7 @@ from training.capture import WARM_UP
 from training.config import compose
 from training.machine import compiled
 from training.phases import Phases
-from training.ranks import Ranks
+from training.ranks import Ranks, leave_group
 from training.step import FiniteGuard, accumulate, clip, mean_loss
 
 SHAPE = ["model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=16", "model.vocab_size=64"]
@@ -374,4 +374,4 @@ def _rank(rank, world, overrides, device, folder):
     for _ in range(3):
         run.advance()
     torch.save(run.weights(), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()

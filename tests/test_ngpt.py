@@ -23,6 +23,7 @@ from training.checks import check
 from training.config import compose
 from training.groups import adamw_groups
 from training.log import read_records
+from training.ranks import leave_group
 from training.settings import AdamW
 from training.transfer import changes, transfer_table, transferred
 from training.validate import ConfigError
@@ -224,7 +225,7 @@ def work(folder):
         optimizers.zero_grad()
         assert gap_to_unit_length(model) < 1e-6
     torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_ranks_hold_the_same_unit_vectors(tmp_path):

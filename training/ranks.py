@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,16 @@ class LostRanks(RuntimeError):
 def world_size() -> int:
     """The number of ranks according to the environment variables."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def leave_group() -> None:
+    """Leave the process group.
+
+    A thread of gloo may still be freeing a message, for which it needs Python's lock. Who frees the group waits for that thread with the
+    lock held, so without the pause a process that ends right after a step would sometimes wait forever (torch 2.13).
+    """
+    time.sleep(0.05)  # gives up the lock
+    dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class Ranks:
     def close(self) -> None:
         """Leave the process group."""
         if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+            leave_group()
 
     def explained(self) -> Any:
         """A context in which an error of the backend about a lost rank becomes LostRanks."""
