@@ -1,5 +1,5 @@
 """How good a step was, and what it was made of: measured afterwards, in float64, whatever made the step and at whatever precision.
-In training, only of steps that were watched.
+In training, this is done for watched steps only.
 
 For tall W (m × n) on a manifold with Gram projector P, momentum G and a direction T, the step problem is
 
