@@ -35,8 +35,12 @@ def claims():
 def test_the_outcome_of_the_demonstration_is_that_of_its_table():
     losses = full_losses("demo")
     order = sorted(losses, key=losses.__getitem__)
-    place = ("first", "second", "third", "fourth", "fifth")[order.index("Hetero")]
-    assert claims()["Hetero has the lowest loss"][1] == f"no: {order[0]} has; Hetero is {place} of five"
+    published = full_losses("demo_paper")
+    places = [sorted(found, key=found.__getitem__).index("Hetero") for found in (losses, published)]
+    place, under_published = (("first", "second", "third", "fourth", "fifth")[i] for i in places)
+    assert claims()["Hetero has the lowest loss"][1] == (
+        f"no: {order[0]} has; Hetero is {place} of five, and {under_published} under the paper's step rule"
+    )
 
 
 @pytest.mark.parametrize("claim", claims())
@@ -195,21 +199,23 @@ def test_the_order_on_the_front_is_that_of_the_table():
     claimed = re.search(r"orders the assignments (.*?);", text(FRONT))[1]
     loss = full_losses("demo")
     assert claimed.split(" < ") == sorted(loss, key=loss.get) and len(loss) == 5
+    published = full_losses("demo_paper")
+    assert f"-published-step-rule), {' < '.join(sorted(published, key=published.get))}. In the paper" in text(FRONT)
     assert "Nothing became unstable in the demonstration" in text(FRONT)
     assert {row["status"] for row in result("demo/table.json")["rows"]} == {"ok"}
 
 
 def test_the_seeds_differ_as_the_front_says():
-    said = "gives the same order, but a loss changes by up to 0.02 from one seed to the other, and some neighbours"
+    said = "gives the same order, but a loss changes by up to 0.024 from one seed to the other, and some neighbours"
     assert said in text(FRONT)
     first, second = full_losses("demo"), full_losses("demo_seed_2")
     order, other = (sorted(losses, key=losses.get) for losses in (first, second))
     assert order == other
-    assert "which rounds sums otherwise, the last two change places" in text(FRONT)
+    assert "with other roundings, the last two change places" in text(FRONT)
     elsewhere = full_losses("demo_intel")
     assert sorted(elsewhere, key=elsewhere.get) == [*order[:3], order[4], order[3]]
     moved = max(abs(first[name] - second[name]) for name in first)
-    assert f"{moved:.2f}" == "0.02"
+    assert f"{moved:.3f}" == "0.024"
     assert any(abs(a - b) < moved for losses in (first, second) for a, b in pairwise(sorted(losses.values())))
 
 
@@ -301,7 +307,7 @@ def test_what_restores_attention():
         entropy = {remedy: row["least_entropy"] for remedy, row in rows.items()}
         assert entropy["head_blocks"] < entropy["none"] < entropy["soft_cap"] < min(entropy[r] for r in restored)
         assert rows["qk_norm"]["val_loss_final"] < rows["attention_lr"]["val_loss_final"]
-    assert "and in one run of six it does not fall at all" in said
+    assert "and in one run of six it is no lower than without the change" in said
     fell = [rows["attention_lr"]["val_loss_final"] < rows["none"]["val_loss_final"] for rows in runs.values()]
     assert sum(fell) == 5
     assert "they have the two lowest mean losses" in said
@@ -323,7 +329,7 @@ CLAIMS = {  # numbers with decimals in the prose: what they say, and where it is
     "2.660": lambda: mean_loss("residual_rules/table.json", residual="geonorm"),
     "2.389": lambda: mean_loss("residual_rules/table.json", residual="pre_norm"),
 }
-ABOVE = {"0.02", "0.01"}  # bounds, which the tests of the seeds and of the rules compare
+ABOVE = {"0.024", "0.01", "0.2"}  # bounds, which the tests of the seeds and of the rules compare
 
 
 def prose(file):

@@ -41,7 +41,7 @@ def test_the_explanations_of_hetero_stand_or_fall_as_the_page_says():
         return Difference.of(losses[ours], losses[theirs])
 
     level = [("hetero", "all_stiefel"), ("all_dgram", "unconstrained"), ("hetero_inv", "unconstrained")]
-    level += [("c_fc", "mlp_c_proj"), ("mlp_radius_1.5", "hetero")]
+    level += [("c_fc", "mlp_c_proj"), ("mlp_radius_1.5", "hetero"), ("all_dgram", "hetero_inv")]
     assert all(apart(*pair).low < 0 < apart(*pair).high for pair in level)
     lower = [("all_dgram", "hetero"), ("hetero_inv", "hetero"), ("all_dgram", "all_stiefel"), ("mlp_0-1", "mlp_2-3")]
     lower += [("mlp_radius_2.5", "hetero"), ("mlp_from_unit_length", "hetero"), ("hetero", "nothing")]
@@ -64,6 +64,7 @@ def test_the_matrices_of_hetero_are_as_the_page_says():
     assert 0.45 < mean_of_matrices("hetero", "attn.c_attn", "normal_share") < 0.55
     shares = {m: mean_of_matrices("all_stiefel", m, "normal_share") for m in ("attn.c_attn", "mlp.c_fc", "mlp.c_proj")}
     assert 0.3 < shares["attn.c_attn"] < 0.35 and min(shares, key=shares.get) == "attn.c_attn"
+    assert mean_of_matrices("hetero", "attn.c_proj", "normal_share") > 0.55
 
 
 def test_the_order_by_horizon_is_as_the_page_says():
@@ -110,6 +111,13 @@ def test_the_order_by_horizon_is_as_the_page_says():
     level = {pair for pair, d in longest.items() if d.high > 0}
     assert level == {("all_dgram", "adamw"), ("adamw", "hetero_inv"), ("hetero_inv", "hetero")}
     assert apart("hetero_inv", "hetero", 4000, 16000).high < 0
+    assert apart("hetero_inv", "hetero", 250, 16000).low < 0 < apart("hetero_inv", "hetero", 250, 16000).high
+    assert "It gains on Hetero-Inv up to 4,000 steps and loses from there, both by more than chance" in text(
+        EXPERIMENTS
+    )
+    assert apart("all_dgram", "hetero_inv", 250, 4000).high < 0 < apart("all_dgram", "hetero_inv", 4000, 16000).low
+    assert all(apart("hetero", "all_stiefel", n).mean < 0 for n in (250, 1000, 4000, 16000))
+    assert apart("hetero", "all_stiefel", 4000, 16000).mean > 0
     assert "the gaps of AdamW and Hetero-Inv shrink**, that of AdamW to less than a third" in text(EXPERIMENTS)
     changed = {arm: apart(arm, "unconstrained", 4000, 16000) for arm in arms}
     assert {arm for arm, d in changed.items() if d.high < 0} == {"adamw", "hetero_inv"}
@@ -318,7 +326,10 @@ def test_the_best_rates_of_wider_models_move_as_the_page_says():
     assert slopes["gpt"].high < 0 and slopes["gpt"].mean == pytest.approx(-4 / 5, abs=0.04)
     assert slopes["ngpt"].high < 0 and -0.6 < slopes["ngpt"].mean < -0.5
     assert slopes["nugpt"].low < 0 < slopes["nugpt"].high
-    assert "νGPT also ends below nGPT at width 256 by more than chance, and on average at widths 128 and 512" in page
+    assert "below nGPT at width 256 by more than chance, at 128 in one of the two tables, and on average at" in page
+    narrow = {arm: rate_slopes(arm, "model.n_embd")[1] for arm in ("gpt", "ngpt", "nugpt")}
+    assert Difference.of(narrow["nugpt"]["128"], narrow["ngpt"]["128"]).high < 0
+    assert all(Difference.of(narrow["nugpt"][n], narrow["gpt"][n]).high < 0 for n in ("32", "64", "128"))
     assert "256 and 512 it is level with GPT, and nGPT ends above GPT, at both by more than chance" in page
     assert all(set(by_size) == {"64", "128", "256", "512"} for _, by_size in found.values())
     for width, clear in (("256", True), ("512", False)):

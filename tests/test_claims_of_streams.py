@@ -107,15 +107,27 @@ def test_the_streams_of_the_residual_rules_are_as_the_page_says():
 
 
 def test_the_best_retraction_has_a_finite_p_under_muon_as_the_page_says():
-    assert "a half, has the lowest mean, level with 2, and ends below the geodesic by more than chance" in text(
-        EXPERIMENTS
-    )
+    said = "a half, has the lowest mean, level with 1 and 2, and ends below 4, 8 and the geodesic by more than chance"
+    assert said in text(EXPERIMENTS)
     apart, nearest, learned = (
         apart_by("sphere_p_muon", "residual", theirs) for theirs in ("geodesic", "p=0.5", "learned")
     )
+    assert {arm for arm, d in nearest.items() if d.low < 0 < d.high} == {"p=1", "p=2", "learned"}
+    assert {arm for arm, d in nearest.items() if d.low > 0} == {"p=4", "p=8", "geodesic"}
+    pre_norm = {
+        r["seed"]: r["val_loss"]
+        for r in result("residual_tuned/table.json")["rows"]
+        if (r["optimizer"], r["residual"]) == ("muon", "pre_norm")
+    }
+    losses: dict[str, dict[int, float]] = {}
+    for r in result("sphere_p_muon/table.json")["rows"]:
+        losses.setdefault(r["residual"], {})[r["seed"]] = r["val_loss"]
+    beside = [Difference.of(found, pre_norm) for found in losses.values()]
+    assert "All are level with pre-norm" in text(EXPERIMENTS)
+    assert len(beside) == 7 and all(d.count == 3 and d.low < 0 < d.high for d in beside)
     assert min(apart, key=lambda arm: apart[arm].mean) == "p=0.5"
     assert {arm for arm, d in apart.items() if d.high < 0} == {"p=0.5"}
-    assert nearest["p=2"].low < 0 < nearest["p=2"].high and learned["p=2"].low < 0 < learned["p=2"].high
+    assert learned["p=2"].low < 0 < learned["p=2"].high
     [scales] = [s["scales"] for s in result("sphere_p_muon/table.json")["stream"] if s["residual"] == "learned"]
     assert all(abs(p - 2) < 0.4 for name in ("p_attn", "p_mlp") for p in scales[name])
 
@@ -179,7 +191,8 @@ def test_there_are_eleven_residual_rules():
 
 def test_with_a_longer_warm_up_geonorm_is_below_every_other_rule_under_adamw():
     assert "both forms of GeoNorm end below every other rule" in text(EXPERIMENTS)
-    assert claims()["the same, each rule at its own best rate and first step"][1].endswith(
+    said = "the same, each rule at its own best rate, those on the sphere also with their best first step"
+    assert claims()[said][1].endswith(
         "under AdamW with a long warm-up yes, and below all other rules"
     )
     for form in GEONORMS:
