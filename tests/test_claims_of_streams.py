@@ -192,9 +192,7 @@ def test_there_are_eleven_residual_rules():
 def test_with_a_longer_warm_up_geonorm_is_below_every_other_rule_under_adamw():
     assert "both forms of GeoNorm end below every other rule" in text(EXPERIMENTS)
     said = "the same, each rule at its own best rate, those on the sphere also with their best first step"
-    assert claims()[said][1].endswith(
-        "under AdamW with a long warm-up yes, and below all other rules"
-    )
+    assert claims()[said][1].endswith("under AdamW with a long warm-up yes, and below all other rules")
     for form in GEONORMS:
         apart = apart_by("residual_tuned_warmup", "residual", form)
         assert len(apart) == 11 and all(d.count == 6 for d in apart.values())
