@@ -42,21 +42,12 @@ from training.effects import without_effect
 from training.init_from import start_from
 from training.limits import machine_limits
 from training.log import NoLog, RunLog
-from training.machine import resolve_device, speed, wait_for
+from training.machine import environment, resolve_device, speed, wait_for
 from training.observer import Observer
 from training.phases import Phases, as_phase
 from training.placement import place
 from training.ranks import Ranks, joined, world_size
-from training.resume import (
-    agreed_checkpoint,
-    changes_of,
-    restore,
-    resumption,
-    rng_state,
-    set_rng_state,
-    state_of,
-    was_end,
-)
+from training.resume import agreed_checkpoint, changes_of, restore, resumption, rng_state, set_rng_state
 from training.schedule import lr_multiplier
 from training.settings import Settings
 from training.signals import StopSignal
@@ -107,7 +98,7 @@ class Run:
         resumed = agreed_checkpoint(ranks, cfg, self.directory, self.data)
         if resumed is None:
             require_as_prepared(cfg, dataset)
-        kept = None if resumed is None else Backend(resumed.state.get("attention"), dtype)
+        kept = None if resumed is None else Backend(resumed.state["attention"], dtype)
         self.attention = ranks.from_main(choose, cfg, self.device, self.micro_batch, kept)
 
         torch.manual_seed(cfg.seed)
@@ -118,7 +109,6 @@ class Run:
         if not ranks.is_main:
             torch.manual_seed(cfg.seed + ranks.rank)  # equal weights on all ranks, but different dropout
         self.guard = FiniteGuard([name for name, _ in self.model.named_parameters()], self.device)
-        self.average = average_of(cfg.average, self.model)
         self.phase = Phases(self.device)
         if self.optimizers.muon is not None:
             self.optimizers.muon.around_exchange = partial(self.phase, "exchange")
@@ -126,18 +116,21 @@ class Run:
         self.step, self.seconds, self.tokens = 0, 0.0, 0  # tokens: since the last training record
         notes: list[str] = []
         self.origin: dict[str, Any] = {}  # a record of the weights that were not drawn here
-        if resumed is not None:
-            self.step, self.seconds, notes = restore(
-                resumed, cfg, self.model, self.optimizers, self.stability, self.guard, self.average, rank=ranks.rank
-            )
-        elif cfg.init_from is not None:
+        if resumed is None and cfg.init_from is not None:
             loss = partial(self.observer.loss, self.model)
             self.origin, notes = start_from(ranks, cfg.init_from, self.model, self.optimizers, loss)
-            self.average = average_of(cfg.average, self.model)  # of the weights that the run starts from
-        self.changed = [] if resumed is None else changes_of(resumed.state["config"], cfg)
-        self.resumed_at = self.step if resumed is not None else None
-        self.ended_at = self.step if resumed is not None and was_end(resumed) else None
-        self.val_loss = resumed.metric if resumed is not None else None  # of the current weights; None: not computed
+        self.average = average_of(cfg.average, self.model)
+        self.changed: list[str] = []  # settings, since the checkpoint
+        self.resumed_at: int | None = None
+        self.ended_at: int | None = None
+        self.val_loss: float | None = None  # of the current weights; None: not computed
+        if resumed is not None:
+            parts = (self.model, self.optimizers, self.stability, self.guard, self.average)
+            missed = restore(resumed, cfg, *parts, rank=ranks.rank)
+            self.step, self.seconds, self.val_loss = resumed.step, float(resumed.state["seconds"]), resumed.metric
+            self.resumed_at, self.ended_at = self.step, self.step if resumed.state["ended"] else None
+            self.changed = changes_of(resumed.state["config"], cfg)
+            notes = [*(f"changed: {change}" for change in self.changed), *missed]
         if ranks.is_main:
             cut = shortened(cfg, ranks.world, len(self.observer.held_out), len(self.observer.probe_windows))
             remarks = [*without_effect(cfg, given, sweep=bool(label)), *cut, *resumption(resumed, cfg, notes)]
@@ -267,20 +260,21 @@ class Run:
         """Save a checkpoint. A run resumed from it has exactly the records that are written so far; ended: those of an end too."""
         self.observer.finish_spectra(log)
         log.sync()
-        state = state_of(
-            cfg=self.cfg,
-            data=self.data,
-            model=self.model,
-            optimizers=self.optimizers,
-            stability=self.stability,
-            guard=self.guard.state_dict(self.ranks),
-            average=self.average,
-            step=self.step,
-            seconds=self.elapsed,
-            ended=ended,
-            rng=self.ranks.gather_objects(rng_state(self.device)),
-            attention=self.attention.backend,
-        )
+        state = {  # all ranks compute it, since some parts are gathered from all
+            "config": self.cfg.plain(),
+            "data": self.data,
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+            "stability": self.stability.state_dict(),
+            "guard": self.guard.state_dict(self.ranks),
+            "average": self.average.state_dict() if self.average else None,
+            "rng": self.ranks.gather_objects(rng_state(self.device)),
+            "attention": self.attention.backend,
+            "step": self.step,
+            "seconds": self.elapsed,
+            "ended": ended,
+            "environment": environment(self.device),
+        }
         self.placement.save(self.directory / "checkpoints", self.step, state, self.cfg.checkpoint.keep, self.val_loss)
 
     def abandon_step(self, log: RunLog | NoLog, before: dict[str, Any]) -> None:

@@ -12,8 +12,7 @@ from training import checkpoint
 from training.average import average_of
 from training.config import compose
 from training.log import read_records
-from training.resume import state_of
-from training.settings import EmaAverage, NoAverage, WindowAverage, completed
+from training.settings import EmaAverage, NoAverage, WindowAverage
 
 SETTINGS = {"ema": EmaAverage("ema", 0.8), "window": WindowAverage("window", 3)}
 CHOICES = {"ema": ["average=ema", "average.decay=0.8"], "window": ["average=window", "average.length=3"]}
@@ -90,28 +89,3 @@ def test_a_run_with_an_average_is_the_same_run_and_is_resumed_bitwise(tiny, tmp_
         expected = sum(n * part[name].double() for n, part in zip(a["counts"], a["means"])) / sum(a["counts"])
         torch.testing.assert_close(w.double(), expected, rtol=1e-5, atol=1e-7)
     assert not any(torch.equal(w, mean[name]) for name, w in plain.items())
-
-
-def test_a_checkpoint_of_an_older_program_is_resumed(tiny, tmp_path, monkeypatch):
-    """It lacks the settings of today; the run goes on as if nothing had changed."""
-    import train as module
-
-    def older(**parts):
-        state = state_of(**parts)
-        for key in ("average", "capture", "profile"):
-            state["config"].pop(key)
-        for key in ("stream_dtype", "skips"):
-            state["config"]["model"].pop(key)
-        del state["average"]
-        return state
-
-    monkeypatch.setattr(module, "state_of", older)
-    halfway = compose([*tiny, "max_steps=10"])
-    train(replace(halfway, max_steps=5))
-    monkeypatch.undo()
-    train(compose([*tiny, "max_steps=10", "resume=auto"]))
-    train(compose([*tiny, "max_steps=10", f"output_dir={tmp_path}/straight"]))
-    resumed, straight = ([r["loss"] for r in read_records(tmp_path / run, "train")] for run in ("run", "straight"))
-    assert resumed == straight and len(straight) == 10
-    old = completed({"model": {}})
-    assert (old["model"]["stream_dtype"], old["average"], old["capture"]) == ("float32", {"kind": "none"}, False)

@@ -106,7 +106,8 @@ def spellings(word, here, monkeypatch):
 
 
 def test_a_resumed_run_says_what_it_does_not_do():
-    loaded = Loaded({"config": {"full_eval": False, "max_steps": 4}}, Path("a/checkpoints/step_00000004"), 4)
+    state = {"config": {"full_eval": False}, "ended": True}
+    loaded = Loaded(state, Path("a/checkpoints/step_00000004"), 4)
     _, beyond, split = resumption(loaded, compose(["full_eval=true", "max_steps=2"]), [])
     assert beyond == "max_steps=2: the run is beyond it already, and is not trained further"
     assert split.startswith("full_eval=true: the run had ended without it") and split.endswith("scripts/evaluate.py a")

@@ -14,8 +14,7 @@ from model.gpt import GPT, GPTConfig
 from optim.manifolds import MANIFOLDS
 from scripts.export import write_hf, write_nanogpt, write_safetensors
 from train import train
-from training import init_from
-from training.checkpoint import CheckpointError, load_newest
+from training.checkpoint import CheckpointError
 from training.config import compose
 from training.init_from import located, movement, read_weights
 from training.log import read_records
@@ -183,14 +182,6 @@ def test_a_run_starts_from_a_run_on_its_manifolds(run, tiny_data, tmp_path, caps
     shutil.rmtree(source)
     train(compose([*more, "resume=auto", "max_steps=2", "allow_changes=true"]))
     assert len(list(read_records(tmp_path / "run", "init_from"))) == 1
-
-
-def test_a_run_of_an_older_program_gives_its_weights(run, monkeypatch):
-    """Settings that came later have the values of before."""
-    loaded = load_newest(run / "checkpoints")
-    del loaded.state["config"]["model"]["skips"], loaded.state["config"]["average"]
-    monkeypatch.setattr(init_from, "load_newest", lambda folder: loaded)
-    assert read_weights(run).settings["model.skips"] is True
 
 
 def test_free_weights_move_onto_the_manifolds_and_the_run_says_how_far(tiny_data, tmp_path, capsys):

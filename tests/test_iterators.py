@@ -27,11 +27,9 @@ from optim.manifold_muon import ManifoldMuon
 from optim.msign import iterate
 from optim.published import PublishedStep
 from scripts import design_iterator
-from training.build import build_optimizers, gpt_config, step_rule
+from training.build import build_optimizers, step_rule
 from training.checks import check
 from training.config import compose
-from training.resume import differences
-from training.settings import completed, settings_of
 from training.validate import ConfigError
 
 # The thread's recipe, with γ found by another program on a grid: (l, r) → γ, then (a, b, c), the peak on (0, 1-l), the trough on (1-l, 1+r).
@@ -222,15 +220,6 @@ def test_a_wrong_iterator_is_refused_with_its_reason():
     ):
         with pytest.raises(ConfigError, match=rf"optim\.muon\.rule\.iterator is .*{reason}"):
             compose([f"optim.muon.rule.iterator={value}"])
-
-
-def test_a_run_of_a_program_without_the_setting_is_resumed_and_read():
-    now = compose(["experiment=nugpt_demo"]).plain()
-    older = compose(["experiment=nugpt_demo"]).plain()
-    del older["optim"]["muon"]["rule"]["iterator"]
-    assert completed(older) == now and gpt_config(settings_of(older)).n_layer == 4
-    del older["seed"]
-    assert differences(completed(older), now) == ["seed: (absent) → 1337"]
 
 
 # ---- the command ----

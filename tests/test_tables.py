@@ -9,7 +9,6 @@ from scripts.analysis.runs import RecordedRun, find_runs
 from scripts.analysis.tables import (
     at_paper_scale,
     cell,
-    different,
     footer,
     grouped,
     make_table,
@@ -162,12 +161,6 @@ def test_a_run_that_was_resumed_under_other_settings_says_so_and_stands_alone(tm
     groups = grouped(find_runs([tmp_path]))
     assert [[r.config["seed"] for r in group] for group in groups] == [[1, 4], [2, 3]]
     assert [groups[0][0].status, groups[1][0].status] == ["ok", "ok, changed at step 5"]
-
-
-def test_a_setting_that_came_later_is_no_difference():
-    new = configuration("hetero")
-    old = {key: value for key, value in new.items() if key not in ("batches", "average")}
-    assert different(old, new) == different(new, old) == different(old, old) == []
 
 
 def test_values_of_a_line():

@@ -92,10 +92,6 @@ class Kind:
         """The typed object for a valid value."""
         return value
 
-    def completed(self, value: Any) -> Any:
-        """The value with null for every setting in it that is missing and may be null."""
-        return value
-
 
 @dataclass(frozen=True)
 class Number(Kind):
@@ -222,9 +218,6 @@ class Optional(Kind):
     def read(self, value: Any) -> Any:
         return None if value is None else self.kind.read(value)
 
-    def completed(self, value: Any) -> Any:
-        return None if value is None else self.kind.completed(value)
-
 
 @dataclass(frozen=True)
 class Several(Kind):
@@ -328,12 +321,6 @@ class Section(Kind):
     def read(self, value: Any) -> Any:
         return self.type(**{name: kind.read(value[name]) for name, kind in self.kinds.items()})
 
-    def completed(self, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        wanted = {name: kind for name, kind in self.kinds.items() if name in value or isinstance(kind, Optional)}
-        return {**value, **{name: kind.completed(value.get(name)) for name, kind in wanted.items()}}
-
 
 @dataclass(frozen=True)
 class Variant(Kind):
@@ -366,10 +353,6 @@ class Variant(Kind):
 
     def read(self, value: Any) -> Any:
         return Section(self.types[value[self.by]]).read(value)
-
-    def completed(self, value: Any) -> Any:
-        name = value.get(self.by) if isinstance(value, Mapping) else None
-        return Section(self.types[name]).completed(value) if isinstance(name, str) and name in self.types else value
 
 
 # ---- from annotations to kinds ----

@@ -31,7 +31,7 @@ from training.launch import RankFailed, Worker, launch
 from training.lock import DirectoryLock, InUse
 from training.log import METRICS_FILE, RunLog, read_records
 from training.resume import HARMLESS, differences
-from training.settings import Settings, completed
+from training.settings import Settings
 from training.signals import Stopped
 from training.validate import ConfigError
 
@@ -184,7 +184,7 @@ def finished(cfg: Settings, directory: Path, remedy: str = "choose a sweep.name"
 
 def other_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two configurations that make them different runs, as "key: before → after"."""
-    return differences(completed(saved), now, ignore=SAME_RESULT)
+    return differences(saved, now, ignore=SAME_RESULT)
 
 
 def note_failure(directory: Path, error: BaseException, cfg: Settings | None = None) -> None:

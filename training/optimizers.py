@@ -187,11 +187,7 @@ class Optimizers:
         if self.muon is None:
             return missed
         saved = [group for part in state.values() for group in part["param_groups"]]
-        before = {
-            name: (g.get("manifold"), g.get("blocks"), g.get("radius", 1.0))
-            for g in saved
-            for name in g.get("names", ())
-        }
+        before = {name: (g.get("manifold"), g.get("blocks"), g.get("radius")) for g in saved for name in g["names"]}
         now = {name: (g["manifold"], g["blocks"], g["radius"]) for g in self.muon.param_groups for name in g["names"]}
         moved = [n for n, place in now.items() if n in before and before[n] != place and place[0] != "euclidean"]
         self.muon.bring_onto_manifold(moved)
@@ -215,7 +211,7 @@ def _take_over(kind: str, optimizer: torch.optim.Optimizer, saved_state: Mapping
     """Load the saved state that fits into an optimizer, by parameter name; returns a line for everything left at its start."""
     fresh = optimizer.state_dict()
     params = _by_name(optimizer)
-    saved = _state_by_name(saved_state, list(params))
+    saved = _state_by_name(saved_state)
     taken: dict[int, dict[str, Tensor]] = {}
     missed: dict[str, list[str]] = {}
     for index, (name, p) in enumerate(params.items()):
@@ -238,7 +234,7 @@ def _take_over_any(kind: str, optimizer: torch.optim.Optimizer, saved_state: Map
     parameter.
     """
     fresh, shapes, params = optimizer.state_dict(), saved_state.get("shapes", {}), _by_name(optimizer)
-    saved = _state_by_name(saved_state, list(params))
+    saved = _state_by_name(saved_state)
     fits = {name: saved[name] for name, p in params.items() if name in saved and shapes.get(name) == list(p.shape)}
     taken = {index: fits[name] for index, name in enumerate(params) if name in fits}
     settings = settings_of_group(optimizer)
@@ -267,9 +263,7 @@ def _shapes(optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in _by_name(optimizer).items()}
 
 
-def _state_by_name(saved: Mapping[str, Any], order: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
-    """Parameter name → its state. The oldest checkpoints have no names; their parameters are in the order `order`."""
-    indices = [i for group in saved["param_groups"] for i in group["params"]]
-    if all("names" in group for group in saved["param_groups"]):
-        order = [name for group in saved["param_groups"] for name in group["names"]]
-    return {name: saved["state"].get(i, {}) for name, i in zip(order, indices)} if len(order) == len(indices) else {}
+def _state_by_name(saved: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+    """Parameter name → its state."""
+    groups = saved["param_groups"]
+    return {name: saved["state"].get(i, {}) for group in groups for name, i in zip(group["names"], group["params"])}

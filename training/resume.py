@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,15 +17,14 @@ from training.checkpoint import STATE_FILE, CheckpointError, Loaded, load, load_
 from training.fields import leaves
 from training.files import read_config
 from training.log import METRICS_FILE, read_records
-from training.machine import environment, resolve_device
 from training.ranks import LostRanks, Ranks
-from training.settings import Settings, completed
+from training.settings import Settings
 from training.stability import Stability
 from training.step import FiniteGuard
 
-# Settings that may change when a run is resumed, because they do not change its numbers.
+# Settings that may change when a run is resumed: they change its numbers by rounding at most.
 HARMLESS = (
-    "max_steps",  # the schedule, which it decides, is compared separately
+    "max_steps",  # schedule.decay_steps, which is max_steps unless given, is compared instead
     "resume",
     "allow_changes",
     "output_dir",
@@ -44,49 +44,17 @@ HARMLESS = (
 )
 
 
-# The parts of a run's state and their types. The oldest states have "skipped", a number of updates, instead of "guard".
+# The parts of a run's state, which the loop saves, and their types.
 _PARTS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("config", "model", "optimizers", "stability", "environment"), (dict,)),
+    **dict.fromkeys(("config", "model", "optimizers", "stability", "guard", "environment"), (dict,)),
+    "average": (dict, NoneType),
+    "attention": (str, NoneType),
     "data": (str,),
     "rng": (list,),
     "step": (int,),
     "seconds": (float, int),
+    "ended": (bool,),
 }
-
-
-def state_of(
-    cfg: Settings,
-    data: str,
-    model: nn.Module,
-    optimizers: Any,
-    stability: Stability,
-    guard: dict[str, Any],
-    average: Average | None,
-    step: int,
-    seconds: float,
-    ended: bool,
-    rng: list[dict[str, Any]],
-    attention: str | None = None,
-) -> dict[str, Any]:
-    """The complete state of a run. All ranks must call, because optimizers gather theirs.
-
-    `guard` is the state of FiniteGuard, `rng` the `rng_state` of every rank, `attention` the backend that computes attention.
-    """
-    return {
-        "config": cfg.plain(),
-        "data": data,
-        "model": model.state_dict(),
-        "optimizers": optimizers.state_dict(),
-        "stability": stability.state_dict(),
-        "guard": guard,
-        "average": average.state_dict() if average else None,
-        "rng": rng,
-        "attention": attention,
-        "step": step,
-        "seconds": seconds,
-        "ended": ended,
-        "environment": environment(resolve_device(cfg)[0]),
-    }
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -102,11 +70,6 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 # ---- which checkpoint ----
-
-
-def was_end(loaded: Loaded) -> bool:
-    """Whether the run had ended at this checkpoint, with all measurements of an end. In older checkpoints only the step tells."""
-    return loaded.state.get("ended", loaded.state["config"]["max_steps"] <= loaded.step)
 
 
 def branch_of(directory: Path) -> str | None:
@@ -167,7 +130,7 @@ def find_checkpoint(cfg: Settings, directory: Path, data: str) -> Loaded | None:
 def changes_of(saved: Mapping[str, Any], cfg: Settings) -> list[str]:
     """A line for every setting that changes numbers and has another value than in the saved configuration."""
     decisive = () if cfg.transfer.rule == "none" else ("max_steps",)  # the transferred learning rates depend on it
-    return differences(completed(saved), cfg.plain(), ignore=[key for key in HARMLESS if key not in decisive])
+    return differences(saved, cfg.plain(), ignore=[key for key in HARMLESS if key not in decisive])
 
 
 def check_parts(loaded: Loaded) -> None:
@@ -224,23 +187,14 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterab
     """List each key whose value differs between two nested configurations, as `"optim.muon.lr: 0.1 → 0.2"`.
 
     `ignore` names dotted keys; a name covers everything below it (`"logger"` covers `logger.mode`). A key that one of them does not
-    have is the same as None: settings that were added later are switched off by it.
+    have is the same as None.
     """
-    before, after = dict(leaves(saved)), dict(leaves(now))
-    ignored = tuple(ignore)
-    changes = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
-        both_nan = old != old and new != new
-        both_none = before.get(key) is after.get(key) is None
-        if (
-            old != new
-            and not both_nan
-            and not both_none
-            and not any(key == name or key.startswith(f"{name}.") for name in ignored)
-        ):
-            changes.append(f"{key}: {old} → {new}")
-    return changes
+    before, after, ignored = dict(leaves(saved)), dict(leaves(now)), tuple(ignore)
+    return [
+        f"{key}: {before.get(key, '(absent)')} → {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in ignored)
+    ]
 
 
 # ---- loading it ----
@@ -255,29 +209,28 @@ def restore(
     guard: FiniteGuard,
     average: Average | None = None,
     rank: int = 0,
-) -> tuple[int, float, list[str]]:
-    """Load the state of a checkpoint. All ranks must call.
+) -> list[str]:
+    """Load the state of a checkpoint into the parts of a run. All ranks must call.
 
     With `allow_changes`, state is loaded where its name and shape fit, and the rest stays at its start. If there are now more ranks, the
     additional ones keep their own random numbers, which only dropout uses.
 
     Returns:
-        The finished steps, the seconds they took, and one line for every change.
+        A line for everything that was not loaded unchanged.
 
     Raises:
         CheckpointError: the weights belong to another model, or the state was not saved by this program.
     """
     state = loaded.state
     with foreign(loaded):
-        changed = [f"changed: {change}" for change in changes_of(state["config"], cfg)]
         missed = take_weights(model, loaded, allow_changes=cfg.allow_changes)
         missed += optimizers.load_state_dict(state["optimizers"])
         stability.load_state_dict(state["stability"])
-        guard.load_state_dict(state["guard"] if "guard" in state else _guard_of_old(state))
-        missed += average.load_state_dict(state.get("average")) if average else []
+        guard.load_state_dict(state["guard"])
+        missed += average.load_state_dict(state["average"]) if average else []
         if rank < len(state["rng"]):
             set_rng_state(state["rng"][rank])
-        return state["step"], float(state["seconds"]), changed + missed
+        return missed
 
 
 def resumption(loaded: Loaded | None, cfg: Settings, notes: list[str]) -> list[str]:
@@ -289,17 +242,13 @@ def resumption(loaded: Loaded | None, cfg: Settings, notes: list[str]) -> list[s
     lines.append(f"resumed from {loaded.path}, step {loaded.step} of {cfg.max_steps}")
     if loaded.step > cfg.max_steps:
         lines.append(f"max_steps={cfg.max_steps}: the run is beyond it already, and is not trained further")
-    if cfg.full_eval and loaded.step >= cfg.max_steps and was_end(loaded) and not loaded.state["config"]["full_eval"]:
+    ended_without = loaded.state["ended"] and not loaded.state["config"]["full_eval"]
+    if cfg.full_eval and loaded.step >= cfg.max_steps and ended_without:
         run = loaded.path.parent.parent
         lines.append(
             f"full_eval=true: the run had ended without it; the loss on the whole split: python scripts/evaluate.py {run}"
         )
     return [*lines, *(f"  - {note}" for note in notes)]
-
-
-def _guard_of_old(state: dict[str, Any]) -> dict[str, Any]:
-    first = [state["step"], "a loss or a gradient of an earlier session", 0] if state["skipped"] else None
-    return {"count": state["skipped"], "first": first}
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ training/validate.py checks relations between settings.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -363,36 +362,10 @@ class Settings:
         return log.interval_spectra, log.interval_certificate, log.interval_updates, self.probe.interval, *rest
 
 
-NEWER: dict[str, Any] = {
-    "average": {"kind": "none"},
-    "capture": False,
-    "attention_backend": "auto",
-    "profile": None,
-    "model.stream_dtype": "float32",
-    "transfer.base.stream_dtype": "float32",
-    "model.head_bias": False,
-    "transfer.base.head_bias": False,
-    "model.skips": True,
-    "transfer.base.skips": True,
-    "optim.matrices": {"lr": None, "weight_decay": None},
-    "optim.adamw.fused": "always",
-    "optim.muon.block_length": "each",
-    "optim.muon.cautious": False,
-    "optim.norms": {"others": ["rms", "rms"], "tables": ["wte", "wpe"], "patterns": None},
-    "batches": {"order": "replacement", "documents": False},
-    "launcher.shard": "ddp",
-    "init.attention_residual_scale": 1.0,
-    "init.mlp_residual_scale": 1.0,
-    "init.attention_scale": 1.0,
-}
-"""Settings that older programs did not have: dotted key → the value that does what they did."""
-
-
 def read_sound(cfg: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
     """The typed settings of a plain configuration, and the problems of single values.
 
-    A section or top-level value with a problem is left out of the settings. So the configuration of a run of an older program can be
-    read in part.
+    A section or top-level value with a problem is left out of the settings.
     """
     section = Section(Settings)
     found = section.problems("", cfg)
@@ -403,21 +376,5 @@ def read_sound(cfg: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
 
 
 def settings_of(saved: Mapping[str, Any]) -> Settings:
-    """The typed settings of a configuration that a run saved, also one of an older program; see `read_sound`."""
-    return read_sound(completed(saved))[0]
-
-
-def completed(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run of an older program, with every setting that it did not have and that has a value without effect.
-
-    That is the value of NEWER, or else null, if the setting may be null. Other settings stay missing.
-    """
-    new = copy.deepcopy(dict(cfg))
-    for key, value in NEWER.items():
-        *path, last = key.split(".")
-        place: Any = new
-        for name in path:
-            place = place.get(name) if isinstance(place, dict) else None
-        if isinstance(place, dict):
-            place.setdefault(last, copy.deepcopy(value))
-    return Section(Settings).completed(new)
+    """The typed settings of a configuration that a run saved; see `read_sound`."""
+    return read_sound(saved)[0]

@@ -384,7 +384,7 @@ def model_of(loaded: Loaded, average: bool = False) -> GPT:
         if mean is None:
             raise UsageError(f"{loaded.path} has no average of the weights; train with average=ema or average=window")
         with foreign(loaded):
-            mean.load_state_dict(loaded.state.get("average"))
+            mean.load_state_dict(loaded.state["average"])
         mean.take()
     return model.eval()
 

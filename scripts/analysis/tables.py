@@ -16,7 +16,6 @@ from scripts.command import UsageError, as_cell, as_code
 from training.files import write_whole
 from training.job import other_settings
 from training.machine import environment
-from training.settings import completed
 
 PUBLISHED = {
     "Unconstrained": "3.3855",
@@ -217,7 +216,7 @@ def grouped(runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
 
 def different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Dotted keys that differ between two configurations and may change a run's numbers, without the seed."""
-    return [key for change in other_settings(a, completed(b)) if (key := change.partition(":")[0]) != "seed"]
+    return [key for change in other_settings(a, b) if (key := change.partition(":")[0]) != "seed"]
 
 
 def settings_columns(groups: Groups) -> list[Column]:
