@@ -227,6 +227,8 @@ def test_a_mixture_has_its_shares_on_any_number_of_ranks(tmp_path, order):
         assert (ord("ab"[part]) in row) and (ord("ba"[part]) not in row)
     val = validation_windows(dataset.val, 16, 40)
     assert [sum(ord(letter) in row for row in val) for letter in "ab"] == [30, 10]
+    few = validation_windows(mixture(tmp_path, "a: 99, b: 1").open().val, 16, 4)  # none of them is of b
+    assert len(few) == 4 and (few != ord("b")).all()
 
 
 def test_the_parts_of_a_mixture_must_fit_together(tmp_path):
@@ -234,8 +236,13 @@ def test_the_parts_of_a_mixture_must_fit_together(tmp_path):
     assert cfg.open().fingerprint != replace(cfg, parts={"a": 1.0, "b": 1.0}).open().fingerprint
     assert cfg.open().fingerprint == replace(cfg, parts={"a": 6.0, "b": 2.0}).open().fingerprint
     nanogpt(tmp_path / "x")
+    for parts in ({"a": 1.0, "x": 1.0}, {"x": 1.0, "a": 1.0}):
+        assert replace(cfg, vocab_size=60_000, parts=parts).open().vocab_size == 60_000  # the larger
     with pytest.raises(DataError, match=r"do not fit together: a has bytes tokens"):
         replace(cfg, tokenizer="gpt2", parts={"x": 1.0, "a": 1.0}).open()
+    speedrun(tmp_path / "y")
+    with pytest.raises(DataError, match=r"y has gpt2 tokens, and the end-of-text token begins a document"):
+        replace(cfg, tokenizer="gpt2", parts={"x": 1.0, "y": 1.0}).open()
     with pytest.raises(DataError, match=r"weight of .*b is less than 1/10,000"):
         Loader(replace(cfg, parts={"a": 1.0, "b": 1e-6}).open().train, 16, 1, 8)
     with pytest.raises(DataError, match=r"names no folder"):

@@ -112,6 +112,11 @@ def test_a_resumed_run_says_what_it_does_not_do():
     assert beyond == "max_steps=2: the run is beyond it already, and is not trained further"
     assert split.startswith("full_eval=true: the run had ended without it") and split.endswith("scripts/evaluate.py a")
     assert len(resumption(loaded, compose(["full_eval=true", "max_steps=9"]), [])) == 1
+    whole = replace(loaded, state={"config": {"full_eval": True}, "ended": True})
+    assert len(resumption(whole, compose(["full_eval=true", "max_steps=4"]), [])) == 1  # it had ended with it
+    passed = replace(loaded, skipped=[(Path("a/checkpoints/step_00000008"), "it was truncated")])
+    skipped, used = resumption(passed, compose(["max_steps=9"]), [])
+    assert skipped == "skipped a/checkpoints/step_00000008: it was truncated" and used.endswith("step 4 of 9")
 
 
 def test_a_sweep_may_begin_at_a_checkpoint(copied, tmp_path):

@@ -303,6 +303,13 @@ def test_what_could_not_be_loaded_is_refused_before_it_is_saved(tmp_path, foreig
     assert not (tmp_path / "sub").exists()
 
 
+@pytest.mark.parametrize("key", [numpy.int64(3), Path("x")], ids=lambda key: type(key).__name__)
+def test_a_key_that_could_not_be_loaded_is_refused_too(tmp_path, key):
+    with pytest.raises(CheckpointError, match=r"the key .* of state\['a'\] is a .*; turn it into"):
+        save(tmp_path / "sub", 1, {"a": {key: 0}})
+    assert not (tmp_path / "sub").exists()
+
+
 # ---- faults while saving ----
 
 
@@ -383,6 +390,23 @@ def test_all_of_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch)
     final = save(tmp_path, 10, make_state(10))
     temp = tmp_path / ".step_00000010.tmp"
     assert events == [temp / STATE_FILE, temp / MANIFEST_FILE, temp, (temp, final), tmp_path]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_may_be_unable_to_sync_a_directory_but_not_fail_at_it(tmp_path, monkeypatch, code):
+    plain = os.fsync
+
+    def fsync(descriptor):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir():
+            raise OSError(code, os.strerror(code))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if code == errno.EIO:
+        with pytest.raises(CheckpointError, match=os.strerror(code)):
+            save(tmp_path, 10, make_state(10))
+    else:
+        assert holds(load(save(tmp_path, 10, make_state(10))), 10)
 
 
 def test_a_checkpoint_that_stepped_aside_for_one_that_never_came_returns(two, monkeypatch):

@@ -139,6 +139,11 @@ def test_geonorm_clamps_from_above_only():
     assert geonorm_angle(t, 1.0, -0.5, 1.0)[0] < 0
 
 
+def test_the_offset_fades_out_below_a_thousandth():
+    t = torch.tensor([0.0, 5e-4, 1e-3, 2e-3], dtype=torch.float64)
+    assert torch.allclose(geonorm_angle(t, 1.0, 0.05, 1.0) - t, 0.05 * torch.tensor([0, 0.5, 1, 1]).double())
+
+
 def test_decays():
     table = {name: [decay(layer, 4) for layer in range(4)] for name, decay in DECAYS.items()}
     assert table["harmonic"] == [1, 1 / 2, 1 / 3, 1 / 4] and table["linear"] == [1, 3 / 4, 2 / 4, 1 / 4]
@@ -232,6 +237,8 @@ def test_to_sphere():
     zero = torch.zeros(2, D, requires_grad=True)
     y = to_sphere(zero)
     assert not y.any() and torch.autograd.grad(y.sum(), zero)[0].isfinite().all()
+    short = torch.tensor([[2e-6, 0.0], [5e-7, 0.0]])  # above and below the length that has a direction
+    assert torch.equal(to_sphere(short), torch.tensor([[1.0, 0.0], [5e-7, 0.0]]))
     tiny = torch.randn(3, 5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: to_sphere(x, 2.0), tiny)
 

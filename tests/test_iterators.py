@@ -133,6 +133,9 @@ def test_a_list_that_rounding_makes_diverge_is_refused_in_that_precision():
     cans.require(torch.float32)
     wide = widened(cans.coefficients, 1.01)
     assert unsound(wide, 2**-8) is None  # more than the test asks for
+    assert wide[-1] == cans.coefficients[-1] and wide[0][0] == cans.coefficients[0][0] / 1.01
+    with pytest.raises(IteratorError, match="not safe in bfloat16"):  # a quarter of eps is the border
+        iterator(widened(cans.coefficients, 1.0015)).require(torch.bfloat16)
     assert torch.linalg.svdvals(iterate(X, wide, cans.margin, torch.bfloat16).float())[0] < 1.15
     for rule, remedy in (("paper", "msign_dtype"), ("manifold_muon", "products")):
         chosen = [f"optim={rule}", "optim.muon.rule.iterator=cans"]
@@ -155,6 +158,7 @@ def test_minimax_is_as_near_to_1_above_as_below(lower, upper, cushion):
 
 def test_a_list_that_loses_a_sign_or_diverges_is_no_iterator():
     assert "loses a sign" in unsound([(3.4445, -8.775, 2.0315)])
+    assert "loses a sign" in unsound([(-1e-7, 1.5, -0.5)])  # of singular values below 2.6e-4 alone
     assert "above 2" in unsound([(9.0, 0.0, 0.0)])
     assert "not finite" in unsound([(1e200, 1e200, 1e200)] * 3)
     with pytest.raises(IteratorError, match="no polynomials"):
@@ -163,7 +167,8 @@ def test_a_list_that_loses_a_sign_or_diverges_is_no_iterator():
         iterator("jordn")
     with pytest.raises(IteratorError, match="is no list of coefficients; give three numbers"):
         iterator([(1.0, 2.0)])
-    assert iterator([(2, -1.5, 0.5)] * 12).band == pytest.approx(ITERATORS["aurora"].band, abs=2e-3)
+    for name in ("aurora", "jordan"):
+        assert iterator(ITERATORS[name].coefficients).band == pytest.approx(ITERATORS[name].band, abs=2e-3)
 
 
 # ---- in a run ----

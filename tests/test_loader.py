@@ -15,6 +15,8 @@ from data.writer import ShardWriter
 
 TOKENS = 1000
 GOLDEN = [[953, 803, 526, 325], [346, 818, 778, 115]]  # steps 0 and 7
+GOLDEN_EPOCHS = [[790, 278, 662, 854], [629, 869, 245, 277]]  # steps 0 and 20, in the second epoch
+GOLDEN_PARTS = [[0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0]]  # of a mixture, steps 0 and 7
 
 
 def write_split(directory, ids: np.ndarray, shard_tokens: int) -> Split:
@@ -51,6 +53,12 @@ def test_offsets_are_philox_keyed_by_seed_and_step(split):
     """Golden numbers: a change here would silently change what every resumed run reads."""
     loader = Loader(split, block_size=16, seed=1337, windows=4)
     assert [loader.places(step)[1].tolist() for step in (0, 7)] == GOLDEN
+    epochs = Loader(split, block_size=16, seed=1337, windows=4, order="epoch")
+    assert [epochs.places(step)[1].tolist() for step in (0, 20)] == GOLDEN_EPOCHS
+    mixture = Loader(Mixture((split, split), (3.0, 1.0)), block_size=16, seed=1337, windows=8)
+    assert [mixture.places(step)[0].tolist() for step in (0, 7)] == GOLDEN_PARTS
+    other = Loader(Mixture((split, split), (3.0, 1.0)), block_size=16, seed=1, windows=8)
+    assert any((other.places(step)[0] != mixture.places(step)[0]).any() for step in range(4))
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])

@@ -48,6 +48,26 @@ def test_a_step_has_the_size_of_the_learning_rate_in_its_norm(shape, pair):
     assert (change * (p.grad.T if pair[0] == "one" else p.grad)).sum() < 0
 
 
+def test_small_singular_values_come_to_one_too():
+    generator = torch.Generator().manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(24, 8, generator=generator, dtype=torch.float64), full_matrices=False)
+    G = (U * torch.logspace(0, -3, 8, dtype=torch.float64)) @ Vh
+    sigma = torch.linalg.svdvals(norm_of(G, "l2", "l2").steepest(G.float()).double())
+    assert (sigma[:-1] - 1).abs().max() < 1e-3  # the last is a little below a thousandth of ‖G‖_F
+
+
+def test_a_schedule_and_the_settings_of_a_group_act():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    group = {"params": [p], "input": "rms", "output": "rms"}
+    optimizer = Modular([group], lr=9.0, momentum=0.9, nesterov=False, weight_decay=9.0)
+    p.grad = torch.tensor([1.0, 1.0])
+    optimizer.param_groups[0].update(lr=0.1, weight_decay=1.0, momentum=0.5)
+    optimizer.step()
+    assert torch.allclose(p, torch.tensor([0.9 - 0.1, -1.8 - 0.1]))
+    optimizer.step()
+    assert torch.allclose(optimizer.state[p]["momentum"], torch.tensor([1.5, 1.5]))
+
+
 def test_momentum_decay_and_a_skipped_step():
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     optimizer = Modular(
@@ -203,3 +223,4 @@ def test_nesterov():
             p.grad, before = torch.full_like(p, g), p.detach().clone()
             optimizer.step()
         assert torch.allclose(p - before, torch.full_like(p, -0.1 * sign))
+        assert torch.allclose(optimizer.state[p]["momentum"], torch.full_like(p, 0.1))  # without the look ahead

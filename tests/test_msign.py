@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference_published import reference_msign
 
-from optim.iterators import polar_express_coefficients
+from optim.iterators import SAFETY, polar_express_coefficients
 from optim.msign import msign
 from optim.published import published_sign
 
@@ -37,6 +37,12 @@ def random_matrix(*shape: int, condition: float = 100.0, seed: int = 0) -> torch
 
 def test_generator_gives_the_published_list():
     for ours, theirs in zip(polar_express_coefficients(8, safety=1.0), PUBLISHED_LIST, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-8)
+
+
+def test_the_list_is_widened_up_to_its_last_entry_which_is_repeated():
+    listed = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in PUBLISHED_LIST[:7]] + PUBLISHED_LIST[7:] * 2
+    for ours, theirs in zip(polar_express_coefficients(9), listed, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-8)
 
 

@@ -89,9 +89,11 @@ def test_vectors_have_norms_too(pair):
     g, norm = gaussian(9), vector_norm(*pair, 9)
     d = norm.steepest(g)
     assert norm.size(d) == pytest.approx(1.0) and (g * d).sum() == pytest.approx(norm.dual(g).item())
+    largest = FEATURES[pair[1]](g) if pair[0] == "one" else g.abs().max()  # of a bias, and of a gain of each feature
+    assert norm.size(g) == pytest.approx(largest.item())
 
 
-@pytest.mark.parametrize("norm", [Entries2(), Rows(), Columns()])
+@pytest.mark.parametrize("norm", [Entries2(), Rows(), Columns(), Schatten(p=3.0)])
 def test_a_direction_has_length_one_at_any_scale(norm):
     g = gaussian(6, 4).float()
     for scale in (1e-35, 1e-23, 1.0, 1e30):

@@ -13,7 +13,8 @@ from optim.manifolds import MANIFOLDS, distance_of
 from optim.monitor import Monitor
 from optim.msign import msign
 from optim.published import PublishedStep
-from optim.stack import Stack
+from optim.refine import Refine
+from optim.stack import Moved, Stack
 from training.build import build
 from training.checks import check
 from training.config import compose
@@ -265,6 +266,17 @@ def test_refined_directions_stay_tangent(manifold):
     assert all(seen["tangency"] < 1e-5 for seen in optimizer.certificates().values())
 
 
+def test_the_mask_acts_after_the_rows_and_a_row_that_never_moved_stays():
+    T, g = gaussian(1, 6, 4), gaussian(1, 6, 4, seed=1)
+    T[:, 2] = 0
+    (plain, squares), (masked, same) = (
+        Refine(mask, torch.zeros(1, 6), 0.9, False)(T, T, MANIFOLDS["euclidean"]) for mask in (None, g)
+    )
+    assert torch.equal(same, squares) and torch.allclose(squares, 0.1 * T.square().mean(-1))
+    assert not plain[:, 2].any() and not masked[:, 2].any()
+    assert torch.allclose(masked, torch.where(plain * g > 0, plain, 0) * T.norm() / plain[plain * g > 0].norm())
+
+
 def test_the_mean_squares_are_saved_and_a_skipped_step_leaves_them():
     params, twins = parameters((24, 9), (9, 24)), parameters((24, 9), (9, 24))
     first, second = optimizer_of(params, row_beta=0.9), optimizer_of(twins, row_beta=0.9)
@@ -279,6 +291,11 @@ def test_the_mean_squares_are_saved_and_a_skipped_step_leaves_them():
     steps_of(params, first, 1)
     assert all(torch.equal(first.state[p]["row_squares"], old) for p, old in zip(params, kept))
     assert "row_squares" not in optimizer_of(parameters((24, 9))).state_dict()["state"][0]
+
+
+def test_a_direction_that_was_not_taken_is_zero_whatever_it_is():
+    T, scale = torch.tensor([[[1.0]], [[math.nan]]]), torch.tensor([[[2.0]], [[0.0]]])
+    assert Moved(T, T, scale, *[torch.zeros(2)] * 2).direction.flatten().tolist() == [2.0, 0.0]
 
 
 def test_the_mean_squares_leave_out_a_direction_that_was_not_taken():

@@ -23,6 +23,7 @@ from model.probes import (
     head_mixing,
     logit_statistics,
     probe,
+    probe_summary,
     product_norm,
     qk_norms,
     row_statistics,
@@ -52,14 +53,37 @@ def causal(p):
 # ---- attention ----
 
 
-@pytest.mark.parametrize("switches", [{}, {"qk_norm": True}, {"head_gate": "token"}, {"qk_clip": 1.0}])
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"qk_norm": True}, {"head_gate": "token"}, {"qk_clip": 1.0}, {"logit_cap": 0.1}, {"scale": 2.0}],
+    ids=str,
+)
+@torch.no_grad()
 def test_the_explicit_path_is_the_fused_one(switches):
     model = GPT(GPTConfig(**{**vars(TINY), "n_embd": 32, **switches})).eval()
     attn, x = model.transformer.h[0].attn, 3 * torch.randn(3, 16, 32)
+    if attn.head_gate is not None:
+        attn.head_gate.weight.normal_()
+    heads = explicit_attention(attn, x)[2]
+    assert (attn.c_proj(heads.flatten(1)).view(3, 16, 32) - attn(x)).abs().max() < 1e-5
     q, k, v = attn.heads(x)
     explicit = torch.softmax(causal_logits(q, k), -1) @ v
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert (explicit - fused).abs().max() < 1e-5
+
+
+def test_the_summary_takes_the_extremes_of_heads_and_of_layers():
+    heads = {name: torch.tensor([[0.25, 0.5], [0.125, 0.875]]) for name in ("entropy", "saturated", "recovery")}
+    heads |= {"logit_max": torch.tensor([[1.0, 2.0]]), "qk_product_norm": torch.tensor([[3.0, 4.0]])}
+    assert probe_summary({**heads, "qk_norm_product": torch.tensor([[9.0, 9.0]])}) == {
+        "largest_logit": 2,
+        "largest_qk_norm": 4,
+        "least_entropy": 0.375,
+        "least_head_entropy": 0.125,
+        "greatest_saturation": 0.5,
+        "greatest_head_saturation": 0.875,
+        "least_recovery": 0.125,
+    }
 
 
 def test_a_probe_ignores_the_precision_of_other_products():
@@ -137,6 +161,19 @@ def test_planted_rank(rank):
     seen = depth(X)
     assert seen["effective_rank"].item() == pytest.approx(rank, rel=1e-3)
     assert seen["width_rank"].item() == pytest.approx(rank / 20)
+    assert depth(1e-4 * X)["width_rank"].item() == pytest.approx(rank / 20)
+
+
+def test_a_direction_is_used_from_a_thousandth_of_the_largest_on():
+    X = torch.zeros(1, 4, 8)
+    X[0].fill_diagonal_(1.0)
+    X[0] *= torch.tensor([1.0, 0.5, 2e-3, 5e-4])[:, None]
+    assert depth(X)["width_rank"].item() == pytest.approx(3 / 4)
+
+
+def test_the_rank_of_many_tokens_is_that_of_tokens_spread_over_all():
+    X = torch.eye(2).repeat_interleave(200, 0)[None]  # the second half of 400 tokens differs from the first
+    assert depth(X)["effective_rank"].item() == pytest.approx(2, rel=1e-2)
 
 
 def test_tokens_that_are_all_the_same_and_tokens_that_share_nothing():
@@ -166,6 +203,9 @@ def test_orthogonal_heads_are_recovered_and_confounded_heads_are_not():
     confounded[:, w : 2 * w] = confounded[:, :w]  # the second head writes where the first does: only their sum is left
     first, second, third = recovery(heads, confounded).tolist()
     assert first == pytest.approx(0.5, abs=0.1) and second == pytest.approx(0.5, abs=0.1) and third > 0.999
+    assert recovery(heads + 100, confounded).tolist() == pytest.approx([first, second, third], abs=1e-3)  # variance
+    faint = recovery(torch.randn(4000, 2, 1), torch.tensor([1.0, 0.01]).diag())
+    assert faint.tolist() == pytest.approx([1, 8 / 9], abs=0.02)  # read with an error of one per cent
     silent = orthogonal.clone()
     silent[:, :w] = 0
     assert recovery(heads, silent)[0] < 0.1
@@ -175,7 +215,7 @@ def test_null_space_of_the_output_projection():
     W = torch.randn(12, 12)
     assert null_space(W) == 0
     W[:, 4:8] = W[:, :4]
-    assert null_space(W) == 4
+    assert null_space(W) == null_space(1e-6 * W) == 4 and null_space(1e-9 * torch.eye(3)) == 0
     assert ambiguous_dimensions(tokens=128, n_head=12, width=64) == 128 * 11 * 64
 
 

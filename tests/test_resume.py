@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from scripts.analysis.runs import read_run
 from train import train
 from training import checkpoint
 from training.build import build
-from training.checkpoint import CheckpointError, load_newest
+from training.checkpoint import CheckpointError, Loaded, load_newest
 from training.checks import USER_ERRORS
 from training.config import compose
 from training.job import plan_job
 from training.log import METRICS_FILE, read_records
 from training.ranks import Ranks
-from training.resume import changes_of, differences, restore
+from training.resume import changes_of, differences, find_checkpoint, restore, take_weights
 from training.stability import Stability
 from training.step import FiniteGuard
 from training.validate import ConfigError
@@ -55,6 +56,9 @@ def test_records_whose_checkpoints_are_gone_are_not_erased(copied, ended):
         train(compose([*overrides, "resume=auto", "max_steps=12"]))
     assert isinstance(caught.value, USER_ERRORS) and "choose another output_dir" in str(caught.value)
     assert files(run) == before
+    (run / "config.yaml").unlink()  # the interval of the command, 5 steps, then says where a checkpoint was
+    with pytest.raises(CheckpointError, match=r"up to step 10, but no checkpoint"):
+        find_checkpoint(compose([*overrides, "resume=auto", "max_steps=12"]), run, "")
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_anew_and_keeps_what_it_wrote(copied, caplog):
@@ -153,6 +157,7 @@ def test_changes_take_what_fits_and_name_the_rest(copied, capsys, change):
     if not said:
         assert all(line.startswith("  - changed: ") for line in told)
     after = state_of(run)
+    assert after["seconds"] > before["seconds"] > 0
     assert after["step"] == 12 and [r["step"] for r in read_records(run, "train")] == list(range(1, 13))
     assert not set(after["model"]) - set(before["model"]) or any("starts from scratch" in line for line in told)
 
@@ -238,6 +243,24 @@ def test_a_model_of_which_nothing_fits_is_refused(copied):
     ):
         train(compose([*overrides, *RESUMED, "model.n_embd=32"]))
     assert files(run) == before
+
+
+def test_a_model_of_which_vectors_alone_fit_is_refused_too():
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4, bias=False), torch.nn.Linear(4, 2, bias=False))
+    saved = Loaded({"model": {"0.weight": torch.ones(4), "1.weight": torch.ones(3, 3)}}, Path("step_00000001"), 1)
+    with pytest.raises(CheckpointError, match="none of its matrices fits"):
+        take_weights(model, saved, allow_changes=True)
+
+
+def test_other_data_is_refused_whatever_is_allowed(copied):
+    run, overrides = copied
+    data = state_of(run)["data"]
+    for allowed in ("false", "true"):
+        cfg = compose([*overrides, "resume=auto", f"allow_changes={allowed}"])
+        assert find_checkpoint(cfg, run, data).step == 10
+        with pytest.raises(CheckpointError, match=r"are not the data of the run") as refused:
+            find_checkpoint(cfg, run, "another fingerprint")
+        assert "allow_changes" not in str(refused.value)
 
 
 def test_other_ranks_need_no_permission(copied, capsys):
@@ -432,6 +455,17 @@ def test_differences_list_each_changed_key():
     assert differences({"optimizer": 1}, {"optimizer": 2}, ignore=("optim",)) == ["optimizer: 1 → 2"]
 
 
+def test_settings_that_change_numbers_are_compared_and_others_are_not():
+    saved = compose([]).plain()
+    for word in ("seed=2", "schedule.floor=0.2", "optim.muon.lr=0.3", "dtype=bfloat16", "global_batch_tokens=4096"):
+        key = word.partition("=")[0]
+        assert [line.partition(":")[0] for line in changes_of(saved, compose([word]))] == [key]
+    assert changes_of(saved, compose(["checkpoint.keep=9", "log.interval=3"])) == []
+    nu = ["experiment=nugpt_demo"]  # its rates depend on the number of steps
+    steps = compose(nu).max_steps
+    assert f"max_steps: {steps} → 7" in changes_of(compose(nu).plain(), compose([*nu, "max_steps=7"]))
+
+
 @pytest.mark.parametrize(("change", "blocks", "size"), [("radius={c_attn: 3}", 1, 3), ("blocks={c_attn: 6}", 6, 1)])
 def test_weights_come_onto_a_manifold_of_another_size_or_cut(copied, change, blocks, size):
     model, *_, notes = restored(*copied, f"optim.muon.{change}")  # attention on stiefel
@@ -452,5 +486,5 @@ def test_each_rank_goes_on_with_its_own_random_numbers(copied):
     for rank in (1, 2):
         torch.manual_seed(3)
         expected = other["cpu"] if rank == 1 else torch.get_rng_state()  # there was no third rank
-        restore(loaded, cfg, model, optimizers, Stability(cfg.stability), guard, rank=rank)
+        assert restore(loaded, cfg, model, optimizers, Stability(cfg.stability), guard, rank=rank) == []
         assert torch.equal(torch.get_rng_state(), expected)

@@ -57,6 +57,7 @@ def test_the_rule_is_the_published_one():
     assert significance([3.28 - 3.0902 * 0.0013])[1] == pytest.approx(0.001, rel=1e-3)
     curves = [{100: 3.29, 125: 3.279, 150: 3.277}, {100: 3.29, 125: 3.27, 150: 3.277, 175: 3.2}]
     assert stopping_step(curves) == 125 and stopping_step([{1: 4.0}]) is None
+    assert stopping_step([{8: 3.2, 1: 3.2}]) == 1  # the first, in whatever order they come
 
 
 def test_runs_are_judged_where_all_were_evaluated():

@@ -71,7 +71,8 @@ def test_the_validation_loss_may_rise_by_max_rise_and_no_more():
         assert not stability.observe_val_loss(step, loss)
     assert (stability.best, stability.best_step) == (3.5, 300)
     assert stability.observe_val_loss(500, 4.0 + 1e-9)
-    assert stability.unstable_step == 500 and "step 300" in stability.reason
+    assert stability.unstable_step == 500
+    assert stability.reason == "validation loss 4 is 0.5 above its best, 3.5 at step 300"
 
 
 def test_the_best_is_the_least_and_its_first_step():
@@ -114,6 +115,15 @@ def test_the_z_score_is_measured_against_the_moving_statistics():
     """Around losses of spread 0.1 the threshold of 6 lies at +0.6, give or take what the moving average errs."""
     assert not any(flags_at(rise) for rise in (0.0, 0.2, 0.4))
     assert all(flags_at(rise) for rise in (0.9, 1.2, 5.0))
+
+
+@pytest.mark.parametrize(("deviations", "high"), [(5.95, False), (6.05, True)])
+def test_the_threshold_counts_standard_deviations(deviations, high):
+    stability = make(z_steps=1)
+    for step in range(500):
+        stability.observe_train_loss(step, 3.0 + 0.1 * (-1) ** step)
+    loss = stability._mean + deviations * math.sqrt(stability._variance)
+    assert stability.observe_train_loss(500, loss) == high
 
 
 def flags_at(rise: float) -> bool:

@@ -65,6 +65,7 @@ def test_the_least_number_of_seeds():
         assert power(effect, count) >= POWER > power(effect, count - 1)
     assert seeds_needed(100.0) == 2 and seeds_needed(0.01) is None and seeds_needed(0.0) is None
     assert seeds_needed(0.0882) is None  # 1,011 would be needed
+    assert 512 < seeds_needed(0.106) < 1000
 
 
 def test_one_seed_says_how_little_runs_may_scatter():
@@ -88,7 +89,7 @@ def test_the_deviation_of_a_difference_is_that_of_one_seed():
     found = Difference.of({1: 1.0, 2: 2.0, 3: 3.0}, {1: 0.0, 2: 0.0, 3: 0.0})
     assert found.deviation == pytest.approx(1.0) and math.isnan(Difference.of({1: 1.0}, {1: 0.0}).deviation)
     half = student_quantile(0.975, 2) * found.deviation / math.sqrt(3)
-    assert found.high - found.mean == pytest.approx(half)
+    assert found.high - found.mean == pytest.approx(half) and found.half == pytest.approx(half)
 
 
 def test_a_regression_finds_the_plane_and_foretells_what_it_left_out():
@@ -125,7 +126,9 @@ def test_ranks_are_fitted_when_losses_are_not_finite_and_nothing_is_when_nothing
     fit = rank_regression(x, [1.0, 1.1, 1.2, 9.0, math.inf, math.inf])
     assert fit.slopes["a"][0] == pytest.approx(34 / 35) and fit.count == 6
     assert rank_regression(x, [1.0] * 6) is None and rank_regression({"a": [1.0] * 6}, list(range(6))) is None
-    assert Regression.of({"a": [1.0, 2.0, 4.0]}, [1.0, 2.0, 3.0]) is None
+    few = {"a": [1.0, 2.0, 4.0, 5.0]}
+    assert Regression.of(few, [1.0, 2.0, 3.0, 5.0]) is None  # two points to spare
+    assert Regression.of({"a": [*few["a"], 7.0]}, [1.0, 2.0, 3.0, 5.0, 6.0]) is not None
 
 
 def test_the_p_of_a_rank_correlation():
