@@ -1,4 +1,4 @@
-"""The command line that prepares a dataset, for the messages that recommend it."""
+"""What configs/data says about a dataset: the command that prepares it, for messages, and which settings a command line or an experiment gave."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _EXAMPLES = {"files": "your/folder/*.txt", "repository": "owner/name"}
 """What the command shows for settings that a preparation needs and training does not."""
 
 
-def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
+def prepare_command(cfg: Source) -> str:
     """The `python -m data.prepare` that leads to these settings.
 
     It names the file of configs/data that has the name of the dataset, or else of its source, and every setting that differs from that file.
     """
-    group, defaults = _file_of(cfg, configs)
+    group, defaults = _file_of(cfg)
     changed = {} if cfg.name == group else {"name": cfg.name}
     wanted = {"dir": cfg.dir, **cfg.content}
     changed |= {key: value for key, value in wanted.items() if key != "name" and defaults.get(key, ...) != value}
@@ -31,20 +31,20 @@ def prepare_command(cfg: Source, configs: Path = CONFIGS) -> str:
     return shlex.join(["python", "-m", "data.prepare", *words])
 
 
-def given_settings(cfg: Source, configs: Path = CONFIGS) -> dict[str, Any]:
+def given_settings(cfg: Source) -> dict[str, Any]:
     """The settings that decide the tokens and have a value that no file of configs/data with this source has.
 
     A command line or an experiment gave them.
     """
-    files = [_defaults(file, cfg.name) for file in sorted((configs / "data").glob("[!_]*.yaml"))]
+    files = [_defaults(file, cfg.name) for file in sorted((CONFIGS / "data").glob("[!_]*.yaml"))]
     files = [settings for settings in files if settings.get("source") == cfg.source]
     return {key: value for key, value in cfg.content.items() if all(file.get(key, value) != value for file in files)}
 
 
-def _file_of(cfg: Source, configs: Path) -> tuple[str, dict[str, Any]]:
+def _file_of(cfg: Source) -> tuple[str, dict[str, Any]]:
     """The name of the file of configs/data from which the settings come, and the settings in it."""
     for group in (cfg.name, cfg.source):
-        file = configs / "data" / f"{Path(group).name}.yaml"
+        file = CONFIGS / "data" / f"{Path(group).name}.yaml"
         if file.exists() and (defaults := _defaults(file, cfg.name)).get("source", cfg.source) == cfg.source:
             return group, defaults
     return cfg.source, {}

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from data.command import CONFIGS
 from data.hub import Expected
 from data.mix import Mix
 from data.parallel import encoded, workers_for
@@ -295,7 +294,7 @@ def _size(size: float) -> str:
     return f"{size:,.1f} GB"
 
 
-def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 2 if the configuration or the data has a problem."""
     from omegaconf import OmegaConf
 
@@ -310,7 +309,7 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
     from training.validate import ConfigError
 
     try:
-        cfg = read_data(OmegaConf.to_container(composed(arguments, configs).data, resolve=True))
+        cfg = read_data(OmegaConf.to_container(composed(arguments).data, resolve=True))
         if idle := [word for word in arguments if not _is_of_data(word)]:
             raise ConfigError(f"{word} has no effect on a preparation; leave it out" for word in idle)
         if not isinstance(cfg, Source):
@@ -319,11 +318,11 @@ def main(arguments: Sequence[str] | None = None, configs: Path = CONFIGS) -> int
         directory = prepare(cfg)
         print(_counts(directory, cfg))
     except REFUSALS as error:
-        problems, rest = problems_of_words(arguments, configs=configs, sweeps=False)
+        problems, rest = problems_of_words(arguments, sweeps=False)
         if problems:
             with contextlib.suppress(*REFUSALS):
                 try:  # wrong values among the other words
-                    read_data(OmegaConf.to_container(composed(rest, configs).data, resolve=True))
+                    read_data(OmegaConf.to_container(composed(rest).data, resolve=True))
                 except ConfigError as wrong:
                     problems += wrong.problems
         print(ConfigError(problems or [str(error)]), file=sys.stderr)

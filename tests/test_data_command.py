@@ -2,7 +2,6 @@
 
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -15,22 +14,15 @@ from training.config import compose
 BOOKS = [f"Book {i}." for i in range(40)]
 
 
-@pytest.fixture
-def configs(tmp_path) -> Path:
-    """A configuration of nothing but the real `data` group."""
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    (folder / "data").symlink_to(CONFIGS / "data")
-    (folder / "config.yaml").write_text("defaults:\n  - data: stdlib\n  - _self_\n")
-    return folder
-
-
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIGS / "data").glob("[!_]*.yaml"))])
-def test_every_configuration_composes_completely(configs, name):
+def test_every_configuration_composes_completely(tmp_path, name):
+    """Beside nothing but the `data` group: a file refers to no setting of other groups."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(configs), version_base="1.3"):
+    (tmp_path / "data").symlink_to(CONFIGS / "data")
+    (tmp_path / "config.yaml").write_text("defaults:\n  - data: stdlib\n  - _self_\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
         cfg = OmegaConf.to_container(compose("config", overrides=[f"data={name}"]).data, resolve=True)
     assert cfg["name"] == name
     assert cfg["source"] in sources.SOURCES
@@ -42,10 +34,10 @@ def test_every_configuration_composes_completely(configs, name):
     assert (CONFIGS / "data" / f"{name}.yaml").read_text().startswith("# ")
 
 
-def test_the_command_prepares_and_summarises(tmp_path, configs, capsys):
+def test_the_command_prepares_and_summarises(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(BOOKS))
     overrides = ["data=text", f"data.files={tmp_path}/a.txt", "data.tokenizer=bytes", "data.val_fraction=0.1"]
-    assert main([*overrides, f"data.dir={tmp_path}/out"], configs) == 0
+    assert main([*overrides, f"data.dir={tmp_path}/out"]) == 0
     printed = capsys.readouterr().out
     assert "36 documents" in printed
     assert open_dataset(tmp_path / "out").manifest.name == "text"
@@ -71,9 +63,9 @@ def test_the_command_prepares_and_summarises(tmp_path, configs, capsys):
         (["-m"], 2, "-m is no option here; leave it out"),
     ],
 )
-def test_the_command_refuses_in_one_message(tmp_path, configs, capsys, overrides, code, message):
+def test_the_command_refuses_in_one_message(tmp_path, capsys, overrides, code, message):
     cheap = [] if any("tokenizer" in override for override in overrides) else ["data.tokenizer=bytes"]
-    assert main([*overrides, *cheap, f"data.dir={tmp_path}/prepared/x"], configs) == code
+    assert main([*overrides, *cheap, f"data.dir={tmp_path}/prepared/x"]) == code
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed

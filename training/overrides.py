@@ -1,6 +1,6 @@
-"""Words of the command line that Hydra refuses: all of them, each with what was probably meant. Without torch.
+"""The words of a command line: the configuration that they compose, the jobs of a sweep, and what was probably meant by a word that Hydra refuses.
 
-Hydra stops at the first word that it does not know, and does not say what else exists.
+Hydra stops at the first word that it does not know, and does not say what else exists. Does not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -55,15 +54,15 @@ _OTHER_NAMES = {  # of other programs: theirs → ours
 }
 
 
-def group_choices(group: str, configs: Path = CONFIGS) -> list[str]:
+def group_choices(group: str) -> list[str]:
     """The choices of a configuration group, sorted; empty if there is no such group. A name that begins with `_` is shared by others."""
-    return sorted(file.stem for file in (configs / group).glob("*.yaml") if not file.stem.startswith("_"))
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml") if not file.stem.startswith("_"))
 
 
-def top_names(configs: Path = CONFIGS) -> set[str]:
+def top_names() -> set[str]:
     """The settings of config.yaml itself, and the groups."""
-    settings = yaml.safe_load((configs / "config.yaml").read_text())
-    return {*settings, *(folder.name for folder in configs.iterdir() if folder.is_dir())} - {"defaults"}
+    settings = yaml.safe_load((CONFIGS / "config.yaml").read_text())
+    return {*settings, *(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())} - {"defaults"}
 
 
 def parsed(words: Sequence[str]) -> Iterator[Override]:
@@ -105,7 +104,7 @@ def jobs_of(words: Sequence[str]) -> list[tuple[str, list[str]]] | None:
     return jobs
 
 
-def composed(words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
+def composed(words: Sequence[str]) -> DictConfig:
     """Hydra's configuration of these words, with its references.
 
     Words that choose files are composed once and kept; words that only set a value change a copy of that. Hydra composes all words together
@@ -114,34 +113,34 @@ def composed(words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
     Raises:
         HydraException, OmegaConfBaseException: see REFUSALS.
     """
-    refuse_values_for_groups(words, configs)
+    refuse_values_for_groups(words)
     overrides = {word: list(parsed([word])) for word in words}
-    chosen = [word for word, found in overrides.items() if found and _chooses(found[0], configs)]
+    chosen = [word for word, found in overrides.items() if found and _chooses(found[0])]
     values = [found[0] for word, found in overrides.items() if found and word not in chosen]
     if len(chosen) + len(values) == len(words) and all(map(_only_sets, values)):
         with suppress(*REFUSALS):  # Hydra then says it about all words
-            files = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(configs.rglob("*.yaml")))
-            config = copy.deepcopy(_composed_of_files(tuple(chosen), configs, files))
+            files = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(CONFIGS.rglob("*.yaml")))
+            config = copy.deepcopy(_composed_of_files(tuple(chosen), files))
             for override in values:
                 OmegaConf.update(config, override.key_or_group, override.value())
             return config
-    return _composed_by_hydra(words, configs)
+    return _composed_by_hydra(words)
 
 
-def _composed_by_hydra(words: Sequence[str], configs: Path) -> DictConfig:
-    with initialize_config_dir(str(configs), version_base="1.3"):
+def _composed_by_hydra(words: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("config", list(words))
 
 
 @lru_cache(maxsize=128)
-def _composed_of_files(words: Sequence[str], configs: Path, files: tuple[tuple[str, int], ...]) -> DictConfig:
+def _composed_of_files(words: Sequence[str], files: tuple[tuple[str, int], ...]) -> DictConfig:
     """The same, kept while the files are what they were: files has the name of each, and when it was changed."""
-    return _composed_by_hydra(words, configs)
+    return _composed_by_hydra(words)
 
 
-def _chooses(override: Override, configs: Path) -> bool:
+def _chooses(override: Override) -> bool:
     """Whether a word chooses a file of a configuration group, such as optim=paper."""
-    return override.package is None and (configs / override.key_or_group).is_dir() and not _is_marked(override)
+    return override.package is None and (CONFIGS / override.key_or_group).is_dir() and not _is_marked(override)
 
 
 def _only_sets(override: Override) -> bool:
@@ -155,7 +154,7 @@ def _is_marked(override: Override) -> bool:
     return override.is_add() or override.is_force_add() or override.is_delete() or override.is_sweep_override()
 
 
-def refuse_values_for_groups(words: Sequence[str], configs: Path = CONFIGS) -> None:
+def refuse_values_for_groups(words: Sequence[str]) -> None:
     """Refuse what is no name of a choice, such as null in average=null. Hydra has errors for programmers there.
 
     Raises:
@@ -163,7 +162,7 @@ def refuse_values_for_groups(words: Sequence[str], configs: Path = CONFIGS) -> N
     """
     for override in parsed(words):
         group = override.key_or_group
-        if override.is_delete() or override.is_sweep_override() or not ("/" in group or (configs / group).is_dir()):
+        if override.is_delete() or override.is_sweep_override() or not ("/" in group or (CONFIGS / group).is_dir()):
             continue
         value = override.value()
         for item in value if isinstance(value, list) else [value]:
@@ -171,9 +170,7 @@ def refuse_values_for_groups(words: Sequence[str], configs: Path = CONFIGS) -> N
                 raise ConfigCompositionException(f"{group} has no choice {shown(item)}; give a name")
 
 
-def problems_of_words(
-    words: Sequence[str], sweep: bool = False, configs: Path = CONFIGS, sweeps: bool = True
-) -> tuple[list[str], list[str]]:
+def problems_of_words(words: Sequence[str], sweep: bool = False, sweeps: bool = True) -> tuple[list[str], list[str]]:
     """Check each word of a command line against the files of the configuration.
 
     Args:
@@ -193,10 +190,10 @@ def problems_of_words(
         name, values = override.key_or_group, _values(override)
         found += [f"{name} has {key} twice; keep one" for key in _twice(word)]
         single = f"{word.partition('=')[0]}={values[0]}" if override.is_sweep_override() and values else word
-        if name.startswith("hydra") or not (configs / name).is_dir() or override.is_delete():
+        if name.startswith("hydra") or not (CONFIGS / name).is_dir() or override.is_delete():
             keys.append((name, single))
-        elif wrong := [value for value in values if not (configs / name / f"{value}.yaml").exists()]:
-            choices = group_choices(name, configs)
+        elif wrong := [value for value in values if not (CONFIGS / name / f"{value}.yaml").exists()]:
+            choices = group_choices(name)
             found += [
                 f"{name} has no choice {v}{hint('' if v == 'null' else v, choices)}" for v in wrong
             ]  # null: no slip
@@ -204,8 +201,8 @@ def problems_of_words(
         else:
             groups.append(single)
         if override.is_sweep_override() and not sweep:
-            found.append(_several(word, (configs / name).is_dir(), sweeps))
-    config, _ = _tried(groups, configs)
+            found.append(_several(word, (CONFIGS / name).is_dir(), sweeps))
+    config, _ = _tried(groups)
     if config is None:
         return found, groups
     rest = []
@@ -220,10 +217,10 @@ def problems_of_words(
         elif mapping := _empty_mapping(name, config):
             key, value = name.removeprefix(f"{mapping}."), word.partition("=")[2]
             write_it = f"{name} is no setting; write '{mapping}={{{key}: {value}}}'"
-            found.append(_belongs_elsewhere(name, groups, configs) or write_it)
+            found.append(_belongs_elsewhere(name, groups) or write_it)
         else:
-            found.append(_no_setting(name, config, groups, configs))
-    errors = _errors_of_each(rest, groups, configs)
+            found.append(_no_setting(name, config, groups))
+    errors = _errors_of_each(rest, groups)
     errors |= {word: f"{word}: {_OWN_RULES}" for word in errors if word.lstrip("+").startswith(f"{_RULES}=")}
     return [*found, *errors.values()], [*groups, *(word for word in rest if word not in errors)]
 
@@ -284,15 +281,15 @@ def _values(override: Override) -> list[str]:
     return []
 
 
-def _errors_of_each(words: Sequence[str], groups: Sequence[str], configs: Path) -> dict[str, str]:
+def _errors_of_each(words: Sequence[str], groups: Sequence[str]) -> dict[str, str]:
     """Hydra's message for each word that it refuses beside the groups."""
-    if _tried([*groups, *words], configs)[1] is None:  # one composition takes long enough
+    if _tried([*groups, *words])[1] is None:  # one composition takes long enough
         return {}
-    errors = {word: _tried([*groups, word], configs)[1] for word in words}
+    errors = {word: _tried([*groups, word])[1] for word in words}
     return {word: " ".join(str(error).split()) for word, error in errors.items() if error is not None}
 
 
-def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: Path) -> str:
+def _no_setting(name: str, config: DictConfig, groups: Sequence[str]) -> str:
     """The sentence about a name that is no setting: almost the same names, other choices of its group that have it, or similar last parts."""
     names = list(_dotted(config))
     last = name.rpartition(".")[2]
@@ -301,7 +298,7 @@ def _no_setting(name: str, config: DictConfig, groups: Sequence[str], configs: P
     parts = {known: known.rpartition(".")[2] for known in names}
     alike = [known for known, part in parts.items() if get_close_matches(last, [part], 1)]
     near = get_close_matches(name, alike, 1, 0.85)
-    if not near and (elsewhere := _belongs_elsewhere(name, groups, configs)):
+    if not near and (elsewhere := _belongs_elsewhere(name, groups)):
         return elsewhere
     near = near or [known for known, part in parts.items() if part == last]
     near = near or [known for known, part in parts.items() if part.startswith(f"{last}_")]
@@ -321,12 +318,12 @@ def _empty_mapping(name: str, config: DictConfig) -> str | None:
     return None
 
 
-def _belongs_elsewhere(name: str, groups: Sequence[str], configs: Path) -> str | None:
+def _belongs_elsewhere(name: str, groups: Sequence[str]) -> str | None:
     """The sentence about a dotted name that is a setting with other choices of its group, such as optim=paper; None if there is none."""
     group, dot, _ = name.partition(".")
     others = [word for word in groups if not word.startswith(f"{group}=")]
-    words = [f"{group}={choice}" for choice in group_choices(group, configs)] if dot else []
-    tried = {word: _tried([*others, word], configs)[0] for word in words}
+    words = [f"{group}={choice}" for choice in group_choices(group)] if dot else []
+    tried = {word: _tried([*others, word])[0] for word in words}
     choices = [word for word, config in tried.items() if config is not None and _is_used(config, name)]
     return f"{name} is no setting here; it belongs to {' and '.join(choices[:_MOST_HINTS])}" if choices else None
 
@@ -357,12 +354,12 @@ def _has(config: DictConfig, name: str) -> bool:
 # ---- Hydra ----
 
 
-def _tried(words: Sequence[str], configs: Path) -> tuple[DictConfig | None, Exception | None]:
+def _tried(words: Sequence[str]) -> tuple[DictConfig | None, Exception | None]:
     """The configuration of these words, or the error of Hydra. What Hydra is doing meanwhile is not disturbed."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        return composed(words, configs), None
+        return composed(words), None
     except REFUSALS as error:
         return None, error
     finally:
