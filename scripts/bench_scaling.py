@@ -23,7 +23,7 @@ from optim.assignment import assign
 from optim.manifolds import tall
 from optim.ownership import choose_owners, members_of_buckets, plan_messages, step_flops
 from optim.stack import StepRule, row_blocks
-from scripts.command import UsageError, listed
+from scripts.command import UsageError, entries
 from scripts.timing import NOT_MEASURED, Rows
 from training.build import gpt_config, step_rule
 from training.config import compose
@@ -176,9 +176,9 @@ def ranks_of(text: str) -> list[int]:
     Raises:
         UsageError: one is no whole number above 0.
     """
-    if wrong := [word for word in listed(text) if not word.isdecimal() or int(word) < 1]:
+    if wrong := [word for word in entries(text) if not word.isdecimal() or int(word) < 1]:
         raise UsageError(f"measured={text}: {wrong[0]} is no number of ranks; give whole numbers, such as measured=2,4")
-    return [int(word) for word in listed(text)]
+    return [int(word) for word in entries(text)]
 
 
 def memory_row(

@@ -69,19 +69,19 @@ def _misspelt(argument: str, defaults: Mapping[str, Any], overrides: bool) -> li
     if bare != argument:
         name = bare.partition("=")[0].partition(".")[0]
         there = name in defaults or (overrides and (name in top_names() or name.startswith("hydra")))
-        meant = f"write it without dashes: {bare}" if there else f"choose of {_listed(defaults)}, without dashes"
+        meant = f"write it without dashes: {bare}" if there else f"choose of {_as_options(defaults)}, without dashes"
         return [f"{argument} is no option; {meant}"]
     near = get_close_matches(key, list(defaults), 1, _ALMOST) if key.isidentifier() else []
     return [f"{key}= is no option; did you mean {name}=?" for name in near if key not in top_names()]
 
 
-def _listed(options: Iterable[str]) -> str:
+def _as_options(options: Iterable[str]) -> str:
     return ", ".join(f"{key}=" for key in options)
 
 
 def problems_of_run(others: list[str], options: dict[str, Any]) -> list[str]:
     """What is wrong with the words besides the options, where they must be the directory of one run."""
-    return problems_of_names(others, options, 1, f"name one run and, if you like, {_listed(options)}; see --help")
+    return problems_of_names(others, options, 1, f"name one run and, if you like, {_as_options(options)}; see --help")
 
 
 def problems_of_options(others: Sequence[str], options: Mapping[str, Any]) -> list[str]:
@@ -89,7 +89,7 @@ def problems_of_options(others: Sequence[str], options: Mapping[str, Any]) -> li
     wrong = [
         word for word in others if word.partition("=")[0].isidentifier() and "=" in word and not Path(word).exists()
     ]
-    return [f"{word} is no option; choose of {_listed(options)}" for word in wrong]
+    return [f"{word} is no option; choose of {_as_options(options)}" for word in wrong]
 
 
 def problems_of_names(others: Sequence[str], options: Mapping[str, Any], count: int, remedy: str) -> list[str]:
@@ -110,7 +110,7 @@ def without_effect(arguments: Iterable[str], reasons: Mapping[str, str]) -> list
     return [f"{word} has no effect: {why}; leave it out" for word, why in given if why is not None]
 
 
-def listed(text: str) -> list[str]:
+def entries(text: str) -> list[str]:
     """The entries of a list with commas, each once."""
     return list(dict.fromkeys(filter(None, text.split(","))))
 

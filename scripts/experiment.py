@@ -37,7 +37,7 @@ from scripts.analysis.decided import refuse_decided
 from scripts.analysis.optima import EXTEND_OPTIONS
 from scripts.analysis.search import SEARCH_OPTIONS
 from scripts.analysis.study import Experiment, Study
-from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run, without_effect
+from scripts.command import ROOT, UsageError, command_line, entries, parse, refuse, refuse_keys, run, without_effect
 from training.command import refusal
 from training.overrides import hint, refuse_values_for_groups
 from training.validate import problems_of_directory
@@ -106,12 +106,12 @@ def study_of(experiment: Experiment, arguments: Sequence[str]) -> tuple[Study, d
         raise UsageError(
             f"around={options['around']} must have a value for each of {', '.join(experiment.around) or 'no axis'}"
         )
-    refuse([f"{key}= is empty; give at least one value" for key in (*axes, "seeds") if not listed(options[key])])
+    refuse([f"{key}= is empty; give at least one value" for key in (*axes, "seeds") if not entries(options[key])])
     study = Study(
         experiment,
-        axes={axis: listed(options[axis]) for axis in axes},
+        axes={axis: entries(options[axis]) for axis in axes},
         around=dict(zip(experiment.around, around)),
-        seeds=listed(options["seeds"]),
+        seeds=entries(options["seeds"]),
         options={key: options[key] for key in experiment.all_options},
         overrides=overrides,
     )

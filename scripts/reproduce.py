@@ -46,7 +46,7 @@ from scripts.analysis.tables import (
     rows_of,
     write_tables,
 )
-from scripts.command import ROOT, UsageError, command_line, listed, parse, refuse, refuse_keys, run
+from scripts.command import ROOT, UsageError, command_line, entries, parse, refuse, refuse_keys, run
 from training.checks import check
 from training.config import compose
 from training.data import require_data
@@ -114,7 +114,7 @@ def make_plan(arguments: Sequence[str]) -> Plan:
     results = Path(options["results"] or directory)
     refuse([*problems_of_directory(directory), *problems_of_directory(results, "results")])
     jobs, configurations = {}, []
-    seeds = listed(options["seeds"])
+    seeds = entries(options["seeds"])
     for seed, assignment in itertools.product(seeds or [""], ASSIGNMENTS):
         settings = [f"experiment={scale}", f"assignment={assignment}", *SCALE_SETTINGS.get(scale, []), *overrides]
         settings += [f"seed={seed}"] if seed else []
