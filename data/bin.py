@@ -69,6 +69,8 @@ def open_split(folder: Path, patterns: Sequence[str], vocab_size: int) -> Split:
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; set data.dir to the folder of the .bin files")
+    if not patterns:
+        raise DataError("data.train and data.val name the files; give each of them at least one pattern")
     paths = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
     if not paths:
         names = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:5]) or "no .bin files"

@@ -47,8 +47,10 @@ class Hub(Source):
     expected: Annotated[Expected | None, ("null", "compares nothing")]
 
     def inputs(self) -> list[InputFile]:
-        if not self.repository:
+        if not self.repository.strip():
             raise DataError("data.repository names no dataset; set it, such as data.repository=wikimedia/wikipedia")
+        if not self.revisions:
+            raise DataError("data.revisions names none; set it, such as data.revisions=[null] for the current one")
         errors = []
         for revision in self.revisions:
             try:

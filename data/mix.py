@@ -11,6 +11,8 @@ from data.bin import Bin
 from data.settings import Data
 from data.shards import MANIFEST, DataError, Dataset, Mixture, digest, open_dataset
 
+NO_PARTS = "data.parts names no folder; write data.parts={folder: weight, other: weight}"
+
 
 @dataclass(frozen=True)
 class Mix(Bin):
@@ -20,7 +22,7 @@ class Mix(Bin):
 
     def open(self) -> Dataset:
         if not self.parts:
-            raise DataError("data.parts names no folder; write data.parts={folder: weight, other: weight}")
+            raise DataError(NO_PARTS)
         opened, problems = [], []
         for name in self.parts:
             try:

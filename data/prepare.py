@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.hub import Expected
-from data.mix import Mix
+from data.mix import NO_PARTS, Mix
 from data.parallel import encoded, workers_for
 from data.settings import Data, Source
 from data.shards import FORMAT, TOKEN, DataError, Manifest, SplitInfo, open_dataset, require_name, write_manifest
@@ -312,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = read_data(OmegaConf.to_container(composed(arguments).data, resolve=True))
         if idle := [word for word in arguments if not _is_of_data(word)]:
             raise ConfigError(f"{word} has no effect on a preparation; leave it out" for word in idle)
+        if isinstance(cfg, Mix) and not cfg.parts:
+            raise DataError(NO_PARTS)
         if not isinstance(cfg, Source):
             print(f"data={cfg.source} reads tokens that are there already; check them with: {_check_of(cfg)}")
             return 2

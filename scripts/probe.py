@@ -31,7 +31,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -92,7 +92,10 @@ def layer_table(model: GPT, x: torch.Tensor) -> tuple[str, dict[str, Any]]:
         lines.append(
             [
                 str(i),
-                *(f"{n:.3g}" for n in (*attention, *turned, *after, outside[i + 1], min(recovered))),
+                *(
+                    "–" if isnan(n) else f"{n:.3g}"
+                    for n in (*attention, *turned, *after, outside[i + 1], min(recovered))
+                ),
                 str(hidden),
                 *(f"{int(of_heads[i].min()):,}" for of_heads in mixable),
             ]

@@ -34,11 +34,13 @@ def update_table(recorded: RecordedRun, step: int) -> Table:
     records = recorded.records.get("update", [])
     chosen_step = step or max((r["step"] for r in records), default=0)
     chosen = [r for r in records if r["step"] == chosen_step]
-    if not chosen:
-        at = f" of step {step}" if step else ""
+    if not records:
         raise UsageError(
-            f"{recorded.directory} has no records 'update'{at}; train with log.interval_updates=25, for example"
+            f"{recorded.directory} has no records 'update'; train with log.interval_updates=25, for example"
         )
+    if not chosen:
+        steps = ", ".join(map(str, sorted({r["step"] for r in records})))
+        raise UsageError(f"{recorded.directory} has no records 'update' of step {step}, but of {steps}; choose one")
     lines = []
     for name, layers in _by_kind(chosen).items():
         sizes, changes = [r["size"] for r in layers], [r["change_max"] for r in layers if r["change_max"] is not None]

@@ -11,7 +11,6 @@ files: it may run on any machine that sees them, and it does not disturb the run
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -26,10 +25,11 @@ from rich.table import Table
 from rich.text import Text
 
 from scripts.analysis.search import TRIALS
-from scripts.command import UsageError, parse, run
+from scripts.command import UsageError, parse, problems_of_names, run
 from training.files import CONFIG_FILE, read_config
 from training.log import METRICS_FILE, parse_record
 
+DAY = 86_400  # seconds
 WATCH_OPTIONS = {"once": False, "interval_s": 2.0, "stalled_s": 300.0}
 _LONGEST_S = 1e9  # 30 years; a longer time is not shown
 STATE_COLOURS = {"running": "cyan", "finished": "green", "unstable": "magenta", "failed": "red", "stalled": "yellow"}
@@ -212,14 +212,15 @@ def remarks(jobs: dict[Path, Watched]) -> list[str]:
 
 def work(arguments: list[str]) -> int:
     """Print the table, once or until interrupted."""
-    others, options = parse(arguments, WATCH_OPTIONS)
-    if len(others) != 1:
+    remedy = (
+        "name one sweep and, if you like, once=true, interval_s= and stalled_s=, such as: "
+        "python scripts/watch.py outputs/sweep once=true"
+    )
+    others, options = parse(arguments, WATCH_OPTIONS, partial(problems_of_names, count=1, remedy=remedy))
+    if not 0 < options["interval_s"] <= DAY:
         raise UsageError(
-            "name one sweep and, if you like, once=true, interval_s= and stalled_s=, such as: "
-            "python scripts/watch.py outputs/sweep once=true"
+            f"interval_s={options['interval_s']} is no time to wait; give seconds, above 0 and up to {DAY}"
         )
-    if not 0 < options["interval_s"] < math.inf:
-        raise UsageError(f"interval_s={options['interval_s']} is no time to wait; give seconds above 0, such as 2")
     if not options["stalled_s"] > 0:
         raise UsageError(f"stalled_s={options['stalled_s']} is no time without news; give seconds above 0, such as 300")
     sweep, stalled_s = Path(others[0]), options["stalled_s"]

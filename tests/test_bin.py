@@ -245,6 +245,8 @@ def test_the_parts_of_a_mixture_must_fit_together(tmp_path):
         replace(cfg, tokenizer="gpt2", parts={"x": 1.0, "y": 1.0}).open()
     with pytest.raises(DataError, match=r"weight of .*b is less than 1/10,000"):
         Loader(replace(cfg, parts={"a": 1.0, "b": 1e-6}).open().train, 16, 1, 8)
+    with pytest.raises(DataError, match=r"data\.train and data\.val name the files"):
+        replace(cfg, parts={"x": 1.0}, train=()).open()
     with pytest.raises(DataError, match=r"names no folder"):
         replace(cfg, parts={}).open()
     assert replace(cfg, tokenizer="gpt2", parts={"x": 1.0}).open().vocab_size == 50_257

@@ -73,6 +73,7 @@ def test_the_command_refuses_in_one_message(tmp_path, capsys, overrides, code, m
 
 
 def test_a_mixture_is_checked_part_by_part(capsys):
+    assert main(["data=mix", "data.parts={}"]) == 2 and "data.parts names no folder" in capsys.readouterr().err
     assert main(["data=mix", "data.parts={a b: 1, c: 2}"]) == 2
     said = "check them with: python -m data.verify 'data/prepared/a b' && python -m data.verify data/prepared/c"
     assert said in capsys.readouterr().out

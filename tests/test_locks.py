@@ -27,7 +27,7 @@ from training.job import note_failure
 from training.lock import LOCK_FILE, DirectoryLock, InUse
 from training.log import RunLog
 from training.signals import Stopped
-from training.validate import ConfigError
+from training.validate import ConfigError, problems_of_directory
 
 NEVER, AUTO = (compose(["assignment=hetero_inv", f"resume={r}"]) for r in ("never", "auto"))
 
@@ -176,6 +176,13 @@ def test_a_directory_that_cannot_be_written_is_a_message(tmp_path):
     with pytest.raises(ConfigError, match="File name too long"):
         claim(replace(NEVER, output_dir=str(tmp_path / "new" / ("x" * 300))))
     assert {p.name for p in tmp_path.iterdir()} == {"file", "nowhere"}
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc here, in which nobody can write")
+def test_a_directory_that_only_seems_to_be_writable_is_a_message_too():
+    assert problems_of_directory(Path("/proc/self/run")) != []
+    with pytest.raises(ConfigError, match="choose another output_dir"):
+        claim(replace(NEVER, output_dir="/proc/self/run"))
 
 
 # ---- runs ----

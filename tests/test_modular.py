@@ -193,7 +193,7 @@ def test_a_run_records_the_sizes_of_its_steps_and_resumes(tiny, tmp_path, optim,
     assert updates.main([str(tmp_path / "run")]) == 0
     assert "are not called with features alone: s_z.weight\n" in capsys.readouterr().out
     assert updates.main([str(tmp_path / "run"), "step=3"]) == 2
-    assert "has no records 'update' of step 3; train with" in capsys.readouterr().err
+    assert "has no records 'update' of step 3, but of 2, 4, 6; choose one" in capsys.readouterr().err
     half = next(path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.rstrip("_").endswith("3"))
     again = [*settings, "checkpoint.interval=3", f"resume={half}", f"output_dir={tmp_path}/again"]
     assert train(compose(again)) == best

@@ -290,6 +290,8 @@ def test_revisions_are_tried_in_turn_and_the_split_is_a_key(tmp_path, repository
     assert asked == [(repository, revision, {"name": "plain"}) for revision in (None, "refs/convert/parquet")]
     with pytest.raises(DataError, match=r"no files of the split 'test' \(splits: train\); set data\.split"):
         replace(cfg, split="test").inputs()
+    with pytest.raises(DataError, match=r"data\.revisions names none; set it"):
+        replace(cfg, revisions=()).inputs()
 
 
 @pytest.mark.parametrize("met", [True, False])

@@ -96,6 +96,7 @@ def test_a_single_run_and_mistakes(tmp_path, capsys):
     assert rows(capsys, directory)["a"][0] == "running"
     for arguments, said in (
         [[], "name one sweep"],
+        [[tmp_path, "zzz=1"], "zzz=1 is no option; choose of once="],
         [[tmp_path / "b"], "no directory"],
         [[tmp_path, "once=1"], "once=true"],
     ):
@@ -105,9 +106,9 @@ def test_a_single_run_and_mistakes(tmp_path, capsys):
     (tmp_path / "files" / "note.txt").write_text("x")
     assert watch.main([str(tmp_path / "files"), "once=true"]) == 2
     assert f"{tmp_path}/files holds no jobs; name" in capsys.readouterr().err
-    for seconds in ("0", "-1"):
+    for seconds in ("0", "-1", "1e10"):
         assert watch.main([str(tmp_path), f"interval_s={seconds}"]) == 2
-        assert "seconds above 0" in capsys.readouterr().err
+        assert "give seconds, above 0" in capsys.readouterr().err
 
 
 def test_sweeps_are_no_jobs(tmp_path, monkeypatch, capsys):

@@ -41,6 +41,7 @@ VALUES = {
     "yes": "yes",
     "word": "abc",
     "long": "x" * 20_000,
+    "blank": "  ",
     "[]": [],
     "{}": {},
     "-1": -1,
@@ -100,8 +101,10 @@ GROUPS = [
     ({"1.5"}, "launcher.timeout_s"),
     ({"0"}, "data.split_seed seed"),
     ({"0", "null"}, "stability.max_skipped"),  # 0: the first update that is left out ends the run
-    (TEXT, "assignment.name data.name data.dir data.column data.repository data.split logger.project sweep.name"),
-    (TEXT | OFF, "data.separator data.subset logger.group name output_dir init_from"),
+    (TEXT, "assignment.name data.name data.dir data.column data.split logger.project sweep.name"),
+    (TEXT | {"blank"}, "data.repository"),  # training does not need it
+    (TEXT | OFF | {"blank"}, "data.separator"),
+    (TEXT | OFF, "data.subset logger.group name output_dir init_from"),
     ({"word"}, "resume"),  # the path of a checkpoint; no, off and yes are meant otherwise
     (
         {"null", "{}"},
@@ -279,6 +282,10 @@ def test_a_missing_and_an_unknown_key_are_named(configurations):
         ),
         ("max_steps=1e16", "give a whole number of at least 1, and at most 1e+15"),
         ("name=5", """give text of 1 to 200 bytes (null means the assignment's); as text it is written '"5"'"""),
+        ("name='  '", "give text of 1 to 200 bytes (null means the assignment's); it is blank"),
+        ("eval_interval=0", "1 problem; nothing was written:\n  - eval_interval is 0; give a whole number"),
+        ("max_steps=nan", "1 problem; nothing was written:\n  - max_steps is nan; give a whole number"),
+        ("log.interval_spectra=-1", "1 problem; nothing was written:\n  - log.interval_spectra is -1; give a whole"),
         (
             "log=null",
             "log is null; give a section with the keys interval, interval_spectra, interval_certificate, interval_updates",

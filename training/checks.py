@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -36,6 +37,14 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError, MachineError)
 """Errors that a user can correct: only the message is printed, no traceback."""
 
 
+FOLLOWS = {
+    "schedule.decay_steps": "max_steps",
+    "probe.interval": "eval_interval",
+    "log.interval_certificate": "log.interval_spectra",
+}
+"""Settings that refer to another one unless they are given: of a wrong value, only the other one is named."""
+
+
 def read(cfg: Mapping[str, Any]) -> Settings:
     """Turn a plain configuration into a typed one.
 
@@ -46,14 +55,18 @@ def read(cfg: Mapping[str, Any]) -> Settings:
     if found:
         unsound = {problem.key.partition(".")[0] for problem in found}
         wrong = {problem.key for problem in found}
-        if "max_steps" in wrong:  # schedule.decay_steps refers to it
-            found = [
-                p
-                for p in found
-                if p.key != "schedule.decay_steps" or cfg["schedule"].get("decay_steps") != cfg.get("max_steps")
-            ]
+        found = [p for p in found if FOLLOWS.get(p.key) not in wrong or not _is_equal(cfg, p.key, FOLLOWS[p.key])]
         raise ConfigError([*_lines(found), *_problems_of_relations(settings, None, unsound)])
     return settings
+
+
+def _is_equal(cfg: Mapping[str, Any], *keys: str) -> bool:
+    """Whether the values of these dotted keys are the same; they may be missing or anything, also nan."""
+
+    def inside(section: Any, name: str) -> Any:
+        return section.get(name) if isinstance(section, Mapping) else None
+
+    return len({repr(reduce(inside, key.split("."), cfg)) for key in keys}) == 1
 
 
 def _lines(found: Iterable[Problem]) -> list[str]:

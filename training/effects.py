@@ -62,6 +62,18 @@ def _keeps_scale(cfg: Settings, *parts: str) -> bool:
     return not cfg.model.unit_weights and not all(choice != ADAMW and _forgets_scale(choice) for choice in chosen)
 
 
+def _keeps_attention_scale(cfg: Settings) -> bool:
+    """The same for the factor of queries and keys. If the parts of c_attn are brought to a fixed size together, their ratio is left of it."""
+    name = "transformer.h.{}.attn.c_attn.weight"
+    cuts = (cfg.optim.muon.blocks or {}).items()
+    counts = [
+        next((count for pattern, count in cuts if matches(pattern, name.format(layer))), 1)
+        for layer in range(cfg.model.n_layer)
+    ]
+    together = any(count % 3 for count in counts)
+    return not cfg.model.unit_weights and (together or _keeps_scale(cfg, "attn.c_attn"))
+
+
 def _decay_steps_act(cfg: Settings) -> bool:
     """Whether the end of the decay changes a learning rate: also a constant one has a warm-up, which may be a share of it or end with it."""
     asked, updates = cfg.schedule.warmup_steps, cfg.schedule.decay_steps
@@ -154,7 +166,8 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ("init.residual_scale", lambda c: _keeps_scale(c, "attn.c_proj", "mlp.c_proj"), FIXED_SIZE),
     ("init.attention_residual_scale", lambda c: _keeps_scale(c, "attn.c_proj"), FIXED_SIZE),
     ("init.mlp_residual_scale", lambda c: _keeps_scale(c, "mlp.c_proj"), FIXED_SIZE),
-    ("init.attention_scale", lambda c: not c.model.unit_weights, FIXED_SIZE),
+    ("init.attention_scale", _keeps_attention_scale, FIXED_SIZE),
+    ("init", lambda c: c.init_from is None, "the weights come from init_from"),
     (
         "residual.radius",
         lambda c: getattr(c.residual, "embedding", None) != "none",
@@ -168,6 +181,7 @@ EFFECTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ("allow_changes", lambda c: not c.allow_changes or c.resume != "never", "resume is never"),
     ("init_from", lambda c: c.init_from is None or c.resume in ("never", "auto"), "resume names a checkpoint"),
     ("launcher.shard", lambda c: c.launcher.shard == "ddp" or _ranks(c) > 1, ONE_RANK),
+    ("launcher.timeout_s", lambda c: _ranks(c) > 1, ONE_RANK),
     ("launcher.checksum_interval", lambda c: not c.launcher.checksum_interval or _ranks(c) > 1, ONE_RANK),
     ("logger.project logger.group", lambda c: c.logger.mode != "disabled", "logger.mode is disabled"),
 )

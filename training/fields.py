@@ -169,9 +169,12 @@ class Text(Kind):
     def fits(self, value: Any) -> bool:
         if not isinstance(value, str) or "\0" in value:
             return False
-        return self.shortest <= len(value) and len(value.encode(errors="replace")) <= self.longest
+        length = len(value) if value.strip() else 0
+        return self.shortest <= length and len(value.encode(errors="replace")) <= self.longest
 
     def hint(self, value: Any) -> str:
+        if isinstance(value, str) and not value.strip():
+            return "; it is blank"
         return f"; as text it is written '\"{value}\"'" if is_number(value) or isinstance(value, bool) else ""
 
 

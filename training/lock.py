@@ -20,6 +20,7 @@ from training.validate import ConfigError
 
 LOCK_FILE = ".lock"
 
+TRIES = 1000  # to create the lock while others remove its directory
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems have no locks
 
 
@@ -42,8 +43,14 @@ class DirectoryLock:
         self._made: list[Path] = []
         self._descriptor: int | None = None
         try:
+            tries = 0
             while self._descriptor is None:
-                self._try(new)
+                tries += 1
+                try:
+                    self._try(new)
+                except FileNotFoundError:  # a previous holder removes the file or the directory at the same moment
+                    if tries == TRIES:
+                        raise
             about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(about).encode(), 0)
@@ -52,12 +59,9 @@ class DirectoryLock:
             raise
 
     def _try(self, new: bool) -> None:
-        """Try once to take the lock; without success if its previous holder removes the file or the directory at the same moment."""
-        try:
-            _make(self.directory, new, self._made)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            return
+        """Try once to take the lock; without success if its previous holder removes the file at the same moment."""
+        _make(self.directory, new, self._made)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock(descriptor, self.directory)
             if self._is(descriptor):

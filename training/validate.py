@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +100,12 @@ def problems_of_directory(directory: Path, key: str = "output_dir") -> list[str]
         return [f"{key}={directory} cannot be used ({error.strerror}); choose another"]
     if not there.is_dir():
         return [f"{key}={directory} cannot be used, because {there} is a file; choose another"]
-    if not os.access(there, os.W_OK | os.X_OK):
-        return [f"{key}={directory} cannot be used, because {there} cannot be written to; choose another"]
+    try:  # a permission alone does not say it, of a disk that is mounted for reading, or of /proc
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        return [
+            f"{key}={directory} cannot be used, because {there} cannot be written to ({error.strerror}); choose another"
+        ]
     return []
 
 
