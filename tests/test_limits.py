@@ -78,7 +78,7 @@ def test_a_rank_out_of_memory_says_so_itself_and_fails(tiny, monkeypatch, capsys
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as ended:
-        run_rank(hungry_worker, compose(tiny), None, USER_ERRORS, parent_reports)
+        run_rank(hungry_worker, compose(tiny), None, parent_reports)
     err = capsys.readouterr().err
     assert ended.value.code == 1 and err.count("lower micro_batch_size") == 1 and "Traceback" not in err
 

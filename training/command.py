@@ -129,7 +129,7 @@ def _job(config: Any, jobs: int | None) -> float:
         cfg = read(resolved(config))
         if "RANK" not in os.environ:  # each rank checks in `train`; the message is printed once
             check(cfg)
-        return report(launch(partial(train, given=given), cfg, None, USER_ERRORS))
+        return report(launch(partial(train, given=given), cfg, None))
     except (*USER_ERRORS, RankFailed) as error:
         raise SystemExit(tell_user(error)) from None
 

@@ -66,7 +66,7 @@ def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) 
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak memory of this process starts anew (Linux)
     try:
-        return launch(worker, cfg, directory, USER_ERRORS)
+        return launch(worker, cfg, directory)
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None  # `launch` has printed the message
     except Exception as error:

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from data.parallel import available_cores
+from training.checks import USER_ERRORS
 from training.ranks import LostRanks
 from training.settings import Settings
 from training.signals import STOP_SIGNALS, Stopped, exit_now, exit_on_stop_signals, is_second_press, leave_at_once
@@ -47,27 +48,26 @@ class RankFailed(Exception):
         return type(self), (str(self), self.exit_code)
 
 
-def launch(
-    worker: Worker, cfg: Settings, directory: Path | None, user_errors: tuple[type[Exception], ...] = ()
-) -> float:
+def launch(worker: Worker, cfg: Settings, directory: Path | None) -> float:
     """Run a job on its ranks; returns the result of the worker on rank 0.
+
+    Of an error in USER_ERRORS, a rank prints only the message; the exit code is its `exit_code`, or 2.
 
     Args:
         worker: run by every rank with `cfg` and `directory`.
         cfg: configuration; `launcher.nproc` ranks are started, unless this process is already a rank.
         directory: of the job; None if the worker chooses it.
-        user_errors: exceptions of which a rank prints only the message; the exit code is their `exit_code`, or 2.
 
     Raises:
         Stopped: a signal ended the run after a save. RankFailed: a rank that was started here failed. If the worker runs in this
         process: the exceptions of the worker.
     """
     if "RANK" in os.environ:
-        return run_rank(worker, cfg, directory, user_errors)
+        return run_rank(worker, cfg, directory)
     try:
         if cfg.launcher.nproc == 1 and _slurm_nodes() == 1:
             return worker(cfg, directory)
-        return _start_ranks(worker, cfg, directory, user_errors)
+        return _start_ranks(worker, cfg, directory)
     except Stopped as stopped:
         print(stopped.message, file=sys.stderr, flush=True)
         # The run has saved, so the previous handler is called now: that of submitit requeues the job.
@@ -85,13 +85,7 @@ def is_main_process() -> bool:
 # ---- a rank ----
 
 
-def run_rank(
-    worker: Worker,
-    cfg: Settings,
-    directory: Path | None,
-    user_errors: tuple[type[Exception], ...],
-    parent: Connection | None = None,
-) -> float:
+def run_rank(worker: Worker, cfg: Settings, directory: Path | None, parent: Connection | None = None) -> float:
     """Run the worker as one of several ranks. Unless it succeeds, the process exits immediately with an exit code.
 
     Immediately, because the launcher kills a rank 30 s after a signal, and because after an error the destructor of a process group may
@@ -108,7 +102,7 @@ def run_rank(
             print(stopped.message, file=sys.stderr) if parent is None else parent.send(stopped.what)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except user_errors as error:
+    except USER_ERRORS as error:
         code = tell_user(error, has_parent=parent is not None)
     except LostRanks as error:
         code = 1
@@ -137,9 +131,7 @@ def tell_user(error: Exception, has_parent: bool = False) -> int:
 # ---- the parent of ranks ----
 
 
-def _start_ranks(
-    worker: Worker, cfg: Settings, directory: Path | None, user_errors: tuple[type[Exception], ...]
-) -> float:
+def _start_ranks(worker: Worker, cfg: Settings, directory: Path | None) -> float:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -167,7 +159,7 @@ def _start_ranks(
     with receiver, sender:
         try:
             with _signals_passed_on(), _cores_shared(nproc):
-                results = elastic_launch(config, run_rank)(worker, cfg, directory, user_errors, sender)
+                results = elastic_launch(config, run_rank)(worker, cfg, directory, sender)
             return next(iter(results.values()))  # equal on all ranks
         except SignalException as caught:
             ending = Stopped(caught.sigval)

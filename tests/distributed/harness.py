@@ -91,10 +91,9 @@ def train_all(cfgs, ports):
 def train_as_rank(cfg):
     """A rank of a run, as the command line would run it."""
     from train import train
-    from training.checks import USER_ERRORS
     from training.launch import launch
 
-    launch(train, cfg, None, USER_ERRORS)
+    launch(train, cfg, None)
 
 
 @contextlib.contextmanager
