@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import date
 from itertools import count
 from pathlib import Path
@@ -64,18 +64,8 @@ def claimed(ranks: Ranks, cfg: Settings, directory: Path | None) -> Iterator[Pat
     Raises:
         ConfigError: as `claim`, on every rank.
     """
-    lock = None
-
-    def claim_here() -> Path:
-        nonlocal lock
-        lock = claim(cfg, directory)
-        return lock.directory
-
-    try:
-        yield ranks.from_main(claim_here)
-    finally:
-        if lock is not None:
-            lock.release()
+    with ExitStack() as stack:
+        yield ranks.from_main(lambda: stack.enter_context(claim(cfg, directory)).directory)
 
 
 def claim(cfg: Settings, directory: Path | None = None) -> DirectoryLock:

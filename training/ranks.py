@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -78,9 +78,9 @@ class Ranks:
         device, timeout_s, world = resolve_device(cfg)[0], cfg.launcher.timeout_s, world_size()
         if world == 1:
             return cls(0, 1, device, timeout_s)
-        rank = int(os.environ["RANK"])
+        ranks = cls(int(os.environ["RANK"]), world, device, timeout_s)
         timeout = timedelta(seconds=timeout_s)
-        with _explained(rank, world, timeout_s):
+        with ranks.explained():
             if device.type == "cuda":
                 device = _own_cuda_device(int(os.environ["LOCAL_RANK"]))
                 grace = timedelta(seconds=_NCCL_GRACE_S)
@@ -89,7 +89,7 @@ class Ranks:
             else:
                 dist.init_process_group("gloo", timeout=timeout)
                 control = dist.group.WORLD
-        return cls(rank, world, device, timeout_s, control)
+        return replace(ranks, device=device, control=control)
 
     @property
     def is_main(self) -> bool:
@@ -101,9 +101,22 @@ class Ranks:
         if self.world > 1 and dist.is_initialized():
             leave_group()
 
-    def explained(self) -> Any:
+    @contextmanager
+    def explained(self) -> Iterator[None]:
         """A context in which an error of the backend about a lost rank becomes LostRanks."""
-        return _explained(self.rank, self.world, self.timeout_s)
+        try:
+            yield
+        except LostRanks:
+            raise
+        except RuntimeError as error:
+            if self.world == 1 or not _LOST_PEER.search(str(error)):
+                raise
+            cause = str(error).strip().splitlines()[0]
+            raise LostRanks(
+                f"rank {self.rank} of {self.world} lost the others: a rank has ended, or did not answer for launcher.timeout_s={self.timeout_s:g} s. "
+                "Look for the first error on the other ranks and nodes; if they were only slow, raise launcher.timeout_s. "
+                f"Then continue from the last checkpoint with resume=auto ({cause})"
+            ) from error
 
     # ---- tensors on the device ----
 
@@ -220,20 +233,3 @@ def joined(cfg: Settings) -> Iterator[Ranks]:
     with ranks.explained():
         yield ranks
     ranks.close()
-
-
-@contextmanager
-def _explained(rank: int, world: int, timeout_s: float) -> Iterator[None]:
-    try:
-        yield
-    except LostRanks:
-        raise
-    except RuntimeError as error:
-        if world == 1 or not _LOST_PEER.search(str(error)):
-            raise
-        cause = str(error).strip().splitlines()[0]
-        raise LostRanks(
-            f"rank {rank} of {world} lost the others: a rank has ended, or did not answer for launcher.timeout_s={timeout_s:g} s. "
-            "Look for the first error on the other ranks and nodes; if they were only slow, raise launcher.timeout_s. "
-            f"Then continue from the last checkpoint with resume=auto ({cause})"
-        ) from error

@@ -93,7 +93,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._noted = 0  # the last signal of this rank; only the handler writes it
+        self.noted = 0  # the last signal that this process received, 0 for none; only the handler writes it
         self._agreed = 0
         self._interrupted_at = 0.0  # when the first Ctrl-C came
         self._asked_at = 0.0  # when the ranks last agreed before a step
@@ -109,12 +109,12 @@ class StopSignal:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
-        late = self._agreed or self._noted
+        late = self._agreed or self.noted
         if kind is None and late:  # the run has finished, but later jobs must not start
             raise Stopped(late, "stopped; the run was finished")
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        self._noted = signum
+        self.noted = signum
         # A rank may get one Ctrl-C twice, from the terminal and from its parent; the parent counts them.
         if signum != signal.SIGINT or "RANK" in os.environ:
             return
@@ -124,11 +124,6 @@ class StopSignal:
             self._interrupted_at = time.monotonic()
             os.write(2, b"\nstopping with a save; another Ctrl-C leaves at once\n")
 
-    @property
-    def noted(self) -> int:
-        """The last signal that this process received; 0 for none."""
-        return self._noted
-
     def requested(self, ranks: Ranks) -> bool:
         """Whether any rank received a signal. All ranks must call it at the same step, and get the same answer.
 
@@ -137,16 +132,16 @@ class StopSignal:
         now, first = time.monotonic(), self._asked_at == 0
         milliseconds = int(1000 * (now - self._asked_at))
         # A separate variable: a signal may arrive while the ranks agree.
-        self._agreed, slowest = ranks.largest(self._noted, milliseconds)
+        self._agreed, slowest = ranks.largest(self.noted, milliseconds)
         self._asked_at, self._long_steps = now, first or slowest >= 1000 * LONG_STEP_S
         return self._agreed != 0
 
     def interrupts(self, ranks: Ranks) -> bool:
         """Whether a signal ends this step, which is then not applied. All ranks must call it between the same micro-batches."""
         if ranks.world == 1:
-            self._agreed = self._noted
+            self._agreed = self.noted
         elif self._long_steps:
-            self._agreed = ranks.max(self._noted)
+            self._agreed = ranks.max(self.noted)
         return self._agreed != 0
 
     def end(self, ranks: Ranks, step: int) -> NoReturn:

@@ -36,9 +36,10 @@ def open_log(
 ) -> RunLog:
     """Write the configuration, the parameter table and the environment into the directory of the run; returns its log with the sinks.
 
+    Removes the checkpoints after `step` if the run was resumed at an older one that `resume` names.
+
     label: which job of a sweep this is, such as "job 2/4"; the progress shows it, and the seed.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     # A branch keeps the name of its beginning: resume=auto returns to it until the branch has saved.
     begun_at, continued = branch_of(directory) if resumed else None, resumed and goes_on(cfg, directory)
     plain = cfg.plain() | ({"resume": begun_at} if begun_at and cfg.resume == "auto" else {})
@@ -48,18 +49,18 @@ def open_log(
     if resumed and (earlier := earlier_environments(directory, about_machine, step)):
         about_machine["earlier"] = earlier
     write_whole(directory / ENVIRONMENT_FILE, json.dumps(about_machine, indent=2) + "\n")
-    about = {"project": cfg.logger.project, "group": cfg.logger.group or directory.parent.name}
     has_history = resumed and (directory / METRICS_FILE).exists()
     history = (record for record in read_records(directory) if record["step"] <= step) if has_history else ()
     wandb = WandbSink(
         mode=cfg.logger.mode,
+        project=cfg.logger.project,
+        group=cfg.logger.group or directory.parent.name,
         directory=directory,
         resume=resumed,
         history=history,
         config=cfg.plain(),
         tags=tags_of(cfg, optimizers),
         name=directory.name if label else cfg.name or directory.name,  # jobs of a sweep may have the same name
-        **about,
     )
     name = f"{run_name(cfg)}, {label}, seed {cfg.seed}" if label else run_name(cfg)
     progress = ProgressSink(name, cfg.max_steps, eval_interval=cfg.eval_interval, first_step=step)

@@ -103,7 +103,6 @@ class WandbSink:
         import wandb  # here, because the import takes a second, and it may not be installed
 
         mode = about["mode"]
-        directory.mkdir(parents=True, exist_ok=True)
         ids_file = directory / WANDB_RUNS_FILE
         earlier = json.loads(ids_file.read_text()) if resume and ids_file.exists() else []
         # An offline run is uploaded later under its own id, so it must not be continued online.
