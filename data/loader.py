@@ -182,8 +182,6 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, read: Callable[[int], T], first_step: int, depth: int = 2):
-        if depth < 1:
-            raise ValueError(f"a depth of {depth} reads no batch; use 1 or more")
         self.read, self.depth = read, depth
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._pending: deque[Future[T]] = deque()

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -217,8 +217,13 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     content["checksum"] = digest(content)
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
+
+
+def sync(file: IO[Any]) -> None:
+    """Write what was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def read_manifest(directory: Path) -> Manifest:

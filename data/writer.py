@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.settings import Chunk, InputFile, Position, Source
-from data.shards import TOKEN, DataError, Shard, SplitInfo, digest
+from data.shards import TOKEN, DataError, Shard, SplitInfo, digest, sync
 
 PROGRESS = "progress.json"
 COMMIT_TOKENS = 1 << 23
@@ -29,7 +29,7 @@ COMMIT_TOKENS = 1 << 23
 class ShardWriter:
     """Writes one split into `directory`, a new file every `shard_tokens` tokens; `finish` returns what was written.
 
-    Every finished file is hashed and on the disk (fsync). As a context manager, it closes an unfinished file at the end.
+    Every finished file is hashed and on the disk (fsync); `close` closes an unfinished one.
 
     Args:
         state: what `save` returned: later tokens are cut off, and writing continues there.
@@ -73,10 +73,8 @@ class ShardWriter:
     def _sha_of_file(self) -> str:
         return self._sha.hexdigest() if self._file is not None else ""
 
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Close an unfinished file, which stays as it is."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # on a full disk closing fails too; the first error is the one to report
                 self._file.close()
@@ -98,8 +96,7 @@ class ShardWriter:
                 self._finish_shard()
 
     def _finish_shard(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file)
         self._file.close()
         name = Path(self._file.name).name
         self._shards.append(Shard(name, self._in_shard, self._sha.hexdigest()))
@@ -108,8 +105,7 @@ class ShardWriter:
     def save(self) -> dict[str, Any]:
         """Flush everything to the disk; returns the state that continues here."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file)
         shards = [asdict(shard) for shard in self._shards]
         return {"tokens": self.tokens, "documents": self.documents, "shards": shards, "sha256": self._sha_of_file()}
 
@@ -232,8 +228,7 @@ class Progress:
         temporary = self.directory / f".{PROGRESS}"
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         temporary.replace(self.directory / PROGRESS)
         sync_directory(self.directory)
         self._saved = self.tokens
@@ -246,7 +241,7 @@ class Progress:
             with contextlib.suppress(OSError):  # a full disk: the progress that was saved before is valid
                 self.save()
         for writer in (self.train, self.val):
-            writer.__exit__()
+            writer.close()
 
 
 def sync_directory(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ GOLDEN_PARTS = [[0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0]]  # of a mixt
 
 
 def write_split(directory, ids: np.ndarray, shard_tokens: int) -> Split:
-    with ShardWriter(directory, "train", shard_tokens) as writer:
+    with closing(ShardWriter(directory, "train", shard_tokens)) as writer:
         writer.write(ids.astype(np.uint16), documents=1)
         return Split(directory, writer.finish().shards)
 
