@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 import torch
 
 from training.files import remedy, sync
-from training.sharded_tensors import TENSORS, join, read_tensors, sha256, split, write_tensors
+from training.sharded_tensors import TENSORS, join, read_shards, sha256, split, write_shards
 
 if TYPE_CHECKING:
     from training.ranks import Ranks
@@ -158,7 +158,7 @@ def save_sharded(
     rest, tensors = split(state)
     with _saving(directory, step, removes=ranks.is_main) as temp:
         ranks.from_main(_prepare, temp, rest, keep)
-        files = write_tensors(temp / TENSORS, tensors, ranks)
+        files = write_shards(temp / TENSORS, tensors, ranks)
         ranks.from_main(lambda: str(_complete(temp, step, rest, keep, metric, files)))
 
 
@@ -365,7 +365,7 @@ def load(path: str | Path) -> Loaded:
         raise CheckpointError(f"{path / STATE_FILE} holds a {type(state).__name__} instead of a run's state; {_OURS}")
     if manifest.files is not None:
         try:
-            state = join(state, read_tensors(path / TENSORS))
+            state = join(state, read_shards(path / TENSORS))
         except Exception as error:
             raise CheckpointError(
                 f"{path / TENSORS} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); {_OURS}"

@@ -232,8 +232,6 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     raise TypeError(
         f"{where} is a {type(value).__name__}, which JSON cannot hold; log numbers, strings, lists, dicts or tensors"
     )

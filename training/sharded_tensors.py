@@ -65,7 +65,7 @@ def join(rest: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return rest
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, list[Any]]:
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, list[Any]]:
     """Write the tensors that this rank holds, whole ones and its parts of DTensors; all ranks must call.
 
     Returns:
@@ -98,7 +98,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_shards(folder: Path) -> dict[str, Tensor]:
     """All tensors, whole and on the CPU, by their path as JSON. No other rank is needed."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

@@ -67,15 +67,10 @@ def activities(device: torch.device) -> list[ProfilerActivity]:
 
 def longest_operations(profiler: profile, steps: int, device: torch.device) -> list[dict[str, Any]]:
     """The operations that take longest on the device: their name, calls a step, milliseconds a step, and share of all operations."""
-    on_cuda = device.type == "cuda"
-    key = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
-    events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
-    events.sort(key=lambda event: -getattr(event, key))
-    total = sum(getattr(event, key) for event in events) or 1
+    events = sorted(_events(profiler, device, named=False), key=lambda pair: -pair[1])
+    total = sum(spent for _, spent in events) or 1
     rows = []
-    for event in events[:_OPERATIONS]:
-        spent = getattr(event, key)
+    for event, spent in events[:_OPERATIONS]:
         row = {"operation": event.key[:70], "calls a step": event.count / steps, "ms a step": spent / 1e3 / steps}
         rows.append({**row, "share": spent / total})
     return rows
@@ -83,12 +78,18 @@ def longest_operations(profiler: profile, steps: int, device: torch.device) -> l
 
 def phase_times(profiler: profile, steps: int, device: torch.device) -> dict[str, float]:
     """Milliseconds a step of every named phase on the device, those of phases within it included."""
+    events = _events(profiler, device, named=True)
+    theirs = ("ProfilerStep", "Optimizer.")  # torch names some parts itself
+    return {event.key: spent / 1e3 / steps for event, spent in events if not event.key.startswith(theirs)}
+
+
+def _events(profiler: profile, device: torch.device, named: bool) -> list[tuple[Any, float]]:
+    """The named phases, or else the operations, on the device, and the microseconds of each; an operation's are without those of the operations in it."""
     on_cuda = device.type == "cuda"
     kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
-    key = "device_time_total" if on_cuda else "cpu_time_total"
-    named = [e for e in profiler.key_averages() if e.is_user_annotation and e.device_type == kind]
-    ours = [e for e in named if not e.key.startswith(("ProfilerStep", "Optimizer."))]  # torch names some parts itself
-    return {e.key: getattr(e, key) / 1e3 / steps for e in ours}
+    key = f"{'' if named else 'self_'}{'device' if on_cuda else 'cpu'}_time_total"
+    found = (e for e in profiler.key_averages() if e.device_type == kind and bool(e.is_user_annotation) == named)
+    return [(event, getattr(event, key)) for event in found]
 
 
 def table(profiler: profile, steps: int, device: torch.device) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from model.config import RATE_GROUPS
 from model.residual import NGPT
+from optim.assignment import ADAMW
 from training.settings import NoTransfer, Settings
 
 _SCALES = "optim.adamw.lr_scale."
@@ -41,7 +42,7 @@ def problems_of_transfer(cfg: Settings) -> list[str]:
         found.append(
             "transfer=nu has no rates for biases and a table of positions; use model.bias=false model.rope=true"
         )
-    if any(choice != "adamw" for choice in (cfg.assignment.rules or {}).values()):
+    if any(choice != ADAMW for choice in (cfg.assignment.rules or {}).values()):
         found.append("transfer=nu was measured for Adam on every matrix; choose assignment=adamw, or transfer=none")
     if not cfg.optim.adamw.lr > 0:
         found.append(

@@ -64,9 +64,11 @@ def problems_of_compiler(cfg: Settings) -> list[str]:
     """
     import torch
 
+    from optim.assignment import ADAMW
+
     if not torch.__version__.startswith("2.9.0") or cfg.device == "cpu" or not torch.cuda.is_available():
         return []
-    optim, rule, manifolds = cfg.optim, cfg.optim.muon.rule, set((cfg.assignment.rules or {}).values()) - {"adamw"}
+    optim, rule, manifolds = cfg.optim, cfg.optim.muon.rule, set((cfg.assignment.rules or {}).values()) - {ADAMW}
     if optim.library or optim.modular or not manifolds or rule.kind != "certified":
         return []
     if rule.compile is False or rule.products == "float32":

@@ -16,7 +16,7 @@ from training.checks import check
 from training.config import compose
 from training.placement import place
 from training.ranks import Ranks
-from training.sharded_tensors import read_tensors
+from training.sharded_tensors import read_shards
 from training.step import clip
 from training.validate import ConfigError
 
@@ -143,7 +143,7 @@ def test_a_forged_table_is_not_executed(tmp_path):
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Forged()))
     with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print"):
-        read_tensors(tmp_path)
+        read_shards(tmp_path)
 
 
 def look_inside(cfg, folder):
