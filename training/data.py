@@ -36,7 +36,9 @@ def open_data(cfg: Settings) -> Dataset:
 
 
 def require_as_prepared(cfg: Settings, dataset: Dataset) -> None:
-    """For a run that begins. Settings of the text that are not those of its preparation would be recorded, and have no effect.
+    """Refuse settings of the text that differ from those it was prepared with: they would be recorded but have no effect.
+
+    Only for runs that start at step 0.
 
     Raises:
         DataError: such settings were given.

@@ -21,7 +21,7 @@ _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
 def remedy(error: OSError) -> str:
-    """What the user can do at the place of a file that could not be written; never a risk for other files."""
+    """What the user can do so that the file can be written. The advice never endangers other files."""
     if error.errno in FULL_DISK:
         return "free space there"
     if error.errno in _IN_THE_WAY:

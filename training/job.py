@@ -39,7 +39,7 @@ COST_FILE = "cost.json"
 # A run may be continued with another value of these, but a whole run has another result with it.
 _DECISIVE = ("max_steps", "init_from", "full_eval")
 SAME_RESULT = tuple(key for key in HARMLESS if key not in _DECISIVE)
-"""Settings that change no number of a whole run."""
+"""Settings of which two runs may differ and still count as the same run; some change rounding."""
 
 
 def run_job(worker: Worker, configure: Callable[[], Settings], directory: Path) -> float:

@@ -4,7 +4,7 @@ Each line is one JSON record: ``{"kind": ..., "step": ..., <fields>}``. ``step``
 written. Floats have full precision. JSON has no NaN and no infinity: they are written as the strings ``"NaN"``, ``"Infinity"`` and
 ``"-Infinity"``, which ``read_records`` turns into floats again (so a text field must not be one of these three words).
 
-Fields that the sinks use, all optional:
+The main fields:
 
 ===========  ================================================================================================
 kind         fields
@@ -18,6 +18,8 @@ update       ``name`` of a parameter, and what ``training.coordinate`` measured 
 probe        the record of ``model.probes.probe``
 scales       ``name`` of a learned scale, and its ``model.scale.scale_statistics``; one record a scale, with every probe
 event        ``event``: its type, such as "unstable", "warning", "off_manifold" or "uphill"; ``message``: one sentence
+init_from    ``source``, ``loss_before``, ``loss``, ``moved``, ``length``: see ``training.init_from``
+end          ``unstable_step``, ``reason``; ``train_seconds`` and others: see ``training.directory.end_summary``
 ===========  ================================================================================================
 """
 

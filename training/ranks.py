@@ -48,8 +48,8 @@ def world_size() -> int:
 def leave_group() -> None:
     """Leave the process group.
 
-    A thread of gloo may still be freeing a message, for which it needs Python's lock. Who frees the group waits for that thread with the
-    lock held, so without the pause a process that ends right after a step would sometimes wait forever (torch 2.13).
+    A gloo thread may still be freeing a message, and needs Python's lock for it. destroy_process_group holds that lock while it waits for
+    the thread. Without the pause, a process that ends right after a step sometimes hangs (torch 2.13).
     """
     time.sleep(0.05)  # gives up the lock
     dist.destroy_process_group()

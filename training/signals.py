@@ -24,7 +24,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Sent by schedulers and users; submitit sends SIGUSR2 before the time of a job is over."""
 
 LONG_STEP_S = 2.0
-"""Seconds of a step within which several ranks ask each other for signals."""
+"""Several ranks ask each other for signals between micro-batches only if the last step took at least so many seconds."""
 _SAME_PRESS_S = 0.2  # a program that passes signals on repeats what the terminal sent already
 
 

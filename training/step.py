@@ -83,7 +83,7 @@ def clip(
 ) -> tuple[Tensor, Tensor]:
     """Scale the gradients, in place, to a global norm of at most `largest`; None: no clipping.
 
-    `whole_norms`: see training/placement.py, of gradients that are parts of those of a model.
+    `whole_norms` turns the norms of this rank's parts into those of the whole gradients; see training/placement.py.
 
     Returns:
         The global norm before (0-d) and the norm of each gradient (N,), on the device. The arithmetic is that of

@@ -1,4 +1,7 @@
-"""Checks of relations between settings, and of settings against this machine. training/settings.py checks single values."""
+"""Checks of relations between settings, and of settings against this machine.
+
+training/fields.py checks single values, by the annotations in training/settings.py.
+"""
 
 from __future__ import annotations
 
