@@ -255,7 +255,7 @@ def states_of(folder: Path) -> dict[str, Any]:
 
 def run_step(step: Step, folder: Path, most: float) -> dict[str, Any]:
     """Run a command for `most` seconds or less. Its output goes to a file. When this process ends, the command is ended too."""
-    start, note = time.monotonic(), "done"
+    start = time.monotonic()
     with (folder / f"{step.name}.log").open("ab") as log:
         process = subprocess.Popen(
             step.within(most),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -91,12 +91,17 @@ def student_cdf(t: float, freedom: int) -> float:
 
 def student_quantile(share: float, freedom: int) -> float:
     """The t with P(T ≤ t) = share, for a share from 0.5 to below 1, by bisection."""
+    return _least(lambda t: student_cdf(t, freedom) >= share, 80)
+
+
+def _least(reached: Callable[[float], bool], halvings: int) -> float:
+    """The least x ≥ 0 with reached(x), which stays true above it."""
     low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < share:
+    while not reached(high):
         high *= 2
-    for _ in range(80):
+    for _ in range(halvings):
         middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < share else (low, middle)
+        low, high = (low, middle) if reached(middle) else (middle, high)
     return high
 
 
@@ -108,14 +113,14 @@ MOST_SEEDS = 1000  # that a question may need to be answered here
 _SLICES = 400  # of the integral in `power`; twice as many change its value by less than 1e-6
 
 
-def power(effect: float, count: int, level: float = LEVEL) -> float:
+def power(effect: float, count: int) -> float:
     """The probability that a paired t-test over `count` ≥ 2 seeds finds a true difference.
 
     effect: the true difference over the standard deviation of the difference of one seed. The integral is that of the noncentral t
     distribution over s = √(χ²/ν), ν = count - 1, whose density is 2 (ν/2)^(ν/2) / Γ(ν/2) · s^(ν-1) · exp(-νs²/2), by Simpson's rule.
     """
     freedom, shift = count - 1, abs(effect) * math.sqrt(count)
-    critical = student_quantile(1 - level / 2, freedom)
+    critical = student_quantile(1 - LEVEL / 2, freedom)
     scale = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
     normal = statistics.NormalDist().cdf
     width = (1 + 8 / math.sqrt(2 * freedom)) / _SLICES
@@ -131,13 +136,7 @@ def power(effect: float, count: int, level: float = LEVEL) -> float:
 @cache
 def detectable(count: int) -> float:
     """The smallest effect, in standard deviations of the difference of one seed, that `count` ≥ 2 seeds find with the usual power."""
-    low, high = 0.0, 1.0
-    while power(high, count) < POWER:
-        high *= 2
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if power(middle, count) < POWER else (low, middle)
-    return high
+    return _least(lambda effect: power(effect, count) >= POWER, 30)
 
 
 def seeds_needed(effect: float) -> int | None:
