@@ -30,12 +30,10 @@ _TABLE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.ch
 _TABLE_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
 
 
-def split(
-    state: Mapping[str, Any], apart: tuple[str, ...] = ("model", "optimizers")
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state without the tensors under the keys `apart`, and those tensors by their path as JSON."""
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state without the tensors of the model and the optimizers, and those tensors by their path as JSON."""
     rest, tensors = dict(state), {}
-    for key in apart:
+    for key in ("model", "optimizers"):
         rest[key], found = _without_tensors(state[key], (key,))
         tensors.update(found)
     return rest, tensors
