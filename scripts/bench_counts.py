@@ -26,7 +26,7 @@ from optim.ownership import step_flops
 from scripts.timing import Rows
 
 GROUPS = [(12, 2304, 768, "stiefel"), (12, 768, 768, "stiefel"), (24, 3072, 768, "dgram")]  # k, m, n of Hetero
-PRODUCTS_PER_S = (650e12, 750e12)  # operations in 16-bit products with float32 sums, of an H200-class device
+PRODUCT_RATES = (650e12, 750e12)  # operations in 16-bit products with float32 sums, of an H200-class device
 BYTES_PER_S = 3.8e12  # of its memory
 
 
@@ -94,7 +94,7 @@ def counted_steps() -> Rows:
         rule = CertifiedStep(quality=quality, products="float16")
         flops = sum(k * step_flops(rule, m, n, manifold) for k, m, n, manifold in GROUPS)
         kernels, size = (sum(values) for values in zip(*(fused(*group, quality) for group in GROUPS)))
-        slow, fast = (1e3 * (flops / rate + size / BYTES_PER_S) for rate in PRODUCTS_PER_S)
+        slow, fast = (1e3 * (flops / rate + size / BYTES_PER_S) for rate in PRODUCT_RATES)
         rows.append(
             {
                 "quality": quality,

@@ -20,7 +20,7 @@ from model.gpt import GPT
 from optim.assignment import assign
 from optim.certified import CertifiedStep
 from optim.ownership import step_flops
-from scripts.bench_counts import BYTES_PER_S, PRODUCTS_PER_S, fused
+from scripts.bench_counts import BYTES_PER_S, PRODUCT_RATES, fused
 from scripts.command import ROOT
 from scripts.reproduce import ASSIGNMENTS
 from scripts.timing import NOT_MEASURED, Rows
@@ -52,7 +52,7 @@ def step_seconds(m: int, n: int, manifold: str) -> tuple[float, float]:
     """Seconds of the certified step of one tall (m, n) matrix, at the slower and the faster rate of products."""
     flops = step_flops(CertifiedStep(products="float16"), m, n, manifold)
     _, size = fused(1, m, n, manifold, "default")
-    slow, fast = (flops / rate + size / BYTES_PER_S for rate in PRODUCTS_PER_S)
+    slow, fast = (flops / rate + size / BYTES_PER_S for rate in PRODUCT_RATES)
     return slow, fast
 
 

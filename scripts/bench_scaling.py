@@ -28,6 +28,7 @@ from scripts.timing import NOT_MEASURED, Rows
 from training.build import gpt_config, step_rule
 from training.config import compose
 from training.groups import muon_groups
+from training.library import tensors_of
 
 SIZES = ("gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1_5b")
 RANKS = tuple(2**i for i in range(11))
@@ -264,9 +265,8 @@ def _measure(rank: int, world: int, shard: str, folder: str) -> None:
 
 def held_bytes(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
     """Bytes of the storages of this rank's weights, gradients and states."""
-    states = [value for o in optimizers for state in o.state.values() for value in state.values()]
-    tensors = [t for p in model.parameters() for t in (p, p.grad)] + states
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if isinstance(t, Tensor)]
+    tensors = tensors_of([*((p, p.grad) for p in model.parameters()), *(o.state for o in optimizers)])
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 

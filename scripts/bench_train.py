@@ -27,6 +27,7 @@ from training.average import Average, average_of
 from training.build import build_optimizers, gpt_config
 from training.capture import WARM_UP, CudaGraphs
 from training.config import compose
+from training.library import tensors_of
 from training.machine import compiled, peak_flops, resolve_device
 from training.optimizers import Optimizers
 from training.phases import Phases
@@ -111,9 +112,9 @@ class RandomTraining:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are kept between two steps."""
-        states = [value for o in self.optimizers for state in o.state.values() for value in state.values()]
-        states += [t for mean in self.average.means for t in mean] if self.average else []
-        return [*self.model.parameters(), *self.model.buffers(), *(t for t in states if isinstance(t, Tensor))]
+        states = [t for o in self.optimizers for t in tensors_of(o.state)]
+        states += tensors_of(self.average.means) if self.average else []
+        return [*self.model.parameters(), *self.model.buffers(), *states]
 
 
 def training_of(cfg: Settings, options: dict[str, Any]) -> RandomTraining:

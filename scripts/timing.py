@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from training.machine import device_name
+from training.machine import device_name, wait_for
 from training.signals import Stopped
 
 NOT_MEASURED = "not measured"
@@ -54,18 +54,12 @@ def steps_together() -> int:
     return 4 if torch.cuda.is_available() else 1
 
 
-def synchronize() -> None:
-    """Wait until the device has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def seconds_of(call: Callable[[], object]) -> float:
     """Seconds from the call until the device is done with it."""
-    synchronize()
+    wait_for(device())
     start = time.perf_counter()
     call()
-    synchronize()
+    wait_for(device())
     return time.perf_counter() - start
 
 

@@ -177,7 +177,7 @@ def test_shares_of_a_probe_are_those_of_what_was_measured(monkeypatch):
 
 def test_steps_that_are_timed_together_wait_once(monkeypatch):
     waits, made = [], []
-    monkeypatch.setattr(timing, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(timing, "wait_for", waits.append)
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
@@ -193,7 +193,7 @@ def test_a_timed_step_waits_only_at_its_end(monkeypatch):
     """As in training, where the host runs ahead of the device; the update alone is timed beside."""
     training = RandomTraining(compose(["model=demo", "model.n_layer=1", "assignment=hetero"]), micro=1, tokens=256)
     waits = []
-    monkeypatch.setattr(timing, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(timing, "wait_for", waits.append)
     training.step()
     assert not waits
     times = timing.take_turns({"": training.step}, repeats=3)[""]
