@@ -48,16 +48,19 @@ BEST = Column("val loss, best", "val_loss_best", lambda r: r.best)
 FINAL = Column("final", "val_loss_final", lambda r: r.final)
 HELD_OUT = Column("val loss", "val_loss", lambda r: r.held_out)
 STATUS = Column("status", "status", lambda r: r.status)
+ASSIGNMENT = Column("assignment", "assignment", lambda r: r.assignment)
+SIGMA_ATTENTION = Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2)
+LAST_ENTROPY = Column("entropy", "least_entropy", lambda r: r.last_probe("least_entropy"), digits=2)
 ENDS = [BEST, FINAL, HELD_OUT, STATUS]
 """What the data of an experiment with tables of its own say of each run."""
 COLUMNS = [
-    Column("assignment", "assignment", lambda r: r.assignment),
+    ASSIGNMENT,
     Column("attention", "attention", lambda r: r.geometry("attention")),
     Column("mlp", "mlp", lambda r: r.geometry("mlp")),
     BEST,
     FINAL,
     Column("full split", "full_val_loss", lambda r: r.full),
-    Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
+    SIGMA_ATTENTION,
     Column("σ max mlp", "sigma_max_mlp", lambda r: r.sigma_max("mlp"), digits=2),
     Column("entropy", "least_entropy", lambda r: r.least_entropy, digits=2),
     Column("saturated", "greatest_saturation", lambda r: r.greatest_saturation, digits=2),
@@ -71,9 +74,9 @@ ATTENTION_COLUMNS = [
     BEST,
     FINAL,
     Column("logit", "largest_logit", lambda r: r.last_probe("largest_logit"), digits=0),
-    Column("entropy", "least_entropy", lambda r: r.last_probe("least_entropy"), digits=2),
+    LAST_ENTROPY,
     Column("saturated", "greatest_saturation", lambda r: r.last_probe("greatest_saturation"), digits=2),
-    Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
+    SIGMA_ATTENTION,
     Column("warned at", "warned", lambda r: "–" if r.warned_step is None else f"step {r.warned_step}"),
     STATUS,
 ]
@@ -271,7 +274,7 @@ def report_columns(groups: Groups) -> list[Column]:
 
     rule = Column("step rule", "step_rule", lambda r: text_at(r.config, "optim.muon.rule.kind") if r.has_muon else None)
     steps = Column("steps", "steps", lambda r: f"{r.step}/{r.config['max_steps']}")
-    status = next(i for i, column in enumerate(COLUMNS) if column.key == "status")
+    status = COLUMNS.index(STATUS)
     measured = map(of_ended, COLUMNS[3:status])
     columns = [*COLUMNS[:3], rule, *settings_columns(groups), *measured, steps, *COLUMNS[status:]]
     runs = [r for group in groups for r in group]

@@ -2,7 +2,7 @@
 
 from scripts.analysis.experiment_figures import heat_map
 from scripts.analysis.study import Experiment
-from scripts.analysis.tables import BEST, FINAL, STATUS, Column, case
+from scripts.analysis.tables import ASSIGNMENT, BEST, FINAL, SIGMA_ATTENTION, STATUS, case
 
 QKV, HEADS, TOGETHER = (
     "optim.muon.blocks={c_attn: 3}",
@@ -25,11 +25,11 @@ EXPERIMENT = Experiment(
     axes={"assignment": "unconstrained,all_stiefel", "cut": CUTS},
     seeds="1,2",
     columns=lambda study: [
-        Column("assignment", "assignment", lambda r: r.assignment),
+        ASSIGNMENT,
         case("cut", "cut"),
         BEST,
         FINAL,
-        Column("σ max attn", "sigma_max_attention", lambda r: r.sigma_max("attention"), digits=2),
+        SIGMA_ATTENTION,
         STATUS,
     ],
     figures={"losses.png": lambda study, path: heat_map(study.groups, "assignment", "cut", path)},

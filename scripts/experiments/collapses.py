@@ -6,7 +6,7 @@ from scripts.analysis import collapses
 from scripts.analysis.collapses import PANELS
 from scripts.analysis.experiment_figures import collapse_curves
 from scripts.analysis.study import Experiment, Study
-from scripts.analysis.tables import FINAL, STATUS, Column, case
+from scripts.analysis.tables import FINAL, LAST_ENTROPY, STATUS, Column, case
 
 ATTENTION_ALONE = ("model.mlp=none", "assignment=custom", "assignment.name=AdamW", "assignment.rules={attn: adamw}")
 SKIPS, MLP = {"true": "skips", "false": "no skips"}, {"gelu": "MLP", "none": "no MLP"}
@@ -26,7 +26,7 @@ def columns(study: Study) -> list[Column]:
         collapses.last_of("width", "width_rank"),
         Column("outside", "outside", lambda r: study.facts["profiles"][r.directory.name]["outside"], digits=2),
         Column("R²", "least_recovery", lambda r: r.last_probe("least_recovery"), digits=2),
-        Column("entropy", "least_entropy", lambda r: r.last_probe("least_entropy"), digits=2),
+        LAST_ENTROPY,
         STATUS,
     ]
 

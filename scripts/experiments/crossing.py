@@ -4,7 +4,7 @@ import math
 
 from scripts.analysis.experiment_figures import heat_map
 from scripts.analysis.study import Experiment, Study
-from scripts.analysis.tables import BEST, FINAL, STATUS, Column, case
+from scripts.analysis.tables import ASSIGNMENT, BEST, FINAL, STATUS, Column, case
 from scripts.command import UsageError
 
 
@@ -26,7 +26,7 @@ def columns(study: Study) -> list[Column]:
     """The columns of the table."""
     loss = study.facts["target"]
     return [
-        Column("assignment", "assignment", lambda r: r.assignment),
+        ASSIGNMENT,
         case("residual", "residual"),
         BEST,
         FINAL,
