@@ -19,7 +19,7 @@ from scripts.analysis.runs import RecordedRun, find_runs
 from scripts.analysis.statistics import SIGMA, TARGET, judged
 from scripts.analysis.tables import different
 from scripts.command import ROOT, UsageError, parse, refuse, run
-from training.files import CONFIG_FILE, ENVIRONMENT_FILE, read_config
+from training.files import CONFIG_FILE, ENVIRONMENT_FILE, PARAMETERS_FILE, read_config
 from training.log import read_records
 from training.validate import problems_of_directory
 
@@ -32,7 +32,7 @@ SOURCES = (
     "configs/**/*.yaml",
     "requirements.lock",
 )
-OF_RUN = (CONFIG_FILE, ENVIRONMENT_FILE, "parameters.txt")
+OF_RUN = (CONFIG_FILE, ENVIRONMENT_FILE, PARAMETERS_FILE)
 """The files of a run that its log holds."""
 LINE = "=" * 100
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+PARAMETERS_FILE = "parameters.txt"
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -17,7 +17,7 @@ from training import library
 from training.attention import Backend
 from training.checkpoint import discard_later
 from training.directory import run_name
-from training.files import CONFIG_FILE, ENVIRONMENT_FILE, ROOT, write_whole
+from training.files import CONFIG_FILE, ENVIRONMENT_FILE, PARAMETERS_FILE, ROOT, write_whole
 from training.log import METRICS_FILE, RunLog, read_records
 from training.machine import device_name, environment, resolve_device
 from training.optimizers import Optimizers
@@ -44,7 +44,7 @@ def open_log(
     begun_at, continued = branch_of(directory) if resumed else None, resumed and goes_on(cfg, directory)
     plain = cfg.plain() | ({"resume": begun_at} if begun_at and cfg.resume == "auto" else {})
     write_whole(directory / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
-    write_whole(directory / "parameters.txt", parameter_table(optimizers.rows) + "\n")
+    write_whole(directory / PARAMETERS_FILE, parameter_table(optimizers.rows) + "\n")
     about_machine: dict[str, Any] = {**environment(resolve_device(cfg)[0]), "command": typed_command()}
     if resumed and (earlier := earlier_environments(directory, about_machine, step)):
         about_machine["earlier"] = earlier

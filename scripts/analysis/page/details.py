@@ -12,9 +12,9 @@ from datetime import timedelta
 from scripts.analysis.page.verdict import Setting
 from scripts.analysis.runs import RecordedRun, text_at
 from scripts.analysis.tables import Table, different, known_columns
+from training.files import PARAMETERS_FILE
 
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28}\b")  # of a commit, of which twelve digits are enough
-PARAMETERS_FILE = "parameters.txt"
 
 
 def costs(settings: Sequence[Setting]) -> Table:
