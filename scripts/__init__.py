@@ -1,1 +1,1 @@
-"""Short commands over the other rooms; run each as `python scripts/<name>.py`."""
+"""The commands. Run each as `python scripts/<name>.py`."""

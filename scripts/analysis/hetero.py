@@ -75,12 +75,17 @@ def pairs(*groups: Mapping[str, str]) -> list[tuple[Exchange, Exchange]]:
 
 def why_tables(study: Study, own: Sequence[str], routes: Sequence[Route]) -> list[Table]:
     """The settings that have their own best rate and decay; what the steps of their matrices were made of; and the exchanges of layers."""
-    best = replace(study, groups=[runs for runs in study.groups if runs[0].case["setting"] in own])
+    best = replace(study, groups=_own(study, own))
     against = opponents("setting", "all_stiefel", "hetero")
     known = [route for route in routes if {route.start, route.end} <= losses(study).keys()]
     exchanges = [exchange_table(study, route) for route in known]
     controls = [control_table(study, route) for route in known]
     return [contest_table(best, CASES, against), matrix_table(best), *exchanges, *(t for t in controls if t.lines)]
+
+
+def _own(study: Study, own: Sequence[str]) -> list[list[RecordedRun]]:
+    """The groups of the settings that have their own best rate and decay."""
+    return [runs for runs in study.groups if runs[0].case["setting"] in own]
 
 
 # ---- what steps were made of ----
@@ -236,7 +241,7 @@ def draw_why(study: Study, own: Sequence[str], routes: Sequence[Route], path: Pa
 
     A thick line is the mean over layers; in the first row, a thin line is a layer. Both are means over seeds.
     """
-    groups = [runs for runs in study.groups if runs[0].case["setting"] in own]
+    groups = _own(study, own)
     rows: list[tuple[str, str, bool]] = [
         ("normal_share", "share of the momentum\nnormal to the manifold", False),
         ("length_share", "share along\nthe columns", True),

@@ -266,9 +266,7 @@ def _is_numbers(value: Any) -> bool:
 
 def _has_sigma(record: dict[str, Any]) -> bool:
     sigma = record.get("sigma")
-    return (
-        isinstance(record.get("name"), str) and isinstance(sigma, list) and sigma != [] and all(map(_is_number, sigma))
-    )
+    return isinstance(record.get("name"), str) and isinstance(sigma, list) and _is_numbers(sigma)
 
 
 def _are_texts(value: Any) -> bool:

@@ -123,9 +123,14 @@ class Study:
         every = (dict(zip(self.axes, combination)) for combination in itertools.product(*values))
         return [*(case for case in every if any(self._varies(case, group) for group in groups)), *self.further]
 
+    @property
+    def along_axis(self) -> str | None:
+        """The axis along which the search of a case starts from the one before; None if there is none."""
+        return self.experiment.search.along if self.experiment.search else None
+
     def stages(self) -> list[list[dict[str, str]]]:
         """The cases in the order in which they are run: all together, or by the value of the axis along which a search goes."""
-        along = self.experiment.search.along if self.experiment.search else None
+        along = self.along_axis
         if along is None:
             return [self.cases()]
         return [[case for case in self.cases() if case[along] == value] for value in self.axes[along]]
@@ -231,7 +236,7 @@ class Study:
 
     def _previous(self, case: Case) -> tuple[str, ...]:
         """The values of the case before this one along the axis of the search; empty if there is none."""
-        along = self.experiment.search.along if self.experiment.search else None
+        along = self.along_axis
         if along is None or (i := self.axes[along].index(case[along])) == 0:
             return ()
         return tuple({**case, along: self.axes[along][i - 1]}.values())

@@ -212,8 +212,7 @@ def _run_names(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     found = []
     for index, s in enumerate(settings):
         for i, r in enumerate(s.runs):
-            name = s.label if len(s.runs) == 1 else f"{s.label}, seed {r.config['seed']}"
-            found.append({"name": name, "setting": index, "first": i == 0})
+            found.append({"name": s.name_of(r), "setting": index, "first": i == 0})
     return found
 
 

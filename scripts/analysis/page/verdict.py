@@ -46,6 +46,10 @@ class Setting:
         """The runs that neither became unstable nor failed."""
         return [r for r in self.runs if r.unstable_step is None and not r.status.startswith("failed")]
 
+    def name_of(self, run: RecordedRun) -> str:
+        """The name of one of its runs: with the seed if there are several."""
+        return self.label if len(self.runs) == 1 else f"{self.label}, seed {run.config['seed']}"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -228,7 +232,7 @@ def _troubles(settings: Sequence[Setting]) -> list[str]:
     said = []
     for s in settings:
         for r in s.runs:
-            name = s.label if len(s.runs) == 1 else f"{s.label}, seed {r.config['seed']}"
+            name = s.name_of(r)
             if r.unstable_step is not None or r.status.startswith("failed"):
                 kind = "failed" if r.unstable_step is None else "unstable"
                 last = [e for e in r.records["event"] if e["event"] == kind][-1]
