@@ -55,7 +55,7 @@ class Measured:
         return Measured(_to_host(self.gram), None if self.distance is None else _to_host(self.distance))
 
     def records(self) -> list[dict[str, Any]]:
-        """The spectrum of each matrix, see `spectrum`."""
+        """The spectrum of each matrix, see `Spectra`."""
         diagonal = torch.diagonal(self.gram, dim1=-2, dim2=-1)
         off = torch.linalg.matrix_norm(self.gram - torch.diag_embed(diagonal))
         off = ratio(off, torch.linalg.matrix_norm(self.gram))
@@ -77,24 +77,17 @@ def _measure(W: Tensor, distance: Distance | None, blocks: int) -> Measured:
     return Measured(T.mT @ T, None if distance is None else distance(W.unflatten(1, (blocks, -1))).amax(-1))
 
 
-def spectrum(W: Tensor, distance: Distance | None = None, blocks: int = 1) -> dict[str, Any]:
-    """Spectrum of a matrix W (m, n), any float dtype.
-
-    Returns:
-        sigma: its min(m, n) singular values, descending, see above. gram_diagonal: the squared column norms of the tall form.
-        off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. distance: what the function of this name says, if one is given; with
-        `blocks`, into which the rows are cut, the largest of a block. Floats carry six significant digits, what float32 weights are worth.
-    """
-    return _measure(W.unsqueeze(0), distance, blocks).records()[0]
-
-
 def rounded(value: Any) -> Any:
     """A number, or lists of numbers, rounded to six significant digits, about the precision of float32."""
     return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
 class Spectra:
-    """`spectrum` of each named (matrix, distance, blocks) as it is when this is made; alike matrices are decomposed together.
+    """The spectrum of each named (matrix, distance, blocks) as it is when this is made; alike matrices are decomposed together.
+
+    sigma: the min(m, n) singular values of a matrix W (m, n) of any float dtype, descending, see above. gram_diagonal: the squared column
+    norms of the tall form. off_diagonal: ‖Off(WᵀW)‖_F relative to ‖WᵀW‖_F. distance: what the function of this name says, if one is given;
+    with `blocks`, into which the rows are cut, the largest of a block. Floats carry six significant digits, what float32 weights are worth.
 
     The weights may change as soon as this is made. For weights on a GPU, only `records` waits, and only before `done`.
     """

@@ -9,7 +9,7 @@ import torch
 from problems import DGRAM, SQUARE, STIEFEL, make, problem, recorded, reference, true_feas
 
 from model.gpt import GPT, GPTConfig
-from model.spectra import spectrum
+from model.spectra import Spectra
 from optim import certified
 from optim.assignment import AssignmentError
 from optim.certified import CertifiedStep, direction, effort_of, step
@@ -460,7 +460,8 @@ def test_blocks_and_learning_rates_by_pattern():
     fused = model.transformer.h[0].attn.c_attn.weight.detach()
     for block in fused.split(8):  # query, key and value of each head: (8, 16) wide, orthonormal rows
         assert torch.allclose(block @ block.T, torch.eye(8), atol=1e-5)
-    whole, cut = (spectrum(fused, MANIFOLDS["stiefel"].distance, blocks)["distance"] for blocks in (1, 6))
+    spectra = Spectra({str(blocks): (fused, MANIFOLDS["stiefel"].distance, blocks) for blocks in (1, 6)})
+    whole, cut = (record["distance"] for _, record in spectra.records())
     assert cut < 1e-5 < whole  # what is on the manifold is each block
     rates = sorted({group["lr"].item() for group in optimizers.muon.param_groups})
     assert rates == pytest.approx([0.01, 0.02])

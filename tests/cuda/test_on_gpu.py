@@ -24,7 +24,7 @@ from device_checks import (
     relative,
 )
 
-from model.spectra import Spectra, spectrum
+from model.spectra import Spectra
 from optim.certified import step
 from optim.linalg import Products
 from optim.manifolds import MANIFOLDS
@@ -203,9 +203,10 @@ def test_a_switch_for_tf32_changes_no_update(assignment):
 def test_a_spectrum_equals_that_of_an_svd_on_the_cpu():
     torch.manual_seed(0)
     W = torch.randn(96, 64)
-    found = spectrum(W.cuda(), MANIFOLDS["stiefel"].distance)
+    both = (Spectra({"W": (w, MANIFOLDS["stiefel"].distance, 1)}) for w in (W.cuda(), W))
+    found, expected = (record for spectra in both for _, record in spectra.records())
     assert found["sigma"] == pytest.approx(torch.linalg.svdvals(W.double()).tolist(), rel=6e-6)  # six digits
-    assert found["distance"] == pytest.approx(spectrum(W, MANIFOLDS["stiefel"].distance)["distance"], rel=1e-4)
+    assert found["distance"] == pytest.approx(expected["distance"], rel=1e-4)
 
 
 def test_the_peak_of_a_run_is_its_own(tiny, tmp_path):
@@ -231,10 +232,10 @@ def test_a_batch_is_pinned():
 def test_spectra_of_later_weights_do_not_reach_earlier_records():
     """The weights change at once; what was asked for is what they were."""
     W = torch.randn(8, 300, 200, device="cuda")
-    expected = [spectrum(w) for w in W.cpu()]
+    expected = Spectra({str(i): (w, None, 1) for i, w in enumerate(W.cpu())})
     found = Spectra({str(i): (w, None, 1) for i, w in enumerate(W)})
     W.zero_()
-    for (_, ours), theirs in zip(found.records(), expected):
+    for (_, ours), (_, theirs) in zip(found.records(), expected.records()):
         assert ours["sigma"] == pytest.approx(theirs["sigma"], rel=2e-5) and found.done  # two roundings to six digits
 
 
