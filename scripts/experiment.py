@@ -11,7 +11,7 @@ An experiment is a file of scripts/experiments. Options of every experiment:
     <axis>=       the values of an axis, a list with commas
     seeds=        a list with commas
     around=       for axes that are varied one at a time: the value of each while another one is varied, in their order
-    trials=       for experiments that search their settings: how many trials each case has; search_seed= is their seed;
+    trials=       for experiments that search their settings: how many trials each case has; search_seeds= is their seed, or a list;
                   further_trials=: how many more a case gets while its best settings are at an edge of what was tried;
                   start=: the values of the first trial, a list with commas in the order of the searched settings; with a slash
                   between several starts, a search from each, of which the best counts

@@ -85,7 +85,7 @@ def test_an_experiment_is_data(name, capsys):
         (["horizon", "trials=0"], "trials=0 is too few"),
         (["crossing", "assignment=adamw", "residual=geonorm", "seeds=1,abc,-4"], "seed is 'abc'; give a whole number"),
         (["family", "optimizer=AdamW", "max_steps=2,foo", "seeds=1,-4"], "max_steps is 'foo'"),
-        (["family", "optimizer=AdamW", "max_steps=2", "seeds=0,1"], "seeds= has the seed of the trials, 0"),
+        (["family", "optimizer=AdamW", "max_steps=2", "seeds=0,1"], "seeds= and search_seeds= both have 0"),
         (
             ["crossing", "results=/dev/null/x", "output_dir=/dev/null"],
             "results=/dev/null/x cannot be used, because /dev/null",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,25 +105,29 @@ class Conductor:
         searches = {
             tuple(case.values()): (case, study.new_searches(case)) for case in cases if study.searched(case) == case
         }
-        trials, further = study.options["trials"], study.options["further_trials"]
+        count, further = study.options["trials"], study.options["further_trials"]
         going = [(case, search) for case, several in searches.values() for search in several]
         seconds: dict[Path, float] = {}  # of a trial's training
-        while going := [(case, search) for case, search in going if search.goes_on(trials, further)]:
+        while going := [(case, search) for case, search in going if search.goes_on(count, further)]:
             points = [search.next_point() for _, search in going]
-            jobs = [self._trial(case, search.values(point)) for (case, search), point in zip(going, points)]
-            self._start(list(dict.fromkeys(jobs)))  # two searches of a case may come to the same values
-            for (_, search), point, job in zip(going, points, jobs):
-                if job.ended:
-                    r = read_run(job.directory)
-                    search.tried[point] = r.final if r.stable and r.final is not None else math.inf
-                    seconds[job.directory] = train_seconds([r])
-            going = [pair for pair, job in zip(going, jobs) if job.ended]
+            trials = [self._trial(case, search.values(point)) for (case, search), point in zip(going, points)]
+            # Two searches of a case may come to the same values.
+            self._start(list(dict.fromkeys(job for jobs in trials for job in jobs)))
+            ended = [all(job.ended for job in jobs) for jobs in trials]
+            for (_, search), point, jobs in itertools.compress(zip(going, points, trials), ended):
+                runs = [read_run(job.directory) for job in jobs]
+                losses = [r.final if r.stable and r.final is not None else math.inf for r in runs]
+                search.tried[point] = statistics.fmean(losses)
+                seconds |= {r.directory: train_seconds([r]) for r in runs}
+            going = list(itertools.compress(going, ended))
         study.found |= {key: best_of_searches(several) for key, (_, several) in searches.items()}
         study.trial_seconds += sum(seconds.values())
 
-    def _trial(self, case: Case, searched: Case) -> Job:
+    def _trial(self, case: Case, searched: Case) -> list[Job]:
+        """The runs of a trial, one for each seed of the search."""
         settings = [*self.study.settings(case), "full_eval=false"]  # a trial is judged by the windows
-        return self.study.job(self.parent / TRIALS, case, str(self.study.options["search_seed"]), settings, searched)
+        parent = self.parent / TRIALS
+        return [self.study.job(parent, case, seed, settings, searched) for seed in self.study.search_seeds]
 
 
 # ---- before the first run ----
@@ -139,7 +145,7 @@ def check_all(study: Study, here: bool = True) -> None:
     cases, seeds, problems = study.cases(), study.seeds, dict[str, None]()
     if study.experiment.search:
         _check_search(study)
-        seeds = [*seeds, str(study.options["search_seed"])]
+        seeds = [*seeds, *study.search_seeds]
     wanted = [*((case, seeds[0]) for case in cases), *((cases[0], seed) for seed in seeds[1:])]
     for case, seed in wanted:  # a seed changes nothing else
         try:
@@ -156,11 +162,13 @@ def check_all(study: Study, here: bool = True) -> None:
 
 
 def _check_search(study: Study) -> None:
-    trials, seed, cases = study.options["trials"], str(study.options["search_seed"]), study.cases()
+    trials, cases = study.options["trials"], study.cases()
     if trials < 1:
         raise UsageError(f"trials={trials} is too few; give at least 1")
-    if seed in study.seeds:
-        raise UsageError(f"seeds= has the seed of the trials, {seed}; leave it out, or give another search_seed=")
+    if both := sorted({*study.seeds} & {*study.search_seeds}):
+        raise UsageError(
+            f"seeds= and search_seeds= both have {', '.join(both)}; leave it out of one of them, so that no run was searched with its own seed"
+        )
     for case in cases:
         if (searched := study.searched(case)) not in cases:
             raise UsageError(

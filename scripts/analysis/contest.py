@@ -21,7 +21,7 @@ from training.settings import settings_of
 
 REMARK = (
     "Differences are paired by seed, with Student's 95% interval; the intervals are not adjusted for the number of differences. "
-    "The search has a seed of its own, which no run of the table has. "
+    "Trials have seeds of their own, which no run of the table has. "
     "(edge): a neighbour of the best settings was not tried."
 )
 """The sentences below a table of a contest."""

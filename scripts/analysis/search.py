@@ -19,11 +19,12 @@ TRIALS = "trials"
 Point = tuple[Fraction, ...]
 """The place of a trial: for each searched setting, how many factors it is away from the first value."""
 
-SEARCH_OPTIONS = {"trials": 8, "further_trials": 0, "search_seed": 0, "start": ""}
+SEARCH_OPTIONS = {"trials": 8, "further_trials": 0, "search_seeds": "0", "start": ""}
 """The options of an experiment with a search, and their defaults.
 
 trials: of each case. further_trials: how many more a case gets at most, while its best settings are at an edge (`Found.bracketed`).
-search_seed: the seed of all trials, which no final run should have.
+search_seeds: of all trials, with commas; no final run should have one of them. Of several, the mean loss counts: with one, roundings may
+decide between two settings that are nearly as good.
 start: the values of the first trial, with commas, in the order of the searched settings; empty: those of the experiment. With slashes: of
 several searches, of which the one that finds the lowest loss counts.
 """

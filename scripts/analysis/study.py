@@ -201,6 +201,11 @@ class Study:
         """The case in whose search the settings of a case are found."""
         return self.experiment.search.of(case) if self.experiment.search else case
 
+    @property
+    def search_seeds(self) -> list[str]:
+        """The seeds of the trials."""
+        return str(self.options["search_seeds"]).split(",")
+
     def new_searches(self, case: Case) -> list[Found]:
         """The searches of a case before their first trials, one from each start.
 
