@@ -3,12 +3,15 @@
 import math
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scripts import experiment
+from scripts.analysis import conduct
 from scripts.analysis.search import Axis, Found, best_of_searches
 from scripts.analysis.statistics import Difference, student_cdf, student_quantile
+from training.jobs import Job
 
 
 def search(loss, trials, **first):
@@ -91,6 +94,24 @@ def test_a_case_that_takes_the_best_settings_of_another_has_no_trials():
     jobs = asked.jobs(Path("out"))
     assert len(jobs) == 6 and {case["optim.muon.lr"] for case, _ in jobs} == {"0.05"}
     assert all("optim.muon.lr=0.05" in job.overrides and "lr=0.05" in job.directory.name for _, job in jobs)
+
+
+@pytest.mark.parametrize(("losses", "mean"), [((2.5, 3.5), 3.0), ((2.5, None), math.inf)])
+def test_of_a_trial_with_several_seeds_the_mean_counts(losses, mean, tmp_path, monkeypatch):
+    words = ["optimizer=muon", "residual=pre_norm", "trials=1", "further_trials=0", "search_seeds=0,7"]
+    asked = experiment.study_of(experiment.load_experiment("residual_tuned"), words)[0]
+    by_seed, started = dict(zip(("0", "7"), losses)), []
+
+    def read(directory):
+        final = by_seed[directory.name.rpartition("=")[2]]
+        return SimpleNamespace(directory=directory, stable=final is not None, final=final)
+
+    monkeypatch.setattr(conduct, "run_all", lambda jobs, workers, launcher: started.extend(jobs) or {})
+    monkeypatch.setattr(Job, "ended", True)
+    monkeypatch.setattr(conduct, "read_run", read)
+    monkeypatch.setattr(conduct, "train_seconds", lambda runs: 1.0)
+    conduct.Conductor(asked, tmp_path, workers=1)._search(asked.cases())
+    assert asked.found["muon", "pre_norm"].loss == mean and len(started) == asked.trial_seconds == 2
 
 
 def test_an_edge_is_one_at_the_best_of_the_other_settings():
