@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from model.gpt import GPT
 
 
+def possible_temperature(temperature: float) -> bool:
+    """Whether logits can be divided by it in float32; 0 stands for the most likely token."""
+    return temperature == 0 or 1e-6 <= temperature <= 1e6
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn.
 
-    temperature: divides the logits; 0 takes the most likely token. top_k: only the k most likely tokens; None: all.
+    temperature: divides the logits, from 1e-6 to 1e6; 0 takes the most likely token. top_k: only the k most likely tokens; None: all.
     top_p: of those, only the most likely ones, until their probability reaches p (nucleus sampling, arXiv 1904.09751); 1: all.
 
     Raises:
@@ -29,9 +34,13 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or (self.top_k is not None and self.top_k < 1) or not 0 < self.top_p <= 1:
+        if (
+            not possible_temperature(self.temperature)
+            or (self.top_k is not None and self.top_k < 1)
+            or not 0 < self.top_p <= 1
+        ):
             raise ValueError(
-                f"temperature={self.temperature} must be at least 0, top_k={self.top_k} at least 1, and top_p={self.top_p} "
+                f"temperature={self.temperature} must be 0, or from 1e-6 to 1e6, top_k={self.top_k} at least 1, and top_p={self.top_p} "
                 "above 0 and at most 1"
             )
 

@@ -135,7 +135,8 @@ class GPT(nn.Module):
                 f"a context of {tokens} tokens is longer than model.block_size={self.config.block_size}, and with {learned} every position "
                 "is learned; train with rotary positions (model.rope=true), or shorten the context"
             )
-        longer = GPT(GPTConfig(**{**vars(self.config), "block_size": tokens})).to(self.lm_head.weight.device)
+        with torch.random.fork_rng(devices=[]):  # its random weights are replaced
+            longer = GPT(GPTConfig(**{**vars(self.config), "block_size": tokens})).to(self.lm_head.weight.device)
         longer.load_state_dict(self.state_dict())
         longer.separator = self.separator
         return longer.eval()
@@ -233,8 +234,8 @@ class GPT(nn.Module):
         Raises:
             ValueError: see Sampling.
         """
-        training = self.training
-        tokens = [*sampled_tokens(self.eval(), x, new_tokens, Sampling(temperature, top_k))]
+        training, sampling = self.training, Sampling(temperature, top_k)
+        tokens = [*sampled_tokens(self.eval(), x, new_tokens, sampling)]
         self.train(training)
         return torch.cat([x, *tokens], 1)
 

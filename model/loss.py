@@ -89,7 +89,7 @@ def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = Non
 
     Args:
         h: (N, d) in the dtype of the matrix products.
-        y: (N,) int64.
+        y: (N,) int64, in [0, V): no value means "ignore".
         b: (V,), cast to h's dtype; None: no bias.
     """
     W, b = cast(W, h.dtype), None if b is None else cast(b, h.dtype)

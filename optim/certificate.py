@@ -145,14 +145,15 @@ def certify(W: Tensor, G: Tensor, T: Tensor, manifold: str) -> Certificate:
     feas = torch.where(bound > 0, ratio(value, bound), 1)
     normal_share = frobenius(problem.G - problem.tangent(problem.G)).square()  # of G at ‖G‖_F = 1
     size_share = ratio(inner(W, G), frobenius(W) * frobenius(G)).square()
-    of_G = (
-        feas,
-        normal_share,
-        _length_share(W, G),
-        size_share,
-        asked[:, -1:, None].square(),
-        effective_rank(asked)[:, None, None],
-    )
-    feas, *shares = (torch.where(finite, x, torch.nan) for x in of_G)
-    numbers = (tangency, norm, feas, bound * problem.scale, *shares, effective_rank(taken)[:, None, None])
-    return Certificate(*(torch.where(sound, x, torch.nan).flatten() for x in numbers))
+    of_G = {
+        "feas": feas,
+        "bound": bound * problem.scale,
+        "normal_share": normal_share,
+        "length_share": _length_share(W, G),
+        "size_share": size_share,
+        "momentum_top": asked[:, -1:, None].square(),
+        "momentum_rank": effective_rank(asked)[:, None, None],
+    }
+    of_G = {name: torch.where(finite, x, torch.nan) for name, x in of_G.items()}
+    found = Certificate(tangency=tangency, norm=norm, step_rank=effective_rank(taken)[:, None, None], **of_G)
+    return Certificate(*(torch.where(sound, x, torch.nan).flatten() for x in found))

@@ -28,8 +28,8 @@ E = P(VᵀV) - target, on Stiefel VᵀV - I; M what a round of the retraction ad
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -325,11 +325,14 @@ def step(
 # ---- 6. the rule, with its fallback ----
 
 
+@dataclass(frozen=True)
 class CertifiedStep:
     """The step rule `certified` of ManifoldMuon: every stack by `step`.
 
-    Each matrix steps at the level that its last step asked for. Where one asked for EXACTLY, which no healthy matrix does, its stack is
-    stepped once more, exactly and in float32, for those alone.
+    Each matrix steps at the level that its last step asked for: one round of the retraction, two, or an exact step. The level is kept with
+    the matrix, on the device. The host knows the highest level of a stack (`Stack.highest`), which its last step sent; it decides what is
+    computed. Where a matrix asked for EXACTLY, which no healthy matrix does, its stack is stepped once more, exactly and in float32, for
+    those matrices alone.
 
     Args:
         quality: a key of a manifold's `efforts`: "default" or "high", which has more Su steps and caps: up to twice the operations. It is
@@ -344,35 +347,24 @@ class CertifiedStep:
             precision.
     """
 
-    def __init__(
-        self,
-        quality: str = "default",
-        products: str | None = None,
-        length: str = "spectral",
-        norm_cap: float | None = None,
-        compile: bool | None = None,
-        iterator: Iteration | None = None,
-    ) -> None:
+    quality: str = "default"
+    products: str | None = None
+    length: str = "spectral"
+    norm_cap: float | None = None
+    compile: bool | None = None
+    iterator: Iteration | None = None
+
+    def __post_init__(self) -> None:
         for manifold in MANIFOLDS.values():
-            effort_of(manifold, quality)
-        products_for(torch.device("cpu"), products)
-        if length not in LENGTHS:
-            raise ValueError(f"unknown step length {length!r}; choose one of {', '.join(LENGTHS)}")
-        if norm_cap is not None and not (isinstance(norm_cap, Real) and norm_cap > 0):
-            raise ValueError(f"norm_cap is {norm_cap!r}; give a number above 0, or None for no cap")
-        if iterator:
+            effort_of(manifold, self.quality)
+        products_for(torch.device("cpu"), self.products)
+        if self.length not in LENGTHS:
+            raise ValueError(f"unknown step length {self.length!r}; choose one of {', '.join(LENGTHS)}")
+        if self.norm_cap is not None and not (isinstance(self.norm_cap, Real) and self.norm_cap > 0):
+            raise ValueError(f"norm_cap is {self.norm_cap!r}; give a number above 0, or None for no cap")
+        if self.iterator:
             # By default the precision that a GPU would choose, so that a rule fits any device.
-            iterator.require(getattr(torch, products or "float16"))
-        self.quality, self.products, self.compile, self.iterator = quality, products, compile, iterator
-        self.settings: dict[str, Any] = {"length": length, "norm_cap": norm_cap}
-
-    @cached_property
-    def compiled_step(self) -> Any:
-        """`step`, compiled once."""
-        return compiled_whole(step)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "compiled_step"}  # which no pickle takes
+            self.iterator.require(getattr(torch, self.products or "float16"))
 
     def describe(self, device: torch.device) -> str:
         """What a person should know of the rule on this device, in one line."""
@@ -388,8 +380,9 @@ class CertifiedStep:
         W, level, manifold = stack.W, stack.level, MANIFOLDS[stack.manifold]
         effort = replace(effort_of(manifold, self.quality), iterator=self.iterator)
         given = (W, stack.G, stack.eta, level, stack.skip, manifold, effort)
-        settings = {"decay": stack.weight_decay, "whole": stack.whole, "refine": stack.refine, **self.settings}
-        call = self.compiled_step if (W.is_cuda if self.compile is None else self.compile) else step
+        settings: dict[str, Any] = {"decay": stack.weight_decay, "length": self.length, "norm_cap": self.norm_cap}
+        settings |= {"whole": stack.whole, "refine": stack.refine}
+        call = compiled_whole(step) if (W.is_cuda if self.compile is None else self.compile) else step
         with torch.no_grad(), exact_sums(W.device):
             highest = min(stack.highest, TWO_ROUNDS)
             moved = call(*given, products_for(W.device, self.products), highest=highest, **settings)
@@ -397,8 +390,8 @@ class CertifiedStep:
                 return moved
             # Rare: not worth a compilation.
             exact = step(*given, Products("float32"), highest=EXACTLY, **settings)
-            # An exact step asks for an ordinary one. Where that would fail again, as it does now, the next step is exact too: otherwise
-            # the matrix would move in every second step only.
+            # An exact step asks for what its own distance needs. Where the ordinary step failed again just now, the next one is exact too:
+            # otherwise the matrix would move in every second step only.
             stays = (moved.level == EXACTLY) & (exact.scale.flatten() > 0)
             exact = exact._replace(level=torch.where(stays, EXACTLY, exact.level))
             return _choose(level == EXACTLY, exact, moved)

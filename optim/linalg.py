@@ -1,12 +1,20 @@
 """Products at a named precision, and the functions of matrices that are made of them.
 
-The large products of the certified step go through `Products`; only `msign.iterate`, `top_pair` and methods of manifolds without a Gram
-condition make their own. Matrices are kept in the precision of their products, so that a chain of products needs no conversion between
+The large products of the certified step go through `Products`; only `msign.iterate`, `top_pair`, `Manifold.tangent` and an exact
+`Manifold.retract`, and methods of manifolds without a Gram condition make their own. Matrices are kept in the precision of their products, so that a chain of products needs no conversion between
 them; every sum inside a product is float32.
 
     float32    IEEE float32, TF32 off: what a CPU does
     float16    11 bits; the matrices of the step are normalised, so that entries that matter lie far above float16's smallest, 6e-8
     bfloat16   8 bits, three fewer than the step would like; kept for comparison
+
+The signs of a matrix, the factor UVᵀ of X = U Σ Vᵀ, by who needs them:
+
+    matrix_sign, gram_stage   here: smoothed, by products; the certified step
+    skew_sign                 here: of a skew matrix; square Stiefel matrices
+    msign, iterate            msign.py: by one of the published iterations; Muon itself, exact retractions
+    polar                     manifolds.py: exact, by an eigendecomposition; initial weights, studies
+    published_sign            published.py: as the published code rounds it
 
 Where 16 bits are asked for on a CPU they are emulated: multiplied in float32, and the result rounded.
 
@@ -17,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -157,8 +165,9 @@ def allow_programs() -> None:
     torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
 
 
+@cache
 def compiled_whole(function: Callable) -> Any:
-    """The function through torch.compile, whole and for fixed shapes, with fitted coefficients as constants of the program."""
+    """The function through torch.compile, once, whole and for fixed shapes, with fitted coefficients as constants of the program."""
     allow_programs()
     for constant in (sign_coefficients, cap_fit):
         torch.compiler.assume_constant_result(constant)  # not a decorator: it would import the compiler
@@ -329,7 +338,7 @@ def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, iteratio
 
     The map must be symmetric; its eigenvalues may have both signs.
 
-    `like` (k, ·, n) gives k, n and device. What is largest of the small tridiagonal matrix is read from its 128th power, at most .2% short:
+    `like` (k, ·, n) gives k, n and device. What is largest of the small tridiagonal matrix is read from its 128th power, at most .4% short:
     an eigensolver would make the host wait.
     """
     k, n = like.size(0), like.size(-1)

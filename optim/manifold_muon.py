@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from functools import cached_property, partial
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -89,7 +89,8 @@ class ManifoldMuon(torch.optim.Optimizer):
             (1), for manifolds of fixed size: W / R is on the manifold; and any of the settings below.
         rule: the step rule, called once for each bucket. At construction, its `init` brings every whole parameter onto its manifold, on
             each rank alike.
-        lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor, so that a schedule recompiles nothing.
+        lr: eta, the length of a step in spectral norm. Kept as a 0-d tensor on the device; a schedule fills it, or puts a number in its
+            place, for which the host waits on a GPU.
         momentum, nesterov: buf = momentum·buf + g;  G = g + momentum·buf with Nesterov, else buf.
         weight_decay: decoupled, passed to the rule, which decides whether it applies.
         block_length: "each": every block's step has length lr; "whole": the parameter's step is as long, in root mean square, as it
@@ -188,11 +189,6 @@ class ManifoldMuon(torch.optim.Optimizer):
         words += ["blocks step as far as the whole"] if given["block_length"] == "whole" else []
         return ", ".join(words)
 
-    @cached_property
-    def compiled_advance(self) -> Any:
-        """`advance`, compiled: one pass instead of five."""
-        return compiled_whole(advance)
-
     def _bucket(self, group: dict[str, Any], params: list[Tensor]) -> Bucket:
         """A bucket of this rank, with its state at the start."""
         blocks, shapes, device = group["blocks"], state_shapes(params[0], group), params[0].device
@@ -205,6 +201,7 @@ class ManifoldMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def bring_onto_manifold(self, names: Collection[str] | None = None) -> None:
         """Put whole parameters onto their manifold, on every rank alike: all, or those of these names."""
+        names = [names] if isinstance(names, str) else names
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if names is None or group["names"][i] in names:
@@ -295,13 +292,14 @@ class ManifoldMuon(torch.optim.Optimizer):
             skip = self.found_inf.bool()
         else:
             skip = ~torch.linalg.vector_norm(g, torch.inf, dim=(-2, -1)).isfinite()  # (k,)
-        take = self.compiled_advance if g.is_cuda else advance
+        take = compiled_whole(advance) if g.is_cuda else advance  # compiled: one pass instead of five
         G = take(g, momentum, group["momentum"], group["nesterov"], skip)
         refine = None
         if group["cautious"] or group["row_beta"] is not None:
             row_squares = bucket.state.get("row_squares")
             refine = Refine(g if group["cautious"] else None, row_squares, group["row_beta"] or 0.0, bucket.wide)
-        W, eta, decay = bucket.stack(bucket.params).float(), group["lr"], group["weight_decay"]
+        W, decay = bucket.stack(bucket.params).float(), group["weight_decay"]
+        eta = torch.as_tensor(group["lr"], dtype=torch.float32, device=W.device)
         if (radius := group["radius"]) != 1:  # the step of W / R, whose length is eta / R, at the same decay
             W, eta, decay = W / radius, eta / radius, decay * radius
         level, whole = bucket.state["level"], whole_shape(bucket.params[0], group)
@@ -381,7 +379,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         do the settings of CONSTRUCTED.
 
         Raises:
-            ValueError: its groups are not as large as those of this optimizer, or a state has another shape. Then nothing has changed.
+            ValueError: its groups are not as large as those of this optimizer, a state has another shape, or SETTINGS does not allow a
+                value. Then nothing has changed.
         """
         saved_groups = deepcopy(state_dict["param_groups"])  # of a living optimizer it has the tensors themselves
         sizes, own = ([len(group["params"]) for group in groups] for groups in (saved_groups, self.param_groups))
@@ -401,25 +400,39 @@ class ManifoldMuon(torch.optim.Optimizer):
             raise ValueError(
                 f"the state is of other matrices: {'; '.join(unlike)}; construct the optimizer with the matrices and blocks that were saved"
             )
+        taken = [{key: value for key, value in group.items() if key not in CONSTRUCTED} for group in saved_groups]
+        if wrong := [
+            problem for group, new in zip(self.param_groups, taken) for problem in _wrong_settings({**group, **new})
+        ]:
+            raise ValueError("the state has settings that no group may have: " + "; ".join(dict.fromkeys(wrong)))
         for value, saved, _ in pairs:
             value.copy_(saved)
         for bucket in self.buckets:
             bucket.highest = None
-        for group, settings in zip(self.param_groups, saved_groups):
+        for group, settings in zip(self.param_groups, taken):
             rate, new = group["lr"], float(settings["lr"])
-            group.update({key: value for key, value in settings.items() if key not in CONSTRUCTED})
+            group.update(settings)
             group["lr"] = rate.fill_(new) if isinstance(rate, Tensor) else new
+
+
+def _wrong_settings(group: dict[str, Any]) -> list[str]:
+    """What SETTINGS does not allow in a parameter group; a tensor counts as its number."""
+    values = {name: group[name].item() if isinstance(group[name], Tensor) else group[name] for name in SETTINGS}
+    return [
+        f"{name} is {values[name]!r}; give {words}"
+        for name, (allows, words) in SETTINGS.items()
+        if not allows(values[name])
+    ]
 
 
 def _problems(group: dict[str, Any]) -> list[str]:
     """What is wrong with a parameter group, each with its remedy."""
     if not group["params"]:
         return ["a parameter group has no matrices; leave it out"]
-    problems = [
-        f"{name} is {group[name]!r}; give {words}"
-        for name, (allows, words) in SETTINGS.items()
-        if not allows(group[name])
-    ]
+    problems = _wrong_settings(group)
+    names = group.get("names")
+    if names is not None and len(names) != len(group["params"]):
+        problems.append(f"{len(names)} names for {len(group['params'])} matrices; give each its name")
     name, radius, blocks = group.get("manifold"), group["radius"], group["blocks"]
     if name is None:
         problems.append(

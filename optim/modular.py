@@ -90,7 +90,9 @@ class Modular(torch.optim.Optimizer):
                 with exact_sums(p.device):
                     d = as_operator(norm.steepest(as_operator(G, group["input"])), group["input"])
                 new = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * d.to(p.dtype)
-                skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros((), device=p.device).bool()
-                p.copy_(torch.where(skip, p, new))
-                buf.copy_(torch.where(skip, buf, advanced))
+                if self.found_inf is not None:
+                    skip = self.found_inf.bool()
+                    new, advanced = torch.where(skip, p, new), torch.where(skip, buf, advanced)
+                p.copy_(new)
+                buf.copy_(advanced)
         return loss

@@ -44,7 +44,7 @@ class Refine(NamedTuple):
             row_squares = self.beta * row_squares + (1 - self.beta) * rows
             T = T / (row_squares.sqrt() + FLOOR).unsqueeze(-2 if self.wide else -1)
         if self.gradient is not None:
-            T = torch.where(T * self.gradient > 0, T, 0)
+            T = torch.where(T.sign() == self.gradient.sign(), T, 0)  # a product of small numbers would be 0
         if manifold.conditioned:
             T = manifold.tangent(W, T)
         return over(T, frobenius(T)) * size, row_squares

@@ -13,7 +13,6 @@ tokens as fit into the window (block_size); beyond it, every token has a new pos
 from __future__ import annotations
 
 import codecs
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from data.tokenizer import END_OF_TEXT, UNKNOWN, Tokenizer, get_tokenizer
-from model.generate import Sampling, sampled_tokens
+from model.generate import Sampling, possible_temperature, sampled_tokens
 from model.gpt import GPT
 from scripts.analysis.runs import load_model, require_text
 from scripts.command import UsageError, parse, problems_of_run, run
@@ -99,7 +98,7 @@ def problems_of(others: list[str], options: dict[str, Any]) -> list[str]:
     """A line for everything that is wrong with the command line."""
     wrong = {
         "tokens={tokens} must be at least 1": options["tokens"] < 1,
-        "temperature={temperature} must be a number of at least 0": not 0 <= options["temperature"] < math.inf,
+        "temperature={temperature} must be 0, or from 1e-6 to 1e6": not possible_temperature(options["temperature"]),
         "top_k={top_k} must be at least 0; 0 draws from the whole vocabulary": options["top_k"] < 0,
         "top_p={top_p} must be above 0 and at most 1": not 0 < options["top_p"] <= 1,
         "seed={seed} must be at least 0 and below 2^63": not 0 <= options["seed"] < 2**63,

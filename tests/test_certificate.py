@@ -96,6 +96,7 @@ def test_zero_and_broken_gradients():
     for field in (*SHARES, "momentum_top", "momentum_rank"):
         zero, broken, sound = getattr(certificate, field)
         assert zero == 0 and broken.isnan() and sound > 0, field
+    assert certificate.bound[1].isnan() and certificate.bound[2] > 0
     assert certificate.step_rank[0] == 0 and (certificate.step_rank[1:] >= 1).all()
 
 

@@ -70,7 +70,10 @@ def test_without_the_vocabulary_there_are_no_bits_per_byte(monkeypatch, capsys):
 @pytest.mark.parametrize("settings", [{"rope": True}, NGPT], ids=["rotary", "nGPT"])
 def test_a_longer_context_reads_the_same_beginning(settings):
     model = gpt(**settings)
-    longer, x = model.with_context(64), torch.randint(40, (2, 64))
+    before = torch.get_rng_state()
+    longer = model.with_context(64)
+    assert torch.equal(before, torch.get_rng_state())
+    x = torch.randint(40, (2, 64))
     assert longer is not model and model.with_context(16) is model
     torch.testing.assert_close(longer.features(x)[:, :16], model.features(x[:, :16]), rtol=1e-4, atol=1e-5)
     assert longer.features(x).isfinite().all()

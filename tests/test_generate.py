@@ -87,10 +87,16 @@ def test_top_p_keeps_the_most_likely_tokens_up_to_their_sum():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}]
+    "wrong",
+    [
+        *({"temperature": t} for t in (-1, float("nan"), float("inf"), 1e-40)),
+        {"top_k": 0},
+        {"top_p": 0},
+        {"top_p": 1.1},
+    ],
 )
 def test_impossible_numbers_are_refused(wrong):
-    with pytest.raises(ValueError, match="must be at least 0"):
+    with pytest.raises(ValueError, match="must be 0, or from 1e-6 to 1e6"):
         Sampling(**wrong)
 
 

@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 
 from optim import CertifiedStep, ManifoldMuon, for_model
 from optim import manifold_muon as module
+from optim.manifolds import MANIFOLDS
 
 STEPS = 8
 SCHEDULES = {
@@ -149,7 +150,6 @@ def saved_and_loaded(parts):
 def test_a_copy_with_its_model_trains_on_alike(duplicate):
     model, *optimizers = pair(row_beta=0.9)
     advance(model, optimizers, range(2))
-    optimizers[0].rule.compiled_step = lambda: None  # what torch.compile returns cannot be pickled either
     other, *twins = duplicate((model, *optimizers))
     assert [p is q for p, q in zip(other.parameters(), model.parameters())] == [False] * 6
     advance(other, twins, range(2, 4))
@@ -220,6 +220,41 @@ def test_all_wrong_settings_come_at_once():
     ):
         assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) == 4
+
+
+def test_a_schedule_may_put_a_number_in_the_place_of_the_rate():
+    for name in MANIFOLDS:
+        stepped = []
+        for rate in (0.05, torch.tensor(0.05)):
+            p = matrix()
+            optimizer = optimizer_of({"params": [p], "manifold": name})
+            optimizer.param_groups[0]["lr"] = rate
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            stepped.append(p.detach().clone())
+        assert torch.equal(*stepped), name
+
+
+def test_each_matrix_has_one_name():
+    with pytest.raises(ValueError, match="1 names for 2 matrices; give each its name"):
+        optimizer_of({"params": [matrix(), matrix()], "names": ["a"]})
+    p, q = matrix(), matrix()
+    optimizer = optimizer_of({"params": [p, q], "names": ["h.1", "h.11"]})
+    before = p.detach().clone()
+    for x in (p, q):
+        x.data.mul_(2)
+    optimizer.bring_onto_manifold("h.11")
+    assert torch.equal(p, 2 * before) and MANIFOLDS["stiefel"].distance(q) < 1e-5
+
+
+def test_a_state_with_settings_that_no_group_may_have_is_refused():
+    optimizer = optimizer_of({"params": [matrix()]})
+    wrong = copy.deepcopy(optimizer.state_dict())
+    wrong["param_groups"][0] |= {"momentum": 7.0, "nesterov": "x"}
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"momentum is 7\.0; give .*; nesterov is 'x'; give True or False"):
+        optimizer.load_state_dict(wrong)
+    assert str(optimizer.state_dict()) == str(before)
 
 
 def test_weights_of_16_bits_are_refused():

@@ -275,6 +275,8 @@ def test_the_mask_acts_after_the_rows_and_a_row_that_never_moved_stays():
     assert torch.equal(same, squares) and torch.allclose(squares, 0.1 * T.square().mean(-1))
     assert not plain[:, 2].any() and not masked[:, 2].any()
     assert torch.allclose(masked, torch.where(plain * g > 0, plain, 0) * T.norm() / plain[plain * g > 0].norm())
+    faint, _ = Refine(1e-41 * T, None, 0.0, False)(T, T, MANIFOLDS["euclidean"])
+    assert torch.allclose(faint, T)  # all signs agree
 
 
 def test_the_mean_squares_are_saved_and_a_skipped_step_leaves_them():

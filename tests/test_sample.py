@@ -71,7 +71,7 @@ def test_text_is_printed_while_it_is_drawn(run, monkeypatch):
         (
             ["temperature=-1", "top_k=0", "top_p=2", "seed=x"],
             "seed=x is not a whole number; give one, such as seed=0\n"
-            "temperature=-1.0 must be a number of at least 0\ntop_p=2.0 must be above 0 and at most 1\n",
+            "temperature=-1.0 must be 0, or from 1e-6 to 1e6\ntop_p=2.0 must be above 0 and at most 1\n",
         ),
         (["prompts={tmp}/none.txt"], "cannot be read"),
         (["prompts={tmp}/empty.txt"], "is empty"),
