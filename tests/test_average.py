@@ -61,6 +61,16 @@ def test_without_an_average_there_is_none():
     assert average_of(NoAverage("none"), nn.Linear(2, 2)) is None
 
 
+def test_an_average_of_another_kind_or_shape_starts_from_the_weights():
+    model, other = nn.Linear(4, 3, bias=False), nn.Linear(5, 3, bias=False)
+    ema, window = (average_of(settings, model) for settings in SETTINGS.values())
+    model.weight.data.mul_(2)  # as those of a checkpoint come after the averages were made
+    wider = average_of(SETTINGS["ema"], other).state_dict()
+    for average, state in ((window, ema.state_dict()), (ema, wider), (window, None)):
+        assert average.load_state_dict(state) == ["average of the weights: starts from scratch"]
+        assert torch.equal(average.mean()[0], model.weight)
+
+
 def losses(directory, key="loss"):
     return [r[key] for r in read_records(directory, "eval")]
 

@@ -15,8 +15,9 @@ from training.checks import check
 from training.config import compose
 from training.data import open_data
 from training.placement import require_gradients
+from training.ranks import Ranks
 from training.start import shortened
-from training.step import accumulate, clip, host_tokens, micro_batch_size, micro_batches
+from training.step import accumulate, clip, host_tokens, mean_loss, micro_batch_size, micro_batches
 from training.validate import ConfigError
 
 
@@ -106,6 +107,17 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     prepare(compose(folder).data)
     with pytest.raises(DataError, match=r"holds bytes tokens, and data\.tokenizer is gpt2; add data\.tokenizer=bytes"):
         open_data(compose([*folder, "data.auto_prepare=false", "data.tokenizer=gpt2", "model.vocab_size=50304"]))
+
+
+def test_a_validation_loss_is_without_dropout_and_training_goes_on_with_it():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+    windows = np.random.default_rng(0).integers(0, 32, (5, 9)).astype(np.uint16)
+    alone, plain = Ranks(0, 1, torch.device("cpu"), 1.0), contextlib.nullcontext()
+    found = mean_loss(model, model, windows, 2, alone, plain)
+    assert model.training
+    x = torch.from_numpy(windows.astype("int64"))
+    assert found == pytest.approx(model.eval()(x[:, :-1], x[:, 1:])[1].item(), rel=1e-6)
 
 
 def test_small_gradients_stay_and_large_ones_come_to_the_limit():

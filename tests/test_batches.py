@@ -52,6 +52,15 @@ def test_documents_in_a_window_are_computed_as_if_alone(first, changes):
     loss.backward()
 
 
+def test_what_a_cache_holds_is_one_document():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16)).eval()
+    x = torch.tensor([[1, END, 3, END, 4]])
+    expected = model.features(x)
+    model.separator = (END, False)
+    torch.testing.assert_close(model.features(x, model.new_caches()), expected)
+
+
 @pytest.mark.parametrize("rule", RESIDUAL_RULES)
 def test_every_residual_rule_passes_the_mask_on(rule):
     torch.manual_seed(0)

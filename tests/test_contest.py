@@ -136,6 +136,16 @@ def test_a_step_that_fails_costs_only_its_own_numbers(contest, monkeypatch):
     assert all(map(math.isnan, found["adamw"].values()))
 
 
+def test_the_time_to_a_target_is_its_steps_times_the_time_of_one(contest):
+    cost = {"ms_per_step": 20.0, "state_bytes": 4.0}
+    contest.facts.update(targets={"250": 2.5}, costs=dict.fromkeys(LOSSES, cost))
+    columns = module.cost_columns(contest, "unconstrained")
+    for steps, loss, expected in (("250", 2.0, [125, 2.5]), ("250", 2.7, [None, None]), ("1000", 2.0, [None, None])):
+        run = fake("adamw", steps, loss, 1)
+        run.records["eval"].insert(0, {"step": 0, "loss": 3.0})
+        assert [column.value(run) for column in columns] == [*expected, 20.0, 4.0]
+
+
 def test_an_own_unstable_case_is_not_replaced_by_an_earlier_one(contest, tmp_path):
     for runs in contest.groups:
         if runs[0].case == {"arm": "unconstrained", "max_steps": "250"}:

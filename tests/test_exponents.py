@@ -53,6 +53,16 @@ def test_the_closed_form_of_a_narrow_mlp_alone():
     assert closed_form(model, TOKENS, 0.99, 0.05).gradients[0] == pytest.approx(math.log1p(written), rel=1e-6)
 
 
+def test_the_closed_form_of_a_narrow_attention_alone():
+    """λ_g = log(1 + k/Q·(1 - 2/d)·‖M‖_F²/T), where M averages over all earlier tokens."""
+    model = random_gpt(0, n_embd=16, n_layer=1, mlp="none")
+    attention = model.transformer.h[0].attn
+    written = mean_square_gain(attention.c_attn.weight[32:], 16) * mean_square_gain(attention.c_proj.weight, 16)
+    share = sum(1 / i for i in range(1, TOKENS + 1)) / TOKENS
+    expected = math.log1p(written / 0.05**2 * (1 - 2 / 16) * share)
+    assert closed_form(model, TOKENS, 0.99, 0.05).gradients[0] == pytest.approx(expected, rel=1e-6)
+
+
 def estimates(make, seeds, joined, correlation=0.99):
     """Differences measured − derived, of both exponents, over seeds."""
     angle, gradient = [], []

@@ -66,6 +66,13 @@ def test_controls_say_what_they_are():
     assert lines == [[*words, "-0.200 [-0.200, -0.200]", "+0.000 [-0.248, +0.248]"]]
 
 
+def test_only_seeds_that_all_settings_have_count():
+    found = asked({**LOSSES, "hetero": [2.3, 2.3]})
+    table = control_table(found, ROUTES[0])
+    assert table.lines[0][2] == "2.2500 ± 0.0500" and table.caption.endswith("2 seeds:")
+    assert "mlp.c_fc and mlp.c_proj +0.075 [" in sums(found, ROUTES)  # of .05 and .1
+
+
 def test_a_setting_with_an_unstable_run_has_no_gain():
     found = asked(LOSSES)
     found.groups[2][0].records["event"] = [{"step": 5, "event": "unstable"}]

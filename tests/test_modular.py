@@ -163,6 +163,16 @@ def test_a_norm_behind_its_sublayer_is_measured_too():
     assert records["joint.bias"]["change_max"] == pytest.approx(0.25, rel=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_check_leaves_the_mode_and_the_random_numbers_as_they_are(training):
+    model = tiny_gpt(dropout=0.5).train(training)
+    checks, random = coordinate_check(model, compose(SETTINGS)), torch.get_rng_state()
+    checks.watch(True)
+    assert dict(checks.records(torch.randint(40, (2, 16), generator=torch.Generator())))
+    assert all(module.training == training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 class Called(nn.Module):
     """A joint that is called with its sublayer."""
 

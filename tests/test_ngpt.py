@@ -161,7 +161,10 @@ def test_scales_are_the_values_that_act():
     ("overrides", "names"),
     [
         (["residual=geonorm"], ["scale_attn", "offset_attn", "scale_mlp", "offset_mlp"]),
-        (["residual=p_sphere", "residual.alpha=0.5"], ["alpha_attn", "p_attn", "alpha_mlp", "p_mlp"]),
+        (
+            ["residual=p_sphere", "residual.alpha=0.5", "residual.decay=harmonic"],
+            ["alpha_attn", "p_attn", "alpha_mlp", "p_mlp"],
+        ),
         (["residual=proj_sphere", "attention=qk_norm"], ["alpha_attn", "alpha_mlp", "q_gain", "k_gain"]),
         (["residual=ngpt"], ["alpha_attn", "alpha_mlp"]),
         ([], []),
@@ -171,9 +174,11 @@ def test_names_of_scales(overrides, names):
     model = GPT(gpt_config(compose([*SIZES, *overrides])))
     found = scale_statistics(model.scales())
     assert list(found) == names and all(len(v["mean"]) == 2 for v in found.values())
-    if "p_attn" in found:
-        assert (found["alpha_attn"]["mean"][0], found["p_mlp"]["mean"][0]) == pytest.approx((0.5, 2.0))
+    if "p_attn" in found:  # before the decay with depth
+        assert [*found["alpha_attn"]["mean"], *found["p_mlp"]["mean"]] == pytest.approx([0.5, 0.5, 2.0, 2.0])
         assert found["p_mlp"]["deviation"] == [0.0, 0.0]
+    if "scale_attn" in found:
+        assert found["scale_attn"]["mean"] == [1.0, 1.0]
 
 
 # ---- unit vectors ----
@@ -336,6 +341,7 @@ def test_nugpt_multipliers():
     assert after["alpha"] == pytest.approx(0.0125) and after["logit_scale"] == pytest.approx(2**0.5)
     table = transfer_table(cfg).splitlines()
     assert len(table) == 9 and "m_depth^-1, m_depth = 4" in table[5]
+    assert table[2].split()[:4] == ["input", "embedding", "0.01", "0.003536"]
     untouched = copy.deepcopy(cfg)
     model = GPT(gpt_config(cfg))
     optimizers = build_optimizers(model, transferred(cfg), model.unit_vectors())
@@ -351,7 +357,8 @@ def test_nugpt_multipliers():
         if n.endswith(("alpha.weight", "s_qk.weight", "s_uv.weight", "s_z.weight"))
     )
     assert torch.allclose(model.s_z(), torch.tensor(2**0.5)) and torch.allclose(model.s_z.weight, torch.tensor(0.03))
-    assert torch.allclose(model.transformer.h[0].ln_1.alpha(), torch.tensor(0.0125))
+    alpha = model.transformer.h[0].ln_1.alpha
+    assert torch.allclose(alpha(), torch.tensor(0.0125)) and torch.allclose(alpha.weight, torch.tensor(0.03))
 
 
 def test_a_factor_of_the_user_multiplies_that_of_the_transfer():
@@ -372,6 +379,9 @@ def test_a_factor_of_the_user_multiplies_that_of_the_transfer():
         (["model=demo", "residual=pre_norm"], "choose such a model"),
         (["assignment=unconstrained"], "measured for Adam"),
         (["model.n_embd=256"], "choose model.n_head=8"),
+        (["model.n_embd=144"], "choose a model.n_embd that is a multiple of 32"),
+        (["model.bias=true"], "has no rates for biases"),
+        (["optim.adamw.lr=0"], "which is 0; give a number above 0"),
         (["transfer.rule=mup"], "choose none or nu"),
     ],
 )

@@ -145,6 +145,20 @@ def test_the_tables_of_the_best_rates():
     assert lines[1][3:5] == [f"{0.01 * 2**-0.2:.4f}", "+0.00 ± 0.00"]
 
 
+def test_the_table_of_the_best_rates_counts_the_seeds_at_an_end():
+    home, rates = {WIDTH: "64", "model.n_layer": "4", "max_steps": "200"}, ["0.01", "0.02", "0.04"]
+    losses = {1: (1.0, 2.0, 3.0), 2: (2.0, 1.0, 2.0)}
+    runs = [
+        fake(loss, seed, arm="gpt", **{**home, RATE: rate})
+        for seed in losses
+        for rate, loss in zip(rates, losses[seed])
+    ]
+    axes = {"arm": ["gpt"], **{axis: [value] for axis, value in home.items()}, RATE: rates}
+    found = asked(lr_transfer.EXPERIMENT, axes, home, runs)
+    best = optimum_table(found, RATE, lr_transfer.MODELS, lr_transfer.SIZES).lines[0][3]
+    assert best == "0.0141 (an end of the stable rates with 1 of 2 seeds)"
+
+
 # ---- a race ----
 
 
@@ -182,6 +196,18 @@ def test_the_tables_of_a_race():
     assert [title for title, _ in race.longest(found, "nGPT")] == ["nGPT, context 256", "nGPT, context 1024"]
 
 
+def test_a_bound_of_the_steps_is_the_opposite_bound_of_the_speed():
+    context, runs = ngpt_speed.CONTEXT, []
+    for seed, target in ((1, 2.25), (2, 1.9)):
+        runs.append(fake(target, seed, arm="GPT", max_steps="200", **{context: "256"}))
+        for steps, loss in (("100", 2.5), ("200", 2.0)):
+            runs.append(fake(loss, seed, arm="nGPT", max_steps=steps, **{context: "256"}))
+    axes = {"arm": ["GPT", "nGPT"], context: ["256"], "max_steps": ["100", "200"]}
+    costs = {"GPT, 256": {"ms_per_step": 10.0}, "nGPT, 256": {"ms_per_step": 20.0}}
+    [line] = speed_table(asked(ngpt_speed.EXPERIMENT, axes, {}, runs, costs=costs), ngpt_speed.RACE).lines
+    assert line[4:] == ["2", "141, >200", "1.41, <1.00", "10.0", "20.0", "0.71, <0.50"]
+
+
 @pytest.mark.parametrize("rope", [True, False])
 def test_all_lengths_of_windows_have_the_same_targets(monkeypatch, tmp_path, rope):
     model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=8, rope=rope))
@@ -190,14 +216,14 @@ def test_all_lengths_of_windows_have_the_same_targets(monkeypatch, tmp_path, rop
     text, read = Split(tmp_path, (SimpleNamespace(file="text", tokens=1000),)), {}
 
     def measure(model, windows, token_bytes):
-        assert windows.shape[1] == model.config.block_size + 1
+        assert windows.shape[1] == model.config.block_size + 1 and model.separator == (3, False)
         assert (np.diff(windows.astype(int)) == 1).all()  # each is a piece of the text
         read[windows.shape[1] - 1] = np.sort(windows[:, 1:], axis=None)
         return SimpleNamespace(loss=float(windows.shape[1] - 1))
 
     monkeypatch.setattr(speed_up, "load_model", lambda directory: (model, cfg, None))
     monkeypatch.setattr(speed_up, "open_data", lambda cfg: SimpleNamespace(val=text))
-    monkeypatch.setattr(speed_up, "separator_of", lambda cfg, dataset: None)
+    monkeypatch.setattr(speed_up, "separator_of", lambda cfg, dataset: (3, False))
     monkeypatch.setattr(speed_up, "measure", measure)
     context = ngpt_speed.CONTEXT
     runs = [

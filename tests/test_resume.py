@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -400,6 +401,13 @@ def test_the_guard_tells_its_first_failure_after_a_resume():
     later.load_state_dict(guard.state_dict(alone))
     later.check(9, one, one, torch.tensor([math.nan, 1.0]))
     assert later.count == 3 and later.first(alone) == guard.first(alone) == (3, "the gradient of b", None)
+
+
+def test_of_ranks_whose_loss_broke_at_once_the_first_is_named():
+    three = SimpleNamespace(gather_objects=lambda fine: [True, fine, fine])
+    guard, broken = FiniteGuard(["a"], torch.device("cpu")), torch.tensor(math.nan)
+    guard.check(3, broken, broken, torch.tensor([math.nan]))
+    assert guard.first(three) == (3, "the loss", 1)
 
 
 # ---- files that a run does not write by itself ----

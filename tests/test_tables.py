@@ -165,7 +165,7 @@ def test_a_run_that_was_resumed_under_other_settings_says_so_and_stands_alone(tm
 
 def test_values_of_a_line():
     assert cell([1.0], 2) == "1.00" and cell([None], 2) == ""
-    assert cell([3.0, None, 4.0], 0) == "4 ± 0 (2 of 3)"
+    assert cell([3.0, None, 4.0], 0) == "4 ± 0 (2 of 3)" and cell([2.0, 2.0], 2) == "2.00"
     assert cell([1.0, float("nan")], 2) == "nan ± nan"
     assert cell(["ok", "ok"], 2) == "ok"
     assert cell(["ok", "unstable at step 3", "ok"], 2) == "2 x ok, unstable at step 3"

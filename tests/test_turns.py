@@ -65,6 +65,19 @@ def test_the_step_of_geonorm_is_its_scale_over_d(sublayer):
     assert turns_of(model)[f"step_{sublayer}"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_ends_of_the_path_and_the_sizes_of_a_stream_that_grows():
+    model, x = gpt("pre_norm", residual_scale=20.0), torch.randint(32, (2, 8))
+    with torch.no_grad():
+        passed = [model.embed(x)]
+        for block in model.transformer.h:
+            for joint, sublayer in block.joined():
+                passed.append(joint(passed[-1], sublayer))
+    seen = probe(model, x)["stream"]
+    sizes = [h.norm(dim=-1).mean().item() / math.sqrt(WIDTH) for h in passed]
+    assert seen["size"] == pytest.approx(sizes, rel=1e-5) and sizes[-1] > 2 * sizes[0]
+    assert seen["net"] == pytest.approx(angle_between(passed[0], passed[-1]).mean().item(), rel=1e-4)
+
+
 def test_the_step_of_a_retraction_falls_where_it_saturates():
     for scale, step in ((0.1, 1.0), (1e6, 0.0)):  # φ = arctan t: t for a small output, at most π/2
         seen = turns_of(gpt("proj_sphere", residual_scale=scale))
