@@ -75,7 +75,8 @@ def near_collapse(model: GPT, batch: int, tokens: int, correlation: float, gener
 def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> Iterator[Tensor]:
     """The stream x (B, T, d), and the stream after every block, with each branch multiplied by `strength` (α).
 
-    Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself. If a rule keeps the stream
+    Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself, without the rounding of a
+    stream in bfloat16. If a rule keeps the stream
     on a sphere, every token is scaled to the length that the rule gives it.
 
     Raises:
@@ -88,13 +89,13 @@ def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> 
         )
     yield x
     for block in model.transformer.h:
-        for rule, sublayer in block.joined():
-            joined = rule(x, sublayer)
+        for joint, sublayer in block.joined():
+            joined = joint(x, sublayer)
             if strength == keep == 1:
                 x = joined
                 continue
             x = keep * x + strength * (joined - x)
-            if isinstance(rule, (SphereJoint, LerpJoint)):
+            if isinstance(joint, (SphereJoint, LerpJoint)):
                 new, old = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (joined, x))
                 x = x * (new / old)
         yield x
@@ -164,7 +165,7 @@ def closed_form(
         ValueError: see `require_plain`.
     """
     require_plain(model)
-    d, keep = model.config.n_embd, squared_skip(strength, skip)  # keep: a²
+    d, keep_squared = model.config.n_embd, squared_skip(strength, skip)
     own = torch.eye(tokens, dtype=torch.float64)
     average = torch.ones_like(own).tril() / torch.arange(1, tokens + 1, dtype=torch.float64)[:, None]
     C = scale**2 * (correlation + (1 - correlation) * own)
@@ -174,7 +175,7 @@ def closed_form(
         written = strength**2 * value * mean_square_gain(block.attn.c_proj.weight, d)
         Q = C.diagonal().mean()
         to_attention = written / Q * (1 - 2 / d)
-        C = keep * C + written * average @ (C / Q) @ average.T
+        C = keep_squared * C + written * average @ (C / Q) @ average.T
         to_mlp = torch.zeros(())
         if block.mlp is not None:
             hidden = block.mlp.c_fc.weight
@@ -182,12 +183,12 @@ def closed_form(
             gain = strength**2 * mean_square_gain(block.mlp.c_proj.weight, d)
             Q = C.diagonal().mean()
             to_mlp = gain * k1 / Q * (1 - 2 / d)
-            C = keep * C + gain * (k0 - k1 * (1 - C / Q))
+            C = keep_squared * C + gain * (k0 - k1 * (1 - C / Q))
         backward.append((to_attention, to_mlp))
         apart.append(_misalignment_of(C))
     return Exponents(
         tuple(math.log(after / before) for before, after in itertools.pairwise(apart)),
-        _gradient_exponents(backward, average, keep),
+        _gradient_exponents(backward, average, keep_squared),
     )
 
 
@@ -212,14 +213,16 @@ def mean_square_gain(W: Tensor, rows: int) -> float:
     return W.detach().double().square().sum().item() / rows
 
 
-def _gradient_exponents(backward: Sequence[tuple[Tensor, Tensor]], average: Tensor, keep: float) -> tuple[float, ...]:
+def _gradient_exponents(
+    backward: Sequence[tuple[Tensor, Tensor]], average: Tensor, keep_squared: float
+) -> tuple[float, ...]:
     """λ_g of every block from the gradient that its branches pass back, relative to the stream's; at the output, gradients are independent."""
     G = torch.eye(len(average), dtype=torch.float64)
     found = []
     for to_attention, to_mlp in reversed(backward):
         before = G.trace()
-        G = (keep + to_mlp) * G
-        G = keep * G + to_attention * average.T @ G @ average
+        G = (keep_squared + to_mlp) * G
+        G = keep_squared * G + to_attention * average.T @ G @ average
         found.append(math.log(G.trace() / before))
     return tuple(reversed(found))
 

@@ -49,7 +49,7 @@ class Block(nn.Module):
         return x if self.mlp is None or self.ln_2 is None else self.kept(self.ln_2(x, self.mlp))
 
     def joined(self) -> list[tuple[nn.Module, typing.Any]]:
-        """The sublayers in their order, each with its joint."""
+        """The sublayers in their order, as (joint, sublayer)."""
         second = [] if self.mlp is None or self.ln_2 is None else [(self.ln_2, self.mlp)]
         return [(self.ln_1, self.attn), *second]
 
@@ -88,7 +88,7 @@ class GPT(nn.Module):
     separator: unless None, the token between documents and whether it begins one: then a token attends only to its own document, where
     positions start at 0. The configuration of a model does not hold it, because it is of the data.
 
-    Initialisation: N(0, 0.02); the residual rule initialises the matrices that write into the stream; then the factors of `Init`.
+    Initialisation: normal, of standard deviation 0.02; the residual rule initialises the matrices that write into the stream; then the factors of `Init`.
 
     Raises:
         ValueError: the configuration is impossible; the message lists every reason.

@@ -35,7 +35,7 @@ _TOP_SHARE = 1e-3  # the 99.9th percentile
 
 @torch.no_grad()
 def probe(model: GPT, x: Tensor) -> dict[str, Any]:
-    """Measure a model on the windows x (B, T) int64, T at least 2; returns a record of floats and lists.
+    """Measure a model on the windows x (B, T) int64, T at least 2; returns a record of floats and lists. Documents are not kept apart.
 
     For each of L layers a list over H heads: `logit_max`, `logit_p999`, `entropy` (divided by log of the position), `saturated` (share of rows),
     `jacobian` (mean ‖∂softmax‖_F), `qk_norm_product` (‖W_q‖₂‖W_k‖₂), `qk_product_norm` (‖W_qᵀW_k‖₂), `recovery` (R²).

@@ -80,7 +80,7 @@ class ResidualRule:
 
     @torch.no_grad()
     def init(self, sublayer: Sublayer, stream: Stream) -> None:
-        """Initialise a sublayer whose matrices are already N(0, 0.02): its c_proj gets the standard deviation 0.02/√(2L) (GPT-2)."""
+        """Initialise a sublayer whose matrices have the standard deviation 0.02 already: its c_proj gets 0.02/√(2L) (GPT-2)."""
         nn.init.normal_(sublayer.c_proj.weight, std=0.02 / math.sqrt(2 * stream.layers))
 
 

@@ -18,7 +18,7 @@ they say where a step leads (`Manifold.move`):
 
 Source: Gram-space Manifold Muon (Keigwin, Pai, Chen; tilderesearch.com/vignettes/gram-space) and arXiv 2606.13276.
 
-Everything takes (..., m, n). `retract`, `distance`, `tangency` and `tangent` take any orientation: a wide matrix is treated as its
+Everything takes (..., m, n), but for `move`, which takes tall (k, m, n). `retract`, `distance`, `tangency` and `tangent` take any orientation: a wide matrix is treated as its
 transpose. Both step rules know a manifold by this class alone. To add one, write its class and put an object of it into MANIFOLDS.
 """
 
@@ -139,7 +139,7 @@ class Manifold:
     conditioned: ClassVar[bool] = True  # directions fulfil a condition: they are tangent
     sized: ClassVar[bool] = True  # its matrices have a fixed size, which a radius R scales: W / R is on the manifold
     free_lengths: ClassVar[bool] = False  # lengths of columns are free: weight decay and a cap act on them
-    leaves_zero: ClassVar[bool] = True  # a step moves a zero matrix
+    moves_zero: ClassVar[bool] = True  # a step moves a zero matrix
     decays: ClassVar[bool] = False  # weight decay moves its matrices, by the certified step
     efforts: ClassVar[Mapping[str, Effort]] = {"default": Effort(), "high": Effort(caps=2, cap_degree=4)}
 
@@ -150,7 +150,7 @@ class Manifold:
     def normal(self, H: Tensor, d: Tensor) -> Tensor:
         """The K = P(K) (..., n, n) with P(DK + KD) = H, for H = P(H), D = WᵀW and d (..., n) its diagonal.
 
-        With H = P(WᵀA + AᵀW) the normal part of A is W K.
+        With H = P(WᵀA + AᵀW) the normal part of A is W K, for W on the manifold.
         """
         raise NotImplementedError
 
@@ -411,7 +411,7 @@ class ObliqueGain(Euclidean):
 
     name = "oblique_gain"
     conditioned = True
-    leaves_zero = False
+    moves_zero = False
     efforts = Oblique.efforts
 
     def problem(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Manifold]:

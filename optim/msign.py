@@ -1,6 +1,6 @@
 """The matrix sign msign(X) = U Vᵀ (polar factor) of X = U S Vᵀ by odd matrix polynomials.
 
-One iteration maps every singular value through the same odd polynomial a·x + b·x³ + c·x⁵; a good list of coefficients drives
+One step maps every singular value through the same odd polynomial a·x + b·x³ + c·x⁵; a good list of coefficients drives
 [l, 1] to 1 in few steps. The list is Polar Express (Amsel, Persson, Musco, Gower, arXiv 2505.16932) unless another one is given; both
 come from optim/iterators.py.
 """

@@ -34,7 +34,7 @@ def test_the_mask_of_a_window_by_hand():
 
 
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"rope": True, "qk_norm": True}, {"head_gate": "token"}])
+@pytest.mark.parametrize("changes", [{}, {"rope": True, "qk_norm": True}, {"head_gate": "token"}, {"logit_cap": 2.0}])
 def test_documents_in_a_window_are_computed_as_if_alone(first, changes):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=16, n_layer=2, n_head=2, n_embd=16, **changes)).double()
@@ -92,7 +92,7 @@ def test_training_by_documents_and_epochs_is_resumed_exactly(tiny):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["attention=soft_cap"], ["attention=qk_clip"], ["attention.head_gate=position"], ["probe.interval=5"]],
+    [["attention=qk_clip"], ["attention.head_gate=position"], ["probe.interval=5"]],
     ids=str,
 )
 def test_what_does_not_know_documents_is_refused(tiny, overrides):

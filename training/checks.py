@@ -144,7 +144,7 @@ def problems_of_model(cfg: Settings) -> list[str]:
             "use attention.qk_clip_on=gain"
         )
     zero = model.zero_names()
-    stuck = [row for row in rows if row.name in zero and row.manifold and not MANIFOLDS[row.manifold].leaves_zero]
+    stuck = [row for row in rows if row.name in zero and row.manifold and not MANIFOLDS[row.manifold].moves_zero]
     if stuck:
         refused.append(
             f"'{stuck[0].name}' starts at zero with residual={cfg.residual.rule}, and no step on {stuck[0].manifold} leaves zero; "

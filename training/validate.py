@@ -165,7 +165,6 @@ def problems_of_order(cfg: Settings) -> list[str]:
 def problems_of_documents(cfg: Settings) -> list[str]:
     """What does not work with `batches.documents`."""
     parts = {
-        "attention.logit_cap": cfg.attention.logit_cap,
         "attention.qk_clip": cfg.attention.qk_clip,
         "attention.head_gate=position": cfg.attention.head_gate == "position",
         "probe.interval": cfg.probe.interval,
