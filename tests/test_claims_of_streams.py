@@ -61,28 +61,49 @@ def test_the_residual_rules_at_their_best_are_ordered_as_the_page_says():
     assert muon["ngpt"].mean < muon["post_norm"].mean and muon["ngpt"].high > 0
     assert {rule for rule, d in muon.items() if d.low > 0} == {"sandwich_norm"}
     assert min(muon, key=lambda rule: muon[rule].mean) == "geonorm_with_norms"
-    assert {rule for rule, d in adamw.items() if not d.low < 0 < d.high} == {"post_norm"} and adamw["post_norm"].low > 0
+    lower = {*GEONORMS, "ngpt", "cayley_sphere", "p_sphere"}
+    assert {rule for rule, d in adamw.items() if d.high < 0} == lower and adamw["peri_norm"].mean < 0
+    assert {rule for rule, d in adamw.items() if d.low > 0} == adamw.keys() - lower - {"peri_norm"}
     norms = {
         name: apart_by("residual_tuned", "residual", "geonorm_with_norms", optimizer=name) for name in ("muon", "adamw")
     }
     assert all(d[rule].low > 0 for d in norms.values() for rule in ("post_norm", "sandwich_norm"))
-    assert all(d["deep_norm"].low < 0 < d["deep_norm"].high for d in norms.values())
+    for rule in ("deep_norm", "peri_norm"):
+        assert norms["muon"][rule].low < 0 < norms["muon"][rule].high and norms["adamw"][rule].low > 0
     assert all(norms["muon"][rule].low > 0 for rule in ("proj_sphere", "cayley_sphere", "p_sphere"))
-    assert min(adamw, key=lambda rule: adamw[rule].mean) == "cayley_sphere"
-    below = {"geonorm_no_norms", "geonorm_with_norms", "peri_norm", "ngpt", "cayley_sphere", "p_sphere"}
-    assert {rule for rule, d in adamw.items() if d.mean < 0} == below
+    assert min(adamw, key=lambda rule: adamw[rule].mean) == "geonorm_with_norms"
+    for rule in ("cayley_sphere", "p_sphere"):
+        assert norms["adamw"][rule].low < 0 < norms["adamw"][rule].high
+    assert norms["adamw"]["proj_sphere"].low > 0
     losses = {}
     for r in result("residual_tuned/table.json")["rows"]:
         losses.setdefault(r["optimizer"], {}).setdefault(r["residual"], []).append(r["val_loss"])
     scatter = [fmean(stdev(seeds) for seeds in losses[name].values()) for name in ("adamw", "muon")]
-    assert 7 < scatter[0] / scatter[1] < 8
-    assert (
-        "two of the three seeds of post-norm and of deep-norm did not get beyond the loss of byte frequencies"
-        in text(EXPERIMENTS)
-    )
-    stuck = {rule for rule, found in losses["adamw"].items() for loss in found if loss > BYTE_FREQUENCIES}
-    assert stuck == {"post_norm", "deep_norm", "proj_sphere"}
-    assert all(sum(loss > BYTE_FREQUENCIES for loss in losses["adamw"][rule]) == 2 for rule in stuck)
+    assert 4.5 < scatter[0] / scatter[1] < 5.5
+    said = "two of the three seeds of post-norm did not get beyond the loss of byte frequencies"
+    assert said in text(EXPERIMENTS)
+    stuck = [rule for rule, found in losses["adamw"].items() for loss in found if loss > BYTE_FREQUENCIES]
+    assert stuck == ["post_norm"] * 2
+
+
+def test_a_search_with_one_seed_tells_less_as_the_page_says():
+    said = "only post-norm was apart from pre-norm. Under Muon it chose twice the rate for pre-norm, whose loss is then"
+    assert said in text(EXPERIMENTS)
+    adamw = apart_by("residual_tuned_one_seed", "residual", "pre_norm", optimizer="adamw")
+    assert {rule for rule, d in adamw.items() if not d.low < 0 < d.high} == {"post_norm"} and adamw["post_norm"].low > 0
+    found = {}
+    for name in ("residual_tuned", "residual_tuned_one_seed"):
+        rows = [r for r in result(f"{name}/table.json")["rows"] if r["optimizer"] == "muon"]
+        found[name] = [r for r in rows if r["residual"] == "pre_norm"]
+    best, other = ({float(r["optim.muon.lr"]) for r in rows} for rows in found.values())
+    assert {2 * rate for rate in best} == other
+    lost = mean_of_rows(found["residual_tuned_one_seed"]) - mean_of_rows(found["residual_tuned"])
+    lead = -apart_by("residual_tuned", "residual", "pre_norm", optimizer="muon")["geonorm_with_norms"].mean
+    assert 0.4 < lost / lead < 0.6
+
+
+def mean_of_rows(rows):
+    return fmean(r["val_loss"] for r in rows)
 
 
 def test_the_streams_of_the_residual_rules_are_as_the_page_says():
@@ -95,15 +116,18 @@ def test_the_streams_of_the_residual_rules_are_as_the_page_says():
     starts = {"scale_attn": 1, "scale_mlp": 1, "offset_attn": 0, "offset_mlp": 0}
     moved = {key: {name: [x - starts[name] for x in given[name]] for name in starts} for key, given in scales.items()}
     assert all(abs(x) < 0.1 for rule in GEONORMS for layers in moved["muon", rule].values() for x in layers)
-    assert "Its turns are those of its clamp, (π/4·scale + offset)/D(l), within an eighth" in text(EXPERIMENTS)
-    for case in (("muon", "geonorm_with_norms"), ("muon", "geonorm_no_norms"), ("adamw", "geonorm_with_norms")):
+    assert "with norms under Muon within a fortieth, and under AdamW, in both forms, within a quarter" in text(
+        EXPERIMENTS
+    )
+    within = {("muon", "geonorm_with_norms"): 1 / 40, **{("adamw", form): 1 / 4 for form in GEONORMS}}
+    for case, share in within.items():
         for i, turn in enumerate(found[case]["turn"]):
             kind, layer = ("attn", "mlp")[i % 2], i // 2
             scale, offset = (scales[case][f"{name}_{kind}"][layer] for name in ("scale", "offset"))
             clamped = min(MAX_ANGLE, (MAX_ANGLE * scale + offset) / (layer + 1))
-            assert turn == pytest.approx(clamped, rel=0.125)
+            assert turn == pytest.approx(clamped, rel=share)
     offsets = moved["adamw", "geonorm_no_norms"]["offset_attn"]
-    assert offsets[0] > 0 > max(offsets[1:]) and -0.25 < min(offsets) < -0.2
+    assert offsets[0] > 0 > max(offsets[1:]) and -0.125 < min(offsets) < -0.1
 
 
 def test_the_best_retraction_has_a_finite_p_under_muon_as_the_page_says():
@@ -192,7 +216,7 @@ def test_there_are_eleven_residual_rules():
 def test_with_a_longer_warm_up_geonorm_is_below_every_other_rule_under_adamw():
     assert "both forms of GeoNorm end below every other rule" in text(EXPERIMENTS)
     said = "the same, each rule at its own best rate, those on the sphere also with their best first step"
-    assert claims()[said][1].endswith("under AdamW with a long warm-up yes, and below all other rules")
+    assert claims()[said][1].endswith("under AdamW yes, and with a long warm-up below all other rules")
     for form in GEONORMS:
         apart = apart_by("residual_tuned_warmup", "residual", form)
         assert len(apart) == 11 and all(d.count == 6 for d in apart.values())

@@ -10,7 +10,8 @@ eigendecompositions of n × n matrices, so that rounding does not blur the compa
     least_squares   the tangent projection of G; one call. So do MCSD and SPEL (arXiv 2601.21487) and MACRO (arXiv 2605.04418)
     su              the fixed point of Su (kexue.fm 11221), over-relaxed up to 1.6 [relaxation: our measurement]
     su_anderson     the same with Anderson acceleration over the last three iterates
-    dual_ascent     as published: L -= alpha (1 - k/K) H in the units of G (arXiv 2606.13276)
+    dual_ascent     as published: L -= alpha (1 - k/K) H in the units of G, with alpha = 0.1 (arXiv 2606.13276)
+    slow_ascent     the same with alpha = 0.01, as the blog post on modular manifolds has it, for 100 calls
 
 Two methods of the sources have no multiplier:
 
@@ -21,6 +22,7 @@ Two methods of the sources have no multiplier:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,15 +54,15 @@ Advance = Callable[[Iterate], tuple[Tensor, History]]
 """The next L (k, n, n), and the new history."""
 
 MEMORY = 3  # how many earlier iterates Anderson's acceleration combines
-ALPHA = 0.1  # step size of the published dual ascent
+ALPHA = {"dual_ascent": 0.1, "slow_ascent": 0.01}  # step sizes of dual ascent, by method
 
 
 def _stay(at: Iterate) -> tuple[Tensor, History]:
     return at.L, at.past
 
 
-def _ascend(at: Iterate) -> tuple[Tensor, History]:
-    return at.L - ALPHA * (1 - at.k / at.calls) / at.problem.scale * at.H, at.past
+def _ascend(at: Iterate, alpha: float) -> tuple[Tensor, History]:
+    return at.L - alpha * (1 - at.k / at.calls) / at.problem.scale * at.H, at.past
 
 
 def _su(at: Iterate) -> tuple[Tensor, History]:
@@ -81,7 +83,12 @@ def _anderson(at: Iterate) -> tuple[Tensor, History]:
     return new, (*older, (L, f))
 
 
-METHODS: dict[str, Advance] = {"least_squares": _stay, "su": _su, "su_anderson": _anderson, "dual_ascent": _ascend}
+METHODS: dict[str, Advance] = {
+    "least_squares": _stay,
+    "su": _su,
+    "su_anderson": _anderson,
+    **{name: partial(_ascend, alpha=alpha) for name, alpha in ALPHA.items()},
+}
 
 
 def _alternating(problem: StepProblem, calls: int) -> Tensor:
@@ -131,7 +138,7 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
         T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)
         return Answer(unstacked(T, W), (inner(problem.G, T) / problem.dual_value()).flatten())
     L = problem.least_squares()
-    if method == "dual_ascent":
+    if method in ALPHA:
         L = -0.25 * problem.manifold.project(problem.C + problem.C.mT)
     best = torch.zeros_like(problem.G)
     bound = torch.full_like(problem.scale, torch.inf)
@@ -141,7 +148,7 @@ def solve(W: Tensor, G: Tensor, manifold: str, method: str = "su_anderson", call
         bound = torch.minimum(bound, value)
         T = problem.tangent((problem.G + 2 * problem.W @ L) @ Z)
         T = T / torch.linalg.matrix_norm(T, 2, keepdim=True).clamp_min(1)
-        last = k == 0 or method == "dual_ascent"
+        last = k == 0 or method in ALPHA
         best = T if last else torch.where(inner(problem.G, T) > inner(problem.G, best), T, best)
         L, past = METHODS[method](Iterate(problem, L, H, Z, k, calls, past))
     feas = (inner(problem.G, best) / bound).flatten()
