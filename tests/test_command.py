@@ -225,7 +225,7 @@ def test_a_sweep_knows_its_jobs_and_gives_them_short_names():
 @pytest.mark.parametrize(
     ("main", "words", "said"),
     [
-        (sample.main, ["run", "temperature=inf"], "temperature=inf must be a number of at least 0"),
+        (sample.main, ["run", "temperature=inf"], "temperature=inf must be 0, or from 1e-6 to 1e6"),
         (sample.main, ["run", "seed=-1"], "seed=-1 must be at least 0 and below 2^63"),
         (sample.main, ["run", f"seed={10**23}"], "and below 2^63"),
         (probe.main, ["run", "figures=/dev/null"], "figures=/dev/null cannot be used, because /dev/null is a file"),

@@ -406,7 +406,7 @@ def test_an_export_holds_the_model_under_the_names_of_nanogpt(finished, tmp_path
         (sample.main, ["{tmp}/none"], "there is no run"),
         (sample.main, ["{tmp}"], "no checkpoint in"),
         (sample.main, ["{runs}/hetero", "tokens=many"], "not a whole number"),
-        (sample.main, ["{runs}/hetero", "temperature=-1"], "at least 0"),
+        (sample.main, ["{runs}/hetero", "temperature=-1"], "must be 0, or from 1e-6"),
         (sample.main, ["{runs}/hetero", "temprature=1"], "temperature="),
         (export.main, ["{runs}/hetero"], "the file to write"),
         (export.main, ["{tmp}/none", "{tmp}/gpt.pt"], "there is no run"),
