@@ -76,8 +76,7 @@ def streams(model: GPT, x: Tensor, strength: float = 1.0, skip: str = "one") -> 
     """The stream x (B, T, d), and the stream after every block, with each branch multiplied by `strength` (α).
 
     Works for any residual rule: the branch is what the rule adds. α = 1 with skip "one" is the model itself, without the rounding of a
-    stream in bfloat16. If a rule keeps the stream
-    on a sphere, every token is scaled to the length that the rule gives it.
+    stream in bfloat16. If a rule keeps the stream on a sphere, every token is scaled to the length that the rule gives it.
 
     Raises:
         ValueError: another α or skip, of a model without skips.

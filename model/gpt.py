@@ -88,7 +88,8 @@ class GPT(nn.Module):
     separator: unless None, the token between documents and whether it begins one: then a token attends only to its own document, where
     positions start at 0. The configuration of a model does not hold it, because it is of the data.
 
-    Initialisation: normal, of standard deviation 0.02; the residual rule initialises the matrices that write into the stream; then the factors of `Init`.
+    Initialisation: normal, of standard deviation 0.02; the residual rule initialises the matrices that write into the stream; then come the
+    factors of `Init`.
 
     Raises:
         ValueError: the configuration is impossible; the message lists every reason.

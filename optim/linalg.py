@@ -1,8 +1,8 @@
 """Products at a named precision, and the functions of matrices that are made of them.
 
 The large products of the certified step go through `Products`; only `msign.iterate`, `top_pair`, `Manifold.tangent` and an exact
-`Manifold.retract`, and methods of manifolds without a Gram condition make their own. Matrices are kept in the precision of their products, so that a chain of products needs no conversion between
-them; every sum inside a product is float32.
+`Manifold.retract`, and methods of manifolds without a Gram condition make their own. Matrices are kept in the precision of their products,
+so that a chain of products needs no conversion between them; every sum inside a product is float32.
 
     float32    IEEE float32, TF32 off: what a CPU does
     float16    11 bits; the matrices of the step are normalised, so that entries that matter lie far above float16's smallest, 6e-8
@@ -12,9 +12,9 @@ The signs of a matrix, the factor UVᵀ of X = U Σ Vᵀ, by who needs them:
 
     matrix_sign, gram_stage   here: smoothed, by products; the certified step
     skew_sign                 here: of a skew matrix; square Stiefel matrices
-    msign, iterate            msign.py: by one of the published iterations; Muon itself, exact retractions
-    polar                     manifolds.py: exact, by an eigendecomposition; initial weights, studies
-    published_sign            published.py: as the published code rounds it
+    msign, iterate            msign.py: by an iteration of the literature, at a given precision
+    polar                     manifolds.py: nearly exact; initial weights, exact retractions, studies
+    PublishedStep.polar       published.py: as the published code rounds it
 
 Where 16 bits are asked for on a CPU they are emulated: multiplied in float32, and the result rounded.
 

@@ -18,8 +18,8 @@ they say where a step leads (`Manifold.move`):
 
 Source: Gram-space Manifold Muon (Keigwin, Pai, Chen; tilderesearch.com/vignettes/gram-space) and arXiv 2606.13276.
 
-Everything takes (..., m, n), but for `move`, which takes tall (k, m, n). `retract`, `distance`, `tangency` and `tangent` take any orientation: a wide matrix is treated as its
-transpose. Both step rules know a manifold by this class alone. To add one, write its class and put an object of it into MANIFOLDS.
+Everything takes (..., m, n), but for `move`, which takes tall (k, m, n). `retract`, `distance`, `tangency` and `tangent` take any
+orientation: a wide matrix is treated as its transpose. Both step rules know a manifold by this class alone. To add one, write its class and put an object of it into MANIFOLDS.
 """
 
 from __future__ import annotations

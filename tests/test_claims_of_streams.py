@@ -1,6 +1,7 @@
 """What README.md and docs/ claim of residual rules and their streams is what results/ shows."""
 
 import math
+from collections import Counter
 from statistics import fmean, stdev
 
 import pytest
@@ -100,6 +101,11 @@ def test_a_search_with_one_seed_tells_less_as_the_page_says():
     lost = mean_of_rows(found["residual_tuned_one_seed"]) - mean_of_rows(found["residual_tuned"])
     lead = -apart_by("residual_tuned", "residual", "pre_norm", optimizer="muon")["geonorm_with_norms"].mean
     assert 0.4 < lost / lead < 0.6
+    trials = result("residual_tuned_one_seed/table.json")["trials"]
+    tried = {
+        t["optim.muon.lr"]: t["val_loss"] for t in trials if (t["optimizer"], t["residual"]) == ("muon", "pre_norm")
+    }
+    assert abs(tried["0.05"] - tried["0.025"]) < 0.005
 
 
 def mean_of_rows(rows):
@@ -221,6 +227,10 @@ def test_with_a_longer_warm_up_geonorm_is_below_every_other_rule_under_adamw():
         apart = apart_by("residual_tuned_warmup", "residual", form)
         assert len(apart) == 11 and all(d.count == 6 for d in apart.values())
         assert {rule for rule, d in apart.items() if d.low <= 0} == {*GEONORMS} - {form}
+    counts = Counter(trial["residual"] for trial in result("residual_tuned_warmup/table.json")["trials"])
+    assert counts.most_common(1) == [("geonorm_with_norms", 11)] and "longest search, of eleven trials" in text(
+        EXPERIMENTS
+    )
     below = {rule for rule, d in apart_by("residual_tuned_warmup", "residual", "pre_norm").items() if d.high < 0}
     assert below == {*GEONORMS, "peri_norm", "ngpt", "p_sphere"}
     losses: dict[str, list[float]] = {}

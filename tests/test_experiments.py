@@ -83,6 +83,7 @@ def test_an_experiment_is_data(name, capsys):
         (["lr_transfer", "around=16"], "a value for each of model.n_embd, model.n_layer, max_steps"),
         (["exponents", "models=0"], "models=0 must be at least 1"),
         (["horizon", "trials=0"], "trials=0 is too few"),
+        (["horizon", "search_seeds="], "search_seeds= is empty"),
         (["crossing", "assignment=adamw", "residual=geonorm", "seeds=1,abc,-4"], "seed is 'abc'; give a whole number"),
         (["family", "optimizer=AdamW", "max_steps=2,foo", "seeds=1,-4"], "max_steps is 'foo'"),
         (["family", "optimizer=AdamW", "max_steps=2", "seeds=0,1"], "seeds= and search_seeds= both have 0"),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import reduce
 
 import pytest
 import torch
@@ -300,6 +301,12 @@ def test_the_message_says_what_to_give(override, message):
         checks.check(compose([override]))
     said = str(caught.value)
     assert message in said and not ("did you mean" in said and "did you mean" not in message)
+
+
+@pytest.mark.parametrize(("key", "source"), checks.FOLLOWS.items())
+def test_a_setting_follows_another_one(key, source):
+    cfg = compose_plain([f"{source}=7"])
+    assert reduce(lambda section, name: section[name], key.split("."), cfg) == 7
 
 
 def test_whole_numbers_may_have_an_exponent_and_other_numbers_may_be_whole():

@@ -165,6 +165,8 @@ def _check_search(study: Study) -> None:
     trials, cases = study.options["trials"], study.cases()
     if trials < 1:
         raise UsageError(f"trials={trials} is too few; give at least 1")
+    if not study.search_seeds:
+        raise UsageError("search_seeds= is empty; give at least one seed, such as search_seeds=0")
     if both := sorted({*study.seeds} & {*study.search_seeds}):
         raise UsageError(
             f"seeds= and search_seeds= both have {', '.join(both)}; leave it out of one of them, so that no run was searched with its own seed"

@@ -14,7 +14,7 @@ from scripts.analysis.runs import RecordedRun, final_losses
 from scripts.analysis.search import SEARCH_OPTIONS, Axis, Found, Search
 from scripts.analysis.statistics import Estimate
 from scripts.analysis.tables import Column, Table, make_table
-from scripts.command import UsageError
+from scripts.command import UsageError, entries
 from training.config import directory_name
 from training.jobs import Job
 
@@ -204,7 +204,7 @@ class Study:
     @property
     def search_seeds(self) -> list[str]:
         """The seeds of the trials."""
-        return str(self.options["search_seeds"]).split(",")
+        return entries(self.options["search_seeds"])
 
     def new_searches(self, case: Case) -> list[Found]:
         """The searches of a case before their first trials, one from each start.
