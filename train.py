@@ -36,6 +36,7 @@ from training.attention import Backend, choose
 from training.average import average_of
 from training.build import build
 from training.checks import check
+from training.compiler import CompilerWatch, uses_compiler
 from training.data import batches_of, open_data, require_as_prepared, separator_of
 from training.directory import claimed, end_of, end_summary
 from training.effects import without_effect
@@ -156,6 +157,7 @@ class Run:
             log.write("event", self.step, event="attention", **self.attention.record())
         batches = Prefetcher(lambda step: host_tokens(self.loader.batch(step), self.device), self.step)
         trace = Trace(cfg.profile if ranks.is_main else None, self.directory, self.device)
+        self.compiler = CompilerWatch(uses_compiler(cfg, self.device, self.optimizers.muon is not None))
         self.clock = time.perf_counter()
         try:
             while True:
@@ -179,6 +181,7 @@ class Run:
             log.write("end", self.step, time=self.phase.read(), state_bytes=self.optimizers.state_bytes(), **summary)
         finally:
             trace.close()
+            self.compiler.close()
             batches.close()
             log.close()
             del self.placement  # DDP must not outlive the process group
@@ -293,6 +296,8 @@ class Run:
         self.seconds, self.clock, self.tokens = self.seconds + now - self.clock, now, 0
         numbers = {"loss": loss, "grad_norm": norm, "lr": self.optimizers.rates(multiplier), "skipped_updates": skipped}
         log.write("train", self.step, **numbers, time=self.phase.read(), **rate)
+        if compiled := self.compiler.read():
+            log.write("event", self.step, **compiled)
         self.observer.finish_spectra(log, wait=False)
         self.note_skipped(log)
         if self.stability.observe_train_loss(self.step, loss.item()):

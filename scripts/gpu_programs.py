@@ -24,6 +24,7 @@ from optim.stack import TWO_ROUNDS
 from scripts.bench_residual import residual_trainings
 from scripts.bench_train import UNTRAINED, RandomTraining
 from scripts.command import UsageError, parse, run
+from training.compiler import CompilerWatch
 from training.config import compose
 
 UPDATES = ("hetero", "hetero_inv", "unconstrained")
@@ -81,7 +82,9 @@ def work(arguments: list[str]) -> int:
             f"give micro_batch_size= from 1 on, tiny=, training= and only=, one of {', '.join(parts)}; see --help"
         )
     if o["only"]:
+        watch = CompilerWatch(active=True)
         compile_part(o["only"], o["micro_batch_size"], o["tiny"], o["training"])
+        print(f"{o['only']}: {(watch.read() or {}).get('message', 'compiled nothing')}", flush=True)
         return 0
     processes = {part: subprocess.Popen([sys.executable, __file__, *arguments, f"only={part}"]) for part in parts}
     try:

@@ -7,8 +7,8 @@ First every run is trained for a few steps. Their time tells how many more steps
 that number; then again, while time is left. The same command again continues the runs in the same way. It writes a table and pictures to
 `results`. The data is prepared if it is missing.
 
-micro_batch_size= is the number of windows of a forward pass; tiny=true takes a small model; prepare=true only checks the settings and
-prepares the data. Every other word is an override of train.py.
+steps= is the length of the whole schedule (2,500), micro_batch_size= the number of windows of a forward pass. tiny=true takes a small model;
+prepare=true only checks the settings and prepares the data. Every other word is an override of train.py.
 """
 
 from __future__ import annotations
@@ -184,7 +184,24 @@ def of_speed(heading: str, key: str, digits: int, unit: float = 1.0) -> Column:
     return Column(heading, key, value, digits)
 
 
+def start_seconds(run: RecordedRun) -> float | None:
+    """The seconds until the first training record, in which the programs are compiled."""
+    first = next(iter(run.records.get("train", [])), None)
+    return first["step"] * run.config["global_batch_tokens"] / first["tokens_per_s"] if first else None
+
+
+def farthest(run: RecordedRun) -> float | None:
+    """The largest distance of a matrix from its manifold at the last spectra; None where no matrix has a Gram condition."""
+    last = max((r["step"] for r in run.records.get("spectra", [])), default=0)
+    return (
+        max((r.get("distance") or 0.0 for r in run.records.get("spectra", []) if r["step"] == last), default=0.0)
+        or None
+    )
+
+
 SPEED = [
+    Column("distance", "distance", farthest, 7),
+    Column("start s", "start_seconds", start_seconds, 0),
     of_speed("tokens/s", "tokens_per_s", 0),
     of_speed("MFU", "mfu", 3),
     of_speed("peak GiB", "peak_device_bytes", 1, 2**30),
@@ -200,7 +217,8 @@ def write_runs(timed: TimedRuns, results: Path, arguments: Sequence[str]) -> str
     steps = sorted({min(r.step for r in runs), max(r.step for r in runs)})
     remark = (
         f"The runs made {' to '.join(f'{n:,}' for n in steps)} of the schedule's {timed.most:,} steps. Losses after fewer steps than the paper's, or on "
-        "other text, cannot be compared with its losses."
+        "other text, cannot be compared with its losses. `distance` is that of the matrix "
+        "farthest from its manifold at the end; `start s` is the time until the first training record, in which programs are compiled."
     )
     data = {"command": command, "environment": runs[0].environment, "rows": rows_of(runs, columns)}
     write_tables(results, [table], footer(command, runs, remark), data)
@@ -211,15 +229,18 @@ def write_runs(timed: TimedRuns, results: Path, arguments: Sequence[str]) -> str
 def work(arguments: list[str]) -> int:
     """Train; then print and write the table, also if the training was stopped."""
     options: dict[str, Any] = {"folder": "", "results": "", "seconds": 500, "micro_batch_size": 0}
-    options |= {"tiny": False, "prepare": False}
+    options |= {"tiny": False, "prepare": False, "steps": 0}
     overrides, o = parse(arguments, options, overrides=True)
+    if min(o["steps"], o["seconds"]) < 0:
+        raise UsageError("steps= and seconds= must not be below 0; steps=0 is the usual schedule")
     if not (o["folder"] and o["results"]):
         raise UsageError("give folder= for the runs and results= for the table; see --help")
     refuse([problem for key in ("folder", "results") for problem in problems_of_directory(Path(o[key]), key)])
     first, most = (4, 12) if o["tiny"] else (40, 2500)
+    most = o["steps"] or most
     micro = [f"micro_batch_size={o['micro_batch_size']}"] if o["micro_batch_size"] else []
     settings = [*(TINY_SETTINGS if o["tiny"] else SETTINGS), *micro, *overrides]
-    timed = TimedRuns(Path(o["folder"]), settings, first, most, time.monotonic() + o["seconds"])
+    timed = TimedRuns(Path(o["folder"]), settings, min(first, most), most, time.monotonic() + o["seconds"])
     for name in RUNS:
         check(timed.config(name, first))
     cfg = timed.config(RUNS[0], first)

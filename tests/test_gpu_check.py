@@ -258,7 +258,10 @@ def test_what_a_torch_cannot_show_is_not_measured(options, monkeypatch):
 def test_a_mistake_in_the_data_is_found_before_the_first_stage(options, monkeypatch, tmp_path, capsys):
     places = [f"{key}={tmp_path / key}" for key in ("work", "out", "results")]
     monkeypatch.chdir(tmp_path)
-    assert gpu_check.main(["data", "tiny=true", "data=books", "data.files=none.gz", *places]) == 2
+    assert (
+        gpu_check.main(["data", "tiny=true", "data=books", "data.files=none.gz", f"data.dir={tmp_path}/books", *places])
+        == 2
+    )
     told = capsys.readouterr().err
     assert "no file matches 'none.gz'" in told and "give data=text data.name=... data.files=..." in told
     (tmp_path / "two.txt").write_text("one\n<|endoftext|>\ntwo " * 50)

@@ -16,6 +16,7 @@ from optim.assignment import parameter_table
 from training import library
 from training.attention import Backend
 from training.checkpoint import discard_later
+from training.compiler import uses_compiler
 from training.directory import run_name
 from training.files import CONFIG_FILE, ENVIRONMENT_FILE, PARAMETERS_FILE, ROOT, write_whole
 from training.log import METRICS_FILE, RunLog, read_records
@@ -122,6 +123,11 @@ def print_start(
         print("ManifoldMuon has no matrix: optim.muon is not used")
     if cfg.optim.library is not None:
         print(f"{library.display_name(cfg.optim.library)}: {library.describe(cfg.optim.library)}")
+    if uses_compiler(cfg, ranks.device, optimizers.muon is not None):
+        remarks = [
+            *remarks,
+            "the first steps wait for torch's compiler: a minute or more, less once its cache has the programs",
+        ]
     print(f"{model.describe()} → {directory}", machine(cfg, ranks, attention), *remarks, sep="\n", flush=True)
 
 
