@@ -295,6 +295,7 @@ class Run:
         rate = speed(self.tokens / (now - self.clock), self.model, self.device, self.ranks)
         self.seconds, self.clock, self.tokens = self.seconds + now - self.clock, now, 0
         numbers = {"loss": loss, "grad_norm": norm, "lr": self.optimizers.rates(multiplier), "skipped_updates": skipped}
+        numbers["fallbacks"] = self.optimizers.fallbacks(self.ranks.sum)
         log.write("train", self.step, **numbers, time=self.phase.read(), **rate)
         if compiled := self.compiler.read():
             log.write("event", self.step, **compiled)

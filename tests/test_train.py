@@ -15,6 +15,7 @@ from optim.manifolds import Stiefel
 from scripts.analysis.runs import load_model
 from train import train
 from training import checkpoint
+from training.build import build
 from training.checkpoint import CheckpointError
 from training.checks import USER_ERRORS, check
 from training.config import compose
@@ -236,6 +237,19 @@ def test_a_run_that_turns_non_finite_is_a_result(tiny, tmp_path, monkeypatch, ma
     skipped = [r["skipped_updates"] for r in records(tmp_path / "run", "train")]
     assert skipped == [0] * 6 + [1] * (steps - 6)
     assert all(p.isfinite().all() for p in checkpoint.load_newest(tmp_path / "run/checkpoints").state["model"].values())
+
+
+def test_training_records_count_the_steps_that_took_the_fallback(tiny, tmp_path):
+    """At this rate, columns of DGram come near length zero. Of a matrix in one block, its certificate has the same count."""
+    train(compose([*tiny, "assignment=all_dgram", "optim.muon.lr=0.3", "log.interval_certificate=1"]))
+    counted = [r["fallbacks"] for r in records(tmp_path / "run", "train")]
+    last = {r["name"]: r["fallbacks"] for r in records(tmp_path / "run", "certificate")}
+    assert counted == sorted(counted) and counted[-1] == sum(last.values()) > counted[0]
+    optimizers = build(compose([*tiny, "assignment=all_dgram"]), torch.device("cpu"))[1]
+    optimizers.muon.buckets[-1].state["fallbacks"][0] = 3
+    assert optimizers.fallbacks(lambda here: here + 4) == 7  # as if another rank had 4
+    train(compose([*tiny, "assignment=adamw", f"output_dir={tmp_path}/adamw"]))
+    assert {r["fallbacks"] for r in records(tmp_path / "adamw", "train")} == {None}
 
 
 BAD = [

@@ -120,6 +120,18 @@ class Optimizers:
         found = {name: certificate for part in parts for name, certificate in part.items()}
         return [(row.name, found[row.name]) for row in self.rows if row.name in found]
 
+    def fallbacks(self, sum_of_ranks: Callable[[Tensor], Tensor]) -> int | None:
+        """Steps of all matrices of ManifoldMuon so far that were not the ordinary one, see Bucket; None without it.
+
+        `sum_of_ranks` adds a 0-d tensor over the ranks; all must call. Waits for the device.
+        """
+        if self.muon is None:
+            return None
+        found = torch.zeros((), dtype=torch.float64, device=self.muon.param_groups[0]["params"][0].device)
+        for bucket in self.muon.buckets:
+            found += bucket.state["fallbacks"].sum()
+        return int(sum_of_ranks(found))
+
     def ruled_matrices(self, params: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Distance | None, int]]:
         """Every matrix (of `params`, whole) that matches a rule of the assignment, by name: itself, the distance from its manifold, and its
         row blocks."""

@@ -31,7 +31,7 @@ EXPERIMENT = replace(
     "Every arm at its own best rate. At step 0, the first layer turns the stream in `start` as under pre-norm at width 64, and every\n"
     "layer does in `start_no_decay`. `pre_norm_start` is pre-norm whose first layer turns it as little as GeoNorm's.",
     axes={"optimizer": {"adamw": residual_tuned.OPTIMIZERS["adamw"]}, "residual": ARMS},
-    options={"trials": 4},
+    options={"trials": 4, "further_trials": 6, "search_seeds": "0,11,12"},
     search=Search(lambda study, case: [Axis(*residual_tuned.RATES["adamw"])]),
     tables=lambda study: [contest_table(study, residual_tuned.COLUMNS, OPPONENTS)],
 )

@@ -49,7 +49,7 @@ EXPERIMENT = Experiment(
     axes={"setting": {**{name: (f"assignment={name}",) for name in RATES}, **SETTINGS}},
     search=Search(searched, of=lambda case: case if case["setting"] in RATES else {"setting": "hetero"}),
     seeds="1,2,3",
-    options={"trials": 6},
+    options={"trials": 5, "search_seeds": "0,11,12"},
     workers=1,
     columns=lambda study: [*CASES, FINAL],
     measure=lambda study: {"matrices": measured(study)},
