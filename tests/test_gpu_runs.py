@@ -123,3 +123,17 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     timed.run()
     assert {name: timed.reached(name) for name in gpu_runs.RUNS} == dict.fromkeys(gpu_runs.RUNS, 10) | {"hetero": 0}
     assert timed.failed == ["hetero"] and "no memory" in capsys.readouterr().err
+
+
+def test_the_table_has_the_seconds_until_the_first_record_and_the_largest_distance_at_the_end():
+    rate = {"kind": "train", "step": 10, "tokens_per_s": 64.0}
+    distances = [{"step": 0, "distance": 1.0}, {"step": 40, "distance": 2e-6}, {"step": 40, "distance": 1e-6}]
+    run = SimpleNamespace(config={"global_batch_tokens": 128}, records={"train": [rate], "spectra": distances})
+    assert gpu_runs.start_seconds(run) == 20 and gpu_runs.farthest(run) == 2e-6
+    free = SimpleNamespace(config={}, records={"spectra": [{"step": 40, "distance": 0}, {"step": 40}]})
+    assert gpu_runs.start_seconds(free) is None and gpu_runs.farthest(free) is None
+
+
+def test_a_schedule_is_not_negative(capsys):
+    assert gpu_runs.main(["folder=a", "results=b", "steps=-1"]) == 2
+    assert "steps= and seconds= must not be below 0" in capsys.readouterr().err
