@@ -81,8 +81,8 @@ def test_a_run_with_an_average_is_the_same_run_and_is_resumed_bitwise(tiny, tmp_
         [*tiny[:-1], "assignment=adamw", "max_steps=8"],
         {name: tmp_path / name for name in ("plain", "straight", "stopped")},
     )
-    train(compose([*common, f"output_dir={folders['plain']}"]))
-    train(compose([*common, *CHOICES[kind], f"output_dir={folders['straight']}"]))
+    best = train(compose([*common, f"output_dir={folders['plain']}"]))
+    assert train(compose([*common, *CHOICES[kind], f"output_dir={folders['straight']}"])) == best
     halfway = compose([*common, *CHOICES[kind], f"output_dir={folders['stopped']}"])
     train(replace(halfway, max_steps=5, schedule=replace(halfway.schedule, decay_steps=8)))
     train(compose([*common, *CHOICES[kind], f"output_dir={folders['stopped']}", "resume=auto"]))

@@ -14,7 +14,7 @@ from model.gpt import GPT, GPTConfig
 from training.checks import check
 from training.config import compose
 from training.data import open_data
-from training.placement import require_gradients
+from training.placement import Replicated, require_gradients
 from training.ranks import Ranks
 from training.start import shortened
 from training.step import accumulate, clip, host_tokens, mean_loss, micro_batch_size, micro_batches
@@ -55,6 +55,10 @@ def test_a_parameter_without_gradient_is_named():
     used.sum().backward()
     with pytest.raises(RuntimeError, match=r"no gradient reached h\.0\.alpha; use it in the forward pass"):
         require_gradients({"h.0.beta": used, "h.0.alpha": unused})
+    model = torch.nn.ParameterDict({"beta": used, "alpha": unused})
+    placement = Replicated(model, Ranks(0, 1, torch.device("cpu"), 60.0), compose(["device=cpu"]))
+    with pytest.raises(RuntimeError, match="no gradient reached alpha;"):
+        placement.gradients()
 
 
 def test_a_batch_for_a_gpu_is_pinned_once(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -18,7 +19,8 @@ import pytest
 import torch
 
 from training import checkpoint
-from training.checkpoint import MANIFEST_FILE, STATE_FILE, CheckpointError, load, load_newest, save
+from training.checkpoint import MANIFEST_FILE, STATE_FILE, CheckpointError, discard_later, load, load_newest, save
+from training.sharded_tensors import sha256
 
 
 def make_state(step: int) -> dict:
@@ -105,6 +107,29 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 2, make_state(2))
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
     assert holds(load_newest(tmp_path), 2)
+
+
+def test_a_checkpoint_comes_before_the_one_that_it_replaces(tmp_path):
+    old = save(tmp_path / "before", 20, make_state(19))
+    shutil.copytree(old, tmp_path / ".step_00000020.replaced")
+    shutil.copytree(save(tmp_path / "after", 20, make_state(20)), tmp_path / "step_00000020")
+    assert holds(load_newest(tmp_path), 20)
+
+
+def test_checkpoints_after_a_step_have_names_that_are_not_read_before_they_are_removed(two, monkeypatch):
+    shutil.copytree(two, two.with_name(f".{two.name}.replaced"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_remove", lambda path: None)  # as if killed there
+        discard_later(two.parent, 10)
+    doomed = [".step_00000020.removed.tmp", ".step_00000020.replaced.removed.tmp"]
+    assert names(two.parent) == [*doomed, "step_00000010"]
+    assert holds(load_newest(two.parent), 10)
+
+
+def test_a_digest_is_that_of_all_bytes(tmp_path):
+    content = bytes(1 << 22) + b"and more than is read at once"
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 # ---- damage ----

@@ -1,5 +1,7 @@
 """What a run says of torch's compiler."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -17,12 +19,25 @@ def test_programs_are_counted_until_the_watch_is_closed():
     torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
     event = watch.read()
     assert event["event"] == "compiled" and event["programs"] == 1 and 0 <= event["cached"] <= 1
-    assert 0 < event["seconds"] < 300 and "compiled 1 program in" in event["message"]
+    assert 0 < event["seconds"] < 300 and "compiled 1 program in" in event["message"] and watch.seconds == 0
     assert watch.read() is None
     torch.compile(lambda x: x.cos() + 1)(torch.ones(3))
     watch.close()
+    seconds = watch.seconds
     torch.compile(lambda x: x.exp() + 1)(torch.ones(3))
-    assert watch.seconds > 0 and watch.read() is None
+    assert watch.seconds == seconds > 0 and watch.read() is None
+
+
+def test_programs_from_the_compilers_cache_are_counted_apart(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setitem(counters, "inductor", Counter(fxgraph_cache_hit=5, fxgraph_cache_miss=5))
+    watch = CompilerWatch(active=True)
+    counters["inductor"].update(fxgraph_cache_hit=2, fxgraph_cache_miss=1)
+    event = watch.read()
+    watch.close()
+    assert (event["programs"], event["cached"]) == (3, 2)
+    assert event["message"] == "compiled 3 programs in 0 s, 2 from the compiler's cache"
 
 
 def test_a_watch_that_is_not_active_counts_nothing():

@@ -109,6 +109,16 @@ def test_validation_windows_are_spread_and_do_not_overlap(split, count):
     assert TOKENS - windows[-1, -1] <= TOKENS // len(windows) + len(windows)  # the end is not left out
 
 
+@pytest.mark.parametrize(("weights", "count", "expected"), [((2.0, 1.0), 5, [3, 2]), ((9.0, 1.0), 1, [1, 0])])
+def test_validation_windows_of_a_mixture_are_shared_out_by_weight(tmp_path, weights, count, expected):
+    parts = []
+    for first in (0, TOKENS):
+        (tmp_path / str(first)).mkdir()
+        parts.append(write_split(tmp_path / str(first), first + np.arange(TOKENS), shard_tokens=64))
+    windows = validation_windows(Mixture(tuple(parts), weights), 16, count)
+    assert np.bincount(windows[:, 0] // TOKENS, minlength=2).tolist() == expected
+
+
 def test_prefetcher_gives_the_loaders_batches_from_any_step(split):
     loader = Loader(split, 16, seed=3, windows=4)
     prefetcher = Prefetcher(loader.batch, first_step=10)

@@ -190,6 +190,7 @@ def test_a_run_records_the_sizes_of_its_steps_and_resumes(tiny, tmp_path, optim,
     best = train(compose([*settings, "checkpoint.interval=3"]))
     records = [r for r in read_records(tmp_path / "run") if r["kind"] == "update"]
     assert {r["step"] for r in records} == {2, 4, 6} and all(r["size"] > 0 for r in records)
+    assert any("updates" in r.get("time", {}) for r in read_records(tmp_path / "run"))
     capsys.readouterr()
     assert updates.main([str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out

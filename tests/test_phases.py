@@ -50,7 +50,7 @@ def test_a_phase_within_another_interrupts_it(monkeypatch):
 class FakeEvent:
     """A CUDA event of a device whose clock is the number of events so far, in seconds."""
 
-    count, waited = 0, 0
+    count, waited = 0, []
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -60,7 +60,7 @@ class FakeEvent:
         self.at = FakeEvent.count
 
     def synchronize(self):
-        FakeEvent.waited += 1
+        FakeEvent.waited.append(self.at)
 
     def elapsed_time(self, end):
         return 1e3 * (end.at - self.at)
@@ -72,8 +72,9 @@ def test_on_a_gpu_events_are_read_only_with_a_record(monkeypatch):
     for _ in range(5):
         with phase("outer"), phase("inner"):
             pass
-    assert FakeEvent.waited == 0
-    assert phase.read() == {"outer": 10.0, "inner": 5.0} and FakeEvent.waited == 1
+    assert FakeEvent.waited == []
+    assert phase.read() == {"outer": 10.0, "inner": 5.0} and FakeEvent.waited == [20]  # the last
+    assert phase.read() == {}
 
 
 def test_the_phases_of_a_run_add_up_to_its_time(tiny, tmp_path):

@@ -335,7 +335,7 @@ def test_matrices_off_their_manifold_and_steps_uphill_are_reported(tiny, tmp_pat
     train(compose([*tiny[:-1], "assignment=all_stiefel", "max_steps=2", f"output_dir={tmp_path / 'sound'}"]))
     assert not records(tmp_path / "sound", "event")
     monkeypatch.setattr(Stiefel, "_retract", lambda self, W, polar: 1.5 * polar(W))  # WᵀW = 2.25·I
-    seen = [("h.0.attn", {"feas": 0.9}), ("h.0.mlp", {"feas": -0.1})]
+    seen = [("h.0.attn", {"feas": 0.0}), ("h.0.mlp", {"feas": -0.1})]
     monkeypatch.setattr(Optimizers, "certificates", lambda self, gather: seen)
     train(compose([*tiny, "assignment=all_stiefel", "max_steps=2"]))
     events = {r["event"]: r["message"] for r in records(tmp_path / "run", "event")}
@@ -344,6 +344,22 @@ def test_matrices_off_their_manifold_and_steps_uphill_are_reported(tiny, tmp_pat
     assert events["uphill"] == "steps went uphill: of 1 matrices, such as h.0.mlp"
     shown = capsys.readouterr()
     assert (shown.out + shown.err).count("off their manifold") == 1  # of each type, a run shows the first
+
+
+def test_spectra_are_recorded_under_their_step_once_they_are_known():
+    written = []
+    log = SimpleNamespace(write=lambda kind, step, **fields: written.append((kind, step, fields)))
+    found = {"a": {"distance": 0.04}, "b": {"distance": 0.06}, "c": {"distance": 0.2}, "d": {}}
+    spectra = SimpleNamespace(done=False, records=lambda: list(found.items()))
+    observer = SimpleNamespace(begun_spectra=(3, spectra))
+    Observer.finish_spectra(observer, log, wait=False)
+    assert not written
+    spectra.done = True
+    for wait in (False, True):
+        Observer.finish_spectra(observer, log, wait=wait)
+        assert len(written) == 5
+    assert [(kind, step) for kind, step, _ in written] == [*[("spectra", 3)] * 4, ("event", 3)]
+    assert written[-1][2]["message"] == "2 matrices are off their manifold; the worst is c, by 0.2 of ‖WᵀW‖_F"
 
 
 def test_a_run_without_matrices_for_manifold_muon_says_so(tiny, capsys):

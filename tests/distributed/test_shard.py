@@ -1,22 +1,26 @@
 """Sharded over two ranks, a run is the run of DDP bit by bit: weights, records, checkpoints."""
 
 import json
+import os
 import pickle
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness import final_state, finish, free_port, records, same, start_ranks, train_all
+from torch.distributed.tensor import DTensor
 
 from train import train
 from training.build import build
-from training.checkpoint import CheckpointError, load, load_newest
+from training.checkpoint import CheckpointError, load, load_newest, save_sharded
 from training.checks import check
 from training.config import compose
-from training.placement import place
+from training.placement import Replicated, place
 from training.ranks import Ranks
-from training.sharded_tensors import read_shards
+from training.shard import Sharded
+from training.sharded_tensors import read_shards, write_shards
 from training.step import clip
 from training.validate import ConfigError
 
@@ -28,6 +32,7 @@ RUN = [
     *("logger.mode=disabled", "device=cpu", "launcher.shard=fsdp"),
 ]
 MIXED = ["assignment=custom", "assignment.rules={attn: euclidean, c_fc: dgram, mlp.c_proj: adamw}", "dtype=bfloat16"]
+MIXED += ["attention=qk_clip", "attention.qk_clip=1e-3", "checkpoint.keep=1"]
 SCALARS_THAT_BREAK = ["residual=p_sphere", "optim.adamw.lr=1e15"]  # after the first update, nothing is finite
 
 
@@ -57,6 +62,7 @@ def alike(one, other):
     """Whether two runs have the same state and records to the bit, but for the last bits of recorded gradient norms."""
     a, b = final_state(one), final_state(other)
     shared = a["model"].keys() & b["model"].keys()  # a sharded checkpoint has no second names of tied weights
+    assert a["model"].keys() ^ b["model"].keys() <= {"lm_head.weight"}
     weights = all(torch.equal(a["model"][name], b["model"][name]) for name in shared)
     told = [[{k: v for k, v in r.items() if k != "grad_norm"} for r in records(run)] for run in (one, other)]
     return weights and len(shared) > 10 and same(a["optimizers"], b["optimizers"]) and told[0] == told[1]
@@ -67,6 +73,8 @@ def test_sharded_is_ddp_to_the_bit(folder):
     assert alike(folder / "ddp", folder / "fsdp")
     norms = [[r["grad_norm"] for r in records(folder / name) if r["kind"] == "train"] for name in ("ddp", "fsdp")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    metrics = [load_newest(folder / name / "checkpoints").metric for name in ("ddp", "fsdp")]
+    assert metrics[0] == metrics[1] is not None
 
 
 @pytest.mark.timeout(450)
@@ -74,6 +82,9 @@ def test_bfloat16_scalars_split_matrices_and_skipped_updates(folder):
     assert alike(folder / "mixed_ddp", folder / "mixed_fsdp")
     skipped = [r["skipped_updates"] for r in records(folder / "mixed_fsdp") if r["kind"] == "train"]
     assert skipped[0] == 0 and skipped[-1] > 0
+    first = [next(r for r in records(folder / f"mixed_{name}") if r["kind"] == "train") for name in ("ddp", "fsdp")]
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-6)
+    assert [path.name for path in (folder / "mixed_fsdp/checkpoints").iterdir()] == ["step_00000004"]
 
 
 @pytest.mark.timeout(450)
@@ -146,6 +157,45 @@ def test_a_forged_table_is_not_executed(tmp_path):
         read_shards(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("torch", "load"), ("torch.distributed.checkpoint.filesystem", "Path"), ("torch.distributed.checkpoint", "save")],
+)
+def test_a_table_holds_nothing_but_its_own_classes_and_dtypes(tmp_path, module, name):
+    (tmp_path / ".metadata").write_bytes(f"c{module}\n{name}\n.".encode())
+    with pytest.raises(pickle.UnpicklingError, match=f"{module}.{name} does not belong"):
+        read_shards(tmp_path)
+
+
+def test_tensors_of_any_dtype_are_read_as_they_were_written(tmp_path):
+    ranks = Ranks(0, 1, torch.device("cpu"), 60.0)
+    tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.tensor([2**40 + 1]), "c": torch.tensor(1.5)}
+    assert {"tensors/__0_0.distcp", "tensors/.metadata"} == set(write_shards(tmp_path / "tensors", tensors, ranks))
+    assert same(read_shards(tmp_path / "tensors"), tensors)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        write_shards(tmp_path / "file" / "tensors", tensors, ranks)
+
+
+def test_the_names_of_the_tensors_files_are_on_the_disk_too(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    state = {"model": {"w": torch.ones(3)}, "optimizers": {}}
+    save_sharded(tmp_path, 3, state, Ranks(0, 1, torch.device("cpu"), 60.0), metric=2.0)
+    assert f"{tmp_path}/.step_00000003.tmp/tensors" in synced
+    loaded = load(tmp_path / "step_00000003")
+    assert same(loaded.state, state) and loaded.metric == 2.0
+
+
+def test_a_check_compares_what_is_on_every_rank():
+    compared = []
+    ranks = SimpleNamespace(require_equal=compared.append)
+    Replicated.check(SimpleNamespace(ranks=ranks, params={"a": 1}))
+    for scalars in ({"b": 2}, {}):
+        Sharded.check(SimpleNamespace(ranks=ranks, scalars=scalars))
+    assert compared == [{"a": 1}, {"b": 2}]
+
+
 def look_inside(cfg, folder):
     """Write what a rank holds before and after a backward pass, and whether its whole parameters are those it started with."""
     ranks = Ranks.init(cfg)
@@ -159,16 +209,25 @@ def look_inside(cfg, folder):
         local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
-    sizes = [held()]
+    def split(words):
+        return [isinstance(p, DTensor) for name, p in model.named_parameters() if words in name]
+
+    sizes, every, in_blocks = [held()], split(""), split(".h.")
     x = torch.arange(17).expand(2, 17)
-    placement.replica(x[:, :-1], x[:, 1:])[1].backward()
+    loss = placement.replica(x[:, :-1], x[:, 1:])[1]
+    parted = [split(".h.") == in_blocks]
+    loss.backward()
     sizes.append(held())
     norms = [clip(placement.gradients(), 0.01, placement.whole_norms)[0].item() for _ in range(2)]
     with placement.whole() as params:
         whole = all(torch.equal(params[name], W) for name, W in start.items())
     sizes.append(held())
+    parted.append(split("") == every)
+    with torch.no_grad():
+        placement.replica(x[:, :-1], x[:, 1:])
+    parted.append(split(".h.") == in_blocks and any(in_blocks))
     numbers = sum(p.numel() for p in start.values())
-    found = {"sizes": sizes, "whole": whole, "numbers": numbers, "norms": norms}
+    found = {"sizes": sizes, "whole": whole, "numbers": numbers, "norms": norms, "parted": parted}
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     ranks.close()
 
@@ -182,6 +241,9 @@ def test_a_rank_holds_its_part_and_no_more(tiny_data, tmp_path):
     ]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert all(f["whole"] for f in found)
+    assert (
+        found[0]["parted"] == found[1]["parted"] == [True] * 3
+    )  # after a forward pass, the use of whole weights, another
     before, after = found[0]["norms"]
     assert found[1]["norms"] == [before, after] and before > 0.02 and after == pytest.approx(0.01, rel=1e-3)
     small = 64 * 4  # a NaN for each borrowed matrix
