@@ -212,6 +212,13 @@ def test_geonorm_under_adamw_needs_what_the_page_says():
     trials = result("geonorm_adamw/table.json")["trials"]
     tried = {arm: [float(t["optim.adamw.lr"]) for t in trials if t["residual"] == arm] for arm in ("geonorm", "gains")}
     best = {row["residual"]: float(row["optim.adamw.lr"]) for row in result("geonorm_adamw/table.json")["rows"]}
+    fast = apart_by("geonorm_adamw_fast", "residual", "geonorm")
+    assert {arm for arm, d in fast.items() if d.high < 0} == {"gains"}
+    found = {
+        folder: fmean(r["val_loss"] for r in result(f"{folder}/table.json")["rows"] if r["residual"] == "geonorm")
+        for folder in ("geonorm_adamw", "geonorm_adamw_fast")
+    }
+    assert found["geonorm_adamw_fast"] < found["geonorm_adamw"]
     assert best["gains"] > max(tried["geonorm"]) and round(best["gains"] / best["geonorm"]) == 11
 
 
