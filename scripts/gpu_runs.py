@@ -192,11 +192,9 @@ def start_seconds(run: RecordedRun) -> float | None:
 
 def farthest(run: RecordedRun) -> float | None:
     """The largest distance of a matrix from its manifold at the last spectra; None where no matrix has a Gram condition."""
-    last = max((r["step"] for r in run.records.get("spectra", [])), default=0)
-    return (
-        max((r.get("distance") or 0.0 for r in run.records.get("spectra", []) if r["step"] == last), default=0.0)
-        or None
-    )
+    spectra = run.records.get("spectra", [])
+    found = [r.get("distance") or 0.0 for r in spectra if r["step"] == spectra[-1]["step"]]
+    return max(found, default=0.0) or None
 
 
 SPEED = [
